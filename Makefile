@@ -1,0 +1,83 @@
+# GNU make and a Python 3.11, 3.12 or 3.13 with venv are needed; everything else goes into .venv.
+# ACCEL=cpu or ACCEL=cuda12 overrides the look for an NVIDIA driver, PYTHON=... the look for a Python,
+# ARGS=... is passed on: make run ARGS="--config=configs/cifar10.py:trades", make test ARGS="-k pgd -x".
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-slow lint format prepare-tf clean
+
+ifndef ACCEL
+ACCEL := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda12 || echo cpu)
+endif
+REQUIREMENTS_cpu := requirements-cpu.txt
+REQUIREMENTS_cuda12 := requirements.txt
+REQUIREMENTS := $(REQUIREMENTS_$(ACCEL))
+ifeq ($(REQUIREMENTS),)
+$(error ACCEL=$(ACCEL) is not known: say cpu or cuda12)
+endif
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
+# A version manager's shim can be on the PATH and still not run, and Debian's python3 can lack venv: so ask it.
+SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+# Stamps, so that nothing is installed again until a requirements file changes (or ACCEL does).
+INSTALLED := $(VENV)/.installed-$(ACCEL)
+INSTALLED_DEV := $(VENV)/.installed-dev
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile | awk -F: '{printf "%-12s%s\n", $$1, $$2}'
+
+setup: $(INSTALLED)  ## make .venv with the pinned requirements and this package (editable)
+
+$(INSTALLED): requirements-cpu.txt $(REQUIREMENTS) pyproject.toml
+	@if ! $(PY) -c '$(SUITABLE)' 2>/dev/null; then \
+	  found=; \
+	  for p in $(PYTHONS); do \
+	    if "$$p" -c '$(SUITABLE)' 2>/dev/null; then found="$$p"; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "error: none of [$(PYTHONS)] runs, is Python 3.11 to 3.13 and has venv;" \
+	         "install one or name it: make setup PYTHON=/path/to/python" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "$(VENV): $$("$$found" --version) ($$found)"; \
+	  "$$found" -m venv --clear $(VENV) || exit 1; \
+	fi
+	@echo "$(VENV): installing $(REQUIREMENTS)"
+	@rm -f $(VENV)/.installed-*
+	@if [ $(ACCEL) = cpu ]; then $(PY) -m pip uninstall -qy jax-cuda12-plugin jax-cuda12-pjrt 2>/dev/null || true; fi
+	@$(PIP) -r $(REQUIREMENTS)
+	@$(PIP) --no-deps -e .
+	@touch $@
+
+$(INSTALLED_DEV): requirements-dev.txt $(INSTALLED)
+	@echo "$(VENV): installing requirements-dev.txt"
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+run: $(INSTALLED)  ## run.py with its default config (digits, ClusTR+QTRADES), or with ARGS
+	$(PY) run.py $(ARGS)
+
+test: $(INSTALLED_DEV)  ## every test that is not marked slow
+	$(PY) -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED_DEV)  ## the tests marked slow
+	$(PY) -m pytest -n 2 -m slow $(ARGS) || { [ $$? -eq 5 ] && echo "no test is marked slow"; }
+
+lint: $(INSTALLED_DEV)  ## ruff (lint and format) and pyright; changes nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+format: $(INSTALLED_DEV)  ## what ruff can mend by itself
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# Only for making data sets: TFDS's CIFAR builder opens its downloads with TensorFlow. Prepared sets are read without.
+prepare-tf: $(INSTALLED)  ## add TensorFlow, for the one time that TFDS has to download and prepare a data set
+	$(PIP) -c requirements-cpu.txt tensorflow-cpu==2.21.0
+
+clean:  ## remove .venv and caches, keep runs/ and data
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

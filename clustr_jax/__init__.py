@@ -1,0 +1,24 @@
+"""clustr_jax: ClusTR (Clustering Training for Robustness) in JAX, with evaluations that can be believed.
+
+    clf = clustr_jax.load("runs/digits-clustr_qtrades")
+    x, y = data.load("digits", "test")
+    x_adv = attacks.pgd(key, clf.logits, x, y, eps=0.2, step_size=0.05, steps=20, restarts=10)
+
+Map, from the bottom up:
+    losses, kmeans, convolution, models     arrays in, arrays out; import nothing of ours
+    clusters, sampling, attacks             the cluster head, Magnet batches, adversaries
+    objectives, train, evaluate             one function per method, the train step, the protocols
+    checkpoints, workdir, loading, results  files
+    stages                                  the order of things; run.py calls stages.run
+
+Shape legend: B batch, N train set, Y classes, K clusters per class, M x S Magnet batch, E embedding,
+R restarts. Pixels are float32 NHWC in [0, 1]; normalisation is inside the model.
+"""
+
+from clustr_jax.classifier import Classifier
+from clustr_jax.clusters import Clusters
+from clustr_jax.errors import UserError
+from clustr_jax.loading import load
+
+__version__ = "0.1.0"
+__all__ = ["Classifier", "Clusters", "UserError", "load"]

@@ -1,0 +1,216 @@
+"""Projected gradient descent (Madry et al. 2018) and its one-step relative of the paper (QTRADES).
+
+    from clustr_jax import attacks, losses
+    x_adv = attacks.pgd(key, clf.logits, x, y, eps=8/255, step_size=2/255, steps=20, restarts=10)
+    x_adv = attacks.pgd(key, clf.logits, x, y, eps=0.5, step_size=0.1, steps=20, norm="l2", loss_fn=losses.margin)
+
+`logits_fn` is any function `x -> [B, Y]`. A method of a pytree (`clf.logits`) or a
+`jax.tree_util.Partial` is traced with its arrays as arguments, so new parameters of the same shapes
+do not recompile; a new lambda or closure does. The attack owns no model state: batch norm behaves
+as `logits_fn` says.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int
+
+from clustr_jax import losses
+from clustr_jax.errors import UserError
+
+# Restarts run side by side as long as the batch stays below this many images (memory), then in turns.
+_LANES = 512
+_STARTS, _NORMS, _SELECTS = ("uniform", "normal", "zero"), ("linf", "l2"), ("success", "loss")
+# Standard deviation of start="normal" (TRADES).
+_NORMAL_START = 1e-3
+
+
+def pgd(
+    key: Array,
+    logits_fn: Callable,
+    x: Float[Array, "B ..."],
+    y: Int[Array, "B"] | Float[Array, "B Y"],
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    restarts: int = 1,
+    loss_fn: Callable = losses.cross_entropy,
+    start: str = "uniform",
+    norm: str = "linf",
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    select: str = "success",
+    clip_start: bool = True,
+    ids: Int[Array, "B"] | None = None,
+) -> Float[Array, "B ..."]:
+    """Maximise `loss_fn(logits, y)` within `eps` of x (pixels in [0, 1] units) by `steps` steps.
+
+    select="success": the first misclassified iterate of any restart (the start included); where
+    there is none, the iterate with the largest loss. select="loss": the authors' rule, an example
+    stops moving once it is fooled and the restart with the largest final loss is returned, fooled
+    or not. With probabilities for `y` there is no success: the last iterate of the restart with the
+    largest loss. start="normal" is N(0, 0.001) as in TRADES. `bounds` None means no box;
+    clip_start=False leaves the start outside it, as the authors' code does.
+
+    The randomness of (example, restart) is fold_in(fold_in(key, id), restart) with `ids` (data set
+    indices, default 0..B-1): it depends neither on the order nor on the other examples. `eps` and
+    `step_size` are traced, everything else is compiled in. Raises UserError for bad settings.
+    """
+    check_settings(eps=eps, step_size=step_size, start=start, norm=norm, select=select)
+    if steps < 0 or restarts < 1:
+        raise UserError(f"steps must be >= 0 and restarts >= 1, got steps={steps}, restarts={restarts}")
+    if ids is None:
+        ids = jnp.arange(x.shape[0])
+    bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
+    x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y)
+    return _pgd(
+        key, as_partial(logits_fn), x, y, jnp.asarray(ids), jnp.float32(eps), jnp.float32(step_size),
+        steps=int(steps), restarts=int(restarts), loss_fn=loss_fn, start=start, norm=norm, bounds=bounds,
+        select=select, clip_start=clip_start,
+    )  # fmt: skip
+
+
+def qtrades(
+    key: Array,
+    logits_fn: Callable,
+    x: Float[Array, "B ..."],
+    probs: Float[Array, "B Y"],
+    *,
+    eps: float,
+    step_size: float,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+) -> Float[Array, "B ..."]:
+    """The adversary of paper Eq. 5: uniform start, one sign step on the cross entropy to `probs`."""
+    return pgd(key, logits_fn, x, probs, eps=eps, step_size=step_size, steps=1, bounds=bounds)
+
+
+def as_partial(logits_fn: Callable) -> Partial:
+    """`logits_fn` as a pytree, so that its arrays are traced: one compilation for all parameters."""
+    if isinstance(logits_fn, Partial):
+        return logits_fn
+    owner = getattr(logits_fn, "__self__", None)
+    if inspect.ismethod(logits_fn) and not jax.tree_util.all_leaves([owner]):
+        return Partial(logits_fn.__func__, owner)
+    return Partial(logits_fn)
+
+
+def check_settings(*, eps, step_size, start="uniform", norm="linf", select="success") -> None:
+    """UserError for an unknown word, or a negative radius or step (traced values are not looked at)."""
+    for name, value, known in (("start", start, _STARTS), ("norm", norm, _NORMS), ("select", select, _SELECTS)):
+        if value not in known:
+            raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    for name, value in (("eps", eps), ("step_size", step_size)):
+        if not isinstance(value, jax.core.Tracer) and not np.asarray(value) >= 0:
+            raise UserError(f"{name} must be >= 0 in units of [0, 1] pixels, got {value}")
+
+
+def project(x_adv, x, eps, norm, bounds):
+    """Into the ball around x, then into the box (which keeps it in the ball when x is in the box)."""
+    delta = x_adv - x
+    if norm == "linf":
+        delta = jnp.clip(delta, -eps, eps)
+    else:
+        delta = delta * jnp.minimum(1.0, eps / jnp.maximum(l2_norm(delta), 1e-12))
+    x_adv = x + delta
+    return x_adv if bounds is None else jnp.clip(x_adv, *bounds)
+
+
+def l2_norm(delta):
+    """[B, 1, ...] norms of [B, ...]."""
+    return jnp.sqrt(jnp.sum(jnp.square(delta), axis=tuple(range(1, delta.ndim)), keepdims=True))
+
+
+def ascend(x_adv, gradient, step_size, norm):
+    """One steepest-ascent step of length `step_size`."""
+    if norm == "linf":
+        return x_adv + step_size * jnp.sign(gradient)
+    return x_adv + step_size * gradient / jnp.maximum(l2_norm(gradient), 1e-12)
+
+
+def random_start(keys, x, eps, start, norm):
+    """x plus one draw per example; `keys` has one key per example."""
+    if start == "zero":
+        return x
+
+    def draw(key, shape):
+        if start == "normal":
+            return _NORMAL_START * jax.random.normal(key, shape)
+        if norm == "linf":
+            return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * eps
+        direction_key, radius_key = jax.random.split(key)
+        direction = jax.random.normal(direction_key, shape)
+        radius = eps * jax.random.uniform(radius_key) ** (1.0 / np.prod(shape))
+        return radius * direction / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(direction))), 1e-12)
+
+    return x + jax.vmap(lambda key: draw(key, x.shape[1:]))(keys)
+
+
+_STATIC = ("steps", "restarts", "loss_fn", "start", "norm", "bounds", "select", "clip_start")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
+    def one(restart):
+        return pgd_restart(key, logits_fn, x, y, ids, restart, eps, step_size, **settings)
+
+    side_by_side = max(1, min(restarts, _LANES // max(x.shape[0], 1)))
+    found, loss, fooled = lax.map(one, jnp.arange(restarts), batch_size=side_by_side)
+    if y.ndim == 1 and settings["select"] == "success":  # any fooled restart beats any loss
+        best = jnp.argmax(jnp.where(fooled, jnp.inf, loss), axis=0)
+    else:  # the authors keep the later restart of equal losses (>=)
+        best = restarts - 1 - jnp.argmax(loss[::-1], axis=0)
+    return found[best, jnp.arange(x.shape[0])]
+
+
+@functools.partial(jax.jit, static_argnames=tuple(name for name in _STATIC if name != "restarts"))
+def pgd_restart(
+    key, logits_fn, x, y, ids, restart, eps, step_size,
+    *, steps, loss_fn=losses.cross_entropy, start="uniform", norm="linf", bounds=(0.0, 1.0), select="success",
+    clip_start=True,
+):  # fmt: skip
+    """Restart number `restart` (traced) of `pgd` -> (x_adv, its loss [B], fooled [B]).
+
+    The engine under `pgd`, for callers that schedule restarts themselves: `logits_fn` is a Partial,
+    settings are not checked. It ends as soon as every example is fooled.
+    """
+    labelled = y.ndim == 1
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), restart))(ids)
+    over = (slice(None), *(None,) * (x.ndim - 1))  # [B] -> [B, 1, ...]
+
+    def evaluate(x_adv):
+        logits = logits_fn(x_adv)
+        loss = loss_fn(logits, y)
+        fooled = jnp.argmax(logits, axis=1) != y if labelled else jnp.zeros(x.shape[0], bool)
+        return jnp.sum(loss), (loss, fooled)
+
+    def keep(best, x_adv, loss, fooled):
+        """The iterate to return: the first fooled one, else the best loss; or always the latest."""
+        best_x, best_loss, done = best
+        better = ~done & (fooled | (loss > best_loss)) if labelled and select == "success" else ~done
+        best_x = jnp.where(better[over], x_adv, best_x)
+        return best_x, jnp.where(better, loss, best_loss), done | fooled
+
+    def unfinished(carry):
+        i, _, (_, _, done) = carry
+        return (i < steps) & ~jnp.all(done)
+
+    def step(carry):
+        i, x_adv, best = carry
+        gradient, (loss, fooled) = jax.grad(evaluate, has_aux=True)(x_adv)
+        best = keep(best, x_adv, loss, fooled)
+        moved = project(ascend(x_adv, gradient, step_size, norm), x, eps, norm, bounds)
+        return i + 1, jnp.where(best[2][over], x_adv, moved), best
+
+    x_adv = random_start(keys, x, eps, start, norm)
+    if clip_start:
+        x_adv = project(x_adv, x, eps, norm, bounds)
+    nothing = (x_adv, jnp.full(x.shape[0], -jnp.inf), jnp.zeros(x.shape[0], bool))
+    _, x_adv, best = lax.while_loop(unfinished, step, (0, x_adv, nothing))
+    _, (loss, fooled) = evaluate(x_adv)
+    return keep(best, x_adv, loss, fooled)

@@ -1,0 +1,71 @@
+"""A trained network with its head, as one pytree: what attacks, evaluation and notebooks work on."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from clustr_jax.clusters import Clusters
+from clustr_jax.models import Net
+
+# Whole test sets go through the network in pieces of this many images.
+_CHUNK = 500
+
+
+@struct.dataclass
+class Classifier:
+    """Parameters, clusters (None for a linear head) and the rule that turns them into predictions.
+
+    `logits` always use all clusters and are finite; `predict` is the deployed rule, which may use the
+    `nearest` D clusters only (0 = all). x holds pixels in [0, 1], [B, H, W, C].
+    """
+
+    variables: dict
+    clusters: Clusters | None
+    net: Net = struct.field(pytree_node=False)
+    nearest: int = struct.field(pytree_node=False, default=0)
+    bounds: tuple[float, float] | None = struct.field(pytree_node=False, default=(0.0, 1.0))
+
+    def embed(self, x: Float[Array, "B ..."]) -> Float[Array, "B E"]:
+        """Embeddings in eval mode."""
+        return _apply(self, x, "embed")
+
+    def logits(self, x: Float[Array, "B ..."]) -> Float[Array, "B Y"]:
+        """Log-domain logits: logsumexp_j(-|f - mu_cj|^2 / 2 sigma^2) for clusters, else the linear head."""
+        return _apply(self, x, "logits")
+
+    def scores(self, x: Float[Array, "B ..."]) -> Float[Array, "B Y"]:
+        """What the authors attack: exp scores over the D nearest clusters; the logits of a linear head."""
+        return _apply(self, x, "scores")
+
+    def deployed(self, x: Float[Array, "B ..."]) -> Float[Array, "B Y"]:
+        """What `predict` takes the argmax of: log scores over the D nearest clusters (-inf without one)."""
+        return _apply(self, x, "deployed")
+
+    def predict(self, x: Float[Array, "B ..."]) -> Int[Array, "B"]:
+        """Predicted classes; ties go to the first class."""
+        return jnp.argmax(_apply(self, x, "deployed"), axis=1).astype(jnp.int32)
+
+
+@jax.jit(static_argnames="what")
+def _apply(clf: Classifier, x, what):
+    def outputs(x):
+        # float32 throughout: reduced matmul precision would hide the gradients that an attack follows
+        with jax.default_matmul_precision("highest"):
+            logits, z = clf.net.eval(clf.variables, x)
+            if what == "embed":
+                return z
+            if clf.clusters is None:
+                return logits
+            nearest = clf.nearest or None
+            if what == "scores":
+                return clf.clusters.scores(z, nearest)
+            return clf.clusters.log_scores(z, None if what == "logits" else nearest)
+
+    x = jnp.asarray(x, jnp.float32)
+    if x.shape[0] <= 2 * _CHUNK:
+        return outputs(x)
+    whole = x.shape[0] // _CHUNK * _CHUNK
+    chunks = x[:whole].reshape(-1, _CHUNK, *x.shape[1:])
+    result = jax.lax.map(outputs, chunks).reshape(whole, -1)
+    return result if whole == x.shape[0] else jnp.concatenate([result, outputs(x[whole:])])

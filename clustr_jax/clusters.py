@@ -1,0 +1,123 @@
+"""The cluster head: centroids per class, log scores (paper Eq. 4), and the fit that makes them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from clustr_jax.errors import UserError
+from clustr_jax.kmeans import kmeans
+from clustr_jax.losses import MIN_VARIANCE
+
+
+@struct.dataclass
+class Clusters:
+    """K centroids for each of Y classes and one variance; `mask` is False where a class has fewer."""
+
+    centroids: Float[Array, "Y K E"]
+    variance: Float[Array, ""]
+    mask: Bool[Array, "Y K"] | None = None
+
+    @property
+    def valid(self) -> Bool[Array, "Y K"]:
+        """`mask`, with None spelled out."""
+        return jnp.ones(self.centroids.shape[:2], bool) if self.mask is None else self.mask
+
+    def squared_distances(self, z: Float[Array, "B E"]) -> Float[Array, "B Y K"]:
+        """|z - mu|^2 from differences (the expanded square would lose the digits an attack needs)."""
+        return jnp.sum(jnp.square(z[:, None, None, :] - self.centroids[None]), axis=-1)
+
+    def log_scores(self, z: Float[Array, "B E"], nearest: int | None = None) -> Float[Array, "B Y"]:
+        """z_c = logsumexp_j(-|z - mu_cj|^2 / 2 sigma^2): Eq. 4 before normalisation, in nats.
+
+        `nearest` keeps only the D nearest clusters over all classes, as the paper's inference does on
+        CIFAR-100; a class that owns none of them gets -inf. Without it every entry is finite.
+        """
+        squared = self.squared_distances(z)
+        keep = jnp.broadcast_to(self.valid[None], squared.shape)
+        if nearest is not None and nearest < self.centroids.shape[0] * self.centroids.shape[1]:
+            if nearest < 1:
+                raise UserError(f"nearest must be at least 1, got {nearest}")
+            flat = jnp.where(keep, squared, jnp.inf).reshape(z.shape[0], -1)
+            _, index = jax.lax.top_k(-flat, nearest)
+            chosen = jnp.zeros(flat.shape, bool).at[jnp.arange(z.shape[0])[:, None], index].set(True)
+            keep = keep & chosen.reshape(keep.shape)
+        exponents = jnp.where(keep, -squared / (2 * self.variance), -jnp.inf)
+        empty = ~jnp.any(keep, axis=-1)
+        # logsumexp of an empty set has a NaN gradient: compute it on something finite and drop it.
+        safe = jnp.where(empty[..., None], 0.0, exponents)
+        return jnp.where(empty, -jnp.inf, jax.nn.logsumexp(safe, axis=-1))
+
+    def scores(self, z: Float[Array, "B E"], nearest: int | None = None) -> Float[Array, "B Y"]:
+        """exp(log_scores), the authors' "logits". They underflow to 0 and saturate: only for their protocol."""
+        return jnp.exp(self.log_scores(z, nearest))
+
+    def probs(self, z: Float[Array, "B E"], nearest: int | None = None) -> Float[Array, "B Y"]:
+        """Class probabilities p_c of Eq. 4."""
+        return jax.nn.softmax(self.log_scores(z, nearest))
+
+
+def fit(
+    key: Array,
+    z: Float[Array, "N E"],
+    y: Int[Array, "N"],
+    *,
+    num_classes: int,
+    k: int | tuple[int, ...] = 2,
+    n_init: int = 1,
+    max_iter: int = 20,
+) -> Clusters:
+    """k-means++ of each class's embeddings -> Clusters.
+
+    sigma^2 is the mean squared distance to the nearest own-class centroid, divided by N - 1 (paper
+    Eq. 3). Raises UserError where a class has fewer than k members; a class with fewer than k
+    *distinct* embeddings gets fewer clusters (`mask`).
+    """
+    return fit_assign(key, z, y, num_classes=num_classes, k=k, n_init=n_init, max_iter=max_iter)[0]
+
+
+def fit_assign(key, z, y, *, num_classes, k=2, n_init=1, max_iter=20) -> tuple[Clusters, Int[Array, "N"]]:
+    """As `fit`, with the cluster of each example: class * K + the nearest of its own class."""
+    per_class = (k,) * num_classes if isinstance(k, int) else tuple(k)
+    if len(per_class) != num_classes or min(per_class) < 1:
+        raise UserError(f"k must be a positive int or one per class ({num_classes}), got {k}")
+    labels = np.asarray(y)
+    counts = np.bincount(labels, minlength=num_classes)
+    if len(counts) > num_classes:
+        raise UserError(f"labels must lie in 0..{num_classes - 1}, got {labels.max()}")
+    for c, (count, wanted) in enumerate(zip(counts, per_class, strict=True)):
+        if count < wanted:
+            raise UserError(f"class {c} has {count} examples, fewer than k={wanted} clusters: lower k or add data")
+    blocks = np.full((num_classes, counts.max()), -1, np.int32)
+    order = np.argsort(labels, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    for c in range(num_classes):
+        blocks[c, : counts[c]] = order[starts[c] : starts[c] + counts[c]]
+    limits = jnp.asarray(per_class, jnp.int32)
+    return _fit(key, z, jnp.asarray(labels, jnp.int32), blocks, limits, max(per_class), n_init, max_iter)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "n_init", "max_iter"))
+def _fit(key, z, y, blocks, limits, k, n_init, max_iter):
+    """One compiled call for all classes; `blocks` [Y, max count] holds each class's examples, -1 = none."""
+
+    def one_class(task):
+        key, block, limit = task
+        points = z[jnp.maximum(block, 0)]
+        result = kmeans(key, points, k, mask=block >= 0, n_init=n_init, max_iter=max_iter, limit=limit)
+        return result.centroids, result.valid
+
+    # One class after the other: on CPU faster than vmap, on every device a fraction of its memory.
+    keys = jax.random.split(key, blocks.shape[0])
+    centroids, mask = jax.lax.map(one_class, (keys, blocks, limits))
+
+    own = centroids[y]
+    squared = jnp.sum(jnp.square(z[:, None, :] - own), axis=-1)
+    squared = jnp.where(mask[y], squared, jnp.inf)
+    nearest = jnp.argmin(squared, axis=1)
+    variance = jnp.sum(jnp.min(squared, axis=1)) / max(z.shape[0] - 1, 1)
+    clusters = Clusters(centroids, jnp.maximum(variance, MIN_VARIANCE), mask)
+    return clusters, y * k + nearest.astype(jnp.int32)

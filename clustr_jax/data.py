@@ -1,0 +1,246 @@
+"""Data sets as arrays in memory, subsets of them, and augmentation on the device.
+
+Images are kept as uint8 (pixels = uint8 / scale); `load` gives them as float32 in [0, 1].
+Prepared TFDS sets are read without TensorFlow; `python -m clustr_jax.data NAME` prepares one.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from clustr_jax.errors import UserError
+
+# Published sizes of the splits, and per-channel statistics of the pixels in [0, 1] that the authors'
+# code uses (CIFAR-100 with CIFAR-10's; the std is that of per-image averages: fidelity.md row 26).
+_TFDS = {
+    "cifar10": dict(sizes=(50_000, 10_000), num_classes=10),
+    "cifar100": dict(sizes=(50_000, 10_000), num_classes=100),
+    "svhn_cropped": dict(sizes=(73_257, 26_032), num_classes=10),
+}
+_ALIASES = {"svhn": "svhn_cropped"}
+NAMES = (*_TFDS, "digits", "toy2d")
+_PADDING = 4  # of the random crop
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split: `images` uint8 (or float32 points), `labels` int32, and what it is."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    scale: float  # pixel in [0, 1] = image / scale; 1 for points
+    bounds: tuple[float, float] | None  # None: no box (points)
+    subset: str  # "" for the official split, else what it is instead
+
+    def __len__(self):
+        return len(self.labels)
+
+    def take(self, index, what: str) -> "Split":
+        """The examples at `index`; `what` is added to the description of the subset."""
+        subset = f"{self.subset}, {what}" if self.subset else what
+        return dataclasses.replace(self, images=self.images[index], labels=self.labels[index], subset=subset)
+
+    def pixels(self, index=slice(None)) -> Float[np.ndarray, "N ..."]:
+        """float32 pixels in [0, 1] (points in their own units)."""
+        return self.images[index].astype(np.float32) / np.float32(self.scale)
+
+
+def load(name: str, split: str, data_dir: str | None = None) -> tuple[Float[np.ndarray, "N ..."], Int[np.ndarray, "N"]]:
+    """x float32 [N, H, W, C] in [0, 1] and y int32 [N] of the whole split, "train" or "test".
+
+    Names: cifar10, cifar100, svhn_cropped (= svhn), digits, toy2d (x [N, 2], no box). `data_dir` is
+    where TFDS keeps its prepared sets ($TFDS_DATA_DIR or ~/tensorflow_datasets).
+    """
+    read = load_split(name, split, data_dir)
+    return read.pixels(), read.labels
+
+
+def load_split(name: str, split: str, data_dir: str | None = None) -> Split:
+    """As `load`, undecoded: uint8 images and what is known of the set."""
+    name = _ALIASES.get(name, name)
+    if split not in ("train", "test"):
+        raise UserError(f"split must be train or test, got {split!r}")
+    if name == "digits":
+        return _digits(split)
+    if name == "toy2d" or name.startswith("toy2d_"):
+        return _toy2d(name, split)
+    if name in _TFDS:
+        return _tfds_split(name, split, data_dir)
+    raise UserError(f"unknown data set {name!r}; known: {', '.join(NAMES)}")
+
+
+def _digits(split):
+    """scikit-learn's 1,797 scans of handwritten digits, 8x8, 0..16; every fifth is a test image."""
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    test = np.arange(len(scans.target)) % 5 == 4
+    chosen = test if split == "test" else ~test
+    images = scans.images[chosen].astype(np.uint8)[..., None]
+    return Split(images, scans.target[chosen].astype(np.int32), 10, 16.0, (0.0, 1.0), "")
+
+
+def _toy2d(name, split):
+    """Two binary sets in the plane (the paper does not publish those of its Fig. 3): ours.
+
+    toy2d / toy2d_moons: two interleaved half circles; toy2d_pairs: two Gaussians per class on the
+    corners of a square, classes on opposite corners.
+    """
+    count, seed = (1000, 0) if split == "train" else (500, 1)
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(count) % 2).astype(np.int32)
+    if name in ("toy2d", "toy2d_moons"):
+        angle = rng.uniform(0, np.pi, count)
+        upper = np.stack([np.cos(angle), np.sin(angle)], 1)
+        lower = np.stack([1 - np.cos(angle), 0.5 - np.sin(angle)], 1)
+        points = np.where(labels[:, None] == 0, upper, lower) + 0.1 * rng.standard_normal((count, 2))
+    elif name == "toy2d_pairs":
+        side = np.where(rng.random(count) < 0.5, 1.0, -1.0)
+        centre = np.stack([side, np.where(labels == 0, side, -side)], 1)
+        points = centre + 0.25 * rng.standard_normal((count, 2))
+    else:
+        raise UserError(f"unknown data set {name!r}; toy2d_moons and toy2d_pairs exist")
+    return Split(points.astype(np.float32), labels, 2, 1.0, None, "")
+
+
+def default_data_dir() -> pathlib.Path:
+    """Where TFDS looks: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    return pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+
+
+def _tfds_split(name, split, data_dir):
+    import tensorflow_datasets as tfds
+
+    directory = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
+    builder = _builder(tfds, name, directory)
+    if builder is None:
+        _prepare(name, directory)
+        builder = _builder(tfds, name, directory)
+    if builder is None or split not in builder.info.splits:
+        raise UserError(f"{name} under {directory} has no {split} split; delete the folder and prepare it again")
+    size = builder.info.splits[split].num_examples
+    official = _TFDS[name]["sizes"][("train", "test").index(split)]
+    try:
+        source = builder.as_data_source(split=split)
+        images = np.empty((size, 32, 32, 3), np.uint8)
+        labels = np.empty(size, np.int32)
+        for start in range(0, size, 1000):
+            index = range(start, min(start + 1000, size))
+            for i, example in zip(index, source.__getitems__(list(index)), strict=True):
+                images[i], labels[i] = example["image"], example["label"]
+    except Exception as error:  # array_record raises its own types for missing and truncated files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot read {name}/{split} under {directory}: {reason}; delete it and prepare it again") from error
+    subset = "" if size == official else f"{size} of the official {official} {split} images"
+    return Split(images, labels, _TFDS[name]["num_classes"], 255.0, (0.0, 1.0), subset)
+
+
+def _builder(tfds, name, directory):
+    """The builder of a prepared set that can be read at random, or None."""
+    try:
+        builder = tfds.builder(name, data_dir=directory)
+        builder.info.splits["train"]  # noqa: B018  raises where nothing is prepared
+        formats = builder.info.file_format
+    except (KeyError, ValueError, FileNotFoundError):
+        return None
+    if formats is None or formats.value not in ("array_record", "riegeli"):
+        raise UserError(
+            f"{name} under {directory} is prepared as {formats and formats.value}, which cannot be read at random; "
+            f"set data.dir to another folder to have it prepared as array_record"
+        )
+    return builder
+
+
+def _prepare(name, directory):
+    """Download and prepare in another process: TensorFlow is never imported in this one."""
+    hint = f"{name} is not prepared under {directory}"
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"{hint}; install tensorflow-cpu once and run `python -m clustr_jax.data {name}` to download it, "
+            f"or set data.dir (or TFDS_DATA_DIR) to a folder that has it"
+        )
+    print(f"{hint}: downloading and preparing it, once ...", flush=True)
+    command = [sys.executable, "-m", "clustr_jax.data", name, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{hint} and could not be downloaded: {last}")
+
+
+def stratified(labels: Int[np.ndarray, "N"], size: int, num_classes: int) -> Int[np.ndarray, "size"]:
+    """Sorted indices of a subset whose class proportions are those of `labels` within one example.
+
+    Always the same subset for the same size, whatever the run's seed: runs are compared on the same
+    images.
+    """
+    if not 0 < size <= len(labels):
+        raise UserError(f"a subset of {size} was asked for, of {len(labels)} examples")
+    counts = np.bincount(labels, minlength=num_classes)
+    exact = counts * size / len(labels)
+    quota = np.floor(exact).astype(int)
+    remainder = np.argsort(-(exact - quota), kind="stable")[: size - quota.sum()]
+    quota[remainder] += 1
+    order = np.random.default_rng(0).permutation(len(labels))
+    chosen = [order[labels[order] == c][: quota[c]] for c in range(num_classes)]
+    return np.sort(np.concatenate(chosen))
+
+
+def splits(config) -> tuple[Split, Split, Split]:
+    """(train, val, test) as the config asks: subsets, and the held-out part of the training split."""
+    directory = config.dir or None
+    train, test = (load_split(config.name, split, directory) for split in ("train", "test"))
+    for name in ("train_size", "test_size"):
+        if config[name] < 0:
+            raise UserError(f"data.{name} must be >= 0 (0 = all), got {config[name]}")
+    if not 0 <= config.val_size < 1:
+        raise UserError(f"data.val_size is a fraction of the training split in [0, 1), got {config.val_size}")
+    if config.train_size:
+        train = train.take(stratified(train.labels, config.train_size, train.num_classes), f"{config.train_size} train")
+    if config.test_size:
+        test = test.take(stratified(test.labels, config.test_size, test.num_classes), f"{config.test_size} test")
+    held_out = round(config.val_size * len(train))
+    if not held_out:
+        return train, train.take(slice(0, 0), "none"), test
+    index = stratified(train.labels, held_out, train.num_classes)
+    rest = np.setdiff1d(np.arange(len(train)), index)
+    return dataclasses.replace(train.take(rest, ""), subset=train.subset), train.take(index, "held out"), test
+
+
+def crop_flip(key: Array, images: UInt8[Array, "B H W C"], *, flip: bool = True) -> UInt8[Array, "B H W C"]:
+    """Random crop after zero padding by 4 on each side, and a horizontal flip of every second image."""
+    size, height, width, channels = images.shape
+    crop_key, flip_key = jax.random.split(key)
+    offsets = jax.random.randint(crop_key, (size, 2), 0, 2 * _PADDING + 1)
+    if flip:
+        flipped = jax.random.bernoulli(flip_key, 0.5, (size, 1, 1, 1))
+        images = jnp.where(flipped, images[:, :, ::-1], images)
+    padded = jnp.pad(images, ((0, 0), (_PADDING, _PADDING), (_PADDING, _PADDING), (0, 0)))
+
+    def crop(image, offset):
+        return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), (height, width, channels))
+
+    return jax.vmap(crop)(padded, offsets)
+
+
+def _main(name, directory):
+    """Runs in a process of its own: downloads NAME and prepares it for random access."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name, data_dir=directory, file_format="array_record")
+    builder.download_and_prepare()
+
+
+if __name__ == "__main__":
+    target = _ALIASES.get(sys.argv[1], sys.argv[1]) if len(sys.argv) > 1 else ""
+    if target not in _TFDS:
+        sys.exit(f"usage: python -m clustr_jax.data {{{','.join(_TFDS)}}} [DIR]")
+    _main(target, sys.argv[2] if len(sys.argv) > 2 else default_data_dir())

@@ -1,0 +1,144 @@
+"""k-means++ and Lloyd's algorithm, compiled, with masks. Knows nothing of classes.
+
+Seeding is the greedy k-means++ of Arthur & Vassilvitskii (2007), section 4: each new centroid is
+the best of 2 + floor(ln k) candidates drawn in proportion to the squared distance.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+@struct.dataclass
+class KMeans:
+    """Result of `kmeans`. Surplus clusters (fewer distinct points than k) have `valid` False."""
+
+    centroids: Float[Array, "k E"]
+    assignments: Int[Array, "N"]
+    inertia: Float[Array, ""]
+    valid: Bool[Array, "k"]
+
+
+@functools.partial(jax.jit, static_argnames=("k", "n_init", "max_iter"))
+def kmeans(
+    key: Array,
+    points: Float[Array, "N E"],
+    k: int,
+    *,
+    mask: Bool[Array, "N"] | None = None,
+    n_init: int = 1,
+    max_iter: int = 20,
+    limit: Int[Array, ""] | None = None,
+) -> KMeans:
+    """Cluster the points where `mask` is True; the best inertia of `n_init` seedings wins.
+
+    `limit` (traced) uses only the first so many of the k clusters: classes with different numbers
+    of clusters share one compilation.
+
+    Inertia is the sum of squared distances to the assigned centroid. A cluster that loses all its
+    members moves to the point that is farthest from its centroid. Masked-out points get
+    assignment -1 and count for nothing.
+    """
+    if mask is None:
+        mask = jnp.ones(points.shape[0], bool)
+    weight = mask.astype(points.dtype)
+    # Centring keeps the expanded square of `_squared_distances` accurate.
+    centre = weight @ points / jnp.maximum(jnp.sum(weight), 1.0)
+    centred = jnp.where(mask[:, None], points - centre, 0.0)
+
+    def run(key):
+        centroids, valid = _seed(key, centred, mask, k, k if limit is None else limit)
+        return _lloyd(centred, mask, centroids, valid, max_iter)
+
+    centroids, assignments, inertia, valid = lax.map(run, jax.random.split(key, n_init))
+    best = jnp.argmin(inertia)
+    return KMeans(
+        centroids=centroids[best] + centre,
+        assignments=jnp.where(mask, assignments[best], -1),
+        inertia=inertia[best],
+        valid=valid[best],
+    )
+
+
+def _squared_distances(points, centroids):
+    """|p|^2 - 2 p.c + |c|^2, clipped at 0; one matrix product, for choosing a centroid only."""
+    product = jnp.matmul(points, centroids.T, precision=lax.Precision.HIGHEST)
+    squares = jnp.sum(points**2, axis=1)[:, None] + jnp.sum(centroids**2, axis=1)[None, :]
+    return jnp.maximum(squares - 2 * product, 0.0)
+
+
+def _exact(points, centroid):
+    """Squared distances to one centroid each, from differences: exactly 0 for equal points."""
+    return jnp.sum(jnp.square(points - centroid), axis=-1)
+
+
+def _seed(key, points, mask, k, limit):
+    """Greedy k-means++. Returns (centroids [k, E], valid [k])."""
+    candidates = 2 + int(math.log(k))
+    first_key, *keys = jax.random.split(key, k)
+    first = points[jax.random.categorical(first_key, jnp.where(mask, 0.0, -jnp.inf))]
+    centroids = jnp.zeros((k, points.shape[1]), points.dtype).at[:].set(first)
+    valid = jnp.zeros(k, bool).at[0].set(jnp.any(mask))
+    nearest = jnp.where(mask, _exact(points, first), 0.0)
+
+    def add(carry, step):
+        centroids, valid, nearest = carry
+        i, key = step
+        some_left = jnp.any(nearest > 0) & (i < limit)  # no distinct point is left, or no cluster
+        log_weight = jnp.where(nearest > 0, jnp.log(nearest), -jnp.inf)
+        log_weight = jnp.where(some_left, log_weight, 0.0)
+        drawn = jax.random.categorical(key, log_weight, shape=(candidates,))
+        reduced = jnp.minimum(nearest[None, :], jax.vmap(lambda c: _exact(points, c))(points[drawn]))
+        best = jnp.argmin(jnp.sum(jnp.where(mask, reduced, 0.0), axis=1))
+        centroid = jnp.where(some_left, points[drawn[best]], centroids[0])
+        nearest = jnp.where(some_left & mask, reduced[best], nearest)
+        return (centroids.at[i].set(centroid), valid.at[i].set(some_left), nearest), None
+
+    if k > 1:
+        steps = (jnp.arange(1, k), jnp.stack(keys))
+        (centroids, valid, _), _ = lax.scan(add, (centroids, valid, nearest), steps)
+    return centroids, valid
+
+
+def _lloyd(points, mask, centroids, valid, max_iter):
+    """Lloyd iterations until no assignment changes, or `max_iter`."""
+    k = centroids.shape[0]
+
+    def assign(centroids):
+        squared = jnp.where(valid[None, :], _squared_distances(points, centroids), jnp.inf)
+        return jnp.argmin(squared, axis=1)
+
+    def update(centroids, assignments):
+        member = jax.nn.one_hot(assignments, k, dtype=points.dtype) * mask[:, None]
+        counts = jnp.sum(member, axis=0)
+        sums = jnp.matmul(member.T, points, precision=lax.Precision.HIGHEST)
+        means = jnp.where(counts[:, None] > 0, sums / jnp.maximum(counts, 1.0)[:, None], centroids)
+        empty = valid & (counts == 0)
+
+        def repair(means):
+            distances = jnp.where(mask, _exact(points, means[assignments]), -1.0)
+            _, farthest = lax.top_k(distances, min(k, distances.shape[0]))  # the i-th empty cluster takes the i-th farthest point
+            rank = jnp.cumsum(empty) - 1
+            return jnp.where(empty[:, None], points[farthest[jnp.maximum(rank, 0)]], means)
+
+        return lax.cond(jnp.any(empty), repair, lambda means: means, means)
+
+    def unfinished(carry):
+        _, _, moved, i = carry
+        return moved & (i < max_iter)
+
+    def iterate(carry):
+        centroids, assignments, _, i = carry
+        centroids = update(centroids, assignments)
+        new = assign(centroids)
+        return centroids, new, jnp.any((new != assignments) & mask), i + 1
+
+    start = (centroids, assign(centroids), jnp.array(True), jnp.array(0))
+    centroids, assignments, _, _ = lax.while_loop(unfinished, iterate, start)
+    inertia = jnp.sum(jnp.where(mask, _exact(points, centroids[assignments]), 0.0))
+    return centroids, assignments, inertia, valid

@@ -1,0 +1,95 @@
+"""From a work directory, or a stage's folder, back to a network."""
+
+import pathlib
+
+import jax
+from ml_collections import ConfigDict
+
+from clustr_jax import data, models
+from clustr_jax.checkpoints import Checkpoints, read_json
+from clustr_jax.classifier import Classifier
+from clustr_jax.errors import UserError
+from clustr_jax.models import Net
+from clustr_jax.objectives import METHODS
+
+
+def build_net(config, split: data.Split) -> Net:
+    """The config's network for the shape and classes of this data."""
+    shape = split.images.shape[1:]
+    channels = shape[-1]
+    for name in ("mean", "std"):
+        if len(config.model[name]) not in (1, channels):
+            raise UserError(f"model.{name} must have 1 or {channels} values for {config.data.name}, got {config.model[name]}")
+    return models.build(
+        config.model.name,
+        num_classes=split.num_classes,
+        input_shape=shape,
+        mean=config.model.mean,
+        std=config.model.std,
+        width=config.model.width,
+    )
+
+
+def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
+    """The classifier of a work directory (its newest finished stage) or of a stage's folder.
+
+    `head` "clusters" or "linear" chooses what predicts; None takes the method's own. Raises UserError
+    where there is nothing to load.
+    """
+    stage = _stage(path)
+    config = ConfigDict(read_json(stage.parent / "config.json"))
+    done = read_json(stage / "done.json")
+    method = METHODS[config.method]
+    own = method.head if stage.name == "2_train" else METHODS[method.warmup].head
+    if head not in (None, "clusters", "linear"):
+        raise UserError(f"head must be clusters, linear or None, got {head!r}")
+    if head == "clusters" and own == "linear":
+        raise UserError(f"{stage} has no clusters: {config.method} ends in a linear head there; fit some with clusters.fit")
+    net = models.build(
+        config.model.name,
+        num_classes=done["num_classes"],
+        input_shape=tuple(done["input_shape"]),
+        mean=tuple(config.model.mean),
+        std=tuple(config.model.std),
+        width=config.model.width,
+    )
+    checkpoints = Checkpoints(stage / "checkpoints")
+    try:
+        abstract = jax.eval_shape(net.init, jax.random.key(0))
+        variables = checkpoints.model(abstract)
+        clusters = None
+        if (head or own) == "clusters":
+            embedding = jax.eval_shape(net.eval, abstract, jax.ShapeDtypeStruct((1, *net.input_shape), "float32"))
+            k = max(config.magnet.k_per_class) if config.magnet.k_per_class else config.magnet.k
+            clusters = checkpoints.clusters(net.num_classes, k, embedding.embeddings.shape[-1])
+    finally:
+        checkpoints.close()
+    return Classifier(
+        variables,
+        clusters,
+        net,
+        nearest=config.eval.nearest if clusters is not None else 0,
+        bounds=None if config.data.name.startswith("toy2d") else (0.0, 1.0),
+    )
+
+
+def model_variables(path: str | pathlib.Path, net: Net) -> dict:
+    """{params, batch_stats} for `net` of the newest checkpoint of a stage (finished or not asked for)."""
+    stage = _stage(path)
+    checkpoints = Checkpoints(stage / "checkpoints")
+    try:
+        abstract = jax.eval_shape(net.init, jax.random.key(0))
+        return checkpoints.model(abstract)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"the model in {stage} does not fit this config's network: {str(error).splitlines()[0]}") from error
+    finally:
+        checkpoints.close()
+
+
+def _stage(path) -> pathlib.Path:
+    """The folder of a finished stage: the path itself, or the newest one in a work directory."""
+    path = pathlib.Path(path).expanduser().resolve()
+    for folder in (path, path / "2_train", path / "1_warmup"):
+        if (folder / "done.json").exists():
+            return folder
+    raise UserError(f"no finished stage in {path}; expected a work directory of run.py, or its 1_warmup or 2_train")

@@ -1,0 +1,88 @@
+"""Losses: arrays in, one value per example out.
+
+Shape legend: B batch, Y classes, M x S Magnet batch (M clusters of S samples), E embedding.
+All of them work on logits in the log domain; none of them knows a network.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Below this a variance is a rounding artefact: all embeddings coincide (losses stay finite there).
+MIN_VARIANCE = 1e-12
+
+
+def cross_entropy(logits: Float[Array, "B Y"], y: Int[Array, "B"] | Float[Array, "B Y"]) -> Float[Array, "B"]:
+    """Cross entropy in nats; `y` holds labels [B] or target probabilities [B, Y]."""
+    log_probs = jax.nn.log_softmax(logits)
+    if y.ndim == 1:
+        return -jnp.take_along_axis(log_probs, y[:, None], axis=1)[:, 0]
+    return -jnp.sum(jnp.where(y > 0, y * log_probs, 0.0), axis=1)
+
+
+def kl(logits: Float[Array, "B Y"], probs: Float[Array, "B Y"]) -> Float[Array, "B"]:
+    """KL(probs || softmax(logits)) in nats, with 0 log 0 = 0."""
+    entropy = -jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=1)
+    return cross_entropy(logits, probs) - entropy
+
+
+def margin(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]:
+    """max_{c != y} z_c - z_y: positive exactly where the example is misclassified (CW loss).
+
+    For a nearest-centroid head its gradient has no factor that vanishes for confident examples,
+    which cross entropy has (docs/fidelity.md, "why the paper's attack is blind").
+    """
+    own = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
+    return jnp.max(_without(logits, y), axis=1) - own
+
+
+def dlr(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]:
+    """Difference of logits ratio (Croce & Hein 2020, eq. 6): scale-free margin; needs Y >= 3."""
+    if logits.shape[1] < 3:
+        raise ValueError(f"dlr needs at least 3 classes, got {logits.shape[1]}; use losses.margin")
+    top = jax.lax.top_k(logits, 3)[0]
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def _without(logits, y):
+    """The logits with the own class at -inf."""
+    own = jnp.arange(logits.shape[1])[None, :] == y[:, None]
+    return jnp.where(own, -jnp.inf, logits)
+
+
+def magnet_loss(
+    z: Float[Array, "M S E"],
+    classes: Int[Array, "M"],
+    *,
+    alpha: float = 12.5,
+    mask: Bool[Array, "M S"] | None = None,
+) -> tuple[Float[Array, "M S"], Float[Array, ""]]:
+    """Magnet loss (paper Eq. 3) of a batch of M clusters x S samples, in the log domain.
+
+    Means and variance are those of the batch (Rippel et al. 2016), and gradients flow through both:
+    loss = relu(alpha + d_own^2 / 2 sigma^2 + log sum_{clusters of other classes} exp(-d^2 / 2 sigma^2)),
+    sigma^2 = sum d_own^2 / (count - 1), the trace of the within-cluster covariance.
+    Masked entries have loss 0 and take no part in means and variance; a row without members takes
+    none at all; without a cluster of another class the loss is 0.
+
+    Returns (loss [M, S], variance []).
+    """
+    num_rows, num_samples, _ = z.shape
+    if mask is None:
+        mask = jnp.ones((num_rows, num_samples), bool)
+    weight = mask.astype(z.dtype)
+    members = jnp.sum(weight, axis=1)
+    means = jnp.sum(z * weight[..., None], axis=1) / jnp.maximum(members, 1.0)[:, None]
+    own = jnp.sum(jnp.square(z - means[:, None, :]), axis=-1)
+    variance = jnp.sum(own * weight) / jnp.maximum(jnp.sum(weight) - 1.0, 1.0)
+    variance = jnp.maximum(variance, MIN_VARIANCE)
+    # Direct differences, never |z|^2 + |mu|^2 - 2 z.mu: the expanded square loses the digits that matter.
+    squared = jnp.sum(jnp.square(z[:, :, None, :] - means[None, None, :, :]), axis=-1)
+    other = (classes[:, None] != classes[None, :]) & (members > 0)[None, :]
+    exponents = jnp.where(other[:, None, :], -squared / (2 * variance), -jnp.inf)
+    has_other = jnp.any(other, axis=1)[:, None]
+    # log sum exp over an empty set is -inf with a NaN gradient: give it something finite, then drop it.
+    exponents = jnp.where(has_other[..., None], exponents, 0.0)
+    attraction = own / (2 * variance)
+    hinge = jax.nn.relu(alpha + attraction + jax.nn.logsumexp(exponents, axis=-1))
+    return jnp.where(mask & has_other, hinge, 0.0), variance

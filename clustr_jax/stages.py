@@ -1,0 +1,340 @@
+"""The stages of a run, in order, and what is handed from one to the next.
+
+    1_warmup -> 2_train -> evaluate
+
+A training stage starts from, in this order: its own newest checkpoint (resume); `config.init_from`
+(the first stage only); the previous stage's model (parameters and batch statistics, nothing else);
+fresh parameters. A finished stage is skipped.
+"""
+
+import dataclasses
+import math
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from clustr_jax import data, evaluate, loading, models, results, train
+from clustr_jax.checkpoints import Checkpoints, write_json
+from clustr_jax.classifier import Classifier
+from clustr_jax.errors import UserError
+from clustr_jax.objectives import METHODS
+from clustr_jax.progress import Progress, duration
+from clustr_jax.workdir import Workdir, config_dict
+
+WARMUP, TRAIN, EVALUATE = "1_warmup", "2_train", "evaluate"
+STAGES = (WARMUP, TRAIN, EVALUATE)
+# A compiled chunk of steps lasts about this long: progress and signals are served in between.
+_CHUNK_SECONDS = 3.0
+# Long epochs leave checkpoints inside them.
+_CHECKPOINT_SECONDS = 600.0
+
+
+@dataclasses.dataclass
+class Run:
+    """What every stage needs."""
+
+    config: object
+    workdir: Workdir
+    progress: Progress
+    net: models.Net
+    train_split: data.Split
+    val_split: data.Split
+    test_split: data.Split
+
+    def key(self, stage: str):
+        """A stream of randomness for each stage."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), STAGES.index(stage))
+
+
+def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = None) -> dict[str, dict]:
+    """Run (or resume, or skip) the stages and return the results by name; prints as it goes.
+
+    `stages` None means all that the method has. Raises UserError, before anything is computed, for
+    settings that cannot work.
+    """
+    console = Console()
+    config = shrink(config) if config.smoke else config
+    method = _method(config)
+    wanted = _wanted(stages, method)
+    evaluate.check_config(config)
+    place = Workdir(workdir or default_workdir(config))
+    splits = data.splits(config.data)
+    net = loading.build_net(config, splits[0])
+    _check_training(config, method, net, splits[0])
+    place.open(config)
+    with Progress(console) as progress:
+        this = Run(config, place, progress, net, *splits)
+        _introduce(this)
+        for stage in wanted:
+            if stage == EVALUATE:
+                _evaluate(this)
+            else:
+                _train(this, stage)
+    found = {name: results.load(place.results, name) for name in ("clean", *config.eval.protocols)}
+    found = {name: result for name, result in found.items() if result is not None}
+    if EVALUATE in wanted and found:
+        console.print(results.side_by_side(found))
+        console.print(f"results: {place.results}", highlight=False, soft_wrap=True)
+    return found
+
+
+def default_workdir(config) -> pathlib.Path:
+    """runs/<dataset>-<method>[-<variant>]"""
+    parts = [config.data.name, config.method, config.variant] if config.variant else [config.data.name, config.method]
+    name = "-".join(parts)
+    if pathlib.PurePath(name).name != name:
+        raise UserError(f"variant may not contain path separators, got {config.variant!r}")
+    return pathlib.Path("runs") / (name + ("-smoke" if config.smoke else ""))
+
+
+def shrink(config):
+    """The same job in seconds: few images, one epoch, a narrow network, few attack steps."""
+    config = config.copy_and_resolve_references()
+    per_class = 40 if config.data.name != "cifar100" else 4
+    classes = {"cifar100": 100, "toy2d": 2}.get(config.data.name, 10)
+    config.data.train_size = min(config.data.train_size or math.inf, per_class * classes)
+    config.data.test_size = min(config.data.test_size or math.inf, 200)
+    for recipe in (config.warmup, config.train):
+        recipe.epochs = min(recipe.epochs, 1)
+        recipe.batch_size = min(recipe.batch_size, 64)
+    config.model.width = min(config.model.width or 4, 4)
+    config.magnet.samples = min(config.magnet.samples, 4)
+    config.magnet.n_init = 1
+    config.eval.n = min(config.eval.n or 32, 32)
+    config.eval.lanes = min(config.eval.lanes, 32)
+    config.eval.attack.steps = min(config.eval.attack.steps, 4)
+    config.eval.attack.restarts = min(config.eval.attack.restarts, 2)
+    config.eval.paper_steps = tuple(sorted({min(steps, 4) for steps in config.eval.paper_steps}))
+    config.eval.sweep = config.eval.sweep[:1]
+    return config
+
+
+def _method(config):
+    if config.method not in METHODS:
+        raise UserError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
+    return METHODS[config.method]
+
+
+def _wanted(stages, method):
+    """The stages to run, in order; a method without a warm-up has no 1_warmup."""
+    unknown = [s for s in stages or () if s not in STAGES]
+    if unknown:
+        raise UserError(f"unknown stage {unknown[0]!r}; known: {', '.join(STAGES)}")
+    return [s for s in STAGES if s in (stages or STAGES) and (s != WARMUP or method.warmup)]
+
+
+def _check_training(config, method, net, train_split):
+    """Refuse now what would fail after the warm-up."""
+    if config.train.lam < 0 or config.magnet.alpha < 0:
+        raise UserError(f"train.lam and magnet.alpha must be >= 0, got {config.train.lam} and {config.magnet.alpha}")
+    for name, recipe in (("warmup", config.warmup), ("train", config.train)):
+        if recipe.epochs < 0 or recipe.batch_size < 1 or not recipe.lr > 0:
+            raise UserError(
+                f"{name}: epochs must be >= 0, batch_size >= 1 and lr > 0, "
+                f"got {recipe.epochs}, {recipe.batch_size} and {recipe.lr}"
+            )
+        train.optimizer(recipe, 1)
+    evaluate.check_settings(eps=config.train.attack.eps, step_size=config.train.attack.step_size)
+    if config.data.augment not in ("crop_flip", "crop", "none"):
+        raise UserError(f"data.augment must be crop_flip, crop or none, got {config.data.augment!r}")
+    if method.sampler == "magnet":
+        train.rows(config, net.num_classes)
+        counts = np.bincount(train_split.labels, minlength=net.num_classes)
+        for c, (count, k) in enumerate(zip(counts, train.per_class(config, net.num_classes), strict=True)):
+            if count < k:
+                raise UserError(f"class {c} has {count} training images, fewer than its k={k} clusters; lower magnet.k")
+
+
+def _introduce(this):
+    """What is about to be trained, on what."""
+    config, progress = this.config, this.progress
+    devices = ", ".join(sorted({f"{d.platform} ({d.device_kind})" for d in jax.devices()}))
+    count = sum(p.size for p in jax.tree.leaves(jax.eval_shape(this.net.init, jax.random.key(0))["params"]))
+    progress.line(f"{config.method} on {config.data.name}, {config.model.name} with {count:,} parameters, {devices}")
+    subset = " and ".join(s.subset for s in (this.train_split, this.test_split) if s.subset)
+    progress.line(
+        f"data: {len(this.train_split):,} train, {len(this.val_split):,} held out, {len(this.test_split):,} test"
+        + (f" (a subset: {subset})" if subset else "")
+    )
+    if METHODS[config.method].sampler == "magnet":
+        clusters = train.per_class(config, this.net.num_classes)
+        progress.line(
+            f"clusters: {sum(clusters)} in all, {train.rows(config, this.net.num_classes)} x "
+            f"{config.magnet.samples} images per Magnet batch"
+        )
+    progress.line(f"work directory: {this.workdir.root}")
+
+
+def _train(this: Run, stage: str) -> None:
+    """One training stage, from wherever it stands to its end."""
+    config, progress = this.config, this.progress
+    folder = this.workdir.stage(stage)
+    done = this.workdir.finished(stage)
+    if done:
+        progress.line(f"{stage}: finished before ({done['reason']} after {done['epochs']} epochs)")
+        return
+    method = METHODS[METHODS[config.method].warmup if stage == WARMUP else config.method]
+    recipe = config.warmup if stage == WARMUP else config.train
+    train_set = train.TrainSet(
+        jnp.asarray(this.train_split.images),
+        jnp.asarray(this.train_split.labels),
+        scale=this.train_split.scale,
+        augment=config.data.augment,
+    )
+    trainer = train.Trainer(this.net, method, config, recipe, len(this.train_split))
+    key = this.key(stage)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    state = _start(this, stage, trainer, checkpoints, train_set, key)
+    try:
+        reason, epochs = _epochs(this, stage, trainer, checkpoints, state, train_set, key)
+    finally:
+        checkpoints.close()
+    write_json(folder / "done.json", {
+        "reason": reason, "epochs": epochs,
+        "num_classes": this.net.num_classes, "input_shape": list(this.net.input_shape),
+    })  # fmt: skip
+
+
+def _start(this, stage, trainer, checkpoints, train_set, key):
+    """The state to go on from: resume > init_from > previous stage > scratch."""
+    config, progress = this.config, this.progress
+    if checkpoints.latest is not None:
+        template = train.blank(trainer, this.net.init(key), train_set, key)
+        state = checkpoints.restore(template)
+        this.workdir.rewind(stage, int(state.step))
+        progress.line(f"{stage}: resuming after {int(state.step)} steps")
+        return state
+    first = METHODS[config.method].warmup is None or stage == WARMUP
+    this.workdir.rewind(stage, -1)  # records of a run that was killed before its first checkpoint
+    if first and config.init_from:
+        progress.line(f"{stage}: starting from {config.init_from}")
+        variables = loading.model_variables(config.init_from, this.net)
+    elif not first:
+        if this.workdir.finished(WARMUP) is None:
+            raise UserError(f"{stage} needs {WARMUP}, which is not finished in {this.workdir.root}; run it first")
+        variables = loading.model_variables(this.workdir.stage(WARMUP), this.net)
+    else:
+        variables = this.net.init(jax.random.fold_in(key, config.seed))
+    state = train.create(trainer, variables)
+    if trainer.magnet:
+        progress.status(f"{stage}: first k-means++ on the network's own embeddings")
+        state = train.refit(trainer, state, train_set, key)
+    return train.reset_totals(trainer, state, train_set, key)
+
+
+def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
+    """Train to the end of the stage. Returns (why it ended, epochs)."""
+    config, recipe, per_epoch = this.config, trainer.recipe, trainer.steps_per_epoch
+    target = recipe.get("target", 0.0) if stage == WARMUP else 0.0
+    _, rate = train.optimizer(recipe, per_epoch)
+    val_x, val_y = this.val_split.pixels(), this.val_split.labels
+    step, chunk, saved = int(state.step), 1, time.monotonic()
+    records = [r for r in this.workdir.records() if r["stage"] == stage]
+    if records and target and records[-1]["val_accuracy"] >= target:
+        return "target reached", records[-1]["epoch"]
+    while step < recipe.epochs * per_epoch:
+        epoch = step // per_epoch
+        order = train.epoch_order(key, trainer.size, epoch)
+        started, start_step = time.monotonic(), step
+        while step < (epoch + 1) * per_epoch:
+            count = min(chunk, (epoch + 1) * per_epoch - step)
+            before = time.monotonic()
+            state = jax.block_until_ready(train.run_steps(trainer, state, train_set, order, key, count))
+            seconds = time.monotonic() - before
+            step += count
+            totals = {k: float(v) / (step - epoch * per_epoch) for k, v in state.totals.items()}
+            if not math.isfinite(totals["loss"]):
+                raise UserError(
+                    f"{stage}: the loss is {totals['loss']} near step {step} (epoch {epoch + 1}); lower the rate "
+                    f"({stage[2:]}.lr={recipe.lr}); the last checkpoint in {checkpoints.directory} is intact"
+                )
+            if count == chunk:  # grow, or shrink, towards the wanted length
+                chunk = max(1, min(int(chunk * _CHUNK_SECONDS / max(seconds, 1e-3)), 4 * chunk))
+            speed = (step - start_step) * trainer.batch_size / (time.monotonic() - started)
+            left = (recipe.epochs * per_epoch - step) * trainer.batch_size / speed
+            this.progress.status(
+                f"{stage}  epoch {epoch + 1}/{recipe.epochs}  step {step - epoch * per_epoch}/{per_epoch}  "
+                f"{_metrics(totals)}  {speed:.0f} images/s  at most {duration(left)} left"
+            )
+            if time.monotonic() - saved > _CHECKPOINT_SECONDS and step < (epoch + 1) * per_epoch:
+                checkpoints.save(state)
+                saved = time.monotonic()
+        if trainer.magnet:
+            state = train.refit(trainer, state, train_set, key)
+        clf = Classifier(state.variables, state.clusters if trainer.method.head == "clusters" else None, this.net)
+        val = results.fraction(evaluate.clean(clf, val_x, val_y)) if len(val_y) else 0.0
+        record = {
+            "stage": stage, "epoch": epoch + 1, "step": step, **totals, "val_accuracy": val,
+            "learning_rate": float(rate(step - 1)),
+            "epoch_seconds": time.monotonic() - started, "images_per_second": speed,
+        }  # fmt: skip
+        this.workdir.log(record)
+        state = train.reset_totals(trainer, state, train_set, key)
+        checkpoints.save(state)
+        saved = time.monotonic()
+        this.progress.line(
+            f"{stage}  epoch {epoch + 1:3d}/{recipe.epochs}  {_metrics(totals)}  "
+            f"held-out {100 * val:.1f} %  {speed:.0f} images/s  {duration(record['epoch_seconds'])}"
+        )
+        if target and val >= target:
+            return "target reached", epoch + 1
+    if step == 0:  # no epochs asked for: the start is the result
+        checkpoints.save(state)
+    return "all epochs", recipe.epochs
+
+
+def _metrics(totals):
+    shown = {"loss": "loss {:.3f}", "accuracy": "accuracy {:.1%}", "adversarial_accuracy": "adversarial {:.1%}"}
+    return "  ".join(form.format(totals[name]) for name, form in shown.items() if name in totals)
+
+
+def _evaluate(this: Run) -> None:
+    """clean.json and one JSON per protocol; a result of the same config is kept."""
+    config, progress, folder = this.config, this.progress, this.workdir.results
+    if this.workdir.finished(TRAIN) is None:
+        raise UserError(f"nothing to evaluate: {TRAIN} is not finished in {this.workdir.root}; run it first")
+    clf = loading.load(this.workdir.root)
+    clf = clf.replace(nearest=config.eval.nearest if clf.clusters is not None else 0)
+    test = this.test_split
+    index = data.stratified(test.labels, config.eval.n, test.num_classes) if config.eval.n else np.arange(len(test))
+    examples = evaluate.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
+    content = config_dict(config)
+    content.pop("variant")
+    content["data"].pop("dir")
+    content["eval"].pop("protocols")
+    subset = "; ".join(s.subset for s in (this.train_split, test) if s.subset)
+    for name in ("clean", *config.eval.protocols):
+        identity = results.sha({**content, "result": results.PROTOCOLS[name]})
+        before = results.load(folder, name)
+        if before and before["config_sha"] == identity:
+            progress.line(f"evaluate: {name} was done before")
+            continue
+        started = time.monotonic()
+
+        def report(done, total, value, what, started=started):
+            spent = time.monotonic() - started
+            progress.status(
+                f"evaluate  {what}  restart {done}/{total}  unbroken {100 * value:.1f} %  {duration(spent)}"
+            )
+
+        key = this.key(EVALUATE)
+        if name == "clean":
+            result, outcomes, seconds = evaluate.run_clean(clf, test.pixels(), test.labels)
+        else:
+            result, outcomes, seconds = evaluate.run(name, key, clf, examples, config, report)
+        header = {
+            "dataset": config.data.name, "subset": subset, "n": result.pop("n"), "method": config.method,
+            "protocol": results.PROTOCOLS[name],
+        }  # fmt: skip
+        footer = {
+            "nearest": clf.nearest, "seed": config.seed, "config_sha": identity,
+            "versions": results.versions(), "wall_seconds": seconds,
+        }  # fmt: skip
+        for figure in ("clean", "robust"):
+            header[f"{figure}_interval"] = results.wilson(round(result[figure] * header["n"]), header["n"])
+        results.save(folder, name, {**header, **result, **footer}, outcomes)
+        progress.line(f"evaluate: {name} {100 * result['robust']:.2f} % ({duration(seconds)})")

@@ -1,0 +1,265 @@
+"""The train step of every objective, the epoch as compiled loops, and what happens between epochs."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from clustr_jax import clusters as clusters_lib
+from clustr_jax import data, sampling
+from clustr_jax.clusters import Clusters
+from clustr_jax.errors import UserError
+from clustr_jax.models import Net
+from clustr_jax.objectives import Batch, Method
+from clustr_jax.sampling import Sampler
+
+# Images per pass where nothing is learnt: embedding the training set, accuracy on the held-out part.
+_EVAL_BATCH = 500
+# k-means++ seeds, permutations and steps draw from separate streams of the stage's key.
+_STEPS, _ORDER, _REFIT = 0, 1, 2
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a stage changes; saved and restored as a whole. `totals` sums metrics of the epoch."""
+
+    step: Int[Array, ""]
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+    totals: dict[str, Float[Array, ""]]
+    clusters: Clusters | None = None
+    sampler: Sampler | None = None
+
+    @property
+    def variables(self) -> dict:
+        """What `net.eval` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+@struct.dataclass
+class TrainSet:
+    """The training split on the device: uint8 images (float32 points) and labels."""
+
+    images: Array
+    labels: Int[Array, "N"]
+    scale: float = struct.field(pytree_node=False)
+    augment: str = struct.field(pytree_node=False)
+
+    def batch(self, ids, key=None):
+        """(pixels in [0, 1], labels) of these examples; augmented where there is a key."""
+        images = self.images[ids]
+        if key is not None and self.augment != "none":
+            images = data.crop_flip(key, images, flip=self.augment == "crop_flip")
+        return images.astype(jnp.float32) / self.scale, self.labels[ids]
+
+
+def optimizer(recipe, steps_per_epoch: int) -> tuple[optax.GradientTransformation, Callable]:
+    """(optax transformation, learning rate as a function of the step) of a config section.
+
+    schedule "multistep" multiplies the rate by `decay` at the epochs `milestones` (paper, appendix D);
+    "cosine" anneals to 0; "onecycle" warms up over the first 30 % and anneals to 0.
+    """
+    total = max(1, recipe.epochs * steps_per_epoch)
+    if recipe.schedule == "multistep":
+        boundaries = {int(m) * steps_per_epoch: recipe.decay for m in recipe.milestones}
+        rate = optax.piecewise_constant_schedule(recipe.lr, boundaries)
+    elif recipe.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(recipe.lr, total)
+    elif recipe.schedule == "onecycle":
+        rate = optax.cosine_onecycle_schedule(max(total, 4), recipe.lr)
+    else:
+        raise UserError(f"schedule must be multistep, cosine or onecycle, got {recipe.schedule!r}")
+    if recipe.optimizer == "adam":
+        transform = optax.adamw(rate, weight_decay=recipe.weight_decay)
+    elif recipe.optimizer == "sgd":
+        transform = optax.chain(
+            optax.add_decayed_weights(recipe.weight_decay), optax.sgd(rate, momentum=0.9, nesterov=True)
+        )
+    else:
+        raise UserError(f"optimizer must be adam or sgd, got {recipe.optimizer!r}")
+    return transform, rate
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trainer:
+    """What is fixed in a stage. Compiled functions take it as a static argument (hashed by identity)."""
+
+    net: Net
+    method: Method
+    config: ConfigDict
+    recipe: ConfigDict  # config.warmup or config.train
+    size: int  # of the training set
+
+    @property
+    def magnet(self):
+        return self.method.sampler == "magnet"
+
+    @property
+    def batch_size(self) -> int:
+        """Images per step: M x S, or the recipe's batch (at most the set)."""
+        if self.magnet:
+            return rows(self.config, self.net.num_classes) * self.config.magnet.samples
+        return min(self.recipe.batch_size, self.size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """As many images as the set has, rounded down (paper, appendix D)."""
+        return max(1, self.size // self.batch_size)
+
+
+def rows(config, num_classes: int) -> int:
+    """M, the clusters of a Magnet batch: min(12, all clusters) where config.magnet.clusters is 0."""
+    total = sum(per_class(config, num_classes))
+    wanted = config.magnet.clusters
+    if wanted > total:
+        raise UserError(f"magnet.clusters is {wanted}, but there are only {total} clusters; lower it or set 0")
+    if wanted < 0 or wanted == 1 or config.magnet.samples < 2:
+        raise UserError(
+            f"magnet.clusters must be 0 (automatic) or at least 2 and magnet.samples at least 2, "
+            f"got {wanted} and {config.magnet.samples}"
+        )
+    return wanted or min(12, total)
+
+
+def per_class(config, num_classes: int) -> tuple[int, ...]:
+    """Clusters of each class: magnet.k_per_class, or magnet.k for all."""
+    k = tuple(config.magnet.k_per_class) or (config.magnet.k,) * num_classes
+    if len(k) != num_classes or min(k) < 1:
+        raise UserError(f"magnet.k must be at least 1 and magnet.k_per_class have {num_classes} entries, got {k}")
+    return k
+
+
+def create(trainer: Trainer, variables: dict) -> TrainState:
+    """A fresh state at step 0: new optimiser, no clusters yet."""
+    transform, _ = optimizer(trainer.recipe, trainer.steps_per_epoch)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=transform.init(variables["params"]),
+        totals={},
+    )
+
+
+def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key) -> TrainState:
+    """A state of the right structure and shapes to restore into; nothing in it is meaningful."""
+    state = create(trainer, variables)
+    if trainer.magnet:
+        num_classes = trainer.net.num_classes
+        k = max(per_class(trainer.config, num_classes))
+        x = jax.ShapeDtypeStruct((1, *trainer.net.input_shape), jnp.float32)
+        embedding = jax.eval_shape(trainer.net.eval, variables, x).embeddings.shape[-1]
+        state = state.replace(
+            clusters=Clusters(
+                jnp.zeros((num_classes, k, embedding)), jnp.ones(()), jnp.ones((num_classes, k), bool)
+            ),
+            sampler=sampling.init(None, jnp.zeros(trainer.size, jnp.int32), num_classes * k, initial=0.0),
+        )
+    return reset_totals(trainer, state, train_set, key)
+
+
+def train_step(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key) -> tuple[TrainState, dict]:
+    """One step of any objective: draw, differentiate, update, remember the sampler's losses.
+
+    Returns (state, metrics of the batch). All randomness comes from (key, state.step).
+    """
+    key = jax.random.fold_in(jax.random.fold_in(key, _STEPS), state.step)
+    draw_key, augment_key, objective_key = jax.random.split(key, 3)
+    config = trainer.config
+    if trainer.magnet:
+        drawn = sampling.draw(
+            draw_key,
+            state.sampler,
+            state.clusters,
+            num_clusters=rows(config, trainer.net.num_classes),
+            samples=config.magnet.samples,
+            floor=config.magnet.seed_floor,
+        )
+        ids, mask, classes = drawn.ids.reshape(-1), drawn.mask.reshape(-1), drawn.classes
+    else:
+        start = (state.step % trainer.steps_per_epoch) * trainer.batch_size
+        ids = jax.lax.dynamic_slice(order, (start,), (trainer.batch_size,))
+        mask, classes = jnp.ones(trainer.batch_size, bool), None
+    x, y = train_set.batch(ids, augment_key)
+    batch = Batch(x, y, mask, classes)
+
+    def loss_fn(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        return trainer.method.objective(trainer.net, variables, batch, state.clusters, objective_key, config)
+
+    (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    transform, _ = optimizer(trainer.recipe, trainer.steps_per_epoch)
+    updates, opt_state = transform.update(gradients, state.opt_state, state.params)
+    if trainer.magnet:
+        state = state.replace(sampler=sampling.update(state.sampler, ids, aux.per_example, mask))
+    state = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=aux.batch_stats,
+        opt_state=opt_state,
+    )
+    return state, {"loss": loss, "gradient_norm": optax.global_norm(gradients), **aux.metrics}
+
+
+def reset_totals(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> TrainState:
+    """Metric sums at zero, under the names that this objective reports."""
+    order = jax.ShapeDtypeStruct((trainer.size,), jnp.int32)
+    _, metrics = jax.eval_shape(functools.partial(train_step, trainer), state, train_set, order, key)
+    return state.replace(totals={name: jnp.zeros(()) for name in metrics})
+
+
+@jax.jit(static_argnums=0, donate_argnums=1)
+def run_steps(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key, count) -> TrainState:
+    """`count` (traced) train steps in one compiled loop: any chunk length, one compilation, equal results."""
+
+    def body(_, state):
+        totals = state.totals
+        state, metrics = train_step(trainer, state, train_set, order, key)
+        return state.replace(totals={name: totals[name] + metrics[name] for name in totals})
+
+    return jax.lax.fori_loop(0, count, body, state)
+
+
+@jax.jit(static_argnums=1)
+def epoch_order(key, size: int, epoch) -> Int[Array, "N"]:
+    """The permutation of the training set in this epoch."""
+    key = jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch)
+    return jax.random.permutation(key, size).astype(jnp.int32)
+
+
+@jax.jit(static_argnums=0)
+def embed_all(net: Net, variables, train_set: TrainSet) -> Float[Array, "N E"]:
+    """Embeddings of the whole training split, eval mode, not augmented."""
+    size = train_set.labels.shape[0]
+    starts = jnp.arange(0, size, _EVAL_BATCH)
+    ids = jnp.minimum(starts[:, None] + jnp.arange(_EVAL_BATCH)[None, :], size - 1)
+    z = jax.lax.map(lambda i: net.eval(variables, train_set.batch(i)[0]).embeddings, ids)
+    return z.reshape(-1, z.shape[-1])[:size]
+
+
+def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> TrainState:
+    """Cluster the training set by the network as it is now; examples keep their last seen losses."""
+    config, num_classes = trainer.config, trainer.net.num_classes
+    key = jax.random.fold_in(jax.random.fold_in(key, _REFIT), state.step)
+    fitted, assignments = clusters_lib.fit_assign(
+        key,
+        embed_all(trainer.net, state.variables, train_set),
+        train_set.labels,
+        num_classes=num_classes,
+        k=per_class(config, num_classes),
+        n_init=config.magnet.n_init,
+        max_iter=config.magnet.max_iter,
+    )
+    if state.sampler is None:
+        count = fitted.mask.size
+        sampler = sampling.init(None, assignments, count, initial=config.magnet.alpha)
+    else:
+        sampler = sampling.refit(state.sampler, assignments)
+    return state.replace(clusters=fitted, sampler=sampler)

@@ -1,0 +1,119 @@
+"""The work directory: its config, metrics and result files, and what it refuses."""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+
+import jax
+
+from clustr_jax import results
+from clustr_jax.checkpoints import read_json, write_json
+from clustr_jax.errors import UserError
+
+# A work directory belongs to one training; evaluation settings may change from run to run.
+_TRAINING = ("method", "seed", "smoke", "init_from", "data", "model", "warmup", "train", "magnet")
+
+
+class Workdir:
+    """Paths and small files under one directory."""
+
+    def __init__(self, root: str | pathlib.Path):
+        self.root = pathlib.Path(root).expanduser().resolve()
+
+    @property
+    def results(self) -> pathlib.Path:
+        """Where result files go."""
+        return self.root / "results"
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        """One JSON object per line."""
+        return self.root / "metrics.jsonl"
+
+    def stage(self, name: str) -> pathlib.Path:
+        """Folder of a training stage."""
+        return self.root / name
+
+    def finished(self, name: str) -> dict | None:
+        """What a finished stage left behind (epochs, steps, reason), or None."""
+        path = self.stage(name) / "done.json"
+        return read_json(path) if path.exists() else None
+
+    def open(self, config) -> None:
+        """Write config.json and environment.json, or check that the directory belongs to this training."""
+        content = config_dict(config)
+        path = self.root / "config.json"
+        if path.exists():
+            before = read_json(path)
+            for section in _TRAINING:
+                old, new = before.get(section), content[section]
+                if old != new:
+                    raise UserError(
+                        f"{self.root} was trained with another config ({_difference(section, old, new)}); "
+                        f"use another --workdir, or delete it to start again"
+                    )
+        try:
+            write_json(path, content)
+            write_json(self.root / "environment.json", environment())
+        except OSError as error:
+            raise UserError(f"cannot write to the work directory {self.root}: {error.strerror}") from error
+
+    def log(self, record: dict) -> None:
+        """Append one record to metrics.jsonl."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict]:
+        """All complete records of metrics.jsonl."""
+        if not self.metrics.exists():
+            return []
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                kept.append(json.loads(line))
+            except ValueError:
+                break  # a line cut off by a crash: what follows it was never written
+        return kept
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop the records of `stage` after `step`: the run goes on from there and writes them again."""
+        if self.metrics.exists():
+            kept = [r for r in self.records() if r["stage"] != stage or r["step"] <= step]
+            temporary = self.metrics.with_name(self.metrics.name + ".tmp")
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            temporary.replace(self.metrics)
+
+
+def config_dict(config) -> dict:
+    """The config as JSON values."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def environment() -> dict:
+    """Machine, versions and commit, for the record."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=5,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "commit": commit,
+        "versions": results.versions(),
+        "packages": dict(sorted(packages.items())),
+    }
+
+
+def _difference(section, old, new):
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(set(old) | set(new)):
+            if old.get(name) != new.get(name):
+                return _difference(f"{section}.{name}", old.get(name), new.get(name))
+    return f"{section}: {old!r} there, {new!r} now"

@@ -1,0 +1,73 @@
+"""Train, evaluate and report: python run.py [--config=configs/cifar10.py:clustr_qtrades] [--workdir=DIR].
+
+Without --config it runs configs/digits.py:clustr_qtrades. Run again, it resumes.
+"""
+
+import os
+import pathlib
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+# XLA takes its temporary memory afresh at each call; with huge pages the page faults stop dominating
+# on CPU (docs/performance.md). glibc reads this before Python starts, hence the second exec.
+_TUNABLE = "glibc.malloc.hugetlb=1"
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0 done, 2 a mistake that the user can mend."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    default = str(HERE / "configs" / "digits.py") + ":clustr_qtrades"
+    config_flags.DEFINE_config_file("config", default, "FILE.py[:METHOD]", lock_config=True, flag_values=values)
+    flags.DEFINE_string("workdir", None, "default: runs/<dataset>-<method>[-<variant>]", flag_values=values)
+    flags.DEFINE_list("stages", None, "default: all; comma-separated", flag_values=values)
+    flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
+    try:
+        rest = values(argv)
+        config = values.config
+    except Exception as error:  # the config file is code, and absl raises many types for a mistyped flag
+        return _mistake(_first_line(error))
+    if values.help:
+        print(__doc__)
+        return 0
+    if len(rest) > 1:
+        return _mistake(f"unexpected argument {rest[1]!r}; options start with --")
+
+    from clustr_jax import stages
+    from clustr_jax.errors import UserError
+
+    try:
+        stages.run(config, values.workdir, None if values.stages is None else tuple(values.stages))
+    except UserError as error:
+        return _mistake(_first_line(error))
+    return 0
+
+
+def _first_line(error: Exception) -> str:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split())
+
+
+def _mistake(text: str) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return 2
+
+
+def _prepare_process() -> None:
+    """Settings that must be there before JAX is imported."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and "malloc.hugetlb" not in tunables:
+        os.environ["GLIBC_TUNABLES"] = f"{tunables}:{_TUNABLE}" if tunables else _TUNABLE
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "clustr_jax" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.path.insert(0, str(HERE))  # configs are found from any folder
+
+
+if __name__ == "__main__":
+    _prepare_process()
+    sys.exit(main(sys.argv))

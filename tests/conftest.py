@@ -1,0 +1,66 @@
+"""Settings and fixtures shared by all tests.
+
+Rank promotion raises, so a forgotten axis cannot broadcast silently; a PRNG key used twice
+raises (tests that repeat a call on purpose say so with `jax.random.clone`). Hypothesis is
+derandomised: a red run is red again.
+"""
+
+import os
+import pathlib
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, max_examples=15, database=None
+)
+hypothesis.settings.load_profile("repeatable")
+
+NO_CIFAR10 = (
+    "no prepared TFDS CIFAR-10 (looked for cifar10/*/dataset_info.json in $TFDS_DATA_DIR "
+    "or ~/tensorflow_datasets)"
+)
+
+
+def _data_dir():
+    """The TFDS folder if it holds a prepared CIFAR-10, else None."""
+    folder = os.environ.get("TFDS_DATA_DIR") or pathlib.Path.home() / "tensorflow_datasets"
+    prepared = any(pathlib.Path(folder).glob("cifar10/*/dataset_info.json"))
+    return str(folder) if prepared else None
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "needs_cifar10: skipped without a prepared TFDS CIFAR-10")
+
+
+def pytest_collection_modifyitems(items):
+    if _data_dir() is None:
+        for item in items:
+            if item.get_closest_marker("needs_cifar10"):
+                item.add_marker(pytest.mark.skip(reason=NO_CIFAR10))
+
+
+@pytest.fixture
+def data_dir():
+    """Folder of the prepared data sets; skips the test, saying why, if there is none."""
+    folder = _data_dir()
+    if folder is None:
+        pytest.skip(NO_CIFAR10)
+    return folder
+
+
+@pytest.fixture
+def key():
+    """A fresh key per test; single use, so split it or clone it."""
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def rng():
+    """NumPy generator with a fixed seed, for test data."""
+    return np.random.default_rng(0)

@@ -1,0 +1,275 @@
+"""Cluster head: Eq. 4 in the log domain, its gradients, the `nearest` option, and the fit.
+
+RTOL = 1e-5 of the largest entry covers sums of ~10 float32 terms; gradients get 1e-4.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clustr_jax import clusters, losses
+from clustr_jax.clusters import Clusters
+
+RTOL, GRAD_RTOL = 1e-5, 1e-4
+log_scores = jax.jit(Clusters.log_scores, static_argnames="nearest")
+MASK = np.array([[1, 1], [1, 0], [1, 1], [0, 1]], bool)  # classes with one and with two clusters
+
+
+def close(actual, expected, rtol):
+    expected = np.asarray(expected)
+    scale = np.abs(expected[np.isfinite(expected)]).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * scale)
+
+
+def example(rng, spread=2.0, variance=3.0):
+    """Six embeddings, 4 classes x 2 clusters in 5 dimensions, labels; float32."""
+    centroids = rng.normal(size=(4, 2, 5), scale=spread).astype(np.float32)
+    z = rng.normal(size=(6, 5), scale=spread).astype(np.float32)
+    return z, np.array([0, 1, 2, 3, 0, 1]), centroids, np.float32(variance)
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
+@pytest.mark.parametrize("nearest", [None, 1, 3, 6, 8])
+def test_scores_match_equation_4(nearest, mask, rng):
+    """log_scores, scores and probs, with and without masked clusters and the D nearest only.
+
+    With the mask 6 clusters exist, so nearest = 6 and 8 must both mean all of them.
+    """
+    z, _, centroids, variance = example(rng)
+    head = Clusters(jnp.asarray(centroids), variance, mask=None if mask is None else jnp.asarray(mask))
+    options = dict(mask=mask, nearest=nearest)
+    expected = reference.log_scores(z, centroids, variance, **options)
+    actual = log_scores(head, z, nearest=nearest)
+    assert actual.shape == (6, 4) and actual.dtype == jnp.float32
+    np.testing.assert_array_equal(np.isneginf(actual), np.isneginf(expected))
+    close(actual, expected, RTOL)
+    close(head.scores(z, nearest=nearest), reference.scores(z, centroids, variance, **options), RTOL)
+    probs = head.probs(z, nearest=nearest)
+    close(probs, reference.probs(z, centroids, variance, **options), RTOL)
+    np.testing.assert_allclose(probs.sum(axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("nearest", [None, 5])
+def test_gradients_match_finite_differences(nearest, rng):
+    """d/dz, d/d centroids and d/d variance of a weighted sum of the log scores.
+
+    Five of six clusters are kept, so every class has one and all terms are finite.
+    """
+    z, _, centroids, variance = example(rng)
+    mask = np.array([[1, 1], [1, 1], [1, 0], [0, 1]], bool)
+    weights = rng.normal(size=(6, 4))
+    weights[np.isneginf(reference.log_scores(z, centroids, variance, mask=mask, nearest=nearest))] = 0
+
+    def total(z, centroids, variance):
+        scores = Clusters(centroids, variance, mask=jnp.asarray(mask)).log_scores(z, nearest=nearest)
+        return jnp.sum(jnp.where(weights != 0, weights * scores, 0))
+
+    def expected(z, centroids, variance):
+        scores = reference.log_scores(z, centroids, variance, mask=mask, nearest=nearest)
+        return np.sum(weights[weights != 0] * scores[weights != 0])
+
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(z, centroids, variance)
+    difference = reference.finite_difference
+    close(gradients[0], difference(lambda v: expected(v, centroids, variance), z), GRAD_RTOL)
+    close(gradients[1], difference(lambda v: expected(z, v, variance), centroids), GRAD_RTOL)
+    close(gradients[2], difference(lambda v: expected(z, centroids, v), variance), GRAD_RTOL)
+
+
+def test_cross_entropy_gradient_points_to_the_other_centroids(rng):
+    """fidelity 1.3: grad of log-domain CE = (1/s^2) sum_{c != y} p_c (mubar_c - mubar_y)."""
+    z, y, centroids, variance = example(rng)
+    head = Clusters(jnp.asarray(centroids), variance)
+    gradient = jax.jit(jax.grad(lambda z: losses.cross_entropy(head.log_scores(z), y).sum()))(z)
+    probs = reference.probs(z, centroids, variance)
+    for i, own in enumerate(y):
+        squared = ((np.float64(z[i]) - centroids) ** 2).sum(axis=-1)
+        mean = (reference.softmax(-squared / (2 * variance))[:, :, None] * centroids).sum(axis=1)
+        expected = sum(probs[i, c] * (mean[c] - mean[own]) for c in range(4)) / variance
+        np.testing.assert_allclose(gradient[i], expected, atol=GRAD_RTOL * np.abs(gradient).max())
+
+
+@pytest.mark.parametrize("separation", [1.0, 20.0, 200.0])
+def test_margin_gradient_never_fades(separation, rng):
+    """K = 1: grad of the margin is exactly (mu_c - mu_y) / s^2 at any confidence (up to 20 000 nats here)."""
+    centroids = jnp.array([[[0.0, 0.0]], [[separation, 0.0]]])
+    z = jnp.asarray(rng.normal(size=(5, 2)), jnp.float32)
+    head, y = Clusters(centroids, jnp.float32(1.0)), jnp.zeros(5, jnp.int32)
+    gradient = jax.jit(jax.grad(lambda z: losses.margin(head.log_scores(z), y).sum()))(z)
+    np.testing.assert_allclose(gradient, [[separation, 0.0]] * 5, atol=1e-5 * separation)
+
+
+def test_paper_protocol_cross_entropy(rng):
+    """Exp scores as logits, value and gradient: the loss that the authors' attack climbs."""
+    z, y, centroids, variance = example(rng)
+    head = Clusters(jnp.asarray(centroids), variance)
+
+    def loss(z):
+        return losses.cross_entropy(head.scores(z), y).sum()
+
+    def expected(z):
+        return reference.exp_score_cross_entropy(z, y, centroids, variance).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(z)
+    np.testing.assert_allclose(value, expected(z), rtol=RTOL)
+    close(gradient, reference.finite_difference(expected, z), GRAD_RTOL)
+
+
+def test_log_scores_stay_finite_where_scores_underflow():
+    """1000 nats from every centroid the scores are 0 with gradient 0; the log scores keep both."""
+    head = Clusters(jnp.array([[[0.0, 0.0]], [[10.0, 0.0]]]), jnp.float32(0.5))
+    z, y = jnp.array([[0.0, 40.0]]), jnp.array([0])
+    np.testing.assert_array_equal(head.scores(z), 0)
+    blind = jax.jit(jax.grad(lambda z: losses.cross_entropy(head.scores(z), y)[0]))(z)
+    np.testing.assert_array_equal(blind, 0)
+    np.testing.assert_allclose(head.log_scores(z), [[-1600.0, -1700.0]])
+    seeing = jax.jit(jax.grad(lambda z: losses.margin(head.log_scores(z), y)[0]))(z)
+    np.testing.assert_allclose(seeing, [[20.0, 0.0]], rtol=1e-6)
+
+
+def test_distances_keep_their_digits_far_from_the_origin(rng):
+    """Offset 30, E = 16: the expanded square would be off by |f|^2 * 6e-8 = 1e-3 nats or more.
+
+    Differences of nearby float32 numbers are exact, so 1e-4 of a nat is generous.
+    """
+    centroids = (30 + rng.normal(size=(3, 2, 16), scale=0.3)).astype(np.float32)
+    z = (30 + rng.normal(size=(8, 16), scale=0.3)).astype(np.float32)
+    head = Clusters(jnp.asarray(centroids), jnp.float32(0.05))
+    expected = reference.log_scores(z, centroids, np.float32(0.05))
+    np.testing.assert_allclose(jax.jit(head.log_scores)(z), expected, atol=1e-4, rtol=1e-6)
+
+
+@given(seed=st.integers(0, 10_000), nearest=st.sampled_from([None, 3]))
+def test_scores_and_log_scores_agree_on_the_class(seed, nearest):
+    """argmax(scores) = argmax(log_scores) wherever the largest score is not zero (or tied)."""
+    rng = np.random.default_rng(seed)
+    z, _, centroids, variance = example(rng, spread=rng.uniform(0.5, 20))
+    head = Clusters(jnp.asarray(centroids), variance)
+    scores = np.asarray(head.scores(z, nearest=nearest))
+    logs = np.asarray(log_scores(head, z, nearest=nearest))
+    ordered = np.sort(scores, axis=1)
+    decided = ordered[:, -1] > ordered[:, -2] * (1 + 1e-6)  # not a tie of the rounded exponentials
+    np.testing.assert_array_equal(scores.argmax(axis=1)[decided], logs.argmax(axis=1)[decided])
+    assert (scores >= 0).all() and np.isfinite(log_scores(head, z)).all()
+
+
+@pytest.mark.parametrize("nearest", [1, 2])
+def test_gradients_are_finite_where_a_class_has_no_near_cluster(nearest, rng):
+    """-inf log scores of cut classes must not turn the gradient of a loss into nan."""
+    z, _, centroids, variance = example(rng)
+    head = Clusters(jnp.asarray(centroids), variance, mask=jnp.asarray(MASK))
+    y = log_scores(head, z, nearest=nearest).argmax(axis=1)
+
+    def total(z):
+        scores, probs = head.log_scores(z, nearest=nearest), head.probs(z, nearest=nearest)
+        return jnp.sum(losses.cross_entropy(scores, y) + losses.margin(scores, y)) + jnp.sum(probs**2)
+
+    assert np.isfinite(jax.jit(jax.grad(total))(z)).all()
+
+
+def test_clusters_are_a_pytree_with_an_optional_mask(rng):
+    """Goes through jit as an argument; mask=None equals a mask of True; a single class is possible."""
+    z, _, centroids, variance = example(rng)
+    open_head = Clusters(jnp.asarray(centroids), variance)
+    masked = Clusters(jnp.asarray(centroids), variance, mask=jnp.ones((4, 2), bool))
+    # Two compilations, so equal up to one rounding of the last bit.
+    np.testing.assert_allclose(log_scores(open_head, z), log_scores(masked, z), rtol=1e-6)
+    np.testing.assert_array_equal(Clusters(jnp.asarray(centroids[:1]), variance).probs(z), 1)
+
+
+# ------------------------------------------------------------------ fit
+
+
+def blobs(rng, sizes, offset=20.0):
+    """Class c has len(sizes[c]) well separated blobs of the given sizes; examples shuffled."""
+    z, y, centre = [], [], 0
+    for c, counts in enumerate(sizes):
+        for count in counts:
+            z.append(rng.normal(size=(count, 3), scale=0.3) + offset * np.array([centre, c, 0]))
+            y += [c] * count
+            centre += 1
+    order = rng.permutation(len(y))
+    return np.concatenate(z).astype(np.float32)[order], np.array(y, np.int32)[order]
+
+
+def test_fit_recovers_the_blobs_of_every_class(key, rng):
+    """Classes of different sizes: centroids are the blob means, sigma^2 is that of Eq. 3 at inference."""
+    z, y = blobs(rng, [(6, 9), (20, 4), (3, 3)])
+    head, assigned = clusters.fit_assign(key, jnp.asarray(z), jnp.asarray(y), num_classes=3, k=2)
+    assert head.centroids.shape == (3, 2, 3) and head.variance.shape == ()
+    assert assigned.dtype == jnp.int32 and np.bincount(assigned, minlength=6).min() > 0
+    np.testing.assert_array_equal(assigned // 2, y)
+    for j in range(6):
+        mean = z[np.asarray(assigned) == j].mean(axis=0)
+        np.testing.assert_allclose(head.centroids.reshape(6, 3)[j], mean, rtol=1e-5, atol=1e-4)
+    sizes = sorted(np.bincount(assigned, minlength=6).tolist())
+    assert sizes == [3, 3, 4, 6, 9, 20]
+    np.testing.assert_allclose(head.variance, reference.variance(z, y, head.centroids), rtol=1e-4)
+
+
+def test_fit_assigns_to_the_nearest_cluster_of_the_own_class(key, rng):
+    """Overlapping classes: class * K + nearest own centroid, even where another class is nearer."""
+    z = rng.normal(size=(60, 4)).astype(np.float32)
+    y = rng.integers(0, 3, size=60)
+    head, assigned = clusters.fit_assign(key, jnp.asarray(z), jnp.asarray(y), num_classes=3, k=3)
+    centroids = np.float64(head.centroids)
+    squared = ((z[:, None] - centroids[y]) ** 2).sum(axis=-1)
+    np.testing.assert_array_equal(assigned, y * 3 + squared.argmin(axis=1))
+    np.testing.assert_allclose(head.variance, reference.variance(z, y, centroids), rtol=RTOL)
+
+
+def test_fit_equals_fit_assign_and_is_repeatable(rng):
+    """Same key, same clusters, bit for bit."""
+    z, y = (jnp.asarray(a) for a in blobs(rng, [(6, 9), (20, 4), (3, 3)]))
+    run = functools.partial(clusters.fit, z=z, y=y, num_classes=3, k=2)
+    first = run(jax.random.key(3))
+    jax.tree.map(np.testing.assert_array_equal, first, run(jax.random.key(3)))
+    again, _ = clusters.fit_assign(jax.random.key(3), z, y, num_classes=3, k=2)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_fit_with_a_different_k_per_class(key, rng):
+    """k = (1, 3, 2): K = 3, the surplus clusters are masked and never assigned or scored."""
+    z, y = blobs(rng, [(8,), (5, 6, 7), (4, 9)])
+    head, assigned = clusters.fit_assign(key, jnp.asarray(z), jnp.asarray(y), num_classes=3, k=(1, 3, 2))
+    assert head.centroids.shape == (3, 3, 3)
+    np.testing.assert_array_equal(head.mask.sum(axis=1), [1, 3, 2])
+    assert head.mask.reshape(-1)[assigned].all()
+    expected = reference.variance(z, y, head.centroids, mask=head.mask)
+    np.testing.assert_allclose(head.variance, expected, rtol=1e-4)
+    np.testing.assert_allclose(head.centroids[0][head.mask[0]][0], z[y == 0].mean(axis=0), atol=1e-4)
+
+
+def test_fit_masks_clusters_that_a_class_cannot_fill(key, rng):
+    """A class whose embeddings coincide gets one cluster; the scores of all classes stay finite."""
+    z, y = blobs(rng, [(6, 9), (10,)])
+    z[y == 1] = z[y == 1][0]
+    head = clusters.fit(key, jnp.asarray(z), jnp.asarray(y), num_classes=2, k=2)
+    np.testing.assert_array_equal(head.mask.sum(axis=1), [2, 1])
+    scores = log_scores(head, z)
+    assert np.isfinite(scores).all()
+    np.testing.assert_array_equal(scores.argmax(axis=1), y)
+
+
+def test_fit_of_coinciding_embeddings_has_a_usable_variance(key):
+    """A collapsed network: variance 0 would make every score nan."""
+    z, y = jnp.ones((8, 3)), jnp.array([0, 1] * 4)
+    head = clusters.fit(key, z, y, num_classes=2, k=2)
+    assert head.variance > 0
+    np.testing.assert_allclose(head.probs(z), 0.5)
+
+
+@pytest.mark.parametrize("labels, k", [([0, 0, 0, 1, 2, 2], 2), ([0, 0, 2, 2, 2, 0], 1)])
+def test_fit_names_the_class_that_is_too_small(key, labels, k):
+    """ValueError in one line with the class and both counts, also for a class without any example."""
+    z = jnp.arange(12.0).reshape(6, 2)
+    with pytest.raises(ValueError) as error:
+        clusters.fit(key, z, jnp.array(labels), num_classes=3, k=k)
+    message, count = str(error.value), labels.count(1)
+    assert "\n" not in message
+    assert "1" in message and str(count) in message and str(k) in message
