@@ -35,59 +35,29 @@ class Checkpoints:
 
     def save(self, state) -> None:
         """Store a TrainState; returns once the arrays are copied, the files follow (`wait`)."""
-        items = {
-            "model": state.variables,
-            "training": {
-                "step": state.step,
-                "opt_state": state.opt_state,
-                "totals": state.totals,
-                "sampler": _plain(state.sampler),
-            },
-        }
-        if state.clusters is not None:
-            items["clusters"] = _plain(state.clusters)
         self.wait()
-        self._manager.save_checkpointables_async(int(state.step), items, overwrite=True)
+        self._manager.save_checkpointables_async(int(state.step), _items(state), overwrite=True)
 
     def wait(self) -> None:
         """Block until the last save is on disk."""
         self._manager.wait()
 
     def restore(self, template):
-        """The newest TrainState; `template` is one of the same structure (clusters and sampler apart)."""
-        step = self.latest
-        items = self._manager.load_checkpointables(
-            step,
-            {
-                "model": _abstract(template.variables),
-                "training": _abstract(
-                    {
-                        "step": template.step,
-                        "opt_state": template.opt_state,
-                        "totals": template.totals,
-                        "sampler": _plain(template.sampler),
-                    }
-                ),
-                **({} if template.clusters is None else {"clusters": _abstract(_plain(template.clusters))}),
-            },
-        )
+        """The newest TrainState; `template` is one of the same structure and shapes."""
+        items = self._load(_items(template))
         training = items["training"]
-        state = template.replace(
+        return template.replace(
+            **items["model"],
             step=training["step"],
-            params=items["model"]["params"],
-            batch_stats=items["model"]["batch_stats"],
             opt_state=training["opt_state"],
             totals=training["totals"],
+            sampler=type(template.sampler)(**training["sampler"]) if template.sampler else None,
+            clusters=Clusters(**items["clusters"]) if template.clusters else None,
         )
-        if template.sampler is not None:
-            state = state.replace(sampler=type(template.sampler)(**training["sampler"]))
-        if template.clusters is not None:
-            state = state.replace(clusters=Clusters(**items["clusters"]))
-        return state
 
     def model(self, abstract_variables: dict) -> dict:
         """{params, batch_stats} of the newest checkpoint, nothing else."""
-        return self._manager.load_checkpointables(self.latest, {"model": _abstract(abstract_variables)})["model"]
+        return self._load({"model": abstract_variables})["model"]
 
     def clusters(self, num_classes: int, k: int, embedding: int) -> Clusters:
         """The clusters of the newest checkpoint."""
@@ -97,8 +67,10 @@ class Checkpoints:
             "variance": shape((), "float32"),
             "mask": shape((num_classes, k), "bool"),
         }
-        items = self._manager.load_checkpointables(self.latest, {"clusters": abstract})
-        return Clusters(**items["clusters"])
+        return Clusters(**self._load({"clusters": abstract})["clusters"])
+
+    def _load(self, items: dict) -> dict:
+        return self._manager.load_checkpointables(self.latest, _abstract(items))
 
     def close(self) -> None:
         """Finish writing and let go of the directory."""
@@ -106,15 +78,26 @@ class Checkpoints:
         self._manager.close()
 
 
-def _plain(node):
-    """A struct dataclass as a dict, so that files do not depend on our class names."""
-    if node is None:
-        return {}
-    return {name: value for name, value in vars(node).items() if value is not None}
+def _items(state) -> dict:
+    """A TrainState as named items of plain dicts, so that files do not depend on our class names."""
+    items = {
+        "model": state.variables,
+        "training": {
+            "step": state.step,
+            "opt_state": state.opt_state,
+            "totals": state.totals,
+            "sampler": vars(state.sampler) if state.sampler else {},
+        },
+    }
+    if state.clusters:
+        items["clusters"] = vars(state.clusters)
+    return items
 
 
 def _abstract(tree):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    """Shapes and types, to be placed on this process's first device wherever the file was written."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
 
 
 def read_json(path: pathlib.Path) -> dict:

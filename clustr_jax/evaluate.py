@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 from jaxtyping import Bool, Float, Int
 
 from clustr_jax import losses, results
-from clustr_jax.attacks.pgd import as_partial, check_settings, pgd_restart
+from clustr_jax.attacks.pgd import as_partial, check_settings, pgd_lanes
 from clustr_jax.classifier import Classifier
 from clustr_jax.errors import UserError
 
@@ -50,16 +50,19 @@ def paper_pgd(key, clf, examples, *, eps, step_size, steps, restarts, lanes, rep
     best = examples.x.copy()
     best_loss = np.zeros(len(examples), np.float32)  # the authors' initial value: >= 0 always replaces it
     ever = np.zeros(len(examples), bool)
-    for restart in range(restarts):
-        x_adv, loss, fooled = _run_restart(
-            key, as_partial(clf.scores), examples, np.arange(len(examples)), restart, lanes,
-            eps=eps, step_size=step_size, steps=steps, loss_fn=_paper_loss, select="loss",
-            bounds=clf.bounds, clip_start=False,
-        )  # fmt: skip
-        better = loss >= best_loss
-        best[better], best_loss[better] = x_adv[better], loss[better]
-        ever |= fooled
-        report(restart + 1, restarts, float(np.mean(~ever)))
+
+    def collect(index, x_adv, loss, fooled):
+        for i, image, value in zip(index, x_adv, loss, strict=True):  # in the order of the restarts
+            if value >= best_loss[i]:
+                best[i], best_loss[i] = image, value
+        ever[index[fooled]] = True
+        report(float(np.mean(~ever)))
+
+    _attack_pairs(
+        key, as_partial(clf.scores), examples, np.ones(len(examples), bool), collect, restarts, lanes,
+        eps=eps, step_size=step_size, steps=steps, loss_fn=_paper_loss, select="loss",
+        bounds=clf.bounds, clip_start=False,
+    )  # fmt: skip
     robust = _argmax(clf.scores, best) == examples.y
     outside = np.zeros(len(examples), bool)
     if clf.bounds is not None:
@@ -73,27 +76,24 @@ def _paper_loss(logits, y):
 
 
 def sound_pgd(key, clf, examples, alive, loss_fn, *, eps, step_size, steps, restarts, lanes, report):
-    """PGD on the log-domain logits; broken examples leave between restarts. Returns (broken, evaluations).
+    """PGD on the log-domain logits. Returns (which of `alive` survive, gradient evaluations spent).
 
-    `alive` marks the examples still to be broken. A success counts when the returned image is
-    misclassified by the logits or by the deployed rule in a fresh forward pass.
+    A success counts when the returned image is misclassified by the logits or by the deployed rule in
+    a fresh forward pass; the example's other restarts are dropped.
     """
-    broken = np.zeros(len(examples), bool)
-    spent = 0
-    for restart in range(restarts):
-        index = np.flatnonzero(alive & ~broken)
-        if not len(index):
-            break
-        x_adv, _, _ = _run_restart(
-            key, as_partial(clf.logits), examples, index, restart, lanes,
-            eps=eps, step_size=step_size, steps=steps, loss_fn=loss_fn, bounds=clf.bounds,
-        )  # fmt: skip
-        spent += len(index) * steps
+    alive = alive.copy()
+
+    def collect(index, x_adv, loss, fooled):
         verify_inside(x_adv, examples.x[index], eps, clf.bounds)
         y = examples.y[index]
-        broken[index] = (_argmax(clf.logits, x_adv) != y) | (_argmax(clf.deployed, x_adv) != y)
-        report(restart + 1, restarts, float(np.mean(alive & ~broken)))
-    return broken, spent
+        alive[index[(_argmax(clf.logits, x_adv) != y) | (_argmax(clf.deployed, x_adv) != y)]] = False
+        report(float(np.mean(alive)))
+
+    spent = _attack_pairs(
+        key, as_partial(clf.logits), examples, alive, collect, restarts, lanes,
+        eps=eps, step_size=step_size, steps=steps, loss_fn=loss_fn, bounds=clf.bounds,
+    )  # fmt: skip
+    return alive, spent
 
 
 def verify_inside(x_adv, x, eps, bounds) -> None:
@@ -105,20 +105,30 @@ def verify_inside(x_adv, x, eps, bounds) -> None:
         raise AssertionError(f"attack left the box {bounds}")
 
 
-def _run_restart(key, logits_fn: Partial, examples, index, restart, lanes, *, eps, step_size, **settings):
-    """One restart for the examples at `index`, in batches of exactly `lanes` (the last one padded)."""
+def _attack_pairs(key, logits_fn: Partial, examples, alive, collect, restarts, lanes, *, eps, step_size, **settings):
+    """Every restart of every example that is `alive` when its turn comes, `lanes` pairs at a time.
+
+    `collect(index, x_adv, loss, fooled)` receives each batch and may clear `alive`. All batches have
+    exactly `lanes` lanes (one compilation; outcomes that do not depend on the split): the last one
+    repeats pairs. Returns the gradient evaluations spent, lanes x steps at most.
+    """
     eps, step_size = np.float32(eps), np.float32(step_size)
-    x_adv, loss, fooled = [], [], []
-    for start in range(0, len(index), lanes):
-        part = index[start : start + lanes]
-        padded = np.resize(part, lanes)  # repeats real examples: no extra steps, one compilation
-        out = pgd_restart(
-            key, logits_fn, examples.x[padded], examples.y[padded], examples.ids[padded], np.int32(restart),
-            eps, step_size, **settings,
+    size, spent = len(examples), 0
+    pending = np.arange(restarts * size)  # restart-major: first restart of all examples first
+    pending = pending[alive[pending % size]]
+    while len(pending):
+        now, pending = pending[:lanes], pending[lanes:]
+        padded = np.resize(now, lanes)
+        index = padded % size
+        x_adv, loss, fooled = pgd_lanes(
+            key, logits_fn, examples.x[index], examples.y[index], examples.ids[index],
+            (padded // size).astype(np.int32), eps, step_size, **settings,
         )  # fmt: skip
-        for collected, values in zip((x_adv, loss, fooled), out, strict=True):
-            collected.append(np.asarray(values)[: len(part)])
-    return np.concatenate(x_adv), np.concatenate(loss), np.concatenate(fooled)
+        count = len(now)
+        collect(index[:count], np.asarray(x_adv)[:count], np.asarray(loss)[:count], np.asarray(fooled)[:count])
+        spent += lanes * settings["steps"]
+        pending = pending[alive[pending % size]]
+    return spent
 
 
 def _argmax(f: Callable, x) -> Int[np.ndarray, "N"]:
@@ -147,7 +157,7 @@ def run_paper(key, clf, examples, config, report) -> tuple[dict, dict]:
             found = paper_pgd(
                 key, clf, examples, eps=eps, step_size=settings.step_size, steps=count,
                 restarts=settings.restarts, lanes=config.eval.lanes,
-                report=lambda i, n, a, name=name, eps=eps: report(i, n, a, f"{name} at eps {results.radius(eps)}"),
+                report=lambda a, name=name, eps=eps: report(a, f"{name} at eps {results.radius(eps)}"),
             )  # fmt: skip
             robust = found["robust"]
             outcomes[f"{name}_{eps:.6f}"] = robust
@@ -175,16 +185,15 @@ def run_sound(key, clf, examples, config, report) -> tuple[dict, dict]:
     deployed = clean(clf, examples.x, examples.y)
     alive = deployed & (_argmax(clf.logits, examples.x) == examples.y)
     broken_by = np.where(alive, "", "clean").astype("U16")
-    attacks, evaluations = {}, 0
+    attacks = {}
     for name, loss_fn in (("ce", losses.cross_entropy), ("margin", losses.margin)):
-        broken, spent = sound_pgd(
+        survive, spent = sound_pgd(
             jax.random.fold_in(key, len(attacks)), clf, examples, alive, loss_fn,
             eps=settings.eps, step_size=settings.step_size, steps=steps, restarts=settings.restarts,
-            lanes=config.eval.lanes, report=lambda i, n, a, name=name: report(i, n, a, f"sound, {name}"),
+            lanes=config.eval.lanes, report=lambda a, name=name: report(a, f"sound, {name}"),
         )  # fmt: skip
-        broken_by[broken] = name
-        alive &= ~broken
-        evaluations += spent
+        broken_by[alive & ~survive] = name
+        alive = survive
         attacks[name] = {"unbroken_after": results.fraction(alive), "gradient_evaluations": spent}
     result = {
         "n": len(examples), "eps": settings.eps,

@@ -81,8 +81,8 @@ def side_by_side(results: dict[str, dict]) -> Table:
     dataset, method = any_result["dataset"], any_result["method"]
     clean, claimed, sound = (results.get(name) for name in ("clean", "paper", "sound"))
     table = Table(title=_title(any_result), caption=_caption(results), caption_justify="left")
-    table.add_column("accuracy in % [95 % interval]")
-    for column in ("the paper says", "paper's protocol, here", "sound protocol, here"):
+    table.add_column("accuracy in % [95 %]")
+    for column in ("paper says", "paper's protocol", "sound protocol"):
         table.add_column(column, justify="right")
     if clean:
         table.add_row(
@@ -112,9 +112,9 @@ def side_by_side(results: dict[str, dict]) -> Table:
 
 
 def radius(eps: float) -> str:
-    """8/255 where it is one, else the number."""
+    """8/255 for the radii that are quoted so (up to 32/255), else the number."""
     scaled = eps * 255
-    return f"{scaled:.3g}/255" if abs(scaled - round(2 * scaled) / 2) < 1e-3 else f"{eps:.4g}"
+    return f"{scaled:.3g}/255" if abs(scaled - round(scaled)) < 1e-3 and scaled < 33 else f"{eps:.4g}"
 
 
 def _title(result):

@@ -257,7 +257,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             speed = (step - start_step) * trainer.batch_size / (time.monotonic() - started)
             left = (recipe.epochs * per_epoch - step) * trainer.batch_size / speed
             this.progress.status(
-                f"{stage}  epoch {epoch + 1}/{recipe.epochs}  step {step - epoch * per_epoch}/{per_epoch}  "
+                f"{stage} {epoch + 1}/{recipe.epochs}  step {step - epoch * per_epoch}/{per_epoch}  "
                 f"{_metrics(totals)}  {speed:.0f} images/s  at most {duration(left)} left"
             )
             if time.monotonic() - saved > _CHECKPOINT_SECONDS and step < (epoch + 1) * per_epoch:
@@ -277,8 +277,8 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
         checkpoints.save(state)
         saved = time.monotonic()
         this.progress.line(
-            f"{stage}  epoch {epoch + 1:3d}/{recipe.epochs}  {_metrics(totals)}  "
-            f"held-out {100 * val:.1f} %  {speed:.0f} images/s  {duration(record['epoch_seconds'])}"
+            f"{stage} {epoch + 1:3d}/{recipe.epochs}  {_metrics(totals)}  held-out {val:.1%}  "
+            f"{speed:.0f} images/s  {duration(record['epoch_seconds'])}"
         )
         if target and val >= target:
             return "target reached", epoch + 1
@@ -288,7 +288,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
 
 
 def _metrics(totals):
-    shown = {"loss": "loss {:.3f}", "accuracy": "accuracy {:.1%}", "adversarial_accuracy": "adversarial {:.1%}"}
+    shown = {"loss": "loss {:.3f}", "accuracy": "acc {:.1%}", "adversarial_accuracy": "adv {:.1%}"}
     return "  ".join(form.format(totals[name]) for name, form in shown.items() if name in totals)
 
 
@@ -315,11 +315,9 @@ def _evaluate(this: Run) -> None:
             continue
         started = time.monotonic()
 
-        def report(done, total, value, what, started=started):
-            spent = time.monotonic() - started
-            progress.status(
-                f"evaluate  {what}  restart {done}/{total}  unbroken {100 * value:.1f} %  {duration(spent)}"
-            )
+        def report(unbroken, what, started=started):
+            spent = duration(time.monotonic() - started)
+            progress.status(f"evaluate  {what}  unbroken {unbroken:.1%}  {spent}")
 
         key = this.key(EVALUATE)
         if name == "clean":

@@ -15,9 +15,9 @@ def get_config(method="clustr_qtrades"):
     c.model.mean, c.model.std = (0.305,), (0.376,)  # of the training images
     c.warmup.epochs, c.warmup.lr, c.warmup.milestones = 20, 1e-3, ()
     c.warmup.batch_size = 64
-    c.train.epochs, c.train.lr = 40, 1e-3
+    c.train.epochs, c.train.lr = 30, 1e-3
     c.train.attack.eps, c.train.attack.step_size = 0.2, 0.25
     c.eval.attack.eps, c.eval.attack.step_size = 0.2, 0.05
     c.eval.attack.steps = 20
-    c.eval.sweep = (0.05, 0.1, 0.3)
+    c.eval.sweep = (0.1,)
     return common.configure(c, method)

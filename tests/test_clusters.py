@@ -3,7 +3,7 @@
 RTOL = 1e-5 of the largest entry covers sums of ~10 float32 terms; gradients get 1e-4.
 """
 
-import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from clustr_jax.clusters import Clusters
 
 RTOL, GRAD_RTOL = 1e-5, 1e-4
 log_scores = jax.jit(Clusters.log_scores, static_argnames="nearest")
+SIZES = [(6, 9), (20, 4), (3, 3)]  # of the two blobs of each class
 MASK = np.array([[1, 1], [1, 0], [1, 1], [0, 1]], bool)  # classes with one and with two clusters
 
 
@@ -109,13 +110,11 @@ def test_paper_protocol_cross_entropy(rng):
     z, y, centroids, variance = example(rng)
     head = Clusters(jnp.asarray(centroids), variance)
 
-    def loss(z):
-        return losses.cross_entropy(head.scores(z), y).sum()
-
     def expected(z):
         return reference.exp_score_cross_entropy(z, y, centroids, variance).sum()
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(z)
+    loss = jax.value_and_grad(lambda z: losses.cross_entropy(head.scores(z), y).sum())
+    value, gradient = jax.jit(loss)(z)
     np.testing.assert_allclose(value, expected(z), rtol=RTOL)
     close(gradient, reference.finite_difference(expected, z), GRAD_RTOL)
 
@@ -176,47 +175,38 @@ def test_clusters_are_a_pytree_with_an_optional_mask(rng):
     """Goes through jit as an argument; mask=None equals a mask of True; a single class is possible."""
     z, _, centroids, variance = example(rng)
     open_head = Clusters(jnp.asarray(centroids), variance)
-    masked = Clusters(jnp.asarray(centroids), variance, mask=jnp.ones((4, 2), bool))
+    masked = open_head.replace(mask=jnp.ones((4, 2), bool))
     # Two compilations, so equal up to one rounding of the last bit.
     np.testing.assert_allclose(log_scores(open_head, z), log_scores(masked, z), rtol=1e-6)
     np.testing.assert_array_equal(Clusters(jnp.asarray(centroids[:1]), variance).probs(z), 1)
 
 
-# ------------------------------------------------------------------ fit
-
-
-def blobs(rng, sizes, offset=20.0):
-    """Class c has len(sizes[c]) well separated blobs of the given sizes; examples shuffled."""
-    z, y, centre = [], [], 0
-    for c, counts in enumerate(sizes):
-        for count in counts:
-            z.append(rng.normal(size=(count, 3), scale=0.3) + offset * np.array([centre, c, 0]))
-            y += [c] * count
-            centre += 1
-    order = rng.permutation(len(y))
-    return np.concatenate(z).astype(np.float32)[order], np.array(y, np.int32)[order]
+def blobs(rng):
+    """45 shuffled examples: class c has two well separated blobs of SIZES[c]; also the blob of each."""
+    sizes = np.ravel(SIZES)
+    blob = rng.permutation(np.repeat(np.arange(6), sizes))
+    z = 20.0 * np.stack([blob, blob // 2, 0 * blob], axis=1) + rng.normal(size=(45, 3), scale=0.3)
+    return z.astype(np.float32), (blob // 2).astype(np.int32), blob
 
 
 def test_fit_recovers_the_blobs_of_every_class(key, rng):
     """Classes of different sizes: centroids are the blob means, sigma^2 is that of Eq. 3 at inference."""
-    z, y = blobs(rng, [(6, 9), (20, 4), (3, 3)])
-    head, assigned = clusters.fit_assign(key, jnp.asarray(z), jnp.asarray(y), num_classes=3, k=2)
+    z, y, blob = blobs(rng)
+    head, assigned = clusters.fit_assign(key, z, y, num_classes=3, k=2)
     assert head.centroids.shape == (3, 2, 3) and head.variance.shape == ()
-    assert assigned.dtype == jnp.int32 and np.bincount(assigned, minlength=6).min() > 0
-    np.testing.assert_array_equal(assigned // 2, y)
-    for j in range(6):
-        mean = z[np.asarray(assigned) == j].mean(axis=0)
-        np.testing.assert_allclose(head.centroids.reshape(6, 3)[j], mean, rtol=1e-5, atol=1e-4)
-    sizes = sorted(np.bincount(assigned, minlength=6).tolist())
-    assert sizes == [3, 3, 4, 6, 9, 20]
+    assert assigned.dtype == jnp.int32
+    assert len(set(zip(blob.tolist(), np.asarray(assigned).tolist(), strict=True))) == 6
+    for i in range(6):
+        own = head.centroids.reshape(6, 3)[assigned[blob == i][0]]
+        np.testing.assert_allclose(own, z[blob == i].mean(axis=0), rtol=1e-5, atol=1e-4)
+    # Centroids are rounded to 1e-5 at 100, the spread is 0.3: the variance is good to 1e-4.
     np.testing.assert_allclose(head.variance, reference.variance(z, y, head.centroids), rtol=1e-4)
 
 
 def test_fit_assigns_to_the_nearest_cluster_of_the_own_class(key, rng):
     """Overlapping classes: class * K + nearest own centroid, even where another class is nearer."""
-    z = rng.normal(size=(60, 4)).astype(np.float32)
-    y = rng.integers(0, 3, size=60)
-    head, assigned = clusters.fit_assign(key, jnp.asarray(z), jnp.asarray(y), num_classes=3, k=3)
+    z, y = rng.normal(size=(45, 3)).astype(np.float32), blobs(rng)[1]
+    head, assigned = clusters.fit_assign(key, z, y, num_classes=3, k=3)
     centroids = np.float64(head.centroids)
     squared = ((z[:, None] - centroids[y]) ** 2).sum(axis=-1)
     np.testing.assert_array_equal(assigned, y * 3 + squared.argmin(axis=1))
@@ -225,51 +215,54 @@ def test_fit_assigns_to_the_nearest_cluster_of_the_own_class(key, rng):
 
 def test_fit_equals_fit_assign_and_is_repeatable(rng):
     """Same key, same clusters, bit for bit."""
-    z, y = (jnp.asarray(a) for a in blobs(rng, [(6, 9), (20, 4), (3, 3)]))
-    run = functools.partial(clusters.fit, z=z, y=y, num_classes=3, k=2)
-    first = run(jax.random.key(3))
-    jax.tree.map(np.testing.assert_array_equal, first, run(jax.random.key(3)))
-    again, _ = clusters.fit_assign(jax.random.key(3), z, y, num_classes=3, k=2)
+    z, y, _ = blobs(rng)
+    first, again = (clusters.fit(jax.random.key(3), z, y, num_classes=3, k=2) for _ in range(2))
+    other, _ = clusters.fit_assign(jax.random.key(3), z, y, num_classes=3, k=2)
     jax.tree.map(np.testing.assert_array_equal, first, again)
+    jax.tree.map(np.testing.assert_array_equal, first, other)
 
 
 def test_fit_with_a_different_k_per_class(key, rng):
     """k = (1, 3, 2): K = 3, the surplus clusters are masked and never assigned or scored."""
-    z, y = blobs(rng, [(8,), (5, 6, 7), (4, 9)])
-    head, assigned = clusters.fit_assign(key, jnp.asarray(z), jnp.asarray(y), num_classes=3, k=(1, 3, 2))
+    z, y, _ = blobs(rng)
+    head, assigned = clusters.fit_assign(key, z, y, num_classes=3, k=(1, 3, 2))
     assert head.centroids.shape == (3, 3, 3)
     np.testing.assert_array_equal(head.mask.sum(axis=1), [1, 3, 2])
     assert head.mask.reshape(-1)[assigned].all()
     expected = reference.variance(z, y, head.centroids, mask=head.mask)
     np.testing.assert_allclose(head.variance, expected, rtol=1e-4)
-    np.testing.assert_allclose(head.centroids[0][head.mask[0]][0], z[y == 0].mean(axis=0), atol=1e-4)
+    only = head.centroids[0][head.mask[0]][0]
+    np.testing.assert_allclose(only, z[y == 0].mean(axis=0), atol=1e-4)
 
 
 def test_fit_masks_clusters_that_a_class_cannot_fill(key, rng):
     """A class whose embeddings coincide gets one cluster; the scores of all classes stay finite."""
-    z, y = blobs(rng, [(6, 9), (10,)])
+    z, y, _ = blobs(rng)
     z[y == 1] = z[y == 1][0]
-    head = clusters.fit(key, jnp.asarray(z), jnp.asarray(y), num_classes=2, k=2)
-    np.testing.assert_array_equal(head.mask.sum(axis=1), [2, 1])
+    head = clusters.fit(key, z, y, num_classes=3, k=2)
+    np.testing.assert_array_equal(head.mask.sum(axis=1), [2, 1, 2])
     scores = log_scores(head, z)
     assert np.isfinite(scores).all()
     np.testing.assert_array_equal(scores.argmax(axis=1), y)
 
 
-def test_fit_of_coinciding_embeddings_has_a_usable_variance(key):
-    """A collapsed network: variance 0 would make every score nan."""
-    z, y = jnp.ones((8, 3)), jnp.array([0, 1] * 4)
-    head = clusters.fit(key, z, y, num_classes=2, k=2)
+def test_fit_of_coinciding_embeddings_has_a_usable_variance(key, rng):
+    """A collapsed network: variance 0 would make every score nan.
+
+    A centroid off by one rounding (6e-8) at the floored variance 1e-12 moves a score by 0.5 %.
+    """
+    z, y = np.ones((45, 3), np.float32), blobs(rng)[1]
+    head = clusters.fit(key, z, y, num_classes=3, k=2)
     assert head.variance > 0
-    np.testing.assert_allclose(head.probs(z), 0.5)
+    np.testing.assert_allclose(head.probs(z), 1 / 3, rtol=0.02)
 
 
 @pytest.mark.parametrize("labels, k", [([0, 0, 0, 1, 2, 2], 2), ([0, 0, 2, 2, 2, 0], 1)])
 def test_fit_names_the_class_that_is_too_small(key, labels, k):
     """ValueError in one line with the class and both counts, also for a class without any example."""
     z = jnp.arange(12.0).reshape(6, 2)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=r"class 1\b") as error:
         clusters.fit(key, z, jnp.array(labels), num_classes=3, k=k)
-    message, count = str(error.value), labels.count(1)
+    message = str(error.value)
     assert "\n" not in message
-    assert "1" in message and str(count) in message and str(k) in message
+    assert {str(labels.count(1)), str(k)} <= set(re.findall(r"\d+", message))

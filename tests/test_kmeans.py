@@ -96,8 +96,8 @@ def test_on_average_not_worse_than_sklearn_where_optima_abound():
 def test_seeding_is_as_good_as_the_greedy_seeding_of_sklearn():
     """Potential after seeding alone (no Lloyd), averaged over 150 keys on both sides.
 
-    Drawing one candidate instead of 2 + floor(ln k) is about 20 % worse, the best of two standard
-    errors here is 2 %.
+    One candidate per centroid instead of 2 + floor(ln k) = 4 is 28 % worse, two are 10 % worse; the
+    standard error of the ratio is 1 %.
     """
     points = unstructured(0)
     keys = jax.random.split(jax.random.key(0), 150)
@@ -129,12 +129,13 @@ def test_converged_centroids_are_the_means_of_their_members(key, rng):
 
 
 def test_inertia_never_rises_with_more_iterations(rng):
-    """Lloyd's algorithm descends: the same seeding with one more iteration is never worse."""
+    """Lloyd's algorithm descends: the same seeding with more iterations is never worse."""
     points = jnp.asarray(rng.normal(size=(60, 3)), jnp.float32)
-    found = [kmeans(jax.random.key(3), points, 6, max_iter=i).inertia for i in (0, 1, 3, 20)]
-    found = np.array(found)
-    assert found[-1] < found[0]
-    assert (np.diff(found) <= RTOL * found[0]).all()
+    found = np.array(
+        [[kmeans(jax.random.key(s), points, 6, max_iter=i).inertia for i in (0, 2, 20)] for s in range(5)]
+    )
+    assert (np.diff(found, axis=1) <= RTOL * found[:, :1]).all()
+    assert (found[:, 2] < 0.95 * found[:, 0]).all()
 
 
 def test_one_cluster_is_the_mean(key, rng):
@@ -162,10 +163,20 @@ def test_fewer_unmasked_points_than_clusters(key, rng, kept):
     """No, one and two usable points for k = 3: as many valid clusters, inertia 0, everything finite."""
     points = rng.normal(size=(8, 2)).astype(np.float32)
     mask = np.arange(8) < kept
-    result = kmeans(key, jnp.asarray(points), 3, mask=jnp.asarray(mask))
+    result = kmeans(key, points, 3, mask=mask)
     check_result(points, result, 3, mask)
     assert result.valid.sum() == kept
     np.testing.assert_allclose(result.inertia, 0, atol=1e-10)
+
+
+def test_all_points_coincide_far_from_the_origin(key):
+    """One distinct point away from zero: one valid cluster, exactly there, nothing is nan."""
+    points = np.full((8, 2), 1000.5, np.float32)
+    result = kmeans(key, points, 3, mask=np.ones(8, bool))
+    check_result(points, result, 3)
+    assert result.valid.sum() == 1
+    assert result.inertia == 0
+    np.testing.assert_array_equal(result.centroids[result.assignments], points)
 
 
 @given(seed=st.integers(0, 10_000), distinct=st.integers(1, 6))
@@ -182,16 +193,6 @@ def test_duplicates_and_empty_clusters(seed, distinct):
     np.testing.assert_array_equal(members > 0, result.valid)
     if distinct <= 4:
         np.testing.assert_allclose(result.inertia, 0, atol=1e-10)
-
-
-def test_all_points_coincide_far_from_the_origin(key):
-    """One distinct point away from zero: one valid cluster, exactly there, nothing is nan."""
-    points = jnp.full((10, 2), 1000.5)
-    result = kmeans(key, points, 3)
-    check_result(points, result, 3)
-    assert result.valid.sum() == 1
-    assert result.inertia == 0
-    np.testing.assert_array_equal(result.centroids[result.assignments], points)
 
 
 def test_a_large_common_offset_does_not_hurt(key, rng):
@@ -216,12 +217,8 @@ def test_same_key_same_result_and_keys_matter(rng):
 
 
 def test_best_of_many_seedings_wins(rng):
-    """n_init=10 without Lloyd is at least as good as the average single seeding, for every key."""
+    """n_init=10 without Lloyd is better than the average single seeding, for every key."""
     points = jnp.asarray(rng.normal(size=(60, 3)), jnp.float32)
-    keys = jax.random.split(jax.random.key(0), 16)
-
-    def seedings(keys, n_init):
-        return jax.lax.map(lambda key: kmeans(key, points, 6, max_iter=0, n_init=n_init).inertia, keys)
-
-    single, best = seedings(jax.random.clone(keys), 1), seedings(keys, 10)
-    assert best.max() < single.mean()
+    single = [kmeans(jax.random.key(s), points, 6, max_iter=0).inertia for s in range(16)]
+    best = [kmeans(jax.random.key(s), points, 6, max_iter=0, n_init=10).inertia for s in range(16)]
+    assert max(best) < np.mean(single)

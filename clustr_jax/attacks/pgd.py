@@ -157,7 +157,8 @@ _STATIC = ("steps", "restarts", "loss_fn", "start", "norm", "bounds", "select", 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
     def one(restart):
-        return pgd_restart(key, logits_fn, x, y, ids, restart, eps, step_size, **settings)
+        numbers = jnp.full(x.shape[0], restart)
+        return pgd_lanes(key, logits_fn, x, y, ids, numbers, eps, step_size, **settings)
 
     side_by_side = max(1, min(restarts, _LANES // max(x.shape[0], 1)))
     found, loss, fooled = lax.map(one, jnp.arange(restarts), batch_size=side_by_side)
@@ -169,18 +170,19 @@ def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
 
 
 @functools.partial(jax.jit, static_argnames=tuple(name for name in _STATIC if name != "restarts"))
-def pgd_restart(
-    key, logits_fn, x, y, ids, restart, eps, step_size,
+def pgd_lanes(
+    key, logits_fn, x, y, ids, restarts, eps, step_size,
     *, steps, loss_fn=losses.cross_entropy, start="uniform", norm="linf", bounds=(0.0, 1.0), select="success",
     clip_start=True,
 ):  # fmt: skip
-    """Restart number `restart` (traced) of `pgd` -> (x_adv, its loss [B], fooled [B]).
+    """One restart of `pgd` in each lane -> (x_adv, its loss [B], fooled [B]).
 
-    The engine under `pgd`, for callers that schedule restarts themselves: `logits_fn` is a Partial,
-    settings are not checked. It ends as soon as every example is fooled.
+    The engine under `pgd`, for callers that schedule (example, restart) pairs themselves: lane i runs
+    restart number `restarts[i]` of example `ids[i]`. `logits_fn` is a Partial, settings are not
+    checked. It ends as soon as every lane is fooled.
     """
     labelled = y.ndim == 1
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), restart))(ids)
+    keys = jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r))(ids, restarts)
     over = (slice(None), *(None,) * (x.ndim - 1))  # [B] -> [B, 1, ...]
 
     def evaluate(x_adv):
