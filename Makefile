@@ -31,7 +31,7 @@ help:  ## list the targets
 
 setup: $(INSTALLED)  ## make .venv with the pinned requirements and this package (editable)
 
-$(INSTALLED): requirements-cpu.txt $(REQUIREMENTS) pyproject.toml
+$(INSTALLED): requirements-cpu.txt $(REQUIREMENTS)
 	@if ! $(PY) -c '$(SUITABLE)' 2>/dev/null; then \
 	  found=; \
 	  for p in $(PYTHONS); do \

@@ -13,6 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
+from clustr_jax.sampling import Sampler
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -46,14 +47,24 @@ class Checkpoints:
         """The newest TrainState; `template` is one of the same structure and shapes."""
         items = self._load(_items(template))
         training = items["training"]
-        return template.replace(
-            **items["model"],
+        raw = training["raw"] if template.average else items["model"]
+        state = template.replace(
+            **raw,
             step=training["step"],
             opt_state=training["opt_state"],
             totals=training["totals"],
-            sampler=type(template.sampler)(**training["sampler"]) if template.sampler else None,
-            clusters=Clusters(**items["clusters"]) if template.clusters else None,
+            delta=training.get("delta"),
+            average=items["model"] if template.average else None,
         )
+        if template.sampler is not None:
+            clusters = Clusters(**items["clusters"])
+            raw_clusters = Clusters(**training["raw_clusters"]) if template.average else clusters
+            state = state.replace(
+                sampler=Sampler(**training["sampler"]),
+                clusters=raw_clusters,
+                average_clusters=clusters if template.average else None,
+            )
+        return state
 
     def model(self, abstract_variables: dict) -> dict:
         """{params, batch_stats} of the newest checkpoint, nothing else."""
@@ -79,18 +90,23 @@ class Checkpoints:
 
 
 def _items(state) -> dict:
-    """A TrainState as named items of plain dicts, so that files do not depend on our class names."""
-    items = {
-        "model": state.variables,
-        "training": {
-            "step": state.step,
-            "opt_state": state.opt_state,
-            "totals": state.totals,
-            "sampler": vars(state.sampler) if state.sampler else {},
-        },
-    }
-    if state.clusters:
-        items["clusters"] = vars(state.clusters)
+    """A TrainState as named items of plain dicts, so that files do not depend on our class names.
+
+    `model` and `clusters` are what is deployed (the moving average where there is one).
+    """
+    model, clusters = state.deployed
+    training = {"step": state.step, "opt_state": state.opt_state, "totals": state.totals}
+    if state.delta is not None:
+        training["delta"] = state.delta
+    if state.sampler is not None:
+        training["sampler"] = vars(state.sampler)
+    if state.average is not None:
+        training["raw"] = state.variables
+        if state.clusters is not None:
+            training["raw_clusters"] = vars(state.clusters)
+    items = {"model": model, "training": training}
+    if clusters is not None:
+        items["clusters"] = vars(clusters)
     return items
 
 

@@ -114,10 +114,19 @@ def _fit(key, z, y, blocks, limits, k, n_init, max_iter):
     keys = jax.random.split(key, blocks.shape[0])
     centroids, mask = jax.lax.map(one_class, (keys, blocks, limits))
 
-    own = centroids[y]
-    squared = jnp.sum(jnp.square(z[:, None, :] - own), axis=-1)
-    squared = jnp.where(mask[y], squared, jnp.inf)
-    nearest = jnp.argmin(squared, axis=1)
+    clusters, nearest = _with_variance(Clusters(centroids, jnp.ones(()), mask), z, y)
+    return clusters, y * k + nearest
+
+
+@jax.jit
+def with_variance(clusters: Clusters, z: Float[Array, "N E"], y: Int[Array, "N"]) -> Clusters:
+    """The same centroids with the variance of these embeddings (paper Eq. 3)."""
+    return _with_variance(clusters, z, y)[0]
+
+
+def _with_variance(clusters, z, y):
+    """sigma^2 = sum of squared distances to the nearest own-class centroid / (N - 1), and which one it is."""
+    squared = jnp.sum(jnp.square(z[:, None, :] - clusters.centroids[y]), axis=-1)
+    squared = jnp.where(clusters.valid[y], squared, jnp.inf)
     variance = jnp.sum(jnp.min(squared, axis=1)) / max(z.shape[0] - 1, 1)
-    clusters = Clusters(centroids, jnp.maximum(variance, MIN_VARIANCE), mask)
-    return clusters, y * k + nearest.astype(jnp.int32)
+    return clusters.replace(variance=jnp.maximum(variance, MIN_VARIANCE)), jnp.argmin(squared, axis=1).astype(jnp.int32)

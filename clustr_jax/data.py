@@ -24,6 +24,7 @@ _TFDS = {
     "cifar10": dict(sizes=(50_000, 10_000), num_classes=10),
     "cifar100": dict(sizes=(50_000, 10_000), num_classes=100),
     "svhn_cropped": dict(sizes=(73_257, 26_032), num_classes=10),
+    "imagenet_resized/32x32": dict(sizes=(1_281_167, 50_000), num_classes=1000, test="validation"),
 }
 _ALIASES = {"svhn": "svhn_cropped"}
 NAMES = (*_TFDS, "digits", "toy2d")
@@ -121,6 +122,8 @@ def _tfds_split(name, split, data_dir):
     import tensorflow_datasets as tfds
 
     directory = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
+    official = _TFDS[name]["sizes"][("train", "test").index(split)]
+    split = _TFDS[name].get("test", "test") if split == "test" else split
     builder = _builder(tfds, name, directory)
     if builder is None:
         _prepare(name, directory)
@@ -128,7 +131,6 @@ def _tfds_split(name, split, data_dir):
     if builder is None or split not in builder.info.splits:
         raise UserError(f"{name} under {directory} has no {split} split; delete the folder and prepare it again")
     size = builder.info.splits[split].num_examples
-    official = _TFDS[name]["sizes"][("train", "test").index(split)]
     try:
         source = builder.as_data_source(split=split)
         images = np.empty((size, 32, 32, 3), np.uint8)

@@ -56,6 +56,7 @@ def magnet_loss(
     *,
     alpha: float = 12.5,
     mask: Bool[Array, "M S"] | None = None,
+    eps: float = 0.0,
 ) -> tuple[Float[Array, "M S"], Float[Array, ""]]:
     """Magnet loss (paper Eq. 3) of a batch of M clusters x S samples, in the log domain.
 
@@ -63,7 +64,9 @@ def magnet_loss(
     loss = relu(alpha + d_own^2 / 2 sigma^2 + log sum_{clusters of other classes} exp(-d^2 / 2 sigma^2)),
     sigma^2 = sum d_own^2 / (count - 1), the trace of the within-cluster covariance.
     Masked entries have loss 0 and take no part in means and variance; a row without members takes
-    none at all; without a cluster of another class the loss is 0.
+    none at all; without a cluster of another class the loss is 0. `eps` > 0 is the authors' form
+    relu(-log(numerator / (denominator + eps) + eps)), whose gradient dies for hard examples
+    (fidelity.md, row 8).
 
     Returns (loss [M, S], variance []).
     """
@@ -84,5 +87,9 @@ def magnet_loss(
     # log sum exp over an empty set is -inf with a NaN gradient: give it something finite, then drop it.
     exponents = jnp.where(has_other[..., None], exponents, 0.0)
     attraction = own / (2 * variance)
-    hinge = jax.nn.relu(alpha + attraction + jax.nn.logsumexp(exponents, axis=-1))
+    if eps:
+        numerator = jnp.exp(-alpha - attraction)
+        hinge = jax.nn.relu(-jnp.log(numerator / (jnp.sum(jnp.exp(exponents), axis=-1) + eps) + eps))
+    else:
+        hinge = jax.nn.relu(alpha + attraction + jax.nn.logsumexp(exponents, axis=-1))
     return jnp.where(mask & has_other, hinge, 0.0), variance

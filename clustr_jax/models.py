@@ -57,6 +57,14 @@ def _linear_init(key, shape, dtype=jnp.float32):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+# The parameters of the linear head: what is replaced when the classes change.
+HEAD = "head"
+
+
+def _head(num_classes):
+    return nn.Dense(num_classes, kernel_init=_linear_init, name=HEAD)
+
+
 class Conv(nn.Module):
     """k x k convolution without bias, zero padding k // 2."""
 
@@ -103,7 +111,7 @@ class ResNet(nn.Module):
             for j in range(blocks):
                 x = Block(self.width * 2**i, 2 if i > 0 and j == 0 else 1)(x, norm)
         embeddings = jnp.mean(x, axis=(1, 2))
-        return Outputs(nn.Dense(self.num_classes, kernel_init=_linear_init)(embeddings), embeddings)
+        return Outputs(_head(self.num_classes)(embeddings), embeddings)
 
 
 class CNN(nn.Module):
@@ -122,7 +130,7 @@ class CNN(nn.Module):
         x = nn.relu(norm()(Conv(2 * self.width, stride=2)(x)))
         x = nn.Dense(4 * self.width, kernel_init=_linear_init)(x.reshape(x.shape[0], -1))
         embeddings = nn.relu(norm()(x))
-        return Outputs(nn.Dense(self.num_classes, kernel_init=_linear_init)(embeddings), embeddings)
+        return Outputs(_head(self.num_classes)(embeddings), embeddings)
 
 
 class MLP(nn.Module):
@@ -142,7 +150,7 @@ class MLP(nn.Module):
         x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.std)
         x = nn.relu(nn.Dense(self.width, kernel_init=_linear_init)(x))
         embeddings = nn.Dense(self.width, kernel_init=_linear_init)(x)
-        return Outputs(nn.Dense(self.num_classes, kernel_init=_linear_init)(nn.relu(embeddings)), embeddings)
+        return Outputs(_head(self.num_classes)(nn.relu(embeddings)), embeddings)
 
 
 _MODULES = {

@@ -1,7 +1,8 @@
 """What each method minimises. Adding a method = one function, one line in METHODS, one config function.
 
-An objective maps (net, variables, batch, clusters, key, config) to (loss [], Aux). It calls
-`net.train` where batch statistics are to be updated, and passes them on explicitly.
+A method has two parts. Its *adversary* makes x_adv from the current parameters and carries no
+gradient. Its *objective* maps (net, variables, batch, x_adv, clusters, config) to (loss [], Aux); it
+calls `net.train` where batch statistics are to be updated, and passes them on explicitly.
 """
 
 import dataclasses
@@ -15,6 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
 from clustr_jax.attacks import pgd
+
+# Log score, below the best class, of a class that owns none of the `train.nearest` clusters: far
+# enough to count as zero probability, near enough to keep cross entropies finite.
+_CUT = 50.0
 
 
 @struct.dataclass
@@ -46,90 +51,214 @@ def accuracy(logits, batch):
     return mean((jnp.argmax(logits, axis=1) == batch.y).astype(jnp.float32), batch.mask)
 
 
-def nominal(net, variables, batch, clusters, key, config):
-    """Cross entropy on clean images."""
-    outputs, stats = net.train(variables, batch.x)
+# Heads: outputs -> logits to train with, and the target of a consistency term.
+
+
+def head_logits(outputs, clusters, config):
+    """Logits of the linear head, or of the clusters (log scores; exp scores as the authors do)."""
+    if clusters is None:
+        return outputs.logits
+    nearest = config.train.nearest or None
+    if config.fidelity.scores == "exp":
+        return clusters.scores(outputs.embeddings, nearest)
+    log_scores = clusters.log_scores(outputs.embeddings, nearest)
+    if nearest is None:
+        return log_scores
+    return jnp.maximum(log_scores, jnp.max(log_scores, axis=1, keepdims=True) - _CUT)
+
+
+def head_probs(outputs, clusters, config):
+    """Class probabilities p(f(x)); with exp scores normalised as the authors do (their 1e-12)."""
+    logits = head_logits(outputs, clusters, config)
+    if clusters is None or config.fidelity.scores == "log":
+        return jax.nn.softmax(logits)
+    return logits / jnp.maximum(jnp.sum(logits, axis=1, keepdims=True), 1e-12)
+
+
+# Adversaries: (net, variables, batch, clusters, key, config) -> (x_adv, batch_stats).
+
+
+def towards_labels(net, variables, batch, clusters, key, config):
+    """PGD on the cross entropy to the labels (Madry et al. 2018; one step: Wong et al. 2020)."""
+    return _adversary(net, variables, batch, clusters, key, config, batch.y, losses.cross_entropy)
+
+
+def towards_clean(net, variables, batch, clusters, key, config):
+    """Steps on the divergence from the clean prediction (TRADES; one step: QTRADES, Eq. 5)."""
+    outputs = net.eval(variables, batch.x) if config.train.attack_bn == "eval" else net.train(variables, batch.x)[0]
+    probs = head_probs(outputs, clusters, config)
+    # kl and cross entropy to a fixed target have the same gradient; which one is named decides nothing
+    return _adversary(net, variables, batch, clusters, key, config, probs, losses.cross_entropy)
+
+
+def _adversary(net, variables, batch, clusters, key, config, target, loss_fn):
+    def logits(variables, clusters, x):
+        outputs = net.eval(variables, x) if config.train.attack_bn == "eval" else net.train(variables, x)[0]
+        return head_logits(outputs, clusters, config)
+
+    frozen = jax.lax.stop_gradient((variables, clusters))
+    settings = dict(
+        eps=config.train.attack.eps,
+        step_size=config.train.attack.step_size,
+        start=config.train.attack.start,
+        loss_fn=loss_fn,
+        bounds=box(config),
+        select="last",
+    )
+    logits_fn, target = Partial(logits, *frozen), jax.lax.stop_gradient(target)
+    x_adv = pgd(key, logits_fn, batch.x, target, steps=config.train.attack.steps, **settings)
+    stats = variables["batch_stats"]
+    if config.fidelity.attack_statistics == "update":  # as one forward pass of the attack would
+        start = pgd(key, logits_fn, batch.x, target, steps=0, **settings)
+        stats = net.train(variables, start)[1]
+    return jax.lax.stop_gradient(x_adv), jax.lax.stop_gradient(stats)
+
+
+# Objectives.
+
+
+def nominal(net, variables, batch, x_adv, clusters, config):
+    """Cross entropy: on clean images, or on the adversary's where the method has one."""
+    outputs, stats = net.train(variables, batch.x if x_adv is None else x_adv)
     loss = losses.cross_entropy(outputs.logits, batch.y)
     return mean(loss, batch.mask), Aux(stats, loss, {"accuracy": accuracy(outputs.logits, batch)})
 
 
-def clustr(net, variables, batch, clusters, key, config):
-    """Magnet loss (Eq. 3) on clean images."""
-    outputs, stats = net.train(variables, batch.x)
-    loss, variance = _magnet(outputs.embeddings, batch, config)
-    metrics = {"accuracy": accuracy(clusters.log_scores(outputs.embeddings), batch), "variance": variance}
-    return mean(loss, batch.mask), Aux(stats, loss, metrics)
+def adversarial(net, variables, batch, x_adv, clusters, config):
+    """Cross entropy on adversarial images (Madry et al. 2018)."""
+    loss, aux = nominal(net, variables, batch, x_adv, clusters, config)
+    return loss, dataclasses.replace(aux, metrics={"adversarial_accuracy": aux.metrics["accuracy"]})
 
 
-def clustr_qtrades(net, variables, batch, clusters, key, config):
-    """Eq. 5: Magnet loss + lambda x cross entropy between clean and one-step adversarial cluster scores.
+def trades(net, variables, batch, x_adv, clusters, config):
+    """CE(f(x), y) + beta x KL(p(x) || p(x_adv)) (Zhang et al. 2019, eq. 5), through both arguments."""
+    return _consistent(net, variables, batch, x_adv, config, config.train.beta, losses.kl)
 
-    Both gradient paths of the cross entropy are kept, as in the equation. The adversary sees the
-    statistics of its own batch and leaves the running ones alone.
+
+def qtrades(net, variables, batch, x_adv, clusters, config):
+    """CE(f(x), y) + lambda x CE(p(x_adv), p(x)): the paper's QTRADES on its own, linear head."""
+    term = _authors_kl if config.fidelity.kl == "probs" else losses.cross_entropy
+    return _consistent(net, variables, batch, x_adv, config, config.train.lam, term)
+
+
+def _authors_kl(logits, probs):
+    """F.kl_div given probabilities for log probabilities, element mean (fidelity.md, row 25)."""
+    return jnp.mean(jax.scipy.special.xlogy(probs, probs) - probs * jax.nn.softmax(logits), axis=1)
+
+
+def _consistent(net, variables, batch, x_adv, config, weight, term):
+    clean, stats = net.train(variables, batch.x)
+    adv, stats = net.train({**variables, "batch_stats": stats}, x_adv)
+    natural = losses.cross_entropy(clean.logits, batch.y)
+    consistency = term(adv.logits, jax.nn.softmax(clean.logits))
+    metrics = {
+        "accuracy": accuracy(clean.logits, batch),
+        "adversarial_accuracy": accuracy(adv.logits, batch),
+        "natural": mean(natural, batch.mask),
+        "consistency": mean(consistency, batch.mask),
+    }
+    return mean(natural + weight * consistency, batch.mask), Aux(stats, natural, metrics)
+
+
+def clustr(net, variables, batch, x_adv, clusters, config):
+    """Magnet loss (Eq. 3) on clean images, + xent_lam x cross entropy of the cluster head's logits."""
+    outputs, stats = net.train(variables, batch.x if x_adv is None else x_adv)
+    loss, metrics = _magnet(outputs, batch, clusters, config)
+    return mean(loss, batch.mask) + _xent(outputs, batch, clusters, config), Aux(stats, loss, metrics)
+
+
+def clustr_qtrades(net, variables, batch, x_adv, clusters, config):
+    """Eq. 5: Magnet loss + lambda x divergence between clean and adversarial cluster predictions.
+
+    `train.consistency`: "ce" is Eq. 5 as printed, "kl" subtracts the entropy of the clean prediction,
+    "mse" compares embeddings (authors' option). Gradients flow through both sides, as in the equation,
+    unless `train.stop_target`.
     """
     outputs, stats = net.train(variables, batch.x)
-    magnet, variance = _magnet(outputs.embeddings, batch, config)
-    probs = clusters.probs(outputs.embeddings)
-
-    def log_scores(variables, clusters, x):
-        return clusters.log_scores(net.train(variables, x)[0].embeddings)
-
-    # The adversary is data: no gradient flows through its making.
-    frozen = jax.lax.stop_gradient({**variables, "batch_stats": stats})
-    attack = {k: v for k, v in config.train.attack.items() if k != "steps"}
-    x_adv = pgd(
-        key,
-        Partial(log_scores, frozen, clusters),
-        batch.x,
-        jax.lax.stop_gradient(probs),
-        steps=config.train.attack.steps,
-        bounds=_box(config),
-        **attack,
-    )
-    adv, stats = net.train({**variables, "batch_stats": stats}, jax.lax.stop_gradient(x_adv))
-    log_scores_adv = clusters.log_scores(adv.embeddings)
-    consistency = losses.cross_entropy(log_scores_adv, probs)
-    metrics = {
+    magnet, metrics = _magnet(outputs, batch, clusters, config)
+    adv, stats = net.train({**variables, "batch_stats": stats}, x_adv)
+    logits = head_logits(adv, clusters, config)
+    target = head_probs(outputs, clusters, config)
+    embeddings = outputs.embeddings
+    if config.train.stop_target:
+        target, embeddings = jax.lax.stop_gradient((target, embeddings))
+    if config.train.consistency == "mse":
+        consistency = jnp.mean(jnp.square(adv.embeddings - embeddings), axis=1)
+    elif config.train.consistency == "kl":
+        consistency = losses.kl(logits, target)
+    else:
+        consistency = losses.cross_entropy(logits, target)
+    metrics |= {
         "magnet": mean(magnet, batch.mask),
         "consistency": mean(consistency, batch.mask),
-        "accuracy": accuracy(clusters.log_scores(outputs.embeddings), batch),
-        "adversarial_accuracy": accuracy(log_scores_adv, batch),
-        "variance": variance,
+        "adversarial_accuracy": accuracy(clusters.log_scores(adv.embeddings), batch),
     }
-    loss = mean(magnet, batch.mask) + config.train.lam * mean(consistency, batch.mask)
+    loss = mean(magnet + config.train.lam * consistency, batch.mask) + _xent(outputs, batch, clusters, config)
     return loss, Aux(stats, magnet, metrics)
 
 
-def _magnet(embeddings, batch, config):
-    """Per-example Magnet loss [B] and the batch's variance."""
+def _magnet(outputs, batch, clusters, config):
+    """Per-example Magnet loss [B] and what is logged of it."""
     rows = batch.classes.shape[0]
-    z = embeddings.reshape(rows, -1, embeddings.shape[-1])
+    z = outputs.embeddings.reshape(rows, -1, outputs.embeddings.shape[-1])
     mask = batch.mask.reshape(rows, -1)
-    loss, variance = losses.magnet_loss(z, batch.classes, alpha=config.magnet.alpha, mask=mask)
-    return loss.reshape(-1), variance
+    alpha = config.magnet.alpha
+    eps = 1e-8 if config.fidelity.hinge == "eps" else 0.0
+    loss, variance = losses.magnet_loss(z, batch.classes, alpha=alpha, mask=mask, eps=eps)
+    loss = loss.reshape(-1)
+    metrics = {
+        "accuracy": accuracy(clusters.log_scores(outputs.embeddings), batch),
+        "variance": variance,
+        "hinge_active": mean((loss > 0).astype(jnp.float32), batch.mask),
+    }
+    if config.fidelity.logged_loss == "plus_k":  # their mask multiplies inside exp: K own clusters add exp(0)
+        k = clusters.centroids.shape[1]
+        metrics["magnet_plus_k"] = mean(jnp.logaddexp(loss, alpha + jnp.log(k)), batch.mask)
+    return loss, metrics
 
 
-def _box(config):
+def _xent(outputs, batch, clusters, config):
+    """The authors' --xent-lambda: cross entropy of the cluster head's logits to the labels."""
+    if not config.train.xent_lam:
+        return 0.0
+    cross = losses.cross_entropy(head_logits(outputs, clusters, config), batch.y)
+    return config.train.xent_lam * mean(cross, batch.mask)
+
+
+def box(config):
+    """The box of the pixels; points in the plane have none."""
     return None if config.data.name.startswith("toy2d") else (0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A row of the paper's tables.
+    """A row of the tables.
 
     `sampler`: "uniform" shuffles the set, "magnet" draws neighbouring clusters. `head`: what
-    predicts, "linear" or "clusters". `warmup`: the method of stage 1, or None.
+    predicts, "linear" or "clusters". `warmup`: the method of stage 1, or None; with `source` it runs
+    on another data set (config.pretrain). Free AT has no adversary: its perturbation is carried by
+    the train step (`train.replays` > 1).
     """
 
     objective: Callable
+    adversary: Callable | None = None
     sampler: str = "uniform"
     head: str = "linear"
     warmup: str | None = None
+    source: bool = False
 
 
+_clusters = dict(sampler="magnet", head="clusters")
 METHODS = {
     "nominal": Method(nominal),
-    "magnet": Method(clustr, sampler="magnet", head="clusters"),
-    "clustr": Method(clustr, sampler="magnet", head="clusters", warmup="nominal"),
-    "clustr_qtrades": Method(clustr_qtrades, sampler="magnet", head="clusters", warmup="nominal"),
+    "free_at": Method(nominal),
+    "fast_at": Method(adversarial, towards_labels),
+    "pgd_at": Method(adversarial, towards_labels),
+    "at_pretrain": Method(adversarial, towards_labels, warmup="pgd_at", source=True),
+    "trades": Method(trades, towards_clean),
+    "qtrades": Method(qtrades, towards_clean),
+    "magnet": Method(clustr, **_clusters),
+    "clustr": Method(clustr, warmup="nominal", **_clusters),
+    "clustr_qtrades": Method(clustr_qtrades, towards_clean, warmup="nominal", **_clusters),
+    "clustr_trades": Method(clustr_qtrades, towards_clean, warmup="nominal", **_clusters),
 }

@@ -44,9 +44,15 @@ def init(losses, assignments, num_clusters: int, *, initial: float) -> Sampler:
     return Sampler(order, offsets, losses)
 
 
-def refit(sampler: Sampler, assignments) -> Sampler:
-    """New clusters, the same examples: each example keeps its loss, so no cluster's mean is stale."""
-    return init(sampler.losses, assignments, sampler.offsets.shape[0] - 1, initial=0.0)
+def refit(sampler: Sampler, assignments, *, stale: bool = False) -> Sampler:
+    """New clusters, the same examples: each example keeps its loss, so no cluster's mean is stale.
+
+    `stale` does as the authors: losses stay at their place in the sorted list, whoever stands there now.
+    """
+    new = init(sampler.losses, assignments, sampler.offsets.shape[0] - 1, initial=0.0)
+    if stale:
+        new = new.replace(losses=sampler.losses.at[new.members].set(sampler.losses[sampler.members]))
+    return new
 
 
 def seed_probs(sampler: Sampler, *, floor: float = 0.05) -> Float[Array, "C"]:

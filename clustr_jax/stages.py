@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from clustr_jax import data, evaluate, loading, models, results, train
+from clustr_jax import data, evaluate, fidelity, loading, models, results, train
+from clustr_jax.attacks import pgd
 from clustr_jax.checkpoints import Checkpoints, write_json
 from clustr_jax.classifier import Classifier
 from clustr_jax.errors import UserError
@@ -31,6 +32,8 @@ STAGES = (WARMUP, TRAIN, EVALUATE)
 _CHUNK_SECONDS = 3.0
 # Long epochs leave checkpoints inside them.
 _CHECKPOINT_SECONDS = 600.0
+# Ordinary adversarially trained networks differ by a few points between one step and ten.
+_OVERFITTING_GAP = 0.2
 
 
 @dataclasses.dataclass
@@ -44,10 +47,19 @@ class Run:
     train_split: data.Split
     val_split: data.Split
     test_split: data.Split
+    source: "Run | None" = None  # the same for the data set of at_pretrain's first stage
 
     def key(self, stage: str):
         """A stream of randomness for each stage."""
         return jax.random.fold_in(jax.random.key(self.config.seed), STAGES.index(stage))
+
+
+def resolve(config):
+    """The config as it will run: smoke settings applied, fidelity switches spelled out."""
+    config = shrink(config) if config.smoke else config.copy_and_resolve_references()
+    for name, value in fidelity.resolve(config.fidelity).items():
+        config.fidelity[name] = value
+    return config
 
 
 def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = None) -> dict[str, dict]:
@@ -57,18 +69,22 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
     settings that cannot work.
     """
     console = Console()
-    config = shrink(config) if config.smoke else config
+    config = resolve(config)
     method = _method(config)
     wanted = _wanted(stages, method)
     evaluate.check_config(config)
     place = Workdir(workdir or default_workdir(config))
     splits = data.splits(config.data)
+    source = _source(config, place, splits[0]) if method.source and WARMUP in wanted else None
     net = loading.build_net(config, splits[0])
     _check_training(config, method, net, splits[0])
     place.open(config)
     with Progress(console) as progress:
-        this = Run(config, place, progress, net, *splits)
+        this = Run(config, place, progress, net, *splits, source=source)
         _introduce(this)
+        if source is not None:
+            source.progress = progress
+            _introduce_data("pre-training data", source)
         for stage in wanted:
             if stage == EVALUATE:
                 _evaluate(this)
@@ -80,6 +96,19 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
         console.print(results.side_by_side(found))
         console.print(f"results: {place.results}", highlight=False, soft_wrap=True)
     return found
+
+
+def _source(config, place, target):
+    """What at_pretrain trains on first: another data set with its own head."""
+    if not config.pretrain.name:
+        raise UserError(f"{config.method} needs a data set to pre-train on: set pretrain.name, e.g. cifar100")
+    splits = data.splits(config.pretrain)
+    if splits[0].images.shape[1:] != target.images.shape[1:]:
+        raise UserError(
+            f"pretrain.name={config.pretrain.name} has inputs of shape {splits[0].images.shape[1:]}, "
+            f"{config.data.name} of {target.images.shape[1:]}; choose a set of the same size"
+        )
+    return Run(config, place, None, loading.build_net(config, splits[0]), *splits)
 
 
 def default_workdir(config) -> pathlib.Path:
@@ -98,10 +127,13 @@ def shrink(config):
     classes = {"cifar100": 100, "toy2d": 2}.get(config.data.name, 10)
     config.data.train_size = min(config.data.train_size or math.inf, per_class * classes)
     config.data.test_size = min(config.data.test_size or math.inf, 200)
+    config.pretrain.train_size = min(config.pretrain.train_size or math.inf, 400)
+    config.pretrain.test_size = min(config.pretrain.test_size or math.inf, 100)
     for recipe in (config.warmup, config.train):
         recipe.epochs = min(recipe.epochs, 1)
         recipe.batch_size = min(recipe.batch_size, 64)
     config.model.width = min(config.model.width or 4, 4)
+    config.train.attack.steps = min(config.train.attack.steps, 2)
     config.magnet.samples = min(config.magnet.samples, 4)
     config.magnet.n_init = 1
     config.eval.n = min(config.eval.n or 32, 32)
@@ -137,8 +169,23 @@ def _check_training(config, method, net, train_split):
                 f"{name}: epochs must be >= 0, batch_size >= 1 and lr > 0, "
                 f"got {recipe.epochs}, {recipe.batch_size} and {recipe.lr}"
             )
+        if recipe.replays < 1 or not 0 <= recipe.ema < 1 or recipe.awp < 0:
+            raise UserError(
+                f"{name}: replays must be >= 1, ema in [0, 1) and awp >= 0, "
+                f"got {recipe.replays}, {recipe.ema} and {recipe.awp}"
+            )
         train.optimizer(recipe, 1)
-    evaluate.check_settings(eps=config.train.attack.eps, step_size=config.train.attack.step_size)
+    for name, known in (("consistency", ("ce", "kl", "mse")), ("attack_bn", ("batch", "eval"))):
+        if config.train[name] not in known:
+            raise UserError(f"train.{name} must be one of {', '.join(known)}, got {config.train[name]!r}")
+    if config.train.attack.steps < 1 or config.train.nearest < 0:
+        raise UserError(
+            f"train.attack.steps must be >= 1 and train.nearest >= 0, "
+            f"got {config.train.attack.steps} and {config.train.nearest}"
+        )
+    evaluate.check_settings(
+        eps=config.train.attack.eps, step_size=config.train.attack.step_size, start=config.train.attack.start
+    )
     if config.data.augment not in ("crop_flip", "crop", "none"):
         raise UserError(f"data.augment must be crop_flip, crop or none, got {config.data.augment!r}")
     if method.sampler == "magnet":
@@ -155,11 +202,7 @@ def _introduce(this):
     devices = ", ".join(sorted({f"{d.platform} ({d.device_kind})" for d in jax.devices()}))
     count = sum(p.size for p in jax.tree.leaves(jax.eval_shape(this.net.init, jax.random.key(0))["params"]))
     progress.line(f"{config.method} on {config.data.name}, {config.model.name} with {count:,} parameters, {devices}")
-    subset = " and ".join(s.subset for s in (this.train_split, this.test_split) if s.subset)
-    progress.line(
-        f"data: {len(this.train_split):,} train, {len(this.val_split):,} held out, {len(this.test_split):,} test"
-        + (f" (a subset: {subset})" if subset else "")
-    )
+    _introduce_data("data", this)
     if METHODS[config.method].sampler == "magnet":
         clusters = train.per_class(config, this.net.num_classes)
         progress.line(
@@ -167,6 +210,14 @@ def _introduce(this):
             f"{config.magnet.samples} images per Magnet batch"
         )
     progress.line(f"work directory: {this.workdir.root}")
+
+
+def _introduce_data(what, this):
+    subset = " and ".join(s.subset for s in (this.train_split, this.test_split) if s.subset)
+    this.progress.line(
+        f"{what}: {len(this.train_split):,} train, {len(this.val_split):,} held out, {len(this.test_split):,} test"
+        + (f" (a subset: {subset})" if subset else "")
+    )
 
 
 def _train(this: Run, stage: str) -> None:
@@ -178,6 +229,8 @@ def _train(this: Run, stage: str) -> None:
         progress.line(f"{stage}: finished before ({done['reason']} after {done['epochs']} epochs)")
         return
     method = METHODS[METHODS[config.method].warmup if stage == WARMUP else config.method]
+    if stage == WARMUP and this.source is not None:
+        this = this.source
     recipe = config.warmup if stage == WARMUP else config.train
     train_set = train.TrainSet(
         jnp.asarray(this.train_split.images),
@@ -209,6 +262,7 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
         progress.line(f"{stage}: resuming after {int(state.step)} steps")
         return state
     first = METHODS[config.method].warmup is None or stage == WARMUP
+    fresh = this.net.init(jax.random.fold_in(key, 0))
     this.workdir.rewind(stage, -1)  # records of a run that was killed before its first checkpoint
     if first and config.init_from:
         progress.line(f"{stage}: starting from {config.init_from}")
@@ -217,8 +271,10 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
         if this.workdir.finished(WARMUP) is None:
             raise UserError(f"{stage} needs {WARMUP}, which is not finished in {this.workdir.root}; run it first")
         variables = loading.model_variables(this.workdir.stage(WARMUP), this.net)
+        if METHODS[config.method].source:  # other classes: keep the body only
+            variables["params"][models.HEAD] = fresh["params"][models.HEAD]
     else:
-        variables = this.net.init(jax.random.fold_in(key, config.seed))
+        variables = fresh
     state = train.create(trainer, variables)
     if trainer.magnet:
         progress.status(f"{stage}: first k-means++ on the network's own embeddings")
@@ -265,8 +321,14 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
                 saved = time.monotonic()
         if trainer.magnet:
             state = train.refit(trainer, state, train_set, key)
-        clf = Classifier(state.variables, state.clusters if trainer.method.head == "clusters" else None, this.net)
+        if config.fidelity.epoch_statistics == "leak_test":
+            for split in (this.train_split, this.test_split):
+                stats = train.pass_in_train_mode(this.net, state.variables, split.pixels())
+                state = state.replace(batch_stats=stats)
+        clf = Classifier(*state.deployed, this.net, bounds=this.train_split.bounds)
         val = results.fraction(evaluate.clean(clf, val_x, val_y)) if len(val_y) else 0.0
+        if trainer.method.adversary or trainer.replays > 1:
+            totals |= _monitor(this, stage, clf, key)
         record = {
             "stage": stage, "epoch": epoch + 1, "step": step, **totals, "val_accuracy": val,
             "learning_rate": float(rate(step - 1)),
@@ -285,6 +347,28 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
     if step == 0:  # no epochs asked for: the start is the result
         checkpoints.save(state)
     return "all epochs", recipe.epochs
+
+
+def _monitor(this, stage, clf, key):
+    """Single-step against multi-step accuracy on held-out images: catastrophic overfitting shows as a gap."""
+    if not this.config.train.monitor or not len(this.val_split):
+        return {}
+    count = min(len(this.val_split), 256)
+    x, y = this.val_split.pixels(slice(0, count)), this.val_split.labels[:count]
+    eps = this.config.train.attack.eps
+    found = {}
+    for name, steps, step_size in (("single_step", 1, 1.25 * eps), ("multi_step", 10, eps / 4)):
+        x_adv = pgd(
+            key, clf.logits, x, y, eps=eps, step_size=step_size, steps=steps, bounds=clf.bounds
+        )  # fmt: skip
+        found[f"{name}_accuracy"] = results.fraction(evaluate.clean(clf, x_adv, y))
+    gap = found["single_step_accuracy"] - found["multi_step_accuracy"]
+    if gap > _OVERFITTING_GAP:
+        this.progress.line(
+            f"{stage}: warning: catastrophic overfitting? one step leaves {found['single_step_accuracy']:.1%}, "
+            f"ten steps {found['multi_step_accuracy']:.1%} of {count} held-out images"
+        )
+    return found
 
 
 def _metrics(totals):

@@ -13,10 +13,11 @@ from ml_collections import ConfigDict
 
 from clustr_jax import clusters as clusters_lib
 from clustr_jax import data, sampling
+from clustr_jax.attacks.pgd import ascend, project
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
 from clustr_jax.models import Net
-from clustr_jax.objectives import Batch, Method
+from clustr_jax.objectives import Batch, Method, box
 from clustr_jax.sampling import Sampler
 
 # Images per pass where nothing is learnt: embedding the training set, accuracy on the held-out part.
@@ -36,11 +37,21 @@ class TrainState:
     totals: dict[str, Float[Array, ""]]
     clusters: Clusters | None = None
     sampler: Sampler | None = None
+    delta: Array | None = None  # Free AT: the perturbation that is carried from batch to batch
+    average: dict | None = None  # moving average of the variables, if train.ema
+    average_clusters: Clusters | None = None  # fitted on the average's embeddings
 
     @property
     def variables(self) -> dict:
         """What `net.eval` takes."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def deployed(self) -> tuple[dict, Clusters | None]:
+        """(variables, clusters) to evaluate: the moving average where there is one."""
+        if self.average is None:
+            return self.variables, self.clusters
+        return self.average, self.average_clusters
 
 
 @struct.dataclass
@@ -98,8 +109,14 @@ class Trainer:
     size: int  # of the training set
 
     @property
-    def magnet(self):
+    def magnet(self) -> bool:
+        """Whether batches are drawn by clusters."""
         return self.method.sampler == "magnet"
+
+    @property
+    def replays(self) -> int:
+        """Steps on the same batch (Free AT); 1 otherwise."""
+        return self.recipe.replays
 
     @property
     def batch_size(self) -> int:
@@ -110,8 +127,8 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        """As many images as the set has, rounded down (paper, appendix D)."""
-        return max(1, self.size // self.batch_size)
+        """As many images as the set has, rounded down (paper, appendix D), each batch replayed."""
+        return max(1, self.size // self.batch_size) * self.replays
 
 
 def rows(config, num_classes: int) -> int:
@@ -139,13 +156,18 @@ def per_class(config, num_classes: int) -> tuple[int, ...]:
 def create(trainer: Trainer, variables: dict) -> TrainState:
     """A fresh state at step 0: new optimiser, no clusters yet."""
     transform, _ = optimizer(trainer.recipe, trainer.steps_per_epoch)
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         opt_state=transform.init(variables["params"]),
         totals={},
     )
+    if trainer.replays > 1:
+        state = state.replace(delta=jnp.zeros((trainer.batch_size, *trainer.net.input_shape)))
+    if trainer.recipe.ema:
+        state = state.replace(average=state.variables)
+    return state
 
 
 def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key) -> TrainState:
@@ -156,22 +178,20 @@ def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key) -> TrainS
         k = max(per_class(trainer.config, num_classes))
         x = jax.ShapeDtypeStruct((1, *trainer.net.input_shape), jnp.float32)
         embedding = jax.eval_shape(trainer.net.eval, variables, x).embeddings.shape[-1]
+        clusters = Clusters(
+            jnp.zeros((num_classes, k, embedding)), jnp.ones(()), jnp.ones((num_classes, k), bool)
+        )
         state = state.replace(
-            clusters=Clusters(
-                jnp.zeros((num_classes, k, embedding)), jnp.ones(()), jnp.ones((num_classes, k), bool)
-            ),
+            clusters=clusters,
             sampler=sampling.init(None, jnp.zeros(trainer.size, jnp.int32), num_classes * k, initial=0.0),
+            average_clusters=clusters if state.average else None,
         )
     return reset_totals(trainer, state, train_set, key)
 
 
-def train_step(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key) -> tuple[TrainState, dict]:
-    """One step of any objective: draw, differentiate, update, remember the sampler's losses.
-
-    Returns (state, metrics of the batch). All randomness comes from (key, state.step).
-    """
-    key = jax.random.fold_in(jax.random.fold_in(key, _STEPS), state.step)
-    draw_key, augment_key, objective_key = jax.random.split(key, 3)
+def draw_batch(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key) -> tuple[Batch, Int[Array, "B"]]:
+    """The batch of this step, augmented, and the ids of its examples."""
+    draw_key, augment_key = jax.random.split(key)
     config = trainer.config
     if trainer.magnet:
         drawn = sampling.draw(
@@ -180,32 +200,77 @@ def train_step(trainer: Trainer, state: TrainState, train_set: TrainSet, order, 
             state.clusters,
             num_clusters=rows(config, trainer.net.num_classes),
             samples=config.magnet.samples,
-            floor=config.magnet.seed_floor,
+            floor=0.0 if config.fidelity.sampler == "stale" else config.magnet.seed_floor,
         )
         ids, mask, classes = drawn.ids.reshape(-1), drawn.mask.reshape(-1), drawn.classes
     else:
-        start = (state.step % trainer.steps_per_epoch) * trainer.batch_size
-        ids = jax.lax.dynamic_slice(order, (start,), (trainer.batch_size,))
+        position = (state.step % trainer.steps_per_epoch) // trainer.replays
+        ids = jax.lax.dynamic_slice(order, (position * trainer.batch_size,), (trainer.batch_size,))
         mask, classes = jnp.ones(trainer.batch_size, bool), None
     x, y = train_set.batch(ids, augment_key)
-    batch = Batch(x, y, mask, classes)
+    return Batch(x, y, mask, classes), ids
 
-    def loss_fn(params):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        return trainer.method.objective(trainer.net, variables, batch, state.clusters, objective_key, config)
 
-    (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    transform, _ = optimizer(trainer.recipe, trainer.steps_per_epoch)
+def train_step(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key) -> tuple[TrainState, dict]:
+    """One step of any objective: draw, attack, differentiate, update, remember the sampler's losses.
+
+    Returns (state, metrics of the batch). All randomness comes from (key, state.step).
+    """
+    config, recipe, before = trainer.config, trainer.recipe, state
+    key = jax.random.fold_in(key, _STEPS)
+    draw_key = jax.random.fold_in(key, state.step // trainer.replays)
+    attack_key = jax.random.fold_in(draw_key, 1)
+    batch, ids = draw_batch(trainer, state, train_set, order, draw_key)
+
+    clusters = state.clusters if trainer.method.head == "clusters" else None
+    x_adv, stats = None, state.batch_stats
+    if trainer.method.adversary is not None:
+        x_adv, stats = trainer.method.adversary(trainer.net, state.variables, batch, clusters, attack_key, config)
+
+    def loss_fn(params, x_adv):
+        variables = {"params": params, "batch_stats": stats}
+        return trainer.method.objective(trainer.net, variables, batch, x_adv, clusters, config)
+
+    if trainer.replays > 1:
+        # Free AT (Shafahi et al. 2019): one backward pass moves the weights and the perturbation
+        eps, bounds = config.train.attack.eps, box(config)
+        x_adv = project(batch.x + state.delta, batch.x, eps, "linf", bounds)
+        (loss, aux), (gradients, ascent) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(state.params, x_adv)
+        moved = project(ascend(x_adv, ascent, config.train.attack.step_size, "linf"), batch.x, eps, "linf", None)
+        state = state.replace(delta=jnp.clip(moved - batch.x, -eps, eps))
+    else:
+        params = state.params
+        if recipe.awp:
+            params = worst_weights(jax.grad(loss_fn, has_aux=True)(params, x_adv)[0], params, recipe.awp)
+        (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, x_adv)
+
+    transform, _ = optimizer(recipe, trainer.steps_per_epoch)
     updates, opt_state = transform.update(gradients, state.opt_state, state.params)
     if trainer.magnet:
-        state = state.replace(sampler=sampling.update(state.sampler, ids, aux.per_example, mask))
+        state = state.replace(sampler=sampling.update(state.sampler, ids, aux.per_example, batch.mask))
     state = state.replace(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=aux.batch_stats,
-        opt_state=opt_state,
+        params=optax.apply_updates(state.params, updates), batch_stats=aux.batch_stats, opt_state=opt_state
     )
+    if recipe.ema:
+        # the average starts at the first step's weights, not at random ones
+        decay = jnp.minimum(recipe.ema, (1.0 + state.step) / (10.0 + state.step))
+        average = jax.tree.map(lambda a, v: decay * a + (1 - decay) * v, state.average, state.variables)
+        state = state.replace(average=average)
+    if trainer.magnet and config.fidelity.small_clusters == "skip":
+        state = jax.tree.map(lambda new, old: jnp.where(jnp.all(batch.mask), new, old), state, before)
+    state = state.replace(step=before.step + 1)
     return state, {"loss": loss, "gradient_norm": optax.global_norm(gradients), **aux.metrics}
+
+
+def worst_weights(gradients, params, gamma: float):
+    """Adversarial weight perturbation (Wu et al. 2020): each kernel moves by gamma |w| up the loss."""
+
+    def perturb(g, w):
+        if w.ndim < 2:  # biases and batch norm stay
+            return w
+        return w + gamma * jnp.linalg.norm(w.reshape(-1)) * g / jnp.maximum(jnp.linalg.norm(g.reshape(-1)), 1e-12)
+
+    return jax.tree.map(perturb, gradients, params)
 
 
 def reset_totals(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> TrainState:
@@ -234,32 +299,63 @@ def epoch_order(key, size: int, epoch) -> Int[Array, "N"]:
     return jax.random.permutation(key, size).astype(jnp.int32)
 
 
-@jax.jit(static_argnums=0)
-def embed_all(net: Net, variables, train_set: TrainSet) -> Float[Array, "N E"]:
-    """Embeddings of the whole training split, eval mode, not augmented."""
+@jax.jit(static_argnames=("net", "train_mode"))
+def embed_all(net: Net, variables, train_set: TrainSet, key=None, train_mode: bool = False) -> Float[Array, "N E"]:
+    """Embeddings of the whole training split: eval mode and clean, unless asked otherwise (`fidelity`)."""
     size = train_set.labels.shape[0]
     starts = jnp.arange(0, size, _EVAL_BATCH)
     ids = jnp.minimum(starts[:, None] + jnp.arange(_EVAL_BATCH)[None, :], size - 1)
-    z = jax.lax.map(lambda i: net.eval(variables, train_set.batch(i)[0]).embeddings, ids)
+
+    def embed(i):
+        x = train_set.batch(i, None if key is None else jax.random.fold_in(key, i[0]))[0]
+        outputs = net.train(variables, x)[0] if train_mode else net.eval(variables, x)
+        return outputs.embeddings
+
+    z = jax.lax.map(embed, ids)
     return z.reshape(-1, z.shape[-1])[:size]
 
 
 def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> TrainState:
     """Cluster the training set by the network as it is now; examples keep their last seen losses."""
-    config, num_classes = trainer.config, trainer.net.num_classes
+    fidelity = trainer.config.fidelity
+    first = state.sampler is None
     key = jax.random.fold_in(jax.random.fold_in(key, _REFIT), state.step)
-    fitted, assignments = clusters_lib.fit_assign(
+    augmented = key if fidelity.cluster_images == "augmented" else None
+    train_mode = first and fidelity.first_clusters == "train"
+    clusters, assignments = _fit(trainer, state.variables, train_set, key, augmented, train_mode)
+    if fidelity.variance_images == "augmented":
+        z = embed_all(trainer.net, state.variables, train_set, key, train_mode=True)
+        clusters = clusters_lib.with_variance(clusters, z, train_set.labels)
+    if first:
+        initial = 0.0 if fidelity.sampler == "stale" else trainer.config.magnet.alpha
+        sampler = sampling.init(None, assignments, clusters.mask.size, initial=initial)
+    else:
+        sampler = sampling.refit(state.sampler, assignments, stale=fidelity.sampler == "stale")
+    state = state.replace(clusters=clusters, sampler=sampler)
+    if state.average is not None:
+        state = state.replace(average_clusters=_fit(trainer, state.average, train_set, key)[0])
+    return state
+
+
+def _fit(trainer, variables, train_set, key, augmented=None, train_mode=False):
+    config, num_classes = trainer.config, trainer.net.num_classes
+    return clusters_lib.fit_assign(
         key,
-        embed_all(trainer.net, state.variables, train_set),
+        embed_all(trainer.net, variables, train_set, augmented, train_mode),
         train_set.labels,
         num_classes=num_classes,
         k=per_class(config, num_classes),
         n_init=config.magnet.n_init,
         max_iter=config.magnet.max_iter,
     )
-    if state.sampler is None:
-        count = fitted.mask.size
-        sampler = sampling.init(None, assignments, count, initial=config.magnet.alpha)
-    else:
-        sampler = sampling.refit(state.sampler, assignments)
-    return state.replace(clusters=fitted, sampler=sampler)
+
+
+@jax.jit(static_argnums=0)
+def pass_in_train_mode(net: Net, variables, pixels) -> dict:
+    """Batch statistics after passes over `pixels` in batches of 25: the authors' leak (fidelity.md, row 21)."""
+    batches = pixels[: len(pixels) // 25 * 25].reshape(-1, 25, *pixels.shape[1:])
+
+    def step(stats, x):
+        return net.train({**variables, "batch_stats": stats}, x)[1], None
+
+    return jax.lax.scan(step, variables["batch_stats"], batches)[0]

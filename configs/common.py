@@ -8,6 +8,8 @@ JSON values (numbers, words, tuples), so that any of them can be set on the comm
 
 from ml_collections import ConfigDict
 
+from clustr_jax.fidelity import SWITCHES
+
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # authors' code, CIFAR-10 and -100
 SVHN_MEAN, SVHN_STD = (0.4378, 0.4439, 0.4729), (0.1980, 0.2011, 0.1971)  # authors' code
 
@@ -39,11 +41,31 @@ def base(dataset: str) -> ConfigDict:
     c.warmup.target = 0.0  # stop at this accuracy on the held-out part; 0 = run all epochs
     c.train = _recipe(epochs=30, lr=1e-4, milestones=())
     c.train.lam = 8.0  # lambda of Eq. 5
+    c.train.beta = 6.0  # 1 / lambda of TRADES
+    c.train.consistency = "ce"  # of ClusTR+QTRADES: "ce" (Eq. 5), "kl", or "mse" of the embeddings
+    c.train.stop_target = False  # no gradient through the clean side of the consistency term
+    c.train.xent_lam = 0.0  # weight of cross entropy on the cluster head (authors' --xent-lambda)
+    c.train.nearest = 0  # D nearest clusters in training; 0 = all (authors' --L)
+    c.train.attack_bn = "batch"  # inner attack: "batch" statistics (kept out of the running ones) or "eval"
+    c.train.monitor = True  # single-step against multi-step accuracy on held-out images, each epoch
     c.train.attack = ConfigDict()  # the adversary of training: keyword arguments of attacks.pgd
     c.train.attack.eps = 8 / 255
     c.train.attack.step_size = 10 / 255  # eta of QTRADES: authors' code
     c.train.attack.steps = 1
     c.train.attack.start = "uniform"
+
+    c.fidelity = ConfigDict()  # the authors' code switch by switch: docs/fidelity.md
+    c.fidelity.preset = ""  # "paper_code" sets all switches that are left empty
+    for switch in SWITCHES:
+        c.fidelity[switch] = ""
+
+    c.pretrain = ConfigDict()  # source data set of at_pretrain
+    c.pretrain.name = "imagenet_resized/32x32"
+    c.pretrain.dir = ""
+    c.pretrain.train_size = 0
+    c.pretrain.test_size = 0
+    c.pretrain.val_size = 0.02
+    c.pretrain.augment = "crop_flip"
 
     c.magnet = ConfigDict()
     c.magnet.alpha = 12.5  # margin of Eq. 3
@@ -82,13 +104,94 @@ def _recipe(epochs, lr, milestones):
     r.schedule = "multistep"  # x decay at the epochs `milestones`; or "cosine", "onecycle"
     r.milestones = milestones
     r.decay = 0.1
+    r.replays = 1  # steps on the same batch, the perturbation carried along (Free AT: 8)
+    r.ema = 0.0  # decay of a moving average of the weights, which is then evaluated; 0 = off
+    r.awp = 0.0  # gamma of adversarial weight perturbation; 0 = off
     return r
+
+
+def parse(arg: str) -> tuple[str, tuple[str, ...]]:
+    """ "method,variant" -> (method, variants); ValueError with the list for an unknown one."""
+    method, *variants = arg.split(",")
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
+    return method, tuple(variants)
+
+
+def configure(c: ConfigDict, arg: str) -> ConfigDict:
+    """Apply "method" or "method,variant" to a data set's config."""
+    c.method, variants = parse(arg)
+    METHODS[c.method](c)
+    for variant in variants:
+        VARIANTS[variant](c)
+        c.variant = variant
+    return c
+
+
+def _sgd(c, epochs, lr, milestones, weight_decay):
+    c.train.optimizer, c.train.schedule = "sgd", "multistep"
+    c.train.epochs, c.train.lr, c.train.milestones = epochs, lr, milestones
+    c.train.weight_decay, c.train.batch_size = weight_decay, 128
+
+
+def _as_warmup(c):
+    for name in ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "milestones", "decay"):
+        c.train[name] = c.warmup[name]
+
+
+def _scaled_attack(c, steps, step, start="uniform"):
+    """Steps of `step`/8 of eps: 2 means 2/255 at eps 8/255."""
+    c.train.attack.steps, c.train.attack.start = steps, start
+    c.train.attack.step_size = c.train.attack.eps * step / 8
 
 
 def nominal(c):
     """Cross entropy: the warm-up's recipe and nothing after it."""
-    for name in ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "milestones", "decay"):
-        c.train[name] = c.warmup[name]
+    _as_warmup(c)
+
+
+def free_at(c):
+    """Free AT, m = 8 (Shafahi et al. 2019: 200 / m epochs of SGD, rate / 10 at 1/2 and 3/4)."""
+    _sgd(c, epochs=25, lr=0.1, milestones=(12, 19), weight_decay=2e-4)
+    c.train.replays = 8
+    _scaled_attack(c, 1, 8)  # their step is eps
+
+
+def fast_at(c):
+    """FGSM from a random start, step 1.25 eps (Wong et al. 2020: cyclic rate up to 0.2)."""
+    _sgd(c, epochs=30, lr=0.2, milestones=(), weight_decay=5e-4)
+    c.train.schedule = "onecycle"
+    _scaled_attack(c, 1, 10)
+
+
+def pgd_at(c):
+    """Madry et al. 2018 with PGD-10 and the schedule of Pang et al. 2021."""
+    _sgd(c, epochs=110, lr=0.1, milestones=(100, 105), weight_decay=5e-4)
+    _scaled_attack(c, 10, 2)
+
+
+def at_pretrain(c):
+    """PGD-AT on another data set, then 5 epochs with a new head (Hendrycks et al. 2019)."""
+    pgd_at(c)
+    for name in ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "milestones"):
+        c.warmup[name] = c.train[name]
+    c.warmup.target = 0.0
+    c.train.epochs, c.train.lr, c.train.schedule, c.train.milestones = 5, 1e-3, "cosine", ()
+
+
+def trades(c):
+    """Zhang et al. 2019: 10 steps from N(0, 0.001), beta 6, attack in eval mode, 76 epochs with a drop at 75."""
+    _sgd(c, epochs=76, lr=0.1, milestones=(75,), weight_decay=2e-4)
+    _scaled_attack(c, 10, 2, start="normal")
+    c.train.attack_bn = "eval"
+
+
+def qtrades(c):
+    """QTRADES on its own, linear head. The paper gives no epochs or rate: the warm-up's recipe (ours)."""
+    _as_warmup(c)
 
 
 def magnet(c):
@@ -104,13 +207,35 @@ def clustr_qtrades(c):
     """Warm-up, then the Magnet loss and the QTRADES term (Eq. 5)."""
 
 
-METHODS = {f.__name__: f for f in (nominal, magnet, clustr, clustr_qtrades)}
+def clustr_trades(c):
+    """Ours: warm-up, then log-domain Magnet + KL to a 10-step adversary through the cluster head."""
+    c.train.consistency = "kl"
+    c.train.lam = 6.0
+    _scaled_attack(c, 10, 2, start="normal")
+    c.train.attack_bn = "eval"
 
 
-def configure(c: ConfigDict, method: str) -> ConfigDict:
-    """Apply a method to a data set's config; ValueError with the list where there is none of that name."""
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    c.method = method
-    METHODS[method](c)
-    return c
+METHODS = {
+    f.__name__: f
+    for f in (
+        nominal, free_at, fast_at, pgd_at, at_pretrain, trades, qtrades, magnet, clustr, clustr_qtrades,
+        clustr_trades,
+    )
+}  # fmt: skip
+
+
+def cpu(c):
+    """What two CPU cores can train: resnet8, one-cycle Adam, few epochs; 1,000 test images."""
+    if c.model.name == "resnet18":
+        c.model.name = "resnet8"
+    c.warmup.epochs, c.warmup.lr, c.warmup.schedule, c.warmup.target = 12, 5e-3, "onecycle", 0.0
+    c.warmup.optimizer, c.warmup.weight_decay, c.warmup.milestones = "adam", 1e-4, ()
+    magnet_batches = c.method in ("magnet", "clustr", "clustr_qtrades", "clustr_trades")
+    c.train.optimizer, c.train.schedule, c.train.milestones = "adam", "onecycle", ()
+    c.train.lr, c.train.weight_decay = (1e-3, 0.0) if magnet_batches else (5e-3, 1e-4)
+    c.train.epochs = {"free_at": 4, "at_pretrain": 5, "magnet": 18}.get(c.method, 6 if magnet_batches else 12)
+    c.eval.n, c.eval.attack.steps, c.eval.paper_steps = 1000, 20, (20,)
+    c.eval.sweep = ()
+
+
+VARIANTS = {"cpu": cpu}

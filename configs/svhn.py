@@ -2,6 +2,7 @@
 
     python run.py --config=configs/svhn.py:clustr_qtrades
 
+`METHOD,cpu` is the variant for two CPU cores (offline, at_pretrain needs --config.pretrain.name=cifar100).
 Meant for one GPU; not run at this size here.
 """
 
@@ -14,5 +15,5 @@ def get_config(method="clustr_qtrades"):
     c.warmup.target = 0.90  # footnote 4
     c.train.epochs = 60  # appendix D; section 4.2 says 30
     c.train.lam = 9.7
-    c.magnet.alpha = 10.0 if method == "clustr_qtrades" else 13.0
+    c.magnet.alpha = 10.0 if common.parse(method)[0] == "clustr_qtrades" else 13.0
     return common.configure(c, method)

@@ -130,10 +130,7 @@ def log_scores(z, centroids, variance, *, mask=None, nearest=None):
         }
         kept = sorted(distance, key=distance.get)[:nearest]
         rows.append(
-            [
-                logsumexp(-distance[c, j] / (2 * variance) for c, j in kept if c == k)
-                for k in range(classes)
-            ]
+            [logsumexp(-distance[c, j] / (2 * variance) for c, j in kept if c == k) for k in range(classes)]
         )
     return np.array(rows)
 

@@ -79,7 +79,7 @@ def test_probability_losses_match_the_reference(ours, ref, rng):
 
 
 def test_kl_gradient_with_respect_to_the_target(rng):
-    """Eq. 5 does not detach the clean probabilities: their gradient is finite at zero too, and right elsewhere."""
+    """Eq. 5 does not detach the clean probabilities: right inside, and finite where one is zero."""
     logits = rng.normal(size=(4, 5)).astype(np.float32)
     inner = rng.dirichlet(np.full(5, 5.0), size=4)
     target_gradient = jax.jit(jax.grad(lambda p: losses.kl(jnp.asarray(logits), p).sum()))
@@ -138,7 +138,7 @@ def test_hand_written_constants():
 
 
 def test_margin_gradient_survives_where_cross_entropy_is_flat():
-    """At a margin of 100 nats log-CE has gradient exactly 0 in float32, the margin loss -1 / +1 (fidelity 1.3)."""
+    """100 nats from the boundary log-CE has gradient 0 in float32, the margin loss -1, 1 (fidelity 1.3)."""
     logits, y = jnp.array([[100.0, 0.0, -1.0]]), jnp.array([0])
     gradient = jax.grad(lambda z: losses.margin(z, y).sum())(logits)
     np.testing.assert_array_equal(gradient, [[-1.0, 1.0, 0.0]])

@@ -109,9 +109,7 @@ def test_every_step_matches_the_reference(norm, key, rng):
     ("linf", "uniform", "success"), ("linf", "uniform", "loss"), ("linf", "normal", "success"),
     ("l2", "uniform", "success"), ("l2", "normal", "loss"),
 ])  # fmt: skip
-@given(
-    eps=st.one_of(st.just(0.0), st.floats(1e-4, 1.0)), ratio=st.floats(0.1, 3.0), seed=st.integers(0, 99)
-)
+@given(eps=st.one_of(st.just(0.0), st.floats(1e-4, 1.0)), ratio=st.floats(0.1, 3.0), seed=st.integers(0, 99))
 def test_inside_the_ball_and_the_box(norm, start, select, eps, ratio, seed):
     """For any eps, step and model, pixels at the border included; eps = 0 is the identity."""
     rng = np.random.default_rng(seed)
@@ -160,7 +158,7 @@ def test_same_key_same_result_and_the_key_matters(rng):
 
 
 def test_outcome_does_not_depend_on_order_or_batch_mates(rng):
-    """With `ids` an example is attacked alike anywhere in a batch of the same size; default ids are 0..B-1."""
+    """With `ids` an example is attacked alike anywhere in a batch of this size; by default ids = 0..B-1."""
     model, x, y = random_mlp(), images(rng, 16), rng.integers(0, 3, size=16)
     run = functools.partial(attacks.pgd, eps=0.05, step_size=0.02, steps=3, restarts=2)
     ids, order = np.arange(16, dtype=np.int32), rng.permutation(16)

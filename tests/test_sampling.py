@@ -115,7 +115,7 @@ def check_batch(batch, assignments, head, num_clusters, samples, sizes=SIZES):
 
 @given(seed=st.integers(0, 10_000), zero=st.booleans())
 def test_every_batch_is_well_formed(seed, zero):
-    """Distinct true members, impostors never of the seed's class, sorted by distance, small clusters whole."""
+    """Distinct true members, impostors of other classes sorted by distance, small clusters whole."""
     losses = np.random.default_rng(seed).exponential(size=54) * (not zero)
     sampler, assignments, head = example(losses=losses, seed=seed)
     batch = draw(jax.random.key(seed), sampler, head, num_clusters=NUM_CLUSTERS, samples=SAMPLES)
@@ -124,7 +124,7 @@ def test_every_batch_is_well_formed(seed, zero):
 
 @pytest.mark.parametrize("num_clusters", [2, 5, 9])
 def test_missing_impostors_leave_masked_rows(num_clusters):
-    """Two classes x 2 clusters, one of them empty: at most two impostors, even where M exceeds all clusters."""
+    """Two classes x 2 clusters, one of them empty: at most two impostors, also where M > all clusters."""
     sizes = [3, 4, 0, 5]
     sampler, assignments, head = example(sizes, classes=2)
     for seed in range(5):

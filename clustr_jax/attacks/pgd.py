@@ -26,7 +26,7 @@ from clustr_jax.errors import UserError
 
 # Restarts run side by side as long as the batch stays below this many images (memory), then in turns.
 _LANES = 512
-_STARTS, _NORMS, _SELECTS = ("uniform", "normal", "zero"), ("linf", "l2"), ("success", "loss")
+_STARTS, _NORMS, _SELECTS = ("uniform", "normal", "zero"), ("linf", "l2"), ("success", "loss", "last")
 # Standard deviation of start="normal" (TRADES).
 _NORMAL_START = 1e-3
 
@@ -54,9 +54,10 @@ def pgd(
     select="success": the first misclassified iterate of any restart (the start included); where
     there is none, the iterate with the largest loss. select="loss": the authors' rule, an example
     stops moving once it is fooled and the restart with the largest final loss is returned, fooled
-    or not. With probabilities for `y` there is no success: the last iterate of the restart with the
-    largest loss. start="normal" is N(0, 0.001) as in TRADES. `bounds` None means no box;
-    clip_start=False leaves the start outside it, as the authors' code does.
+    or not. select="last": the last iterate of that restart, without stopping (adversarial training).
+    With probabilities for `y` there is no success: always "last". start="normal" is N(0, 0.001) as
+    in TRADES. `bounds` None means no box; clip_start=False leaves the start outside it, as the
+    authors' code does.
 
     The randomness of (example, restart) is fold_in(fold_in(key, id), restart) with `ids` (data set
     indices, default 0..B-1): it depends neither on the order nor on the other examples. `eps` and
@@ -181,20 +182,20 @@ def pgd_lanes(
     restart number `restarts[i]` of example `ids[i]`. `logits_fn` is a Partial, settings are not
     checked. It ends as soon as every lane is fooled.
     """
-    labelled = y.ndim == 1
+    stops = y.ndim == 1 and select != "last"
     keys = jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r))(ids, restarts)
     over = (slice(None), *(None,) * (x.ndim - 1))  # [B] -> [B, 1, ...]
 
     def evaluate(x_adv):
         logits = logits_fn(x_adv)
         loss = loss_fn(logits, y)
-        fooled = jnp.argmax(logits, axis=1) != y if labelled else jnp.zeros(x.shape[0], bool)
+        fooled = jnp.argmax(logits, axis=1) != y if stops else jnp.zeros(x.shape[0], bool)
         return jnp.sum(loss), (loss, fooled)
 
     def keep(best, x_adv, loss, fooled):
         """The iterate to return: the first fooled one, else the best loss; or always the latest."""
         best_x, best_loss, done = best
-        better = ~done & (fooled | (loss > best_loss)) if labelled and select == "success" else ~done
+        better = ~done & (fooled | (loss > best_loss)) if stops and select == "success" else ~done
         best_x = jnp.where(better[over], x_adv, best_x)
         return best_x, jnp.where(better, loss, best_loss), done | fooled
 

@@ -1,0 +1,278 @@
+"""Every config with every method: it builds, its train step type-checks at full size, and typos are refused.
+
+Nothing is computed here: `jax.eval_shape` runs the real train step on shapes.
+"""
+
+import importlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from clustr_jax import data, evaluate, loading, objectives, stages, train
+from clustr_jax.errors import UserError
+
+# ml_collections loads the config file in a way that Python 3.11 calls outdated.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+# config -> (shape of an example, classes, size of the train split as published)
+DATA = {
+    "cifar10": ((32, 32, 3), 10, 50_000),
+    "cifar100": ((32, 32, 3), 100, 50_000),
+    "svhn": ((32, 32, 3), 10, 73_257),
+    "digits": ((8, 8, 1), 10, 1_438),
+    "toy2d": ((2,), 2, 1_000),
+}
+METHODS = ("nominal", "magnet", "clustr", "clustr_qtrades")
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    """The configs are files beside the package, not part of it."""
+    monkeypatch.syspath_prepend(CONFIGS.parent)
+
+
+def get_config(name, method):
+    return importlib.import_module(f"configs.{name}").get_config(method)
+
+
+def parse(name, *arguments, method="clustr_qtrades"):
+    """The config as run.py gets it: through absl flags, locked and typed."""
+    values = flags.FlagValues()
+    path = f"{CONFIGS / name}.py:{method}"
+    argv = ["run.py", *arguments]
+    config_flags.DEFINE_config_file("config", path, lock_config=True, flag_values=values, sys_argv=argv)
+    values(argv)
+    return values.config
+
+
+def fake_split(name, size):
+    """A split of the right shape and labels that takes no memory."""
+    shape, classes, _ = DATA[name]
+    pixel = np.float32(0) if name == "toy2d" else np.uint8(0)
+    images = np.broadcast_to(pixel, (size, *shape))
+    return data.Split(images, np.arange(size, dtype=np.int32) % classes, classes, 255.0, None, "")
+
+
+def test_there_is_a_test_for_every_config_and_method():
+    assert {path.stem for path in CONFIGS.glob("*.py")} - {"__init__", "common"} == set(DATA)
+    assert tuple(importlib.import_module("configs.common").METHODS) == METHODS
+    assert set(METHODS) == set(objectives.METHODS)
+
+
+@pytest.mark.parametrize("smoke", [False, True], ids=["full", "smoke"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", DATA)
+def test_train_step_at_full_size(name, method, smoke):
+    """Stage by stage: the settings pass run.py's checks and one train step has consistent shapes.
+
+    The state that comes out has the structure, shapes and types of the one that goes in: what a
+    compiled loop and a checkpoint need.
+    """
+    config = get_config(name, method)
+    if smoke:
+        config = stages.shrink(config)
+    size = config.data.train_size or DATA[name][2]
+    split = fake_split(name, size)
+    net = loading.build_net(config, split)
+    evaluate.check_config(config)
+    stages._check_training(config, objectives.METHODS[method], net, split)
+    own = objectives.METHODS[method]
+    steps = [(own, config.train)] + ([(objectives.METHODS[own.warmup], config.warmup)] if own.warmup else [])
+    for objective, recipe in steps:
+        trainer = train.Trainer(net, objective, config, recipe, size)
+
+        def one_step(key, images, labels, trainer=trainer):
+            keys = jax.random.split(key, 4)
+            train_set = train.TrainSet(images, labels, scale=split.scale, augment=config.data.augment)
+            before = train.blank(trainer, trainer.net.init(keys[0]), train_set, keys[1])
+            order = train.epoch_order(keys[2], trainer.size, 0)
+            return before, *train.train_step(trainer, before, train_set, order, keys[3])
+
+        images, labels = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (split.images, split.labels))
+        before, after, metrics = jax.eval_shape(one_step, jax.random.key(0), images, labels)
+        assert jax.tree.structure(before) == jax.tree.structure(after)
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            assert (old.shape, old.dtype) == (new.shape, new.dtype)
+        assert set(metrics) == set(before.totals) >= {"loss", "accuracy", "gradient_norm"}
+        assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
+        batch = 240 if objective.sampler == "magnet" else recipe.batch_size
+        if not smoke and name != "toy2d":  # appendix D: 12 clusters of 20; the set's size in batches
+            assert trainer.batch_size == batch and trainer.steps_per_epoch == size // batch
+
+
+@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("method", METHODS)
+def test_config_is_json_and_knows_its_method(name, method):
+    """config.json gives back what was run; every leaf can be set on the command line."""
+    config = get_config(name, method)
+    assert config.method == method
+    assert json.loads(json.dumps(config.to_dict())).keys() == config.to_dict().keys()
+    assert parse(name, method=method).to_dict() == config.to_dict()
+    other = get_config(name, method)
+    other.train.epochs += 1
+    assert get_config(name, method) == config  # no state shared between calls
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cifar10", dict(lam=8.0, alpha=12.5, epochs=30, target=0.90, nearest=0)),
+        ("svhn", dict(lam=9.7, alpha=10.0, epochs=60, target=0.90, nearest=0)),
+        ("cifar100", dict(lam=2.0, alpha=8.5, epochs=60, target=0.75, nearest=20)),
+    ],
+)
+def test_hyperparameters_of_the_paper(name, expected):
+    """Appendix D, footnote 4 and section 4.2 of arXiv 2006.07682; step sizes of the authors' code."""
+    config = get_config(name, "clustr_qtrades")
+    found = dict(
+        lam=config.train.lam, alpha=config.magnet.alpha, epochs=config.train.epochs,
+        target=config.warmup.target, nearest=config.eval.nearest,
+    )  # fmt: skip
+    assert found == expected
+    assert (config.warmup.lr, config.warmup.epochs, config.warmup.milestones) == (1e-2, 90, (30, 60))
+    assert (config.train.lr, config.train.milestones) == (1e-4, ())
+    assert (config.magnet.k, config.magnet.samples, config.magnet.clusters) == (2, 20, 0)
+    attack = config.train.attack
+    assert (attack.eps, attack.step_size, attack.steps) == (8 / 255, 10 / 255, 1)
+    attack = config.eval.attack
+    assert (attack.eps, attack.step_size, attack.steps, attack.restarts) == (8 / 255, 2 / 255, 100, 10)
+    assert config.eval.sweep == (2 / 255, 16 / 255, 25.5 / 255) and config.eval.paper_steps == (20, 100)
+    assert config.model.name == "resnet18" and config.model.width == 0
+    assert config.data.augment == ("none" if name == "svhn" else "crop_flip")
+
+
+def test_methods_change_what_they_should():
+    """nominal trains by the warm-up's recipe; Magnet from scratch runs as long as both stages of ClusTR."""
+    nominal, magnet, clustr = (get_config("cifar10", m) for m in ("nominal", "magnet", "clustr"))
+    for name in ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "milestones", "decay"):
+        assert nominal.train[name] == nominal.warmup[name]
+    assert magnet.train.epochs == clustr.warmup.epochs + clustr.train.epochs
+    assert get_config("svhn", "clustr").magnet.alpha == 13.0
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_an_unknown_method_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match="unknown method 'trade'; known: nominal, magnet"):
+        get_config(name, "trade")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--config.train.epohcs=5",
+        "--config.trian.epochs=5",
+        "--config.magnet.epochs=5",
+        "--config.train.epochs=5.5",
+        "--config.train.epochs=many",
+        "--config.train.lam=much",
+        "--config.smoke=perhaps",
+        "--config.train=5",
+    ],
+)
+def test_a_misspelt_key_or_a_wrong_type_fails(argument):
+    with pytest.raises((flags.Error, AttributeError, KeyError, TypeError, ValueError)):
+        parse("digits", argument)
+
+
+def test_a_locked_config_takes_no_new_keys_and_no_other_types():
+    config = parse("digits")
+    with pytest.raises(AttributeError):
+        config.train.epohcs = 5
+    with pytest.raises(TypeError):
+        config.train.epochs = "5"
+    with pytest.raises(TypeError):
+        config.eval.attack.eps = "8/255"
+
+
+def test_overrides_arrive_typed():
+    config = parse(
+        "digits", "--config.train.epochs=3", "--config.train.attack.eps=0.03137255", "--config.train.lam=2",
+        "--config.magnet.k_per_class=(1,2)", "--config.eval.protocols=('sound',)", "--config.data.name=svhn",
+        method="clustr",
+    )  # fmt: skip
+    assert config.train.epochs == 3 and config.train.attack.eps == 0.03137255
+    assert config.train.lam == 2.0 and isinstance(config.train.lam, float)
+    assert config.magnet.k_per_class == (1, 2) and config.eval.protocols == ("sound",)
+    assert config.data.name == "svhn" and config.method == "clustr"
+
+
+def test_a_smoke_config_is_smaller_and_leaves_the_original_alone():
+    for name in DATA:
+        config = get_config(name, "clustr_qtrades")
+        before = config.to_dict()
+        small = stages.shrink(config)
+        assert config.to_dict() == before
+        assert small.warmup.epochs == small.train.epochs == 1
+        assert small.data.train_size <= min(400, DATA[name][2]) and small.eval.n <= 32
+        assert small.eval.attack.steps <= 4 and small.eval.attack.restarts <= 2
+        # enough images of each class for its clusters
+        assert small.data.train_size * (1 - small.data.val_size) // DATA[name][1] >= small.magnet.k
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"magnet.k": 200}, "class 0 has 144 training images, fewer than its k=200"),
+        ({"magnet.k": 0}, "magnet.k must be at least 1"),
+        ({"magnet.k_per_class": (1, 2)}, "magnet.k_per_class have 10 entries"),
+        ({"magnet.clusters": 21}, "magnet.clusters is 21, but there are only 20"),
+        ({"magnet.clusters": 1}, "magnet.clusters must be 0"),
+        ({"magnet.samples": 1}, "magnet.samples at least 2"),
+        ({"magnet.alpha": -1.0}, "magnet.alpha must be >= 0"),
+        ({"train.lam": -1.0}, "train.lam"),
+        ({"train.lr": 0.0}, "lr > 0"),
+        ({"warmup.batch_size": 0}, "batch_size >= 1"),
+        ({"train.epochs": -1}, "epochs must be >= 0"),
+        ({"train.schedule": "linear"}, "schedule must be"),
+        ({"warmup.optimizer": "lion"}, "optimizer must be adam or sgd"),
+        ({"data.augment": "flip"}, "data.augment must be"),
+        ({"train.attack.eps": -0.1}, "eps must be >= 0"),
+        ({"train.attack.start": "middle"}, "start must be one of"),
+        ({"train.attack.steps": -1}, "steps must be"),
+        ({"train.lam": float("nan")}, "train.lam"),
+        ({"magnet.n_init": 0}, "n_init"),
+        ({"magnet.seed_floor": 1.5}, "seed_floor"),
+        ({"magnet.seed_floor": -0.1}, "seed_floor"),
+        ({"train.milestones": ("a",)}, "milestones"),
+        ({"model.std": (0.0,)}, "std"),
+    ],
+)
+def test_settings_that_cannot_be_trained_are_refused_before_the_warm_up(changes, message):
+    """Also those that only the second stage would stumble over, hours later."""
+    config = get_config("digits", "clustr_qtrades")
+    config.update_from_flattened_dict(changes)
+    split = fake_split("digits", 1438)
+    with pytest.raises(UserError, match=message):
+        net = loading.build_net(config, split)
+        stages._check_training(config, objectives.METHODS[config.method], net, split)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval.attack.eps": -0.1}, "eps must be >= 0"),
+        ({"eval.attack.eps": float("nan")}, "eps must be >= 0"),
+        ({"eval.attack.step_size": -0.1}, "step_size must be >= 0"),
+        ({"eval.attack.steps": 0}, "eval.attack.steps must be at least 1"),
+        ({"eval.attack.restarts": 0}, "eval.attack.restarts must be at least 1"),
+        ({"eval.lanes": 0}, "eval.lanes must be at least 1"),
+        ({"eval.n": -1}, "eval.n must be at least 0"),
+        ({"eval.nearest": -1}, "eval.nearest must be at least 0"),
+        ({"eval.sweep": (0.1, -0.2)}, "eps must be >= 0"),
+        ({"eval.protocols": ("paper", "autoattack")}, "unknown 'autoattack'; known: paper, sound"),
+        ({"eval.paper_steps": (20, 0)}, "eval.paper_steps"),
+        ({"eval.paper_steps": ()}, "eval.paper_steps"),
+    ],
+)
+def test_settings_that_cannot_be_evaluated_are_refused(changes, message):
+    config = get_config("digits", "clustr_qtrades")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        evaluate.check_config(config)

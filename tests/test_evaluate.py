@@ -1,0 +1,538 @@
+"""The two protocols: the paper's against a slow NumPy version, the sound one against exact answers.
+
+Most classifiers here have linear features and nearest-centroid heads, for which robustness to
+an linf ball is known in closed form: the margin to class c falls by eps |mu_y - mu_c|_1.
+"""
+
+import dataclasses
+import importlib
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import scipy.stats
+from flax import struct
+
+from clustr_jax import evaluate, losses, models, results
+from clustr_jax.classifier import Classifier
+from clustr_jax.clusters import Clusters
+from clustr_jax.models import Outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearNet:
+    """f(x) = x W: in place of a network, so that everything can be computed by hand."""
+
+    def eval(self, variables, x):
+        z = x.reshape(x.shape[0], -1) @ variables["w"]
+        return Outputs(z, z)
+
+
+def linear_classifier(weight, centroids, variance, **settings):
+    """Nearest-centroid (or cluster) head on x W."""
+    clusters = Clusters(jnp.asarray(centroids, jnp.float32), jnp.float32(variance))
+    return Classifier({"w": jnp.asarray(weight, jnp.float32)}, clusters, LinearNet(), **settings)
+
+
+@struct.dataclass
+class Stub:
+    """A classifier of points x [B, 1] given by its functions."""
+
+    scores_fn: object = struct.field(pytree_node=False)
+    logits_fn: object = struct.field(pytree_node=False, default=None)
+    deployed_fn: object = struct.field(pytree_node=False, default=None)
+    bounds: object = struct.field(pytree_node=False, default=None)
+
+    def scores(self, x):
+        return self.scores_fn(x)
+
+    def logits(self, x):
+        return (self.logits_fn or self.scores_fn)(x)
+
+    def deployed(self, x):
+        return (self.deployed_fn or self.logits_fn or self.scores_fn)(x)
+
+    def predict(self, x):
+        return jnp.argmax(self.deployed(x), axis=1)
+
+
+def silent(*_):
+    """A progress report that nobody reads."""
+
+
+def points(x, y, ids=None):
+    x = np.asarray(x, np.float32)
+    return evaluate.Examples(x, np.asarray(y, np.int32), np.arange(len(x), dtype=np.int32) if ids is None else ids)
+
+
+def starts(key, x, eps, restarts, ids=None):
+    """The random starts [R, N, ...] by the documented streams: fold_in(fold_in(key, id), restart)."""
+    ids = range(len(x)) if ids is None else ids
+    draw = [
+        [
+            jax.random.uniform(
+                jax.random.fold_in(jax.random.fold_in(key, i), r), x.shape[1:], minval=-1.0, maxval=1.0
+            )
+            for i in ids
+        ]
+        for r in range(restarts)
+    ]
+    return x[None] + np.float32(eps) * np.asarray(draw, np.float32)
+
+
+# The paper's protocol
+
+
+def slow_paper_pgd(x, y, first, weight, centroids, variance, *, eps, step_size, steps, bounds):
+    """fidelity.md 1.2 in loops and float64; `first` [R, N, E] are the starts. Returns the three outcomes.
+
+    The gradient of the cross entropy of exp scores is written out (fidelity.md 1.3):
+    (1/s^2) [(1 - q_y) sum_{own} e^u (f - mu) - sum_{c != y} q_c sum_{k in c} e^u (f - mu_k)].
+    """
+    weight, centroids = np.float64(weight), np.float64(centroids)
+
+    def look(point):
+        f = point @ weight
+        scores = reference.scores(f[None], centroids, variance)[0]
+        return f, scores, reference.softmax(scores[None])[0]
+
+    def gradient(point, label):
+        f, _, q = look(point)
+        total = 0.0
+        for c, own in enumerate(centroids):
+            factor = (1 - q[c]) if c == label else -q[c]
+            for mu in own:
+                total = total + factor * math.exp(-np.sum((f - mu) ** 2) / (2 * variance)) * (f - mu)
+        return weight @ total / variance
+
+    robust, any_restart, outside = [], [], []
+    for i, (clean, label) in enumerate(zip(np.float64(x), y, strict=True)):
+        best, best_loss, survived = clean, 0.0, True
+        for start in np.float64(first[:, i]):
+            point = start  # not clipped to the box
+            for _ in range(steps):
+                if look(point)[1].argmax() != label:
+                    break  # frozen once fooled
+                moved = point + step_size * np.sign(gradient(point, label))
+                point = reference.project(moved[None], clean[None], eps=eps, norm="linf", bounds=bounds)[0]
+            _, scores, q = look(point)
+            survived &= scores.argmax() == label
+            if -math.log(q[label]) >= best_loss:
+                best, best_loss = point, -math.log(q[label])
+        robust.append(look(best)[1].argmax() == label)
+        any_restart.append(survived)
+        inside = bounds is None or (best.min() >= bounds[0] - 1e-6 and best.max() <= bounds[1] + 1e-6)
+        outside.append(not inside and not robust[-1])
+    return np.array(robust), np.array(any_restart), np.array(outside)
+
+
+def bounded_problem(rng, n=60, classes=5, k=2, size=6, variance=0.02):
+    """Points in the unit box near the centroids of 5 x 2 clusters in a random linear feature space."""
+    weight = rng.normal(size=(size, 4)) / 2
+    anchors = rng.uniform(0.0, 1.0, (classes, k, size))
+    y = rng.integers(0, classes, n)
+    noise = rng.uniform(-0.15, 0.15, (n, size))
+    x = np.clip(anchors[y, rng.integers(0, k, n)] + noise, 0, 1)
+    return weight.astype(np.float32), (anchors @ weight).astype(np.float32), variance, x.astype(np.float32), y
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), None], ids=["box", "no_box"])
+def test_paper_pgd_is_the_authors_protocol_to_the_letter(bounds, key, rng):
+    """All three outcomes of every example equal those of the NumPy version."""
+    weight, centroids, variance, x, y = bounded_problem(rng)
+    settings = dict(eps=0.08, step_size=0.02, steps=6)
+    clf = linear_classifier(weight, centroids, variance, bounds=bounds)
+    found = evaluate.paper_pgd(
+        jax.random.clone(key), clf, points(x, y), restarts=4, lanes=16, report=silent, **settings
+    )
+    first = starts(key, x, settings["eps"], 4)
+    robust, any_restart, outside = slow_paper_pgd(
+        x, y, first, weight, centroids, variance, bounds=bounds, **settings
+    )
+    np.testing.assert_array_equal(found["robust"], robust)
+    np.testing.assert_array_equal(found["any_restart"], any_restart)
+    np.testing.assert_array_equal(found["fooled_outside_box"], outside)
+    # the problem has examples of every kind, so that agreement means something
+    assert 10 < robust.sum() < 50 and (robust & ~any_restart).any()
+    assert outside.any() == (bounds is not None)
+
+
+def test_the_maximum_loss_rule_loses_successes(key):
+    """Of an example's restarts the one with the largest loss counts, even where another one succeeded.
+
+    Left of 0 all scores are 0: not fooled (ties go to class 0), and the loss is ln 10 = 2.303. Right
+    of 0 class 1 wins by a hair, with loss 2.07 only. So one failing restart hides every success.
+    """
+    right = jnp.zeros(10).at[:2].set(jnp.array([0.30, 0.31]))
+
+    def scores(x):
+        return jnp.where(x > 0, right[None], jnp.zeros((1, 10)))
+
+    x = np.zeros((40, 1), np.float32)
+    found = evaluate.paper_pgd(
+        jax.random.clone(key), Stub(scores), points(x, np.zeros(40)),
+        eps=1.0, step_size=0.0, steps=1, restarts=3, lanes=16, report=silent,
+    )  # fmt: skip
+    fooled = starts(key, x, 1.0, 3)[..., 0] > 0
+    np.testing.assert_array_equal(found["robust"], ~fooled.all(axis=0))
+    np.testing.assert_array_equal(found["any_restart"], ~fooled.any(axis=0))
+    lost = found["robust"] & ~found["any_restart"]
+    assert lost.sum() > 20  # 3/4 of the examples have both outcomes
+
+
+def test_later_restarts_win_ties_of_the_loss(key):
+    """The authors' >= : with equal losses the last restart's image counts."""
+
+    def scores(x):  # the loss of class 0 does not depend on x, the winner does not matter for it
+        wins = jnp.where(x > 0, 1.0, -1.0)
+        return jnp.concatenate([jnp.zeros_like(x), wins, -wins], axis=1)
+
+    def separate(x):  # a fooled image looks right of 0 and left of 0 alike: only its position tells which it is
+        return scores(x)
+
+    x = np.zeros((30, 1), np.float32)
+    clf = Stub(separate, bounds=(0.0, 10.0))
+    found = evaluate.paper_pgd(
+        jax.random.clone(key), clf, points(x, np.zeros(30)),
+        eps=1.0, step_size=0.0, steps=1, restarts=2, lanes=16, report=silent,
+    )  # fmt: skip
+    assert not found["robust"].any() and not found["any_restart"].any()
+    # which restart was kept shows in whether the kept image is outside the box
+    np.testing.assert_array_equal(found["fooled_outside_box"], starts(key, x, 1.0, 2)[1, :, 0] < 0)
+
+
+def test_a_start_outside_the_box_is_counted(key):
+    """The authors do not clip the start: images at 0 that are fooled by negative pixels count as fooled, and are told."""
+
+    def scores(x):
+        return jnp.concatenate([jnp.zeros_like(x), jnp.where(x < 0, 1.0, -1.0)], axis=1)
+
+    x = np.zeros((40, 1), np.float32)
+    clf = Stub(scores, bounds=(0.0, 1.0))
+    found = evaluate.paper_pgd(
+        jax.random.clone(key), clf, points(x, np.zeros(40)),
+        eps=0.3, step_size=0.1, steps=3, restarts=1, lanes=40, report=silent,
+    )  # fmt: skip
+    negative = starts(key, x, 0.3, 1)[0, :, 0] < 0
+    assert 10 < negative.sum() < 30
+    np.testing.assert_array_equal(found["fooled_outside_box"], negative)
+    np.testing.assert_array_equal(found["robust"], ~negative)
+    alive, _ = evaluate.sound_pgd(
+        jax.random.clone(key), clf, points(x, np.zeros(40)), np.ones(40, bool), losses.margin,
+        eps=0.3, step_size=0.1, steps=3, restarts=1, lanes=40, report=silent,
+    )  # fmt: skip
+    assert alive.all()  # there is no such image
+
+
+# The sound protocol
+
+
+def attack_soundly(key, clf, examples, alive=None, loss_fn=losses.margin, **changes):
+    settings = dict(eps=0.1, step_size=0.025, steps=20, restarts=2, lanes=16, report=silent) | changes
+    alive = np.ones(len(examples), bool) if alive is None else alive
+    return evaluate.sound_pgd(key, clf, examples, alive, loss_fn, **settings)
+
+
+def two_classes(x):
+    """Class 1 from 0 on, class 0 below."""
+    return jnp.concatenate([-x, x], axis=1)
+
+
+def test_success_is_recomputed_outside_the_attack(key):
+    """What the attack believes does not count: in a fresh forward pass its images are classified correctly."""
+
+    def lies_when_traced(x):
+        return -two_classes(x) if isinstance(x, jax.core.Tracer) else two_classes(x)
+
+    examples = points(np.full((20, 1), -1.0), np.zeros(20))
+    alive, _ = attack_soundly(key, Stub(two_classes, logits_fn=lies_when_traced), examples)
+    assert alive.all()
+
+
+def test_either_rule_counts_as_a_success(key):
+    """The deployed rule may differ from the logits (nearest D clusters): being wrong by one of them is broken."""
+    examples = points(np.full((20, 1), -0.05), np.zeros(20))
+
+    def never(x):
+        return jnp.concatenate([jnp.ones_like(x), jnp.zeros_like(x)], axis=1)
+
+    def gradient_only(x):  # correct within the ball, and it drives the attack to the right
+        return two_classes(x - 0.5)
+
+    clone = jax.random.clone
+    assert not attack_soundly(clone(key), Stub(never, two_classes, never), examples)[0].any()
+    assert not attack_soundly(clone(key), Stub(never, gradient_only, two_classes), examples)[0].any()
+    assert attack_soundly(clone(key), Stub(two_classes, gradient_only, never), examples)[0].all()
+
+
+def test_only_the_living_are_attacked(key):
+    """`alive` False stays False and costs nothing."""
+    examples = points(np.full((40, 1), -0.05), np.zeros(40))
+    alive = np.arange(40) % 2 == 0
+    survive, spent = attack_soundly(jax.random.clone(key), Stub(two_classes), examples, alive, restarts=3)
+    assert not survive.any()
+    assert alive.sum() == 20  # the argument is left as it was
+    assert spent <= 2 * 16 * 20  # 20 pairs in two batches of 16 lanes: broken at once, no further restarts
+    survive, spent = attack_soundly(key, Stub(two_classes), examples, np.zeros(40, bool))
+    assert not survive.any() and spent == 0
+
+
+@pytest.mark.parametrize(
+    ("x_adv", "bounds", "fine"),
+    [
+        ([[0.6]], (0.0, 1.0), True),
+        ([[0.6000002]], (0.0, 1.0), True),
+        ([[0.61]], (0.0, 1.0), False),
+        ([[0.61]], None, False),
+        ([[math.nan]], None, False),
+    ],
+)
+def test_images_outside_the_ball_raise(x_adv, bounds, fine):
+    x_adv, x = np.array(x_adv, np.float32), np.array([[0.5]], np.float32)
+    if fine:
+        evaluate.verify_inside(x_adv, x, 0.1, bounds)
+    else:
+        with pytest.raises(AssertionError, match="left the ball"):
+            evaluate.verify_inside(x_adv, x, 0.1, bounds)
+
+
+@pytest.mark.parametrize("pixel", [-0.05, 1.05])
+def test_images_outside_the_box_raise(pixel):
+    x_adv, x = np.array([[pixel]], np.float32), np.clip(np.array([[pixel]], np.float32), 0, 1)
+    evaluate.verify_inside(x_adv, x, 0.1, None)
+    with pytest.raises(AssertionError, match="left the box"):
+        evaluate.verify_inside(x_adv, x, 0.1, (0.0, 1.0))
+
+
+# Exact answers
+
+
+def separated(rng, n=80, classes=10, size=20, scale=1.0, noise=0.3):
+    """Nearest-centroid classes in R^20 at distances that make margins of `scale` x about 12 nats."""
+    centroids = rng.normal(size=(classes, 1, size)).astype(np.float32)
+    y = rng.integers(0, classes, n)
+    x = (centroids[y, 0] + noise * rng.normal(size=(n, size))).astype(np.float32)
+    return np.eye(size, dtype=np.float32), centroids, 1.0 / scale, x, y
+
+
+def exact_robust(x, y, centroids, eps):
+    """Nearest centroid, K = 1, identity features, no box: min_c (mu_y - mu_c)(x - mid) - eps |mu_y - mu_c|_1 > 0."""
+    mu = np.float64(centroids[:, 0])
+    robust = []
+    for point, c in zip(np.float64(x), y, strict=True):
+        margins = [
+            (mu[c] - mu[o]) @ (point - (mu[c] + mu[o]) / 2) - eps * np.abs(mu[c] - mu[o]).sum()
+            for o in range(len(mu))
+            if o != c
+        ]
+        robust.append(min(margins) > 0)
+    return np.array(robust)
+
+
+def eval_config(**changes):
+    """The evaluation section of the configs, small."""
+    root = str(pathlib.Path(__file__).parents[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root)
+        config = importlib.import_module("configs.common").base("digits")
+    config.eval.attack.update(eps=0.2, step_size=0.05, steps=20, restarts=5)
+    config.eval.update(lanes=32, paper_steps=(20,), sweep=())
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.mark.parametrize("eps", [0.25, 0.4, 0.6])
+def test_sound_pgd_finds_the_exact_robust_accuracy(eps, key, rng):
+    """Example by example: what the closed form calls robust survives, everything else is broken."""
+    weight, centroids, variance, x, y = separated(rng)
+    clf = linear_classifier(weight, centroids, variance, bounds=None)
+    config = eval_config(**{"eval.attack.eps": eps, "eval.attack.step_size": eps / 4})
+    result, outcomes = evaluate.run_sound(key, clf, points(x, y), config, silent)
+    exact = exact_robust(x, y, centroids, eps)
+    np.testing.assert_array_equal(outcomes["robust"], exact)
+    assert result["robust"] == exact.mean()
+    assert {0.25: 0.2 < exact.mean() < 1, 0.4: 0.01 < exact.mean() < 0.8, 0.6: exact.mean() == 0}[eps]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.6])
+def test_the_paper_protocol_overestimates(scale, key, rng):
+    """fidelity.md 1.3: no example is robust, the sound protocol says so, the paper's protocol does not.
+
+    Margins of about 12 and 19 nats; the cross entropy of exp scores points away from the own centroid
+    instead of to the others.
+    """
+    weight, centroids, variance, x, y = separated(rng, scale=scale)
+    clf = linear_classifier(weight, centroids, variance, bounds=None)
+    assert not exact_robust(x, y, centroids, 0.6).any()
+    config = eval_config(**{"eval.attack.eps": 0.6, "eval.attack.step_size": 0.15})
+    examples = points(x, y)
+    sound, _ = evaluate.run_sound(jax.random.clone(key), clf, examples, config, silent)
+    paper, _ = evaluate.run_paper(jax.random.clone(key), clf, examples, config, silent)
+    assert sound["clean"] > 0.95 and sound["robust"] == 0.0
+    assert paper["robust"] > 0.05
+
+
+def test_log_cross_entropy_alone_is_not_enough_for_large_margins(key, rng):
+    """At 30 nats and more its float32 gradient is 0; the margin loss does not depend on the scale."""
+    weight, centroids, variance, x, y = separated(rng, scale=20.0, noise=0.05)
+    clf = linear_classifier(weight, centroids, variance, bounds=None)
+    _, outcomes = evaluate.run_sound(
+        key, clf, points(x, y), eval_config(**{"eval.attack.eps": 1.0, "eval.attack.step_size": 0.1}), silent
+    )
+    assert not outcomes["robust"].any()
+    assert (outcomes["broken_by"] == "margin").any()
+
+
+# Protocol results
+
+
+@pytest.fixture(scope="module")
+def small_cnn():
+    """An untrained network on 8 x 8 images with clusters at random embeddings, and images for it."""
+    net = models.build("cnn", num_classes=3, input_shape=(8, 8, 1), mean=(0.3,), std=(0.4,), width=4)
+    rng = np.random.default_rng(5)
+    variables = net.init(jax.random.key(1))
+    x = rng.uniform(size=(70, 8, 8, 1)).astype(np.float32)
+    z = np.asarray(net.eval(variables, x).embeddings)
+    centroids = z[:6].reshape(3, 2, -1)
+    variance = np.var(z, axis=0).sum() / 20
+    clf = Classifier(variables, Clusters(jnp.asarray(centroids), jnp.float32(variance)), net, nearest=4)
+    y = np.asarray(clf.predict(x)).copy()
+    y[::9] = (y[::9] + 1) % 3  # some are misclassified
+    return clf, points(x, y, ids=rng.permutation(1000)[:70].astype(np.int32))
+
+
+def small_attack(**changes):
+    return eval_config(**{"eval.attack.eps": 0.05, "eval.attack.step_size": 0.0125, "eval.attack.steps": 5,
+                          "eval.attack.restarts": 2, "eval.paper_steps": (3, 5), "eval.sweep": (0.02, 0.1), **changes})  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["paper", "sound"])
+def test_padding_is_not_counted(name, small_cnn, key):
+    """70 images in lanes of 32 are 70 images; each appears once and fractions are of 70."""
+    clf, examples = small_cnn
+    result, outcomes, seconds = evaluate.run(name, key, clf, examples, small_attack(), silent)
+    assert result["n"] == 70 and seconds > 0
+    assert all(len(values) == 70 for values in outcomes.values())
+    np.testing.assert_array_equal(outcomes["ids"], examples.ids)
+    np.testing.assert_array_equal(outcomes["y"], examples.y)
+    for figure in ("clean", "robust"):
+        assert (result[figure] * 70) % 1 in (0, pytest.approx(0), pytest.approx(1))
+    assert 0 < result["robust"] < result["clean"] < 1
+
+
+def test_sound_outcomes_are_nested(small_cnn, key):
+    """robust implies clean, `broken_by` says for the others why, and the figures are their means."""
+    clf, examples = small_cnn
+    result, outcomes = evaluate.run_sound(key, clf, examples, small_attack(), silent)
+    robust, clean, broken_by = outcomes["robust"], outcomes["clean"], outcomes["broken_by"]
+    assert (clean >= robust).all() and result["robust"] <= result["clean"]
+    np.testing.assert_array_equal(clean, np.asarray(clf.predict(examples.x)) == examples.y)
+    np.testing.assert_array_equal(robust, broken_by == "")
+    assert set(broken_by) <= {"", "clean", "ce", "margin"}
+    assert (broken_by[~clean] == "clean").all()
+    assert result["clean"] == clean.mean() and result["robust"] == robust.mean()
+    after = [attack["unbroken_after"] for attack in result["attacks"].values()]
+    assert after[0] == np.mean(np.isin(broken_by, ["", "margin"])) and after[1] == result["robust"]
+
+
+def test_paper_result_is_the_worst_case_of_its_attacks(small_cnn, key):
+    """`robust` counts examples that survive both PGD^3 and PGD^5; other radii go under `sweep`."""
+    clf, examples = small_cnn
+    result, outcomes = evaluate.run_paper(key, clf, examples, small_attack(), silent)
+    both = outcomes["pgd3_0.050000"] & outcomes["pgd5_0.050000"] & outcomes["clean"]
+    assert result["robust"] == both.mean() <= min(result["attacks"].values())
+    assert result["attacks"] == {name: outcomes[f"{name}_0.050000"].mean() for name in ("pgd3", "pgd5")}
+    assert set(result["sweep"]) == {"0.020000", "0.100000"}
+    for eps, attacks in result["sweep"].items():
+        assert attacks == {name: outcomes[f"{name}_{eps}"].mean() for name in ("pgd3", "pgd5")}
+    assert result["attack"]["restarts"] == 2 and result["attack"]["steps"] == [3, 5]
+
+
+def test_quick_runs_only_the_main_radius(small_cnn, key):
+    clf, examples = small_cnn
+    quick = small_attack(**{"eval.quick": True})
+    paper, _ = evaluate.run_paper(jax.random.clone(key), clf, examples, quick, silent)
+    assert list(paper["attacks"]) == ["pgd20"] and paper["sweep"] == {}
+
+
+@pytest.mark.parametrize("protocol", ["paper", "sound"])
+def test_outcomes_do_not_depend_on_order_or_split(protocol, small_cnn, key):
+    """At a fixed number of lanes an example's outcome is its own, whoever is beside it."""
+    clf, examples = small_cnn
+    settings = dict(eps=0.05, step_size=0.0125, steps=5, restarts=2, lanes=16, report=silent)
+
+    def outcome(index):
+        part = evaluate.Examples(examples.x[index], examples.y[index], examples.ids[index])
+        if protocol == "paper":
+            found = evaluate.paper_pgd(jax.random.clone(key), clf, part, **settings)
+            return np.stack([found[name] for name in sorted(found)], axis=1)
+        return attack_soundly(jax.random.clone(key), clf, part, **settings)[0]
+
+    whole = outcome(np.arange(70))
+    assert 0 < whole.mean() < 1
+    order = np.random.default_rng(3).permutation(70)
+    np.testing.assert_array_equal(outcome(order), whole[order])
+    parts = np.array_split(np.arange(70), [1, 20, 57])
+    np.testing.assert_array_equal(np.concatenate([outcome(part) for part in parts]), whole)
+
+
+def test_outcomes_depend_on_key_and_ids(small_cnn, key):
+    """Restarts and data set indices have randomness of their own (so the test above is not vacuous)."""
+    clf, examples = small_cnn
+    settings = dict(eps=0.05, step_size=0.0, steps=1, restarts=1, lanes=70)
+    first, _ = attack_soundly(jax.random.clone(key), clf, examples, **settings)
+    other = dataclasses.replace(examples, ids=examples.ids + 1)
+    assert (attack_soundly(jax.random.clone(key), clf, other, **settings)[0] != first).any()
+    assert (attack_soundly(jax.random.key(9), clf, examples, **settings)[0] != first).any()
+
+
+def test_more_restarts_break_more(small_cnn, key):
+    clf, examples = small_cnn
+    settings = dict(eps=0.03, step_size=0.0075, steps=5)
+    one, _ = attack_soundly(jax.random.clone(key), clf, examples, restarts=1, **settings)
+    four, _ = attack_soundly(jax.random.clone(key), clf, examples, restarts=4, **settings)
+    assert (four <= one).all()
+
+
+def test_run_clean_is_the_deployed_rule(small_cnn):
+    clf, examples = small_cnn
+    result, outcomes, _ = evaluate.run_clean(clf, examples.x, examples.y)
+    correct = np.asarray(clf.deployed(examples.x)).argmax(axis=1) == examples.y
+    np.testing.assert_array_equal(outcomes["clean"], correct)
+    assert result["n"] == 70 and result["clean"] == result["robust"] == correct.mean() and result["eps"] == 0.0
+
+
+# Figures
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_the_published_intervals(successes, n, low, high):
+    """Newcombe 1998, table I, method 3."""
+    np.testing.assert_allclose(results.wilson(successes, n), (low, high), atol=5e-5)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (5, 10), (32, 32), (9103, 10_000)])
+def test_wilson_agrees_with_scipy(successes, n):
+    interval = scipy.stats.binomtest(successes, n).proportion_ci(method="wilson")
+    np.testing.assert_allclose(results.wilson(successes, n), interval, atol=1e-6)
+    low, high = results.wilson(successes, n)
+    assert 0.0 <= low <= successes / n <= high <= 1.0
+
+
+def test_wilson_of_nothing_knows_nothing():
+    assert results.wilson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("eps", "text"), [(8 / 255, "8/255"), (0.03137255, "8/255"), (2 / 255, "2/255"), (0.2, "0.2"), (0.0, "0/255")]
+)
+def test_radii_are_written_as_the_paper_writes_them(eps, text):
+    assert results.radius(eps) == text
