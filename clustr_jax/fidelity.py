@@ -30,6 +30,8 @@ SWITCHES = {
     "attack_statistics": Switch("keep", "update", "running statistics during the inner attack"),
     "epoch_statistics": Switch("keep", "leak_test", "after each epoch: nothing, or passes over train AND TEST images in train mode"),
     "logged_loss": Switch("eq3", "plus_k", "logged Magnet loss: Eq. 3, or with K extra terms in the sum"),
+    "nearest": Switch("config", "10_20", "train.nearest and eval.nearest: as configured, or 10 in training and 20 after"),
+    "epochs": Switch("text", "readme", "fine-tuning epochs: appendix D, or the 25 of the authors' README"),
     "kl": Switch("correct", "probs", "QTRADES alone: KL of log probabilities, or of probabilities, element mean"),
 }
 PRESETS = ("", "paper_code")
@@ -46,6 +48,18 @@ def resolve(fidelity) -> dict[str, str]:
         if values[name] not in (switch.ours, switch.authors):
             raise UserError(f"fidelity.{name} must be {switch.ours} or {switch.authors}, got {values[name]!r}")
     return values
+
+
+def apply(config):
+    """Spell out every switch in `config.fidelity`, and the settings that two of them stand for."""
+    for name, value in resolve(config.fidelity).items():
+        config.fidelity[name] = value
+    if config.fidelity.nearest == "10_20":
+        config.train.nearest = config.train.nearest or 10
+        config.eval.nearest = config.eval.nearest or 20
+    if config.fidelity.epochs == "readme":
+        config.train.epochs = min(config.train.epochs, 25)
+    return config
 
 
 def table() -> str:

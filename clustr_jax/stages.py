@@ -56,10 +56,7 @@ class Run:
 
 def resolve(config):
     """The config as it will run: smoke settings applied, fidelity switches spelled out."""
-    config = shrink(config) if config.smoke else config.copy_and_resolve_references()
-    for name, value in fidelity.resolve(config.fidelity).items():
-        config.fidelity[name] = value
-    return config
+    return fidelity.apply(shrink(config) if config.smoke else config.copy_and_resolve_references())
 
 
 def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = None) -> dict[str, dict]:
@@ -413,7 +410,7 @@ def _evaluate(this: Run) -> None:
             "protocol": results.PROTOCOLS[name],
         }  # fmt: skip
         footer = {
-            "nearest": clf.nearest, "seed": config.seed, "config_sha": identity,
+            "head": "linear" if clf.clusters is None else "clusters", "nearest": clf.nearest, "seed": config.seed, "config_sha": identity,
             "versions": results.versions(), "wall_seconds": seconds,
         }  # fmt: skip
         for figure in ("clean", "robust"):

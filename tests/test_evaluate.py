@@ -130,12 +130,12 @@ def slow_paper_pgd(x, y, first, weight, centroids, variance, *, eps, step_size, 
     return np.array(robust), np.array(any_restart), np.array(outside)
 
 
-def bounded_problem(rng, n=60, classes=5, k=2, size=6, variance=0.02):
+def bounded_problem(rng, n=60, classes=5, k=2, size=6, variance=0.05):
     """Points in the unit box near the centroids of 5 x 2 clusters in a random linear feature space."""
     weight = rng.normal(size=(size, 4)) / 2
     anchors = rng.uniform(0.0, 1.0, (classes, k, size))
     y = rng.integers(0, classes, n)
-    noise = rng.uniform(-0.15, 0.15, (n, size))
+    noise = rng.uniform(-0.3, 0.3, (n, size))
     x = np.clip(anchors[y, rng.integers(0, k, n)] + noise, 0, 1)
     return weight.astype(np.float32), (anchors @ weight).astype(np.float32), variance, x.astype(np.float32), y
 
@@ -144,7 +144,7 @@ def bounded_problem(rng, n=60, classes=5, k=2, size=6, variance=0.02):
 def test_paper_pgd_is_the_authors_protocol_to_the_letter(bounds, key, rng):
     """All three outcomes of every example equal those of the NumPy version."""
     weight, centroids, variance, x, y = bounded_problem(rng)
-    settings = dict(eps=0.08, step_size=0.02, steps=6)
+    settings = dict(eps=0.1, step_size=0.025, steps=6)
     clf = linear_classifier(weight, centroids, variance, bounds=bounds)
     found = evaluate.paper_pgd(
         jax.random.clone(key), clf, points(x, y), restarts=4, lanes=16, report=silent, **settings
@@ -187,21 +187,17 @@ def test_the_maximum_loss_rule_loses_successes(key):
 def test_later_restarts_win_ties_of_the_loss(key):
     """The authors' >= : with equal losses the last restart's image counts."""
 
-    def scores(x):  # the loss of class 0 does not depend on x, the winner does not matter for it
-        wins = jnp.where(x > 0, 1.0, -1.0)
-        return jnp.concatenate([jnp.zeros_like(x), wins, -wins], axis=1)
-
-    def separate(x):  # a fooled image looks right of 0 and left of 0 alike: only its position tells which it is
-        return scores(x)
+    def scores(x):  # always fooled, by class 1 or by class 2, with the same loss
+        side = jnp.where(x > 0, 1.0, -1.0)
+        return jnp.concatenate([jnp.zeros_like(x), side, -side], axis=1)
 
     x = np.zeros((30, 1), np.float32)
-    clf = Stub(separate, bounds=(0.0, 10.0))
     found = evaluate.paper_pgd(
-        jax.random.clone(key), clf, points(x, np.zeros(30)),
+        jax.random.clone(key), Stub(scores, bounds=(0.0, 10.0)), points(x, np.zeros(30)),
         eps=1.0, step_size=0.0, steps=1, restarts=2, lanes=16, report=silent,
     )  # fmt: skip
     assert not found["robust"].any() and not found["any_restart"].any()
-    # which restart was kept shows in whether the kept image is outside the box
+    # which restart was kept shows in whether its image is outside the box
     np.testing.assert_array_equal(found["fooled_outside_box"], starts(key, x, 1.0, 2)[1, :, 0] < 0)
 
 
@@ -312,7 +308,7 @@ def test_images_outside_the_box_raise(pixel):
 
 
 def separated(rng, n=80, classes=10, size=20, scale=1.0, noise=0.3):
-    """Nearest-centroid classes in R^20 at distances that make margins of `scale` x about 12 nats."""
+    """Nearest-centroid classes in R^20; the median margin is `scale` x 12 nats (10 classes)."""
     centroids = rng.normal(size=(classes, 1, size)).astype(np.float32)
     y = rng.integers(0, classes, n)
     x = (centroids[y, 0] + noise * rng.normal(size=(n, size))).astype(np.float32)
@@ -345,35 +341,38 @@ def eval_config(**changes):
     return config
 
 
-@pytest.mark.parametrize("eps", [0.25, 0.4, 0.6])
+@pytest.mark.parametrize("eps", [0.5, 0.7, 0.9])
 def test_sound_pgd_finds_the_exact_robust_accuracy(eps, key, rng):
-    """Example by example: what the closed form calls robust survives, everything else is broken."""
-    weight, centroids, variance, x, y = separated(rng)
+    """Two classes, example by example: what the closed form calls robust survives, the rest is broken."""
+    weight, centroids, variance, x, y = separated(rng, n=150, classes=2, noise=0.8)
     clf = linear_classifier(weight, centroids, variance, bounds=None)
     config = eval_config(**{"eval.attack.eps": eps, "eval.attack.step_size": eps / 4})
     result, outcomes = evaluate.run_sound(key, clf, points(x, y), config, silent)
     exact = exact_robust(x, y, centroids, eps)
+    assert 0.1 < exact.mean() < 0.9
     np.testing.assert_array_equal(outcomes["robust"], exact)
-    assert result["robust"] == exact.mean()
-    assert {0.25: 0.2 < exact.mean() < 1, 0.4: 0.01 < exact.mean() < 0.8, 0.6: exact.mean() == 0}[eps]
+    assert result["robust"] == exact.mean() < result["clean"]
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.6])
-def test_the_paper_protocol_overestimates(scale, key, rng):
-    """fidelity.md 1.3: no example is robust, the sound protocol says so, the paper's protocol does not.
+@pytest.mark.parametrize(("scale", "eps"), [(1.0, 0.6), (1.0, 1.0), (1.6, 1.0)])
+def test_the_paper_protocol_overestimates(scale, eps, key, rng):
+    """fidelity.md 1.3, ten classes: the sound protocol comes to the exact answer, the paper's does not.
 
     Margins of about 12 and 19 nats; the cross entropy of exp scores points away from the own centroid
-    instead of to the others.
+    instead of towards the others.
     """
     weight, centroids, variance, x, y = separated(rng, scale=scale)
     clf = linear_classifier(weight, centroids, variance, bounds=None)
-    assert not exact_robust(x, y, centroids, 0.6).any()
-    config = eval_config(**{"eval.attack.eps": 0.6, "eval.attack.step_size": 0.15})
+    exact = exact_robust(x, y, centroids, eps)
+    assert exact.mean() == (0.775 if eps == 0.6 else 0.0)
+    config = eval_config(**{"eval.attack.eps": eps, "eval.attack.step_size": eps / 4})
     examples = points(x, y)
-    sound, _ = evaluate.run_sound(jax.random.clone(key), clf, examples, config, silent)
+    sound, outcomes = evaluate.run_sound(jax.random.clone(key), clf, examples, config, silent)
     paper, _ = evaluate.run_paper(jax.random.clone(key), clf, examples, config, silent)
-    assert sound["clean"] > 0.95 and sound["robust"] == 0.0
-    assert paper["robust"] > 0.05
+    assert (outcomes["robust"] >= exact).all()  # a robust example cannot be broken
+    # no more than 2 of 80 missed: with ten classes untargeted steps may lead to the wrong one
+    assert exact.mean() <= sound["robust"] <= exact.mean() + 0.025
+    assert sound["clean"] == 1.0 and paper["robust"] > 0.9
 
 
 def test_log_cross_entropy_alone_is_not_enough_for_large_margins(key, rng):
@@ -390,20 +389,38 @@ def test_log_cross_entropy_alone_is_not_enough_for_large_margins(key, rng):
 # Protocol results
 
 
+def small_problem(net, variables, shape):
+    """70 inputs, some misclassified, with clusters at random embeddings; two deployed rules (D = 4 of 6)."""
+    rng = np.random.default_rng(5)
+    x = rng.uniform(size=(70, *shape)).astype(np.float32)
+    z = np.asarray(net.eval(variables, x).embeddings)
+    variance = np.var(z, axis=0).sum() / 20
+    head = Clusters(jnp.asarray(z[:6].reshape(3, 2, -1)), jnp.float32(variance))
+    clf = Classifier(variables, head, net, nearest=4)
+    y = np.asarray(clf.predict(x)).copy()
+    y[::9] = (y[::9] + 1) % 3
+    return clf, points(x, y, ids=rng.permutation(1000)[:70].astype(np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class TanhNet(LinearNet):
+    """f(x) = tanh(x W): the cheapest classifier that is not linear."""
+
+    def eval(self, variables, x):
+        z = jnp.tanh(super().eval(variables, x).embeddings)
+        return Outputs(z, z)
+
+
+@pytest.fixture(scope="module")
+def small():
+    weight = np.random.default_rng(6).normal(size=(12, 5)).astype(np.float32) / 2
+    return small_problem(TanhNet(), {"w": jnp.asarray(weight)}, (12,))
+
+
 @pytest.fixture(scope="module")
 def small_cnn():
-    """An untrained network on 8 x 8 images with clusters at random embeddings, and images for it."""
     net = models.build("cnn", num_classes=3, input_shape=(8, 8, 1), mean=(0.3,), std=(0.4,), width=4)
-    rng = np.random.default_rng(5)
-    variables = net.init(jax.random.key(1))
-    x = rng.uniform(size=(70, 8, 8, 1)).astype(np.float32)
-    z = np.asarray(net.eval(variables, x).embeddings)
-    centroids = z[:6].reshape(3, 2, -1)
-    variance = np.var(z, axis=0).sum() / 20
-    clf = Classifier(variables, Clusters(jnp.asarray(centroids), jnp.float32(variance)), net, nearest=4)
-    y = np.asarray(clf.predict(x)).copy()
-    y[::9] = (y[::9] + 1) % 3  # some are misclassified
-    return clf, points(x, y, ids=rng.permutation(1000)[:70].astype(np.int32))
+    return small_problem(net, net.init(jax.random.key(1)), (8, 8, 1))
 
 
 def small_attack(**changes):
@@ -412,9 +429,9 @@ def small_attack(**changes):
 
 
 @pytest.mark.parametrize("name", ["paper", "sound"])
-def test_padding_is_not_counted(name, small_cnn, key):
+def test_padding_is_not_counted(name, small, key):
     """70 images in lanes of 32 are 70 images; each appears once and fractions are of 70."""
-    clf, examples = small_cnn
+    clf, examples = small
     result, outcomes, seconds = evaluate.run(name, key, clf, examples, small_attack(), silent)
     assert result["n"] == 70 and seconds > 0
     assert all(len(values) == 70 for values in outcomes.values())
@@ -425,9 +442,9 @@ def test_padding_is_not_counted(name, small_cnn, key):
     assert 0 < result["robust"] < result["clean"] < 1
 
 
-def test_sound_outcomes_are_nested(small_cnn, key):
+def test_sound_outcomes_are_nested(small, key):
     """robust implies clean, `broken_by` says for the others why, and the figures are their means."""
-    clf, examples = small_cnn
+    clf, examples = small
     result, outcomes = evaluate.run_sound(key, clf, examples, small_attack(), silent)
     robust, clean, broken_by = outcomes["robust"], outcomes["clean"], outcomes["broken_by"]
     assert (clean >= robust).all() and result["robust"] <= result["clean"]
@@ -440,9 +457,9 @@ def test_sound_outcomes_are_nested(small_cnn, key):
     assert after[0] == np.mean(np.isin(broken_by, ["", "margin"])) and after[1] == result["robust"]
 
 
-def test_paper_result_is_the_worst_case_of_its_attacks(small_cnn, key):
+def test_paper_result_is_the_worst_case_of_its_attacks(small, key):
     """`robust` counts examples that survive both PGD^3 and PGD^5; other radii go under `sweep`."""
-    clf, examples = small_cnn
+    clf, examples = small
     result, outcomes = evaluate.run_paper(key, clf, examples, small_attack(), silent)
     both = outcomes["pgd3_0.050000"] & outcomes["pgd5_0.050000"] & outcomes["clean"]
     assert result["robust"] == both.mean() <= min(result["attacks"].values())
@@ -453,8 +470,8 @@ def test_paper_result_is_the_worst_case_of_its_attacks(small_cnn, key):
     assert result["attack"]["restarts"] == 2 and result["attack"]["steps"] == [3, 5]
 
 
-def test_quick_runs_only_the_main_radius(small_cnn, key):
-    clf, examples = small_cnn
+def test_quick_runs_only_the_main_radius(small, key):
+    clf, examples = small
     quick = small_attack(**{"eval.quick": True})
     paper, _ = evaluate.run_paper(jax.random.clone(key), clf, examples, quick, silent)
     assert list(paper["attacks"]) == ["pgd20"] and paper["sweep"] == {}
@@ -481,9 +498,9 @@ def test_outcomes_do_not_depend_on_order_or_split(protocol, small_cnn, key):
     np.testing.assert_array_equal(np.concatenate([outcome(part) for part in parts]), whole)
 
 
-def test_outcomes_depend_on_key_and_ids(small_cnn, key):
+def test_outcomes_depend_on_key_and_ids(small, key):
     """Restarts and data set indices have randomness of their own (so the test above is not vacuous)."""
-    clf, examples = small_cnn
+    clf, examples = small
     settings = dict(eps=0.05, step_size=0.0, steps=1, restarts=1, lanes=70)
     first, _ = attack_soundly(jax.random.clone(key), clf, examples, **settings)
     other = dataclasses.replace(examples, ids=examples.ids + 1)
@@ -491,16 +508,16 @@ def test_outcomes_depend_on_key_and_ids(small_cnn, key):
     assert (attack_soundly(jax.random.key(9), clf, examples, **settings)[0] != first).any()
 
 
-def test_more_restarts_break_more(small_cnn, key):
-    clf, examples = small_cnn
+def test_more_restarts_break_more(small, key):
+    clf, examples = small
     settings = dict(eps=0.03, step_size=0.0075, steps=5)
     one, _ = attack_soundly(jax.random.clone(key), clf, examples, restarts=1, **settings)
     four, _ = attack_soundly(jax.random.clone(key), clf, examples, restarts=4, **settings)
     assert (four <= one).all()
 
 
-def test_run_clean_is_the_deployed_rule(small_cnn):
-    clf, examples = small_cnn
+def test_run_clean_is_the_deployed_rule(small):
+    clf, examples = small
     result, outcomes, _ = evaluate.run_clean(clf, examples.x, examples.y)
     correct = np.asarray(clf.deployed(examples.x)).argmax(axis=1) == examples.y
     np.testing.assert_array_equal(outcomes["clean"], correct)

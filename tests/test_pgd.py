@@ -59,9 +59,7 @@ def images(rng, n, low=0.0, high=1.0):
     return rng.uniform(low, high, size=(n, *SHAPE)).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    "start, select", [("zero", "success"), ("uniform", "success"), ("uniform", "loss"), ("normal", "loss")]
-)
+@pytest.mark.parametrize("start, select", [("zero", "success"), ("uniform", "loss"), ("normal", "success")])
 def test_linf_on_a_linear_model_is_the_corner(start, select, key, rng):
     """x_adv = clip(x + eps sign(w), 0, 1), difference exactly 0, from every start."""
     model, w = unfoolable(rng)
@@ -76,33 +74,29 @@ def test_linf_on_a_linear_model_is_the_corner(start, select, key, rng):
 
 
 def test_l2_on_a_linear_model_is_the_point_of_the_sphere(key, rng):
-    """x_adv = x + eps w / |w| to 1e-6 (a dozen roundings), inside the box and without one."""
+    """x_adv = x + eps w / |w| to 1e-6 (a dozen roundings), for points without a box."""
     model, w = unfoolable(rng)
-    y, eps = np.zeros(6, np.int32), 0.2
-    settings = dict(eps=eps, step_size=0.4 * eps, steps=4, loss_fn=losses.margin, norm="l2", start="zero")
-    x = images(rng, 6, 0.3, 0.7)
-    x_adv = attacks.pgd(jax.random.clone(key), model.logits, x, y, **settings)
-    np.testing.assert_allclose(x_adv, x + eps * w / np.linalg.norm(w), atol=1e-6)
-    x = images(rng, 6, -1.0, 2.0)
-    x_adv = attacks.pgd(key, model.logits, x, y, bounds=None, **settings)
+    x, y, eps = images(rng, 6, -1.0, 2.0), np.zeros(6, np.int32), 0.2
+    x_adv = attacks.pgd(
+        key, model.logits, x, y, eps=eps, step_size=0.4 * eps, steps=4,
+        loss_fn=losses.margin, norm="l2", start="zero", bounds=None,
+    )  # fmt: skip
     np.testing.assert_allclose(x_adv, x + eps * w / np.linalg.norm(w), atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_every_step_matches_the_reference(norm, key, rng):
+def test_steps_match_the_reference(norm, key, rng):
     """Few steps from x itself with an active box; probability targets, so the last iterate returns."""
     model, w = unfoolable(rng)
-    x, eps = images(rng, 6), 0.8
-    probs = np.tile(np.float32([1, 0]), (6, 1))
-    for steps in (1, 4):
-        x_adv = attacks.pgd(
-            jax.random.clone(key), model.logits, x, probs, eps=eps, step_size=0.3, steps=steps,
-            loss_fn=lambda logits, p: -jnp.sum(p * logits, axis=1), start="zero", norm=norm,
-        )  # fmt: skip
-        expected = reference.pgd_linear(
-            x, np.broadcast_to(w, x.shape)[0], eps=eps, step_size=0.3, steps=steps, norm=norm
-        )
-        np.testing.assert_allclose(x_adv, expected, atol=1e-6)  # 4 steps of a few roundings
+    x, probs = images(rng, 6), np.tile(np.float32([1, 0]), (6, 1))
+    settings = dict(eps=0.8, step_size=0.3, steps=4, norm=norm)
+
+    def linear_loss(logits, p):
+        return -jnp.sum(p * logits, axis=1)
+
+    x_adv = attacks.pgd(key, model.logits, x, probs, loss_fn=linear_loss, start="zero", **settings)
+    expected = reference.pgd_linear(x, w[0], **settings)
+    np.testing.assert_allclose(x_adv, expected, atol=1e-6)  # 4 steps of a few roundings
 
 
 @pytest.mark.parametrize("norm, start, select", [
@@ -172,12 +166,11 @@ def test_outcome_does_not_depend_on_order_or_batch_mates(rng):
     assert not np.allclose(run(jax.random.key(4), model, x, y, ids=ids + 1), first, atol=1e-3)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_a_zero_gradient_moves_nothing(norm, key):
-    """sign(0) = 0 and 0 / |0| = 0: no nan, no step."""
+def test_a_zero_gradient_moves_nothing(key):
+    """0 / |0| = 0 in l2: no nan, no step."""
     x, y = np.full((3, *SHAPE), 0.5, np.float32), np.zeros(3, np.int32)
     flat = Partial(lambda x: jnp.zeros((x.shape[0], 2)) + jnp.array([[1.0, 0.0]]))
-    x_adv = attacks.pgd(key, flat, x, y, eps=0.3, step_size=0.1, steps=2, start="zero", norm=norm)
+    x_adv = attacks.pgd(key, flat, x, y, eps=0.3, step_size=0.1, steps=2, start="zero", norm="l2")
     np.testing.assert_array_equal(x_adv, x)
 
 
