@@ -49,7 +49,7 @@ def kmeans(
     weight = mask.astype(points.dtype)
     # Centring keeps the expanded square of `_squared_distances` accurate.
     centre = weight @ points / jnp.maximum(jnp.sum(weight), 1.0)
-    centred = jnp.where(mask[:, None], points - centre, 0.0)
+    centred = jnp.where(mask[:, None], points - centre[None, :], 0.0)
 
     def run(key):
         centroids, valid = _seed(key, centred, mask, k, k if limit is None else limit)
@@ -58,7 +58,7 @@ def kmeans(
     centroids, assignments, inertia, valid = lax.map(run, jax.random.split(key, n_init))
     best = jnp.argmin(inertia)
     return KMeans(
-        centroids=centroids[best] + centre,
+        centroids=centroids[best] + centre[None, :],
         assignments=jnp.where(mask, assignments[best], -1),
         inertia=inertia[best],
         valid=valid[best],
@@ -72,19 +72,19 @@ def _squared_distances(points, centroids):
     return jnp.maximum(squares - 2 * product, 0.0)
 
 
-def _exact(points, centroid):
-    """Squared distances to one centroid each, from differences: exactly 0 for equal points."""
-    return jnp.sum(jnp.square(points - centroid), axis=-1)
+def _exact(points, centroids):
+    """Squared distances to a centroid each (or one for all), from differences: exactly 0 for equal points."""
+    return jnp.sum(jnp.square(points - centroids), axis=-1)
 
 
 def _seed(key, points, mask, k, limit):
     """Greedy k-means++. Returns (centroids [k, E], valid [k])."""
     candidates = 2 + int(math.log(k))
-    first_key, *keys = jax.random.split(key, k)
+    first_key, others_key = jax.random.split(key)
     first = points[jax.random.categorical(first_key, jnp.where(mask, 0.0, -jnp.inf))]
-    centroids = jnp.zeros((k, points.shape[1]), points.dtype).at[:].set(first)
+    centroids = jnp.zeros((k, points.shape[1]), points.dtype).at[:].set(first[None, :])
     valid = jnp.zeros(k, bool).at[0].set(jnp.any(mask))
-    nearest = jnp.where(mask, _exact(points, first), 0.0)
+    nearest = jnp.where(mask, _exact(points, first[None, :]), 0.0)
 
     def add(carry, step):
         centroids, valid, nearest = carry
@@ -93,14 +93,14 @@ def _seed(key, points, mask, k, limit):
         log_weight = jnp.where(nearest > 0, jnp.log(nearest), -jnp.inf)
         log_weight = jnp.where(some_left, log_weight, 0.0)
         drawn = jax.random.categorical(key, log_weight, shape=(candidates,))
-        reduced = jnp.minimum(nearest[None, :], jax.vmap(lambda c: _exact(points, c))(points[drawn]))
-        best = jnp.argmin(jnp.sum(jnp.where(mask, reduced, 0.0), axis=1))
+        reduced = jnp.minimum(nearest[None, :], jax.vmap(lambda c: _exact(points, c[None, :]))(points[drawn]))
+        best = jnp.argmin(jnp.sum(jnp.where(mask[None, :], reduced, 0.0), axis=1))
         centroid = jnp.where(some_left, points[drawn[best]], centroids[0])
         nearest = jnp.where(some_left & mask, reduced[best], nearest)
         return (centroids.at[i].set(centroid), valid.at[i].set(some_left), nearest), None
 
     if k > 1:
-        steps = (jnp.arange(1, k), jnp.stack(keys))
+        steps = (jnp.arange(1, k), jax.random.split(others_key, k - 1))
         (centroids, valid, _), _ = lax.scan(add, (centroids, valid, nearest), steps)
     return centroids, valid
 

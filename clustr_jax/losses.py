@@ -22,8 +22,10 @@ def cross_entropy(logits: Float[Array, "B Y"], y: Int[Array, "B"] | Float[Array,
 
 def kl(logits: Float[Array, "B Y"], probs: Float[Array, "B Y"]) -> Float[Array, "B"]:
     """KL(probs || softmax(logits)) in nats, with 0 log 0 = 0."""
-    entropy = -jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=1)
-    return cross_entropy(logits, probs) - entropy
+    positive = probs > 0
+    # the logarithm of an underflowed probability would put a NaN into the gradient
+    negative_entropy = jnp.where(positive, probs * jnp.log(jnp.where(positive, probs, 1.0)), 0.0)
+    return cross_entropy(logits, probs) + jnp.sum(negative_entropy, axis=1)
 
 
 def margin(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]:

@@ -65,6 +65,12 @@ def _head(num_classes):
     return nn.Dense(num_classes, kernel_init=_linear_init, name=HEAD)
 
 
+def _normalise(x, mean, std):
+    """(x - mean) / std with one value per channel (the last axis), or one for all."""
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    return (x - jnp.reshape(jnp.asarray(mean), shape)) / jnp.reshape(jnp.asarray(std), shape)
+
+
 class Conv(nn.Module):
     """k x k convolution without bias, zero padding k // 2."""
 
@@ -104,7 +110,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train):
-        x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        x = _normalise(x, self.mean, self.std)
         norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         x = nn.relu(norm()(Conv(self.width)(x)))
         for i, blocks in enumerate(self.stages):
@@ -124,7 +130,7 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train):
-        x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        x = _normalise(x, self.mean, self.std)
         norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         x = nn.relu(norm()(Conv(self.width)(x)))
         x = nn.relu(norm()(Conv(2 * self.width, stride=2)(x)))
@@ -147,7 +153,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train):
-        x = (x - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        x = _normalise(x, self.mean, self.std)
         x = nn.relu(nn.Dense(self.width, kernel_init=_linear_init)(x))
         embeddings = nn.Dense(self.width, kernel_init=_linear_init)(x)
         return Outputs(_head(self.num_classes)(nn.relu(embeddings)), embeddings)

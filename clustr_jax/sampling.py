@@ -87,10 +87,14 @@ def draw(
     seed = jax.random.categorical(seed_key, jnp.log(seed_probs(sampler, floor=floor)))
 
     centroids = clusters.centroids.reshape(num_classes * k, -1)
-    squared = jnp.sum(jnp.square(centroids - centroids[seed]), axis=1)
+    squared = jnp.sum(jnp.square(centroids - centroids[seed][None, :]), axis=1)
     impostor = (owner != owner[seed]) & (counts > 0)
     closeness = jnp.where(impostor, -squared, -jnp.inf)
-    closeness, nearest = jax.lax.top_k(closeness, num_clusters - 1)
+    found = min(num_clusters - 1, closeness.shape[0])
+    closeness, nearest = jax.lax.top_k(closeness, found)
+    surplus = (0, num_clusters - 1 - found)
+    closeness = jnp.pad(closeness, surplus, constant_values=-jnp.inf)
+    nearest = jnp.pad(nearest, surplus)
     rows = jnp.concatenate([seed[None], nearest]).astype(jnp.int32)
     present = jnp.concatenate([jnp.ones(1, bool), closeness > -jnp.inf])
 

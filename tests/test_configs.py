@@ -29,7 +29,10 @@ DATA = {
     "digits": ((8, 8, 1), 10, 1_438),
     "toy2d": ((2,), 2, 1_000),
 }
-METHODS = ("nominal", "magnet", "clustr", "clustr_qtrades")
+METHODS = tuple(objectives.METHODS)
+VARIANTS = ("cpu",)
+# at_pretrain's first stage is on this set (imagenet_resized/32x32).
+SOURCE = ((32, 32, 3), 1000, 1_281_167)
 
 
 @pytest.fixture(autouse=True)
@@ -52,59 +55,113 @@ def parse(name, *arguments, method="clustr_qtrades"):
     return values.config
 
 
-def fake_split(name, size):
+def fake_split(shape, classes, size):
     """A split of the right shape and labels that takes no memory."""
-    shape, classes, _ = DATA[name]
-    pixel = np.float32(0) if name == "toy2d" else np.uint8(0)
+    pixel = np.float32(0) if len(shape) == 1 else np.uint8(0)
     images = np.broadcast_to(pixel, (size, *shape))
     return data.Split(images, np.arange(size, dtype=np.int32) % classes, classes, 255.0, None, "")
 
 
-def test_there_is_a_test_for_every_config_and_method():
-    assert {path.stem for path in CONFIGS.glob("*.py")} - {"__init__", "common"} == set(DATA)
-    assert tuple(importlib.import_module("configs.common").METHODS) == METHODS
-    assert set(METHODS) == set(objectives.METHODS)
-
-
-@pytest.mark.parametrize("smoke", [False, True], ids=["full", "smoke"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", DATA)
-def test_train_step_at_full_size(name, method, smoke):
-    """Stage by stage: the settings pass run.py's checks and one train step has consistent shapes.
+def one_step_of_each_stage(name, method, smoke):
+    """The settings pass run.py's checks, and a train step of each stage has consistent shapes.
 
     The state that comes out has the structure, shapes and types of the one that goes in: what a
     compiled loop and a checkpoint need.
     """
     config = get_config(name, method)
-    if smoke:
-        config = stages.shrink(config)
+    config.smoke = smoke
+    config = stages.resolve(config)
+    own = objectives.METHODS[method]
     size = config.data.train_size or DATA[name][2]
-    split = fake_split(name, size)
+    split = fake_split(*DATA[name][:2], size)
     net = loading.build_net(config, split)
     evaluate.check_config(config)
-    stages._check_training(config, objectives.METHODS[method], net, split)
-    own = objectives.METHODS[method]
-    steps = [(own, config.train)] + ([(objectives.METHODS[own.warmup], config.warmup)] if own.warmup else [])
-    for objective, recipe in steps:
-        trainer = train.Trainer(net, objective, config, recipe, size)
+    stages._check_training(config, own, net, split)
+    _one_step(config, own, config.train, net, split)
+    if own.warmup:
+        if own.source and len(net.input_shape) == 3:
+            split = fake_split(*SOURCE[:2], config.pretrain.train_size or SOURCE[2])
+            net = loading.build_net(config, split)
+        _one_step(config, objectives.METHODS[own.warmup], config.warmup, net, split)
 
-        def one_step(key, images, labels, trainer=trainer):
-            keys = jax.random.split(key, 4)
-            train_set = train.TrainSet(images, labels, scale=split.scale, augment=config.data.augment)
-            before = train.blank(trainer, trainer.net.init(keys[0]), train_set, keys[1])
-            order = train.epoch_order(keys[2], trainer.size, 0)
-            return before, *train.train_step(trainer, before, train_set, order, keys[3])
 
-        images, labels = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (split.images, split.labels))
-        before, after, metrics = jax.eval_shape(one_step, jax.random.key(0), images, labels)
-        assert jax.tree.structure(before) == jax.tree.structure(after)
-        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-            assert (old.shape, old.dtype) == (new.shape, new.dtype)
-        assert set(metrics) == set(before.totals) >= {"loss", "accuracy", "gradient_norm"}
-        assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
-        batch = 240 if objective.sampler == "magnet" else recipe.batch_size
-        if not smoke and name != "toy2d":  # appendix D: 12 clusters of 20; the set's size in batches
-            assert trainer.batch_size == batch and trainer.steps_per_epoch == size // batch
+def _one_step(config, method, recipe, net, split):
+    trainer = train.Trainer(net, method, config, recipe, len(split))
+
+    def one_step(key, images, labels):
+        keys = jax.random.split(key, 4)
+        train_set = train.TrainSet(images, labels, scale=split.scale, augment=config.data.augment)
+        before = train.blank(trainer, net.init(keys[0]), train_set, keys[1])
+        order = train.epoch_order(keys[2], trainer.size, 0)
+        return before, *train.train_step(trainer, before, train_set, order, keys[3])
+
+    images, labels = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (split.images, split.labels))
+    before, after, metrics = jax.eval_shape(one_step, jax.random.key(0), images, labels)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+    assert set(metrics) == set(before.totals) >= {"loss", "gradient_norm"}
+    assert {"accuracy", "adversarial_accuracy"} & set(metrics)
+    assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
+
+
+@pytest.mark.parametrize("smoke", [False, True], ids=["full", "smoke"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["digits", "toy2d"])
+def test_train_step_of_the_small_configs(name, method, smoke):
+    one_step_of_each_stage(name, method, smoke)
+
+
+@pytest.mark.parametrize("method", ["free_at", "trades", "clustr_qtrades"])
+def test_train_step_at_full_size(method):
+    """ResNet-18 on 50,000 images, one method of each kind; all methods and data sets in the slow test."""
+    one_step_of_each_stage("cifar100", method, smoke=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("smoke", [False, True], ids=["full", "smoke"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+def test_train_step_of_the_large_configs(name, method, smoke):
+    one_step_of_each_stage(name, method, smoke)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_variants_are_named_after_the_method(method, variant):
+    """ "method,variant" changes settings, names the default work directory, and passes run.py's checks."""
+    config = parse("cifar10", method=f"{method},{variant}")
+    assert (config.method, config.variant) == (method, variant)
+    assert stages.default_workdir(config).name == f"cifar10-{method}-{variant}"
+    assert config != parse("cifar10", method=method)
+    split = fake_split(*DATA["cifar10"])
+    config = stages.resolve(config)
+    evaluate.check_config(config)
+    stages._check_training(config, objectives.METHODS[method], loading.build_net(config, split), split)
+
+
+def test_an_unknown_variant_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown variant 'gpu'; known: cpu"):
+        get_config("cifar10", "clustr,gpu")
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_magnet_batches_are_those_of_appendix_d(name):
+    """12 clusters of 20 images (or all clusters, where there are fewer), and as many batches as fill the set."""
+    config = get_config(name, "clustr")
+    split = fake_split(*DATA[name])
+    clusters = config.magnet.k * DATA[name][1]
+    trainer = train.Trainer(
+        loading.build_net(config, split), objectives.METHODS["clustr"], config, config.train, len(split)
+    )
+    assert trainer.batch_size == min(12, clusters) * 20
+    assert trainer.steps_per_epoch == len(split) // trainer.batch_size
+
+
+def test_there_is_a_test_for_every_config_and_method():
+    assert {path.stem for path in CONFIGS.glob("*.py")} - {"__init__", "common"} == set(DATA)
+    common = importlib.import_module("configs.common")
+    assert set(common.METHODS) == set(METHODS) and tuple(common.VARIANTS) == VARIANTS
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -159,7 +216,7 @@ def test_methods_change_what_they_should():
 
 @pytest.mark.parametrize("name", DATA)
 def test_an_unknown_method_is_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match="unknown method 'trade'; known: nominal, magnet"):
+    with pytest.raises(ValueError, match="unknown method 'trade'; known: nominal, .*clustr_qtrades"):
         get_config(name, "trade")
 
 
@@ -207,7 +264,9 @@ def test_a_smoke_config_is_smaller_and_leaves_the_original_alone():
     for name in DATA:
         config = get_config(name, "clustr_qtrades")
         before = config.to_dict()
-        small = stages.shrink(config)
+        config.smoke = True
+        small = stages.resolve(config)
+        config.smoke = False
         assert config.to_dict() == before
         assert small.warmup.epochs == small.train.epochs == 1
         assert small.data.train_size <= min(400, DATA[name][2]) and small.eval.n <= 32
@@ -248,7 +307,7 @@ def test_settings_that_cannot_be_trained_are_refused_before_the_warm_up(changes,
     """Also those that only the second stage would stumble over, hours later."""
     config = get_config("digits", "clustr_qtrades")
     config.update_from_flattened_dict(changes)
-    split = fake_split("digits", 1438)
+    split = fake_split(*DATA["digits"])
     with pytest.raises(UserError, match=message):
         net = loading.build_net(config, split)
         stages._check_training(config, objectives.METHODS[config.method], net, split)

@@ -1,0 +1,657 @@
+"""The train step: what it draws, minimises, remembers and updates.
+
+The network is the MLP: without batch norm its train and eval modes agree, and a NumPy copy of it
+is three lines. So losses and gradients of whole objectives can be compared with slow references.
+"""
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from clustr_jax import data, loading, models, objectives, stages, train
+from clustr_jax.checkpoints import Checkpoints
+from clustr_jax.clusters import Clusters
+from clustr_jax.errors import UserError
+from clustr_jax.objectives import METHODS, Batch
+
+STEPS = 5
+
+
+def get_config(method, name="toy2d", **changes):
+    """A config of the project as it would run, with changes by dotted name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(pathlib.Path(__file__).parents[1]))
+        config = importlib.import_module(f"configs.{name}").get_config(method)
+    config.update_from_flattened_dict(
+        {"model.width": 6, "magnet.samples": 5, "magnet.n_init": 1, "magnet.max_iter": 10, **changes}
+    )
+    return stages.resolve(config)
+
+
+def squares(rng, n=90, classes=3):
+    """Points of the unit square (so with a box, as pixels), a few clumps per class."""
+    centres = rng.uniform(0.2, 0.8, (classes, 2, 2))
+    labels = np.arange(n) % classes
+    points = centres[labels, rng.integers(0, 2, n)] + 0.05 * rng.normal(size=(n, 2))
+    return data.Split(np.clip(points, 0, 1).astype(np.float32), labels.astype(np.int32), classes, 1.0, (0.0, 1.0), "")
+
+
+@dataclasses.dataclass
+class Problem:
+    """A stage of training at its start."""
+
+    trainer: train.Trainer
+    train_set: train.TrainSet
+    state: train.TrainState
+    order: jax.Array
+    key: jax.Array
+
+    def step(self, state=None):
+        return train.train_step(self.trainer, state or self.state, self.train_set, self.order, jax.random.clone(self.key))
+
+    def run(self, state, count):
+        state = jax.tree.map(jnp.copy, state)  # run_steps donates it
+        return train.run_steps(self.trainer, state, self.train_set, self.order, jax.random.clone(self.key), count)
+
+
+def problem(method, rng, split=None, **changes):
+    """`method` at step 0 on three classes of points in the unit square."""
+    split = split or squares(rng)
+    # the name decides whether there is a box; digits have one
+    config = get_config(method, **{"data.name": "digits", "magnet.k": 2, "model.mean": (0.0,), "model.std": (1.0,), **changes})
+    net = loading.build_net(config, split)
+    trainer = train.Trainer(net, METHODS[method], config, config.train, len(split))
+    train_set = train.TrainSet(jnp.asarray(split.images), jnp.asarray(split.labels), scale=1.0, augment="none")
+    keys = jax.random.split(jax.random.key(4), 4)
+    state = train.create(trainer, net.init(keys[0]))
+    if trainer.magnet:
+        state = train.refit(trainer, state, train_set, keys[1])
+    state = train.reset_totals(trainer, state, train_set, keys[2])
+    return Problem(trainer, train_set, state, train.epoch_order(keys[3], trainer.size, 0), jax.random.key(5))
+
+
+def assert_same(a, b):
+    """Two pytrees, equal to the last bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+# Steps, chunks, epochs
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("nominal", {}),
+        ("free_at", {"train.replays": 3}),
+        ("clustr_qtrades", {"train.ema": 0.9}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_length_of_a_chunk_changes_nothing(method, changes, rng):
+    """5 steps at once, 1 + 4, and five times 1: the same state to the last bit, and one compilation."""
+    p = problem(method, rng, **{"train.batch_size": 8, **changes})
+    before = train.run_steps._cache_size()
+    whole = p.run(p.state, STEPS)
+    assert int(whole.step) == STEPS
+    assert_same(p.run(p.run(p.state, 1), STEPS - 1), whole)
+    state = p.state
+    for _ in range(STEPS):
+        state = p.run(state, 1)
+    assert_same(state, whole)
+    assert train.run_steps._cache_size() == before + 1
+    assert_same(p.run(p.state, 0), p.state)
+
+
+def test_totals_are_sums_over_the_steps(rng):
+    """`totals` adds up the metrics of single steps (float32, in order)."""
+    p = problem("clustr_qtrades", rng)
+    state, expected = p.state, dict.fromkeys(p.state.totals, 0.0)
+    step = jax.jit(lambda state: p.step(state))
+    for _ in range(3):
+        state, metrics = step(state)
+        expected = {name: expected[name] + metrics[name] for name in expected}
+    found = p.run(p.state, 3).totals
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("size", [1, 10, 1437])
+def test_epoch_order_is_a_permutation(size, key):
+    orders = [np.asarray(train.epoch_order(jax.random.clone(key), size, epoch)) for epoch in (0, 1, 0)]
+    for order in orders:
+        assert order.dtype == np.int32
+        np.testing.assert_array_equal(np.sort(order), np.arange(size))
+    np.testing.assert_array_equal(orders[0], orders[2])
+    assert size == 1 or (orders[0] != orders[1]).any()
+    assert size == 1 or (orders[0] != np.arange(size)).any()
+
+
+def spy(p, monkeypatch=None):
+    """Steps of `p` with the batches that its objective sees; points are unique, so they say which they are."""
+    seen = []
+    objective = p.trainer.method.objective
+
+    def record(net, variables, batch, x_adv, clusters, config):
+        seen.append((batch, x_adv))
+        return objective(net, variables, batch, x_adv, clusters, config)
+
+    method = dataclasses.replace(p.trainer.method, objective=record)
+    return dataclasses.replace(p, trainer=dataclasses.replace(p.trainer, method=method)), seen
+
+
+def ids_of(p, x):
+    """Which training points these are."""
+    index = {point.tobytes(): i for i, point in enumerate(np.asarray(p.train_set.images))}
+    return np.array([index[point.tobytes()] for point in np.asarray(x)])
+
+
+@pytest.mark.parametrize(("method", "replays"), [("nominal", 1), ("free_at", 4)])
+def test_an_epoch_sees_each_image_once(method, replays, rng):
+    """90 images in batches of 16: five batches of different images in shuffled order, each `replays` times."""
+    p, seen = spy(problem(method, rng, **{"train.batch_size": 16, "train.replays": replays}))
+    assert p.trainer.steps_per_epoch == 5 * replays
+    state = p.state
+    for _ in range(5 * replays):
+        state, _ = p.step(state)
+    drawn = [ids_of(p, batch.x) for batch, _ in seen]
+    for i in range(0, 5 * replays, replays):
+        for again in drawn[i : i + replays]:
+            np.testing.assert_array_equal(again, drawn[i])
+    once = np.concatenate(drawn[::replays])
+    np.testing.assert_array_equal(once, np.asarray(p.order)[:80])
+
+
+def test_a_step_has_separate_streams_of_randomness(rng, monkeypatch):
+    """Drawing, augmenting and attacking use different keys (and other ones at the next step)."""
+    p = problem("clustr_qtrades", rng)
+    keys = []
+
+    def note(name, module, position):
+        original = getattr(module, name)
+
+        def wrapper(*args, **kwargs):
+            keys.append(bytes(np.asarray(jax.random.key_data(args[position]))))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, wrapper)
+
+    note("draw", train.sampling, 0)
+    note("batch", train.TrainSet, 2)
+    adversary = p.trainer.method.adversary
+
+    def attack(net, variables, batch, clusters, key, config):
+        keys.append(bytes(np.asarray(jax.random.key_data(key))))
+        return adversary(net, variables, batch, clusters, key, config)
+
+    method = dataclasses.replace(p.trainer.method, adversary=attack)
+    p = dataclasses.replace(p, trainer=dataclasses.replace(p.trainer, method=method))
+    state, _ = p.step()
+    p.step(state)
+    assert len(keys) == 6
+    assert len(set(keys)) == 6
+
+
+# Magnet batches and clusters
+
+
+def numpy_mlp(params, x):
+    """(logits, embeddings) of models.MLP in float64."""
+    first, second, head = (params[name] for name in layer_names(params))
+    hidden = np.maximum(np.float64(x) @ first["kernel"] + first["bias"], 0)
+    embeddings = hidden @ second["kernel"] + second["bias"]
+    return np.maximum(embeddings, 0) @ head["kernel"] + head["bias"], embeddings
+
+
+def layer_names(params):
+    hidden = sorted(name for name in params if name != models.HEAD)
+    return *hidden, models.HEAD
+
+
+def test_numpy_mlp_is_the_mlp(rng):
+    p = problem("nominal", rng)
+    outputs = p.trainer.net.eval(p.state.variables, p.train_set.images)
+    logits, embeddings = numpy_mlp(p.state.params, p.train_set.images)
+    np.testing.assert_allclose(outputs.logits, logits, atol=1e-5)
+    np.testing.assert_allclose(outputs.embeddings, embeddings, atol=1e-5)
+
+
+def test_embeddings_of_the_whole_set_in_pieces(rng):
+    """1,100 examples are not a multiple of the piece; each has its own embedding, in order."""
+    p = problem("clustr", rng, split=squares(rng, n=1100, classes=2))
+    z = train.embed_all(p.trainer.net, p.state.variables, p.train_set)
+    np.testing.assert_allclose(z, numpy_mlp(p.state.params, p.train_set.images)[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [(2, 2, 2), (1, 3, 2)], ids=str)
+def test_refit_clusters_are_consistent(k, rng, key):
+    """Each example belongs to the nearest centroid of its own class; sigma^2 is that of these distances."""
+    p = problem("clustr", rng, **{"magnet.k_per_class": k})
+    clusters, sampler, labels = p.state.clusters, p.state.sampler, np.asarray(p.train_set.labels)
+    np.testing.assert_array_equal(np.asarray(clusters.mask).sum(axis=1), k)
+    members, offsets = np.asarray(sampler.members), np.asarray(sampler.offsets)
+    np.testing.assert_array_equal(np.sort(members), np.arange(90))
+    _, z = numpy_mlp(p.state.params, p.train_set.images)
+    assert len(offsets) == 3 * max(k) + 1
+    for c in range(3 * max(k)):
+        for i in members[offsets[c] : offsets[c + 1]]:
+            own = np.asarray(clusters.centroids)[labels[i]][: k[labels[i]]]
+            distances = np.sum((z[i] - own) ** 2, axis=1)
+            assert c // max(k) == labels[i]
+            assert distances[c % max(k)] <= distances.min() * (1 + 1e-4) + 1e-9
+    expected = reference.variance(z, labels, clusters.centroids, mask=clusters.mask)
+    np.testing.assert_allclose(clusters.variance, expected, rtol=1e-4)
+    np.testing.assert_array_equal(sampler.losses, np.full(90, p.trainer.config.magnet.alpha, np.float32))
+
+
+def test_refit_keeps_the_losses_and_follows_the_network(rng, key):
+    """After some steps: new centroids from the new embeddings, every example's last seen loss kept."""
+    p = problem("clustr", rng, **{"train.lr": 0.05})
+    state = p.run(p.state, 4)
+    again = train.refit(p.trainer, state, p.train_set, key)
+    np.testing.assert_array_equal(again.sampler.losses, state.sampler.losses)
+    assert (np.asarray(again.clusters.centroids) != np.asarray(state.clusters.centroids)).any()
+    _, z = numpy_mlp(state.params, p.train_set.images)
+    expected = reference.variance(z, np.asarray(p.train_set.labels), again.clusters.centroids)
+    np.testing.assert_allclose(again.clusters.variance, expected, rtol=1e-4)
+    assert_same(again.params, state.params)
+    assert int(again.step) == 4
+
+
+@pytest.mark.parametrize("method", ["clustr", "clustr_qtrades"])
+def test_losses_of_a_magnet_batch_land_in_the_sampler(method, rng):
+    """Exactly the drawn examples get the Magnet loss they have in this batch, at the old parameters."""
+    p, seen = spy(problem(method, rng, **{"magnet.samples": 20}))  # clusters of about 15: some rows are masked
+    after, _ = p.step()
+    ((batch, _),) = seen
+    mask, ids = np.asarray(batch.mask), ids_of(p, batch.x)
+    assert 0 < (~mask).sum() and len(set(ids[mask])) == mask.sum()
+    rows = len(batch.classes)
+    _, z = numpy_mlp(p.state.params, batch.x)
+    expected, _ = reference.magnet_loss(
+        z.reshape(rows, -1, z.shape[-1]), np.asarray(batch.classes),
+        alpha=p.trainer.config.magnet.alpha, mask=mask.reshape(rows, -1),
+    )  # fmt: skip
+    losses = np.asarray(p.state.sampler.losses).copy()
+    losses[ids[mask]] = expected.reshape(-1)[mask]
+    np.testing.assert_allclose(after.sampler.losses, losses, rtol=1e-4, atol=1e-4)
+    assert (losses != p.trainer.config.magnet.alpha).any()
+    # each row is one cluster, of the class it says
+    labels = np.asarray(p.train_set.labels)
+    np.testing.assert_array_equal(labels[ids].reshape(rows, -1)[:, 0], batch.classes)
+    owner = np.empty(90, int)
+    owner[np.asarray(p.state.sampler.members)] = np.repeat(np.arange(6), np.diff(p.state.sampler.offsets))
+    for row, valid in zip(owner[ids].reshape(rows, -1), mask.reshape(rows, -1), strict=True):
+        assert len(set(row[valid])) <= 1
+
+
+# Objectives
+
+
+def trained(p, steps):
+    """Mean loss of the first and of the last tenth of `steps` steps."""
+    tenth = steps // 10
+    first = p.run(p.state, tenth)
+    middle = p.run(first, steps - 2 * tenth)
+    last = p.run(train.reset_totals(p.trainer, middle, p.train_set, jax.random.key(0)), tenth)
+    return float(first.totals["loss"]) / tenth, float(last.totals["loss"]) / tenth
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_lowers_its_loss(method, rng):
+    """200 steps of Adam on three classes of two clumps, with a small adversary."""
+    p = problem(
+        method, rng,
+        **{"train.lr": 0.01, "train.optimizer": "adam", "train.schedule": "multistep", "train.milestones": (),
+           "train.weight_decay": 0.0, "train.batch_size": 30, "train.attack.eps": 0.02,
+           "train.attack.step_size": 0.02, "model.width": 10},
+    )  # fmt: skip
+    first, last = trained(p, 200)
+    assert np.isfinite(last) and last < 0.8 * first
+
+
+def golden(method, rng, **changes):
+    """A problem, a batch with masked entries for it, and an x_adv that is just other points near x."""
+    p = problem(method, rng, **changes)
+    rows, samples = (5, 4) if p.trainer.magnet else (1, 20)
+    labels = np.asarray(p.train_set.labels)
+    classes = np.array([0, 1, 0, 2, 1]) if p.trainer.magnet else None
+    if p.trainer.magnet:
+        ids = np.stack([rng.choice(np.flatnonzero(labels == c), samples, replace=False) for c in classes])
+    else:
+        ids = rng.choice(90, (rows, samples), replace=False)
+    mask = np.ones((rows, samples), bool)
+    if p.trainer.magnet:
+        mask[2, 3] = mask[4, 2:] = False
+    x = np.asarray(p.train_set.images)[ids.reshape(-1)]
+    batch = Batch(
+        jnp.asarray(x), jnp.asarray(labels[ids.reshape(-1)]), jnp.asarray(mask.reshape(-1)),
+        None if classes is None else jnp.asarray(classes),
+    )  # fmt: skip
+    x_adv = jnp.asarray(np.clip(x + rng.uniform(-0.05, 0.05, x.shape), 0, 1), jnp.float32)
+    return p, batch, x_adv
+
+
+def magnet_term(z, batch, alpha):
+    rows = len(batch.classes)
+    mask = np.asarray(batch.mask).reshape(rows, -1)
+    loss, _ = reference.magnet_loss(z.reshape(rows, -1, z.shape[-1]), np.asarray(batch.classes), alpha=alpha, mask=mask)
+    return loss.reshape(-1)
+
+
+def naive_loss(params, fixed, p, batch, x_adv):
+    """The objective by its formula, in float64 and loops; `fixed` are the parameters of a stopped target."""
+    config, method = p.trainer.config, p.trainer.method.objective.__name__
+    mask, y = np.asarray(batch.mask), np.asarray(batch.y)
+    logits, z = numpy_mlp(params, batch.x)
+    logits_adv, z_adv = numpy_mlp(params, x_adv)
+    target_logits, target_z = numpy_mlp(fixed, batch.x) if config.train.stop_target else (logits, z)
+    if method == "nominal":
+        return np.mean(reference.cross_entropy(logits if x_adv is batch.x else logits_adv, y))
+    if method == "adversarial":
+        return np.mean(reference.cross_entropy(logits_adv, y))
+    if method == "trades":
+        consistency = reference.kl(logits_adv, reference.softmax(logits))
+        return np.mean(reference.cross_entropy(logits, y) + config.train.beta * consistency)
+    if method == "qtrades":
+        consistency = reference.cross_entropy(logits_adv, reference.softmax(logits))
+        return np.mean(reference.cross_entropy(logits, y) + config.train.lam * consistency)
+    head = functools.partial(
+        reference.log_scores,
+        centroids=np.asarray(p.state.clusters.centroids),
+        variance=float(p.state.clusters.variance),
+    )
+    loss = magnet_term(z, batch, config.magnet.alpha)
+    loss = loss + config.train.xent_lam * reference.cross_entropy(head(z), y)
+    if method == "clustr_qtrades":
+        target = reference.softmax(head(target_z))
+        consistency = {
+            "ce": lambda: reference.cross_entropy(head(z_adv), target),
+            "kl": lambda: reference.kl(head(z_adv), target),
+            "mse": lambda: np.mean((z_adv - target_z) ** 2, axis=1),
+        }[config.train.consistency]()
+        loss = loss + config.train.lam * consistency
+    return np.mean(loss[mask])
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("nominal", {}),
+        ("pgd_at", {}),
+        ("trades", {}),
+        ("qtrades", {"train.lam": 3.0}),
+        ("clustr", {}),
+        ("clustr", {"train.xent_lam": 0.7}),
+        ("clustr_qtrades", {}),
+        ("clustr_qtrades", {"train.stop_target": True}),
+        ("clustr_qtrades", {"train.consistency": "kl", "train.lam": 2.0}),
+        ("clustr_qtrades", {"train.consistency": "mse", "train.xent_lam": 0.5}),
+        ("clustr_trades", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(f"{n}={v}" for n, v in value.items()),
+)
+def test_loss_and_gradient_by_the_formula(method, changes, rng):
+    """Value and gradient (finite differences of the float64 formula) of the whole objective.
+
+    Masked entries count nowhere; clusters and adversarial images are constants; both sides of the
+    consistency term are differentiated unless the target is stopped.
+    """
+    p, batch, x_adv = golden(method, rng, **changes)
+    if p.trainer.method.adversary is None:
+        x_adv = None
+    objective = functools.partial(p.trainer.method.objective, p.trainer.net)
+
+    def loss(params):
+        return objective({"params": params, "batch_stats": {}}, batch, x_adv, p.state.clusters, p.trainer.config)[0]
+
+    value, gradient = jax.value_and_grad(loss)(p.state.params)
+    params = jax.tree.map(np.float64, p.state.params)
+    flat, unravel = _ravel(params)
+    images = batch.x if x_adv is None else x_adv
+
+    def naive(vector):
+        return naive_loss(unravel(vector), params, p, batch, images)
+
+    np.testing.assert_allclose(value, naive(flat), rtol=1e-4)
+    expected = reference.finite_difference(naive, flat)
+    found, _ = _ravel(jax.tree.map(np.float64, gradient))
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
+    assert np.abs(expected).max() > 1e-3
+
+
+def _ravel(tree):
+    """A pytree of NumPy arrays as one vector, and the way back."""
+    leaves, structure = jax.tree.flatten(tree)
+    flat = np.concatenate([leaf.reshape(-1) for leaf in leaves])
+    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+
+    def unravel(vector):
+        parts = np.split(vector, ends)
+        return jax.tree.unflatten(structure, [v.reshape(x.shape) for v, x in zip(parts, leaves, strict=True)])
+
+    return flat, unravel
+
+
+ADVERSARIES = [name for name, method in METHODS.items() if method.adversary]
+
+
+@pytest.mark.parametrize("method", ADVERSARIES)
+def test_no_gradient_flows_through_the_making_of_the_adversary(method, rng, key):
+    """x_adv is data: its derivative with respect to parameters and clusters is 0, though it depends on them."""
+    p, batch, _ = golden(method, rng, **{"train.attack.eps": 0.1, "train.attack.step_size": 0.05})
+    adversary = functools.partial(p.trainer.method.adversary, p.trainer.net)
+
+    def attack(params, clusters):
+        variables = {"params": params, "batch_stats": {}}
+        return adversary(variables, batch, clusters, jax.random.clone(key), p.trainer.config)[0]
+
+    def total(params, clusters):
+        return jnp.sum(attack(params, clusters) ** 2)
+
+    for gradient in jax.tree.leaves(jax.grad(total, allow_int=True)(p.state.params, p.state.clusters)):
+        assert not np.any(gradient)
+    other = jax.tree.map(lambda w: w[::-1], p.state.params)
+    assert (np.asarray(attack(other, p.state.clusters)) != np.asarray(attack(p.state.params, p.state.clusters))).any()
+
+
+@pytest.mark.parametrize("method", ["fast_at", "qtrades", "clustr_qtrades"])
+def test_one_step_adversaries_by_the_formula(method, rng, key):
+    """x' = clip(uniform start + step sign(grad CE)), back into the ball and the box; finite differences for grad.
+
+    CE to the labels (Fast AT), or to the clean prediction: of the linear head (QTRADES) or of the
+    clusters (ClusTR+QTRADES).
+    """
+    eps, step_size = 0.1, 0.125
+    p, batch, _ = golden(
+        method, rng,
+        **{"train.attack.eps": eps, "train.attack.step_size": step_size, "train.attack.start": "uniform",
+           "train.attack.steps": 1},
+    )  # fmt: skip
+    found, stats = p.trainer.method.adversary(
+        p.trainer.net, p.state.variables, batch, p.state.clusters, jax.random.clone(key), p.trainer.config
+    )
+    assert stats == p.state.batch_stats
+    noise = [
+        jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, i), 0), (2,), minval=-1.0, maxval=1.0)
+        for i in range(len(batch.x))
+    ]
+    x, params = np.float64(batch.x), jax.tree.map(np.float64, p.state.params)
+    start = np.clip(x + eps * np.asarray(noise, np.float64), 0, 1)
+
+    def logits(points):
+        linear, z = numpy_mlp(params, points)
+        if p.trainer.method.head == "linear":
+            return linear
+        return reference.log_scores(z, p.state.clusters.centroids, float(p.state.clusters.variance))
+
+    target = np.asarray(batch.y) if method == "fast_at" else reference.softmax(logits(x))
+    gradient = reference.finite_difference(lambda points: reference.cross_entropy(logits(points), target).sum(), start)
+    expected = reference.qtrades(start, x, lambda _: gradient, eps=eps, step_size=step_size)
+    clear = np.abs(gradient) > 1e-6  # elsewhere the sign is a matter of rounding
+    assert clear.mean() > 0.9
+    np.testing.assert_allclose(np.asarray(found)[clear], expected[clear], atol=2e-6)
+    assert (np.abs(np.asarray(found) - x) <= eps + 1e-6).all()
+
+
+def test_the_objective_sees_the_adversary_of_the_current_parameters(rng):
+    """In a train step: inside the ball and the box, and different at the next step."""
+    p, seen = spy(problem("clustr_qtrades", rng, **{"train.attack.eps": 0.1, "train.attack.step_size": 0.125}))
+    state, _ = p.step()
+    p.step(state)
+    for batch, x_adv in seen:
+        delta = np.abs(np.asarray(x_adv) - np.asarray(batch.x))
+        assert 0.05 < delta.max() <= 0.1 + 1e-6
+        assert np.min(x_adv) >= 0 and np.max(x_adv) <= 1
+
+
+# Updates
+
+
+def test_a_step_is_the_optimiser_on_the_gradient_of_the_objective(rng):
+    """Fresh state, SGD with Nesterov momentum: the first step is -1.9 rate (gradient + decay w)."""
+    p, seen = spy(problem("pgd_at", rng, **{"train.lr": 0.1, "train.weight_decay": 0.01, "train.optimizer": "sgd"}))
+    after, metrics = p.step()
+    ((batch, x_adv),) = seen
+
+    def loss(params):
+        return METHODS["pgd_at"].objective(
+            p.trainer.net, {"params": params, "batch_stats": {}}, batch, x_adv, None, p.trainer.config
+        )[0]
+
+    value, gradient = jax.value_and_grad(loss)(p.state.params)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
+    expected = jax.tree.map(lambda w, g: w - 1.9 * 0.1 * (g + 0.01 * w), p.state.params, gradient)
+    for new, wanted in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(new, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("multistep", [1.0] * 6 + [0.1] * 6 + [0.01] * 8),  # 2 steps per epoch, milestones at epochs 3 and 6
+        ("cosine", [(1 + np.cos(np.pi * i / 20)) / 2 for i in range(20)]),
+    ],
+)
+def test_learning_rates(schedule, expected):
+    recipe = get_config("nominal", **{"train.schedule": schedule, "train.lr": 1.0, "train.epochs": 10}).train
+    recipe.milestones = (3, 6)
+    _, rate = train.optimizer(recipe, 2)
+    np.testing.assert_allclose([float(rate(i)) for i in range(20)], expected, rtol=1e-5)
+
+
+def test_one_cycle_rises_and_falls():
+    recipe = get_config("nominal", **{"train.schedule": "onecycle", "train.lr": 1.0, "train.epochs": 10}).train
+    _, rate = train.optimizer(recipe, 10)
+    rates = np.array([float(rate(i)) for i in range(100)])
+    assert rates.max() == pytest.approx(1.0, rel=1e-3) and rates.argmax() == 30
+    assert (np.diff(rates[:30]) > 0).all() and (np.diff(rates[31:]) < 0).all()
+    assert rates[0] < 0.05 and rates[-1] < 0.01
+
+
+@pytest.mark.parametrize(("name", "value"), [("schedule", "linear"), ("optimizer", "adagrad")])
+def test_unknown_optimisers_are_refused(name, value):
+    recipe = get_config("nominal").train
+    recipe[name] = value
+    with pytest.raises(UserError, match=f"{name} must be .*{value}"):
+        train.optimizer(recipe, 1)
+
+
+def test_free_at_carries_its_perturbation(rng):
+    """The perturbation starts at 0, moves by sign steps of the loss within eps, and stays for the next batch."""
+    eps = 0.1
+    p, seen = spy(problem("free_at", rng, **{"train.replays": 2, "train.batch_size": 16,
+                                             "train.attack.eps": eps, "train.attack.step_size": 0.06}))  # fmt: skip
+    assert not np.any(p.state.delta)
+    state, deltas = p.state, [np.zeros((16, 2), np.float32)]
+    for _ in range(4):
+        state, _ = p.step(state)
+        deltas.append(np.asarray(state.delta))
+    x = [np.asarray(batch.x) for batch, _ in seen]
+    np.testing.assert_array_equal(x[0], x[1])
+    assert (x[1] != x[2]).any()
+    np.testing.assert_allclose(np.abs(deltas[1]), 0.06, atol=1e-6)  # one step from 0
+    assert np.abs(deltas).max() <= eps + 1e-7 and np.abs(deltas[4]).max() > 0.09
+
+
+def test_moving_average_follows_its_recurrence(rng):
+    """average <- d average + (1 - d) weights with d = min(ema, (1 + step) / (10 + step))."""
+    p = problem("nominal", rng, **{"train.ema": 0.15})
+    state, average = p.state, jax.tree.map(np.float64, p.state.params)
+    for i in range(4):
+        state, _ = p.step(state)
+        decay = min(0.15, (1 + i) / (10 + i))
+        average = jax.tree.map(lambda a, w, d=decay: d * a + (1 - d) * np.float64(w), average, state.params)
+    for found, wanted in zip(jax.tree.leaves(state.average["params"]), jax.tree.leaves(average), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
+    variables, _ = state.deployed
+    assert_same(variables, state.average)
+
+
+def test_worst_weights_move_kernels_by_gamma_and_nothing_else(rng):
+    params = {"a": {"kernel": jnp.asarray(rng.normal(size=(4, 3))), "bias": jnp.ones(3)}}
+    gradients = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape)), params)
+    moved = train.worst_weights(gradients, params, 0.1)["a"]
+    step = np.asarray(moved["kernel"] - params["a"]["kernel"])
+    size = np.linalg.norm(params["a"]["kernel"])
+    np.testing.assert_allclose(np.linalg.norm(step), 0.1 * size, rtol=1e-4)
+    cosine = np.sum(step * gradients["a"]["kernel"]) / np.linalg.norm(step) / np.linalg.norm(gradients["a"]["kernel"])
+    assert cosine == pytest.approx(1.0, abs=1e-4)
+    np.testing.assert_array_equal(moved["bias"], params["a"]["bias"])
+
+
+# Checkpoints
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("nominal", {}),
+        ("free_at", {"train.replays": 2}),
+        ("clustr_qtrades", {"train.ema": 0.9, "magnet.k_per_class": (1, 2, 3)}),
+        ("clustr", {"train.optimizer": "sgd"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_restored_state_goes_on_as_if_nothing_had_happened(method, changes, rng, tmp_path):
+    """Saved after 2 steps and restored into a blank state: every leaf, and the third step, bit for bit."""
+    p = problem(method, rng, **{"train.batch_size": 8, **changes})
+    state = p.run(p.state, 2)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.latest is None
+    checkpoints.save(state)
+    checkpoints.close()
+    reader = Checkpoints(tmp_path / "checkpoints")
+    assert reader.latest == 2
+    net = p.trainer.net
+    blank = train.blank(p.trainer, net.init(jax.random.key(99)), p.train_set, jax.random.key(98))
+    restored = reader.restore(blank)
+    assert_same(restored, state)
+    assert_same(p.run(restored, 1), p.run(state, 1))
+    variables, clusters = state.deployed
+    assert_same(reader.model(jax.eval_shape(net.init, jax.random.key(0))), variables)
+    if clusters is not None:
+        stored = reader.clusters(net.num_classes, clusters.centroids.shape[1], clusters.centroids.shape[2])
+        assert isinstance(stored, Clusters)
+        assert_same(stored, clusters)
+    reader.close()
+
+
+# Masked means
+
+
+def test_mean_counts_the_unmasked(rng):
+    values, mask = rng.normal(size=10).astype(np.float32), rng.random(10) < 0.5
+    np.testing.assert_allclose(objectives.mean(values, mask), values[mask].mean(), rtol=1e-6)
+    assert float(objectives.mean(values, np.zeros(10, bool))) == 0.0
