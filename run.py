@@ -20,7 +20,9 @@ def main(argv: list[str]) -> int:
 
     values = flags.FlagValues()
     default = str(HERE / "configs" / "digits.py") + ":clustr_qtrades"
-    config_flags.DEFINE_config_file("config", default, "FILE.py[:METHOD]", lock_config=True, flag_values=values)
+    config_flags.DEFINE_config_file(
+        "config", default, "FILE.py[:METHOD]", lock_config=True, flag_values=values
+    )
     flags.DEFINE_string("workdir", None, "default: runs/<dataset>-<method>[-<variant>]", flag_values=values)
     flags.DEFINE_list("stages", None, "default: all; comma-separated", flag_values=values)
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)

@@ -34,7 +34,9 @@ def inertia(z, y, fitted):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workdir")
     parser.add_argument("--n", type=int, default=50_000)
     parser.add_argument("--k", type=int, default=2)

@@ -12,8 +12,7 @@ from clustr_jax.models import Net
 _CHUNK = 500
 
 
-@struct.dataclass
-class Classifier:
+class Classifier(struct.PyTreeNode):
     """Parameters, clusters (None for a linear head) and the rule that turns them into predictions.
 
     `logits` always use all clusters and are finite; `predict` is the deployed rule, which may use the

@@ -13,8 +13,7 @@ from clustr_jax.kmeans import kmeans
 from clustr_jax.losses import MIN_VARIANCE
 
 
-@struct.dataclass
-class Clusters:
+class Clusters(struct.PyTreeNode):
     """K centroids for each of Y classes and one variance; `mask` is False where a class has fewer."""
 
     centroids: Float[Array, "Y K E"]
@@ -90,7 +89,9 @@ def fit_assign(key, z, y, *, num_classes, k=2, n_init=1, max_iter=20) -> tuple[C
         raise UserError(f"labels must lie in 0..{num_classes - 1}, got {labels.max()}")
     for c, (count, wanted) in enumerate(zip(counts, per_class, strict=True)):
         if count < wanted:
-            raise UserError(f"class {c} has {count} examples, fewer than k={wanted} clusters: lower k or add data")
+            raise UserError(
+                f"class {c} has {count} examples, fewer than k={wanted} clusters: lower k or add data"
+            )
     blocks = np.full((num_classes, counts.max()), -1, np.int32)
     order = np.argsort(labels, kind="stable")
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -129,4 +130,6 @@ def _with_variance(clusters, z, y):
     squared = jnp.sum(jnp.square(z[:, None, :] - clusters.centroids[y]), axis=-1)
     squared = jnp.where(clusters.valid[y], squared, jnp.inf)
     variance = jnp.sum(jnp.min(squared, axis=1)) / max(z.shape[0] - 1, 1)
-    return clusters.replace(variance=jnp.maximum(variance, MIN_VARIANCE)), jnp.argmin(squared, axis=1).astype(jnp.int32)
+    return clusters.replace(variance=jnp.maximum(variance, MIN_VARIANCE)), jnp.argmin(squared, axis=1).astype(
+        jnp.int32
+    )

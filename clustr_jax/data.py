@@ -55,7 +55,9 @@ class Split:
         return self.images[index].astype(np.float32) / np.float32(self.scale)
 
 
-def load(name: str, split: str, data_dir: str | None = None) -> tuple[Float[np.ndarray, "N ..."], Int[np.ndarray, "N"]]:
+def load(
+    name: str, split: str, data_dir: str | None = None
+) -> tuple[Float[np.ndarray, "N ..."], Int[np.ndarray, "N"]]:
     """x float32 [N, H, W, C] in [0, 1] and y int32 [N] of the whole split, "train" or "test".
 
     Names: cifar10, cifar100, svhn_cropped (= svhn), digits, toy2d (x [N, 2], no box). `data_dir` is
@@ -129,7 +131,9 @@ def _tfds_split(name, split, data_dir):
         _prepare(name, directory)
         builder = _builder(tfds, name, directory)
     if builder is None or split not in builder.info.splits:
-        raise UserError(f"{name} under {directory} has no {split} split; delete the folder and prepare it again")
+        raise UserError(
+            f"{name} under {directory} has no {split} split; delete the folder and prepare it again"
+        )
     size = builder.info.splits[split].num_examples
     try:
         source = builder.as_data_source(split=split)
@@ -141,7 +145,9 @@ def _tfds_split(name, split, data_dir):
                 images[i], labels[i] = example["image"], example["label"]
     except Exception as error:  # array_record raises its own types for missing and truncated files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read {name}/{split} under {directory}: {reason}; delete it and prepare it again") from error
+        raise UserError(
+            f"cannot read {name}/{split} under {directory}: {reason}; delete it and prepare it again"
+        ) from error
     subset = "" if size == official else f"{size} of the official {official} {split} images"
     return Split(images, labels, _TFDS[name]["num_classes"], 255.0, (0.0, 1.0), subset)
 
@@ -206,9 +212,13 @@ def splits(config) -> tuple[Split, Split, Split]:
     if not 0 <= config.val_size < 1:
         raise UserError(f"data.val_size is a fraction of the training split in [0, 1), got {config.val_size}")
     if config.train_size:
-        train = train.take(stratified(train.labels, config.train_size, train.num_classes), f"{config.train_size} train")
+        train = train.take(
+            stratified(train.labels, config.train_size, train.num_classes), f"{config.train_size} train"
+        )
     if config.test_size:
-        test = test.take(stratified(test.labels, config.test_size, test.num_classes), f"{config.test_size} test")
+        test = test.take(
+            stratified(test.labels, config.test_size, test.num_classes), f"{config.test_size} test"
+        )
     held_out = round(config.val_size * len(train))
     if not held_out:
         return train, train.take(slice(0, 0), "none"), test

@@ -67,7 +67,9 @@ def paper_pgd(key, clf, examples, *, eps, step_size, steps, restarts, lanes, rep
     outside = np.zeros(len(examples), bool)
     if clf.bounds is not None:
         low, high = clf.bounds
-        outside = np.any((best < low - _TOLERANCE) | (best > high + _TOLERANCE), axis=tuple(range(1, best.ndim)))
+        outside = np.any(
+            (best < low - _TOLERANCE) | (best > high + _TOLERANCE), axis=tuple(range(1, best.ndim))
+        )
     return {"robust": robust, "any_restart": ~ever, "fooled_outside_box": outside & ~robust}
 
 
@@ -105,7 +107,9 @@ def verify_inside(x_adv, x, eps, bounds) -> None:
         raise AssertionError(f"attack left the box {bounds}")
 
 
-def _attack_pairs(key, logits_fn: Partial, examples, alive, collect, restarts, lanes, *, eps, step_size, **settings):
+def _attack_pairs(
+    key, logits_fn: Partial, examples, alive, collect, restarts, lanes, *, eps, step_size, **settings
+):
     """Every restart of every example that is `alive` when its turn comes, `lanes` pairs at a time.
 
     `collect(index, x_adv, loss, fooled)` receives each batch and may clear `alive`. All batches have
@@ -125,7 +129,9 @@ def _attack_pairs(key, logits_fn: Partial, examples, alive, collect, restarts, l
             (padded // size).astype(np.int32), eps, step_size, **settings,
         )  # fmt: skip
         count = len(now)
-        collect(index[:count], np.asarray(x_adv)[:count], np.asarray(loss)[:count], np.asarray(fooled)[:count])
+        collect(
+            index[:count], np.asarray(x_adv)[:count], np.asarray(loss)[:count], np.asarray(fooled)[:count]
+        )
         spent += lanes * settings["steps"]
         pending = pending[alive[pending % size]]
     return spent
@@ -140,7 +146,15 @@ def run_clean(clf, x, y) -> tuple[dict, dict, float]:
     started = time.perf_counter()
     correct = clean(clf, x, y)
     value = results.fraction(correct)
-    result = {"n": len(y), "eps": 0.0, "clean": value, "robust": value, "attack": {}, "attacks": {}, "sweep": {}}
+    result = {
+        "n": len(y),
+        "eps": 0.0,
+        "clean": value,
+        "robust": value,
+        "attack": {},
+        "attacks": {},
+        "sweep": {},
+    }
     return result, {"clean": correct, "y": y}, time.perf_counter() - started
 
 

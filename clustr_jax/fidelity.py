@@ -20,19 +20,33 @@ class Switch:
 
 
 SWITCHES = {
-    "scores": Switch("log", "exp", "training logits: log scores, or un-normalised exp scores fed to cross entropy"),
+    "scores": Switch(
+        "log", "exp", "training logits: log scores, or un-normalised exp scores fed to cross entropy"
+    ),
     "hinge": Switch("log", "eps", "Magnet loss in the log domain, or relu(-log(num / (den + 1e-8) + 1e-8))"),
-    "small_clusters": Switch("mask", "skip", "a batch with a cluster of fewer than S members: masked, or skipped"),
-    "sampler": Switch("floor", "stale", "seed draw: optimistic with a floor, or unseen = 0 and stale after a refit"),
+    "small_clusters": Switch(
+        "mask", "skip", "a batch with a cluster of fewer than S members: masked, or skipped"
+    ),
+    "sampler": Switch(
+        "floor", "stale", "seed draw: optimistic with a floor, or unseen = 0 and stale after a refit"
+    ),
     "cluster_images": Switch("clean", "augmented", "k-means on clean images, or on augmented views"),
     "first_clusters": Switch("eval", "train", "batch norm of the first clustering"),
-    "variance_images": Switch("clean", "augmented", "inference variance: clean images in eval mode, or augmented in train mode"),
+    "variance_images": Switch(
+        "clean", "augmented", "inference variance: clean images in eval mode, or augmented in train mode"
+    ),
     "attack_statistics": Switch("keep", "update", "running statistics during the inner attack"),
-    "epoch_statistics": Switch("keep", "leak_test", "after each epoch: nothing, or passes over train AND TEST images in train mode"),
+    "epoch_statistics": Switch(
+        "keep", "leak_test", "after each epoch: nothing, or passes over train AND TEST images in train mode"
+    ),
     "logged_loss": Switch("eq3", "plus_k", "logged Magnet loss: Eq. 3, or with K extra terms in the sum"),
-    "nearest": Switch("config", "10_20", "train.nearest and eval.nearest: as configured, or 10 in training and 20 after"),
+    "nearest": Switch(
+        "config", "10_20", "train.nearest and eval.nearest: as configured, or 10 in training and 20 after"
+    ),
     "epochs": Switch("text", "readme", "fine-tuning epochs: appendix D, or the 25 of the authors' README"),
-    "kl": Switch("correct", "probs", "QTRADES alone: KL of log probabilities, or of probabilities, element mean"),
+    "kl": Switch(
+        "correct", "probs", "QTRADES alone: KL of log probabilities, or of probabilities, element mean"
+    ),
 }
 PRESETS = ("", "paper_code")
 
@@ -46,7 +60,9 @@ def resolve(fidelity) -> dict[str, str]:
         default = switch.authors if fidelity.preset else switch.ours
         values[name] = fidelity[name] or default
         if values[name] not in (switch.ours, switch.authors):
-            raise UserError(f"fidelity.{name} must be {switch.ours} or {switch.authors}, got {values[name]!r}")
+            raise UserError(
+                f"fidelity.{name} must be {switch.ours} or {switch.authors}, got {values[name]!r}"
+            )
     return values
 
 

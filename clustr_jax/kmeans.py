@@ -14,8 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
-@struct.dataclass
-class KMeans:
+class KMeans(struct.PyTreeNode):
     """Result of `kmeans`. Surplus clusters (fewer distinct points than k) have `valid` False."""
 
     centroids: Float[Array, "k E"]
@@ -122,7 +121,9 @@ def _lloyd(points, mask, centroids, valid, max_iter):
 
         def repair(means):
             distances = jnp.where(mask, _exact(points, means[assignments]), -1.0)
-            _, farthest = lax.top_k(distances, min(k, distances.shape[0]))  # the i-th empty cluster takes the i-th farthest point
+            _, farthest = lax.top_k(
+                distances, min(k, distances.shape[0])
+            )  # the i-th empty cluster takes the i-th farthest point
             rank = jnp.cumsum(empty) - 1
             return jnp.where(empty[:, None], points[farthest[jnp.maximum(rank, 0)]], means)
 

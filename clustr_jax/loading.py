@@ -19,7 +19,9 @@ def build_net(config, split: data.Split) -> Net:
     channels = shape[-1]
     for name in ("mean", "std"):
         if len(config.model[name]) not in (1, channels):
-            raise UserError(f"model.{name} must have 1 or {channels} values for {config.data.name}, got {config.model[name]}")
+            raise UserError(
+                f"model.{name} must have 1 or {channels} values for {config.data.name}, got {config.model[name]}"
+            )
     return models.build(
         config.model.name,
         num_classes=split.num_classes,
@@ -44,7 +46,9 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
     if head not in (None, "clusters", "linear"):
         raise UserError(f"head must be clusters, linear or None, got {head!r}")
     if head == "clusters" and own == "linear":
-        raise UserError(f"{stage} has no clusters: {config.method} ends in a linear head there; fit some with clusters.fit")
+        raise UserError(
+            f"{stage} has no clusters: {config.method} ends in a linear head there; fit some with clusters.fit"
+        )
     net = models.build(
         config.model.name,
         num_classes=done["num_classes"],
@@ -59,7 +63,9 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
         variables = checkpoints.model(abstract)
         clusters = None
         if (head or own) == "clusters":
-            embedding = jax.eval_shape(net.eval, abstract, jax.ShapeDtypeStruct((1, *net.input_shape), "float32"))
+            embedding = jax.eval_shape(
+                net.eval, abstract, jax.ShapeDtypeStruct((1, *net.input_shape), "float32")
+            )
             k = max(config.magnet.k_per_class) if config.magnet.k_per_class else config.magnet.k
             clusters = checkpoints.clusters(net.num_classes, k, embedding.embeddings.shape[-1])
     finally:
@@ -81,7 +87,9 @@ def model_variables(path: str | pathlib.Path, net: Net) -> dict:
         abstract = jax.eval_shape(net.init, jax.random.key(0))
         return checkpoints.model(abstract)
     except (ValueError, KeyError) as error:
-        raise UserError(f"the model in {stage} does not fit this config's network: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"the model in {stage} does not fit this config's network: {str(error).splitlines()[0]}"
+        ) from error
     finally:
         checkpoints.close()
 
@@ -92,4 +100,6 @@ def _stage(path) -> pathlib.Path:
     for folder in (path, path / "2_train", path / "1_warmup"):
         if (folder / "done.json").exists():
             return folder
-    raise UserError(f"no finished stage in {path}; expected a work directory of run.py, or its 1_warmup or 2_train")
+    raise UserError(
+        f"no finished stage in {path}; expected a work directory of run.py, or its 1_warmup or 2_train"
+    )

@@ -184,7 +184,9 @@ def build(
     if width < 0:
         raise UserError(f"model.width must be positive (or 0 for the usual one), got {width}")
     if name == "mlp" and len(input_shape) != 1:
-        raise UserError(f"model mlp takes points, got images of shape {input_shape}; use resnet18, resnet8 or cnn")
+        raise UserError(
+            f"model mlp takes points, got images of shape {input_shape}; use resnet18, resnet8 or cnn"
+        )
     if name != "mlp" and len(input_shape) != 3:
         raise UserError(f"model {name} takes images [H, W, C], got inputs of shape {input_shape}; use mlp")
     module = _MODULES[name](

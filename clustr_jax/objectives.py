@@ -22,8 +22,7 @@ from clustr_jax.attacks import pgd
 _CUT = 50.0
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """One training batch. Magnet batches are M x S rows of clusters, flattened to B = M S."""
 
     x: Float[Array, "B ..."]
@@ -32,8 +31,7 @@ class Batch:
     classes: Int[Array, "M"] | None = None
 
 
-@struct.dataclass
-class Aux:
+class Aux(struct.PyTreeNode):
     """What an objective returns beside its loss: new batch statistics, per-example losses, metrics."""
 
     batch_stats: dict
@@ -85,7 +83,9 @@ def towards_labels(net, variables, batch, clusters, key, config):
 
 def towards_clean(net, variables, batch, clusters, key, config):
     """Steps on the divergence from the clean prediction (TRADES; one step: QTRADES, Eq. 5)."""
-    outputs = net.eval(variables, batch.x) if config.train.attack_bn == "eval" else net.train(variables, batch.x)[0]
+    outputs = (
+        net.eval(variables, batch.x) if config.train.attack_bn == "eval" else net.train(variables, batch.x)[0]
+    )
     probs = head_probs(outputs, clusters, config)
     # kl and cross entropy to a fixed target have the same gradient; which one is named decides nothing
     return _adversary(net, variables, batch, clusters, key, config, probs, losses.cross_entropy)

@@ -127,7 +127,9 @@ def _caption(results):
     if not claimed or not sound:
         return ""
     gap = 100 * (claimed["robust"] - sound["robust"])
-    lines = [f"masking gap at eps {radius(sound['eps'])}: {gap:.2f} points (paper's protocol minus {sound['protocol']})"]
+    lines = [
+        f"masking gap at eps {radius(sound['eps'])}: {gap:.2f} points (paper's protocol minus {sound['protocol']})"
+    ]
     if sound["head"] == "clusters":
         lines.append("The paper's attack follows the gradient of exp scores, which vanishes;")
         lines.append("RobustBench lists the authors' CIFAR-10 model at 0.00 % under AutoAttack.")

@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from clustr_jax.clusters import Clusters
 
 
-@struct.dataclass
-class Sampler:
+class Sampler(struct.PyTreeNode):
     """Who belongs to which cluster, and what each example's loss was when it was last seen."""
 
     members: Int[Array, "N"]  # example ids, sorted by cluster
@@ -21,8 +20,7 @@ class Sampler:
     losses: Float[Array, "N"]
 
 
-@struct.dataclass
-class MagnetBatch:
+class MagnetBatch(struct.PyTreeNode):
     """Row 0 is the seed cluster, the others its impostors, nearest first."""
 
     ids: Int[Array, "M S"]

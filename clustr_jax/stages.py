@@ -110,7 +110,11 @@ def _source(config, place, target):
 
 def default_workdir(config) -> pathlib.Path:
     """runs/<dataset>-<method>[-<variant>]"""
-    parts = [config.data.name, config.method, config.variant] if config.variant else [config.data.name, config.method]
+    parts = (
+        [config.data.name, config.method, config.variant]
+        if config.variant
+        else [config.data.name, config.method]
+    )
     name = "-".join(parts)
     if pathlib.PurePath(name).name != name:
         raise UserError(f"variant may not contain path separators, got {config.variant!r}")
@@ -159,7 +163,9 @@ def _wanted(stages, method):
 def _check_training(config, method, net, train_split):
     """Refuse now what would fail after the warm-up."""
     if config.train.lam < 0 or config.magnet.alpha < 0:
-        raise UserError(f"train.lam and magnet.alpha must be >= 0, got {config.train.lam} and {config.magnet.alpha}")
+        raise UserError(
+            f"train.lam and magnet.alpha must be >= 0, got {config.train.lam} and {config.magnet.alpha}"
+        )
     for name, recipe in (("warmup", config.warmup), ("train", config.train)):
         if recipe.epochs < 0 or recipe.batch_size < 1 or not recipe.lr > 0:
             raise UserError(
@@ -190,7 +196,9 @@ def _check_training(config, method, net, train_split):
         counts = np.bincount(train_split.labels, minlength=net.num_classes)
         for c, (count, k) in enumerate(zip(counts, train.per_class(config, net.num_classes), strict=True)):
             if count < k:
-                raise UserError(f"class {c} has {count} training images, fewer than its k={k} clusters; lower magnet.k")
+                raise UserError(
+                    f"class {c} has {count} training images, fewer than its k={k} clusters; lower magnet.k"
+                )
 
 
 def _introduce(this):
@@ -198,7 +206,9 @@ def _introduce(this):
     config, progress = this.config, this.progress
     devices = ", ".join(sorted({f"{d.platform} ({d.device_kind})" for d in jax.devices()}))
     count = sum(p.size for p in jax.tree.leaves(jax.eval_shape(this.net.init, jax.random.key(0))["params"]))
-    progress.line(f"{config.method} on {config.data.name}, {config.model.name} with {count:,} parameters, {devices}")
+    progress.line(
+        f"{config.method} on {config.data.name}, {config.model.name} with {count:,} parameters, {devices}"
+    )
     _introduce_data("data", this)
     if METHODS[config.method].sampler == "magnet":
         clusters = train.per_class(config, this.net.num_classes)
@@ -266,7 +276,9 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
         variables = loading.model_variables(config.init_from, this.net)
     elif not first:
         if this.workdir.finished(WARMUP) is None:
-            raise UserError(f"{stage} needs {WARMUP}, which is not finished in {this.workdir.root}; run it first")
+            raise UserError(
+                f"{stage} needs {WARMUP}, which is not finished in {this.workdir.root}; run it first"
+            )
         variables = loading.model_variables(this.workdir.stage(WARMUP), this.net)
         if METHODS[config.method].source:  # other classes: keep the body only
             variables["params"][models.HEAD] = fresh["params"][models.HEAD]
@@ -381,7 +393,11 @@ def _evaluate(this: Run) -> None:
     clf = loading.load(this.workdir.root)
     clf = clf.replace(nearest=config.eval.nearest if clf.clusters is not None else 0)
     test = this.test_split
-    index = data.stratified(test.labels, config.eval.n, test.num_classes) if config.eval.n else np.arange(len(test))
+    index = (
+        data.stratified(test.labels, config.eval.n, test.num_classes)
+        if config.eval.n
+        else np.arange(len(test))
+    )
     examples = evaluate.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
     content = config_dict(config)
     content.pop("variant")

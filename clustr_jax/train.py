@@ -26,8 +26,7 @@ _EVAL_BATCH = 500
 _STEPS, _ORDER, _REFIT = 0, 1, 2
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything that a stage changes; saved and restored as a whole. `totals` sums metrics of the epoch."""
 
     step: Int[Array, ""]
@@ -54,8 +53,7 @@ class TrainState:
         return self.average, self.average_clusters
 
 
-@struct.dataclass
-class TrainSet:
+class TrainSet(struct.PyTreeNode):
     """The training split on the device: uint8 images (float32 points) and labels."""
 
     images: Array
@@ -136,7 +134,9 @@ def rows(config, num_classes: int) -> int:
     total = sum(per_class(config, num_classes))
     wanted = config.magnet.clusters
     if wanted > total:
-        raise UserError(f"magnet.clusters is {wanted}, but there are only {total} clusters; lower it or set 0")
+        raise UserError(
+            f"magnet.clusters is {wanted}, but there are only {total} clusters; lower it or set 0"
+        )
     if wanted < 0 or wanted == 1 or config.magnet.samples < 2:
         raise UserError(
             f"magnet.clusters must be 0 (automatic) or at least 2 and magnet.samples at least 2, "
@@ -149,7 +149,9 @@ def per_class(config, num_classes: int) -> tuple[int, ...]:
     """Clusters of each class: magnet.k_per_class, or magnet.k for all."""
     k = tuple(config.magnet.k_per_class) or (config.magnet.k,) * num_classes
     if len(k) != num_classes or min(k) < 1:
-        raise UserError(f"magnet.k must be at least 1 and magnet.k_per_class have {num_classes} entries, got {k}")
+        raise UserError(
+            f"magnet.k must be at least 1 and magnet.k_per_class have {num_classes} entries, got {k}"
+        )
     return k
 
 
@@ -189,7 +191,9 @@ def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key) -> TrainS
     return reset_totals(trainer, state, train_set, key)
 
 
-def draw_batch(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key) -> tuple[Batch, Int[Array, "B"]]:
+def draw_batch(
+    trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
+) -> tuple[Batch, Int[Array, "B"]]:
     """The batch of this step, augmented, and the ids of its examples."""
     draw_key, augment_key = jax.random.split(key)
     config = trainer.config
@@ -211,7 +215,9 @@ def draw_batch(trainer: Trainer, state: TrainState, train_set: TrainSet, order, 
     return Batch(x, y, mask, classes), ids
 
 
-def train_step(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key) -> tuple[TrainState, dict]:
+def train_step(
+    trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
+) -> tuple[TrainState, dict]:
     """One step of any objective: draw, attack, differentiate, update, remember the sampler's losses.
 
     Returns (state, metrics of the batch). All randomness comes from (key, state.step).
@@ -225,7 +231,9 @@ def train_step(trainer: Trainer, state: TrainState, train_set: TrainSet, order, 
     clusters = state.clusters if trainer.method.head == "clusters" else None
     x_adv, stats = None, state.batch_stats
     if trainer.method.adversary is not None:
-        x_adv, stats = trainer.method.adversary(trainer.net, state.variables, batch, clusters, attack_key, config)
+        x_adv, stats = trainer.method.adversary(
+            trainer.net, state.variables, batch, clusters, attack_key, config
+        )
 
     def loss_fn(params, x_adv):
         variables = {"params": params, "batch_stats": stats}
@@ -235,8 +243,12 @@ def train_step(trainer: Trainer, state: TrainState, train_set: TrainSet, order, 
         # Free AT (Shafahi et al. 2019): one backward pass moves the weights and the perturbation
         eps, bounds = config.train.attack.eps, box(config)
         x_adv = project(batch.x + state.delta, batch.x, eps, "linf", bounds)
-        (loss, aux), (gradients, ascent) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(state.params, x_adv)
-        moved = project(ascend(x_adv, ascent, config.train.attack.step_size, "linf"), batch.x, eps, "linf", None)
+        (loss, aux), (gradients, ascent) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
+            state.params, x_adv
+        )
+        moved = project(
+            ascend(x_adv, ascent, config.train.attack.step_size, "linf"), batch.x, eps, "linf", None
+        )
         state = state.replace(delta=jnp.clip(moved - batch.x, -eps, eps))
     else:
         params = state.params
@@ -268,7 +280,9 @@ def worst_weights(gradients, params, gamma: float):
     def perturb(g, w):
         if w.ndim < 2:  # biases and batch norm stay
             return w
-        return w + gamma * jnp.linalg.norm(w.reshape(-1)) * g / jnp.maximum(jnp.linalg.norm(g.reshape(-1)), 1e-12)
+        return w + gamma * jnp.linalg.norm(w.reshape(-1)) * g / jnp.maximum(
+            jnp.linalg.norm(g.reshape(-1)), 1e-12
+        )
 
     return jax.tree.map(perturb, gradients, params)
 
@@ -300,7 +314,9 @@ def epoch_order(key, size: int, epoch) -> Int[Array, "N"]:
 
 
 @jax.jit(static_argnames=("net", "train_mode"))
-def embed_all(net: Net, variables, train_set: TrainSet, key=None, train_mode: bool = False) -> Float[Array, "N E"]:
+def embed_all(
+    net: Net, variables, train_set: TrainSet, key=None, train_mode: bool = False
+) -> Float[Array, "N E"]:
     """Embeddings of the whole training split: eval mode and clean, unless asked otherwise (`fidelity`)."""
     size = train_set.labels.shape[0]
     starts = jnp.arange(0, size, _EVAL_BATCH)

@@ -13,7 +13,19 @@ from clustr_jax.checkpoints import read_json, write_json
 from clustr_jax.errors import UserError
 
 # A work directory belongs to one training; evaluation settings may change from run to run.
-_TRAINING = ("method", "seed", "smoke", "init_from", "data", "pretrain", "model", "warmup", "train", "magnet", "fidelity")
+_TRAINING = (
+    "method",
+    "seed",
+    "smoke",
+    "init_from",
+    "data",
+    "pretrain",
+    "model",
+    "warmup",
+    "train",
+    "magnet",
+    "fidelity",
+)
 
 
 class Workdir:

@@ -138,7 +138,16 @@ def _sgd(c, epochs, lr, milestones, weight_decay):
 
 
 def _as_warmup(c):
-    for name in ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "milestones", "decay"):
+    for name in (
+        "epochs",
+        "batch_size",
+        "optimizer",
+        "lr",
+        "weight_decay",
+        "schedule",
+        "milestones",
+        "decay",
+    ):
         c.train[name] = c.warmup[name]
 
 

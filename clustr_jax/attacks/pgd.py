@@ -103,7 +103,11 @@ def as_partial(logits_fn: Callable) -> Partial:
 
 def check_settings(*, eps, step_size, start="uniform", norm="linf", select="success") -> None:
     """UserError for an unknown word, or a negative radius or step (traced values are not looked at)."""
-    for name, value, known in (("start", start, _STARTS), ("norm", norm, _NORMS), ("select", select, _SELECTS)):
+    for name, value, known in (
+        ("start", start, _STARTS),
+        ("norm", norm, _NORMS),
+        ("select", select, _SELECTS),
+    ):
         if value not in known:
             raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     for name, value in (("eps", eps), ("step_size", step_size)):
