@@ -294,7 +294,7 @@ def reset_totals(trainer: Trainer, state: TrainState, train_set: TrainSet, key) 
     return state.replace(totals={name: jnp.zeros(()) for name in metrics})
 
 
-@jax.jit(static_argnums=0, donate_argnums=1)
+@jax.jit(static_argnums=0)
 def run_steps(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key, count) -> TrainState:
     """`count` (traced) train steps in one compiled loop: any chunk length, one compilation, equal results."""
 

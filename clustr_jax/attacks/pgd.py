@@ -165,6 +165,8 @@ def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
         numbers = jnp.full(x.shape[0], restart)
         return pgd_lanes(key, logits_fn, x, y, ids, numbers, eps, step_size, **settings)
 
+    if restarts == 1:  # the loss of the result is not needed, and is not computed
+        return one(0)[0]
     side_by_side = max(1, min(restarts, _LANES // max(x.shape[0], 1)))
     found, loss, fooled = lax.map(one, jnp.arange(restarts), batch_size=side_by_side)
     if y.ndim == 1 and settings["select"] == "success":  # any fooled restart beats any loss
@@ -197,9 +199,9 @@ def pgd_lanes(
         return jnp.sum(loss), (loss, fooled)
 
     def keep(best, x_adv, loss, fooled):
-        """The iterate to return: the first fooled one, else the best loss; or always the latest."""
+        """The iterate to return: the first fooled one, else the best loss; or (authors) the latest."""
         best_x, best_loss, done = best
-        better = ~done & (fooled | (loss > best_loss)) if stops and select == "success" else ~done
+        better = ~done & (fooled | (loss > best_loss)) if select == "success" else ~done
         best_x = jnp.where(better[over], x_adv, best_x)
         return best_x, jnp.where(better, loss, best_loss), done | fooled
 
@@ -211,12 +213,18 @@ def pgd_lanes(
         i, x_adv, best = carry
         gradient, (loss, fooled) = jax.grad(evaluate, has_aux=True)(x_adv)
         best = keep(best, x_adv, loss, fooled)
-        moved = project(ascend(x_adv, gradient, step_size, norm), x, eps, norm, bounds)
-        return i + 1, jnp.where(best[2][over], x_adv, moved), best
+        return i + 1, jnp.where(best[2][over], x_adv, move(x_adv, gradient)), best
+
+    def move(x_adv, gradient):
+        return project(ascend(x_adv, gradient, step_size, norm), x, eps, norm, bounds)
 
     x_adv = random_start(keys, x, eps, start, norm)
     if clip_start:
         x_adv = project(x_adv, x, eps, norm, bounds)
+    if not stops:
+        x_adv = lax.fori_loop(0, steps, lambda _, z: move(z, jax.grad(evaluate, has_aux=True)(z)[0]), x_adv)
+        _, (loss, fooled) = evaluate(x_adv)
+        return x_adv, loss, fooled
     nothing = (x_adv, jnp.full(x.shape[0], -jnp.inf), jnp.zeros(x.shape[0], bool))
     _, x_adv, best = lax.while_loop(unfinished, step, (0, x_adv, nothing))
     _, (loss, fooled) = evaluate(x_adv)

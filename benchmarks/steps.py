@@ -1,0 +1,126 @@
+"""Train step of each method against the bare passes that it cannot do without.
+
+    python benchmarks/steps.py [--methods=nominal,trades,...] [--model=resnet8] [--width=16] [--runs=5]
+
+For each method: its passes (forward, input gradient, parameter gradient, each timed alone at the same batch size),
+the sum of their times, the measured step, and the ratio. Random pixels, CIFAR-10 shapes; refits excluded. The passes
+and the step are timed in turns, medians are compared.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clustr_jax import data, loading, stages, train
+from clustr_jax.objectives import METHODS
+from configs import cifar10
+
+SIZE = 2400
+
+
+def passes(method: str, config) -> dict[str, int]:
+    """How often each bare pass occurs in one step, by the definition of the method."""
+    steps = config.train.attack.steps
+    adversarial = METHODS[method].adversary is not None
+    count = {"forward_train": 0, "forward_eval": 0, "input_gradient_train": 0, "input_gradient_eval": 0}
+    count |= {"parameter_gradient": 1, "both_gradients": 0}
+    if config.train.replays > 1:
+        return count | {"parameter_gradient": 0, "both_gradients": 1}
+    if adversarial:
+        count[f"input_gradient_{'eval' if config.train.attack_bn == 'eval' else 'train'}"] = steps
+    if method in ("trades", "qtrades", "clustr_qtrades", "clustr_trades"):
+        count["parameter_gradient"] = 2  # clean and adversarial images
+        if config.train.attack_bn == "eval":
+            count["forward_eval"] = 1  # the attack's target, another network than the one that is trained
+    return count
+
+
+def bare(net, variables, x, y):
+    """The passes on their own, each as one compiled function."""
+
+    def loss(params, x, mode):
+        full = {**variables, "params": params}
+        outputs = net.train(full, x)[0] if mode == "train" else net.eval(full, x)
+        return -jnp.mean(jax.nn.log_softmax(outputs.logits)[jnp.arange(len(y)), y])
+
+    params = variables["params"]
+    functions = {"parameter_gradient": jax.jit(lambda p, x: jax.grad(loss)(p, x, "train"))}
+    functions["both_gradients"] = jax.jit(lambda p, x: jax.grad(loss, (0, 1))(p, x, "train"))
+    for mode in ("train", "eval"):
+        functions[f"forward_{mode}"] = jax.jit(lambda p, x, mode=mode: loss(p, x, mode))
+        functions[f"input_gradient_{mode}"] = jax.jit(lambda p, x, mode=mode: jax.grad(loss, 1)(p, x, mode))
+    return {name: lambda f=f: f(params, x) for name, f in functions.items()}
+
+
+def seconds(f, repeat=3):
+    jax.block_until_ready(f())
+    started = time.perf_counter()
+    for _ in range(repeat):
+        result = f()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - started) / repeat
+
+
+def measure(method, args):
+    config = cifar10.get_config(method)
+    config.model.name, config.model.width = args.model, args.width
+    config = stages.resolve(config)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (SIZE, 32, 32, 3), dtype=np.uint8)
+    labels = (np.arange(SIZE) % 10).astype(np.int32)
+    net = loading.build_net(config, data.Split(images, labels, 10, 255.0, (0.0, 1.0), ""))
+    train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
+    trainer = train.Trainer(net, METHODS[method], config, config.train, SIZE)
+    key = jax.random.key(0)
+    state = train.create(trainer, net.init(key))
+    if trainer.magnet:
+        state = train.refit(trainer, state, train_set, key)
+    state = train.reset_totals(trainer, state, train_set, key)
+    order = train.epoch_order(key, SIZE, 0)
+    batch = trainer.batch_size
+    x = jnp.asarray(images[:batch], jnp.float32) / 255
+    needed = {name: n for name, n in passes(method, config).items() if n}
+    functions = bare(net, state.variables, x, jnp.asarray(labels[:batch]))
+    taken = {name: [] for name in (*needed, "step")}
+    for _ in range(args.runs):
+        for name in needed:
+            taken[name].append(seconds(functions[name]))
+        # three steps in one call, as training runs them
+        whole = seconds(lambda: train.run_steps(trainer, state, train_set, order, key, 3).step, 1) / 3
+        taken["step"].append(whole)
+    median = {name: statistics.median(values) for name, values in taken.items()}
+    total = sum(needed[name] * median[name] for name in needed)
+    return {
+        "method": method, "batch": batch, "passes": needed, "pass_seconds": {n: median[n] for n in needed},
+        "sum_seconds": total, "step_seconds": median["step"], "ratio": median["step"] / total,
+        "images_per_second": batch / median["step"],
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--model", default="resnet8")
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--runs", type=int, default=5)
+    args = parser.parse_args()
+    print(f"{'method':16} {'batch':>5} {'passes s':>9} {'step s':>8} {'ratio':>6} {'images/s':>9}", flush=True)
+    rows = []
+    for method in args.methods.split(","):
+        row = measure(method, args)
+        rows.append(row)
+        print(
+            f"{method:16} {row['batch']:5} {row['sum_seconds']:9.3f} {row['step_seconds']:8.3f} "
+            f"{row['ratio']:6.2f} {row['images_per_second']:9.0f}",
+            flush=True,
+        )
+    print(json.dumps({"model": args.model, "width": args.width, "runs": args.runs, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
