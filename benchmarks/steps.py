@@ -2,9 +2,9 @@
 
     python benchmarks/steps.py [--methods=nominal,trades,...] [--model=resnet8] [--width=16] [--runs=5]
 
-For each method: its passes (forward, input gradient, parameter gradient, each timed alone at the same batch size),
-the sum of their times, the measured step, and the ratio. Random pixels, CIFAR-10 shapes; refits excluded. The passes
-and the step are timed in turns, medians are compared.
+For each method: its passes (forward, input gradient, parameter gradient, each timed alone at the same
+batch size), the sum of their times, the measured step, and the ratio. Random pixels, CIFAR-10 shapes;
+refits excluded. The passes and the step are timed in turns, medians are compared.
 """
 
 import argparse
@@ -103,13 +103,17 @@ def measure(method, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--model", default="resnet8")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
-    print(f"{'method':16} {'batch':>5} {'passes s':>9} {'step s':>8} {'ratio':>6} {'images/s':>9}", flush=True)
+    print(
+        f"{'method':16} {'batch':>5} {'passes s':>9} {'step s':>8} {'ratio':>6} {'images/s':>9}", flush=True
+    )
     rows = []
     for method in args.methods.split(","):
         row = measure(method, args)

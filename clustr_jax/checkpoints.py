@@ -25,7 +25,9 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).resolve()  # orbax takes absolute paths only
         policy = ocp.training.preservation_policies.LatestN(keep)
         self._manager = ocp.training.Checkpointer(
-            self.directory, preservation_policy=policy, cleanup_tmp_directories=True
+            str(self.directory),
+            preservation_policy=policy,  # pyright: ignore[reportArgumentType]  orbax's own types disagree
+            cleanup_tmp_directories=True,
         )
 
     @property

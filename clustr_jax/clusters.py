@@ -51,7 +51,7 @@ class Clusters(struct.PyTreeNode):
         return jnp.where(empty, -jnp.inf, jax.nn.logsumexp(safe, axis=-1))
 
     def scores(self, z: Float[Array, "B E"], nearest: int | None = None) -> Float[Array, "B Y"]:
-        """exp(log_scores), the authors' "logits". They underflow to 0 and saturate: only for their protocol."""
+        """exp(log_scores), the authors' "logits". They underflow and saturate: only for their protocol."""
         return jnp.exp(self.log_scores(z, nearest))
 
     def probs(self, z: Float[Array, "B E"], nearest: int | None = None) -> Float[Array, "B Y"]:
@@ -78,7 +78,16 @@ def fit(
     return fit_assign(key, z, y, num_classes=num_classes, k=k, n_init=n_init, max_iter=max_iter)[0]
 
 
-def fit_assign(key, z, y, *, num_classes, k=2, n_init=1, max_iter=20) -> tuple[Clusters, Int[Array, "N"]]:
+def fit_assign(
+    key: Array,
+    z: Float[Array, "N E"],
+    y: Int[Array, "N"],
+    *,
+    num_classes: int,
+    k: int | tuple[int, ...] = 2,
+    n_init: int = 1,
+    max_iter: int = 20,
+) -> tuple[Clusters, Int[Array, "N"]]:
     """As `fit`, with the cluster of each example: class * K + the nearest of its own class."""
     per_class = (k,) * num_classes if isinstance(k, int) else tuple(k)
     if len(per_class) != num_classes or min(per_class) < 1:
@@ -130,6 +139,5 @@ def _with_variance(clusters, z, y):
     squared = jnp.sum(jnp.square(z[:, None, :] - clusters.centroids[y]), axis=-1)
     squared = jnp.where(clusters.valid[y], squared, jnp.inf)
     variance = jnp.sum(jnp.min(squared, axis=1)) / max(z.shape[0] - 1, 1)
-    return clusters.replace(variance=jnp.maximum(variance, MIN_VARIANCE)), jnp.argmin(squared, axis=1).astype(
-        jnp.int32
-    )
+    nearest = jnp.argmin(squared, axis=1).astype(jnp.int32)
+    return clusters.replace(variance=jnp.maximum(variance, MIN_VARIANCE)), nearest

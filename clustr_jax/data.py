@@ -10,6 +10,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ class Split:
         subset = f"{self.subset}, {what}" if self.subset else what
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index], subset=subset)
 
-    def pixels(self, index=slice(None)) -> Float[np.ndarray, "N ..."]:
+    def pixels(self, index: slice | Int[np.ndarray, "N"] = slice(None)) -> Float[np.ndarray, "N ..."]:
         """float32 pixels in [0, 1] (points in their own units)."""
         return self.images[index].astype(np.float32) / np.float32(self.scale)
 
@@ -86,6 +87,7 @@ def _digits(split):
     from sklearn.datasets import load_digits
 
     scans = load_digits()
+    assert not isinstance(scans, tuple)  # it is one with return_X_y=True
     test = np.arange(len(scans.target)) % 5 == 4
     chosen = test if split == "test" else ~test
     images = scans.images[chosen].astype(np.uint8)[..., None]
@@ -152,7 +154,7 @@ def _tfds_split(name, split, data_dir):
     return Split(images, labels, _TFDS[name]["num_classes"], 255.0, (0.0, 1.0), subset)
 
 
-def _builder(tfds, name, directory):
+def _builder(tfds: ModuleType, name, directory):
     """The builder of a prepared set that can be read at random, or None."""
     try:
         builder = tfds.builder(name, data_dir=directory)
@@ -162,8 +164,8 @@ def _builder(tfds, name, directory):
         return None
     if formats is None or formats.value not in ("array_record", "riegeli"):
         raise UserError(
-            f"{name} under {directory} is prepared as {formats and formats.value}, which cannot be read at random; "
-            f"set data.dir to another folder to have it prepared as array_record"
+            f"{name} under {directory} is prepared as {formats and formats.value}, which cannot be read "
+            f"at random; set data.dir to another folder to have it prepared as array_record"
         )
     return builder
 

@@ -159,7 +159,7 @@ def run_clean(clf, x, y) -> tuple[dict, dict, float]:
 
 
 def run_paper(key, clf, examples, config, report) -> tuple[dict, dict]:
-    """paper.json: PGD^20 and PGD^100 at the main eps (worst case of both = `robust`), then the other radii."""
+    """paper.json: PGD^20 and PGD^100 at the main eps (`robust` = both together), then the other radii."""
     settings = config.eval.attack
     steps = (20,) if config.eval.quick else tuple(config.eval.paper_steps)
     correct = _argmax(clf.scores, examples.x) == examples.y
@@ -185,7 +185,9 @@ def run_paper(key, clf, examples, config, report) -> tuple[dict, dict]:
     result = {
         "n": len(examples), "eps": settings.eps,
         "clean": results.fraction(correct), "robust": results.fraction(worst),
-        "attack": {**settings.to_dict(), "steps": list(steps), "loss": "cross_entropy(exp scores)", "select": "loss"},
+        "attack": {
+            **settings.to_dict(), "steps": list(steps), "loss": "cross_entropy(exp scores)", "select": "loss",
+        },
         "attacks": attacks, "sweep": sweep,
         "successes_lost_by_max_loss_rule": lost, "counted_successes_outside_box": outside,
     }  # fmt: skip
@@ -224,7 +226,8 @@ def check_config(config) -> None:
     check_settings(eps=attack.eps, step_size=attack.step_size)
     for name, value, low in (
         ("eval.attack.steps", attack.steps, 1), ("eval.attack.restarts", attack.restarts, 1),
-        ("eval.n", config.eval.n, 0), ("eval.lanes", config.eval.lanes, 1), ("eval.nearest", config.eval.nearest, 0),
+        ("eval.n", config.eval.n, 0), ("eval.lanes", config.eval.lanes, 1),
+        ("eval.nearest", config.eval.nearest, 0),
     ):  # fmt: skip
         if value < low:
             raise UserError(f"{name} must be at least {low}, got {value}")

@@ -121,9 +121,8 @@ def _lloyd(points, mask, centroids, valid, max_iter):
 
         def repair(means):
             distances = jnp.where(mask, _exact(points, means[assignments]), -1.0)
-            _, farthest = lax.top_k(
-                distances, min(k, distances.shape[0])
-            )  # the i-th empty cluster takes the i-th farthest point
+            # the i-th empty cluster takes the i-th farthest point
+            _, farthest = lax.top_k(distances, min(k, distances.shape[0]))
             rank = jnp.cumsum(empty) - 1
             return jnp.where(empty[:, None], points[farthest[jnp.maximum(rank, 0)]], means)
 

@@ -20,7 +20,8 @@ def build_net(config, split: data.Split) -> Net:
     for name in ("mean", "std"):
         if len(config.model[name]) not in (1, channels):
             raise UserError(
-                f"model.{name} must have 1 or {channels} values for {config.data.name}, got {config.model[name]}"
+                f"model.{name} must have 1 or {channels} values for {config.data.name}, "
+                f"got {config.model[name]}"
             )
     return models.build(
         config.model.name,
@@ -42,12 +43,16 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
     config = ConfigDict(read_json(stage.parent / "config.json"))
     done = read_json(stage / "done.json")
     method = METHODS[config.method]
-    own = method.head if stage.name == "2_train" else METHODS[method.warmup].head
+    if stage.name != "2_train":
+        assert method.warmup is not None  # else there is no such stage
+        method = METHODS[method.warmup]
+    own = method.head
     if head not in (None, "clusters", "linear"):
         raise UserError(f"head must be clusters, linear or None, got {head!r}")
     if head == "clusters" and own == "linear":
         raise UserError(
-            f"{stage} has no clusters: {config.method} ends in a linear head there; fit some with clusters.fit"
+            f"{stage} has no clusters: {config.method} ends in a linear head there; "
+            f"fit some with clusters.fit"
         )
     net = models.build(
         config.model.name,

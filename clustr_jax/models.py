@@ -40,11 +40,13 @@ class Net:
     def train(self, variables: dict, x: Float[Array, "B ..."]) -> tuple[Outputs, dict]:
         """Forward pass with the statistics of this batch; also returns the updated running statistics."""
         outputs, updated = self.module.apply(variables, x, train=True, mutable=["batch_stats"])
-        return outputs, updated.get("batch_stats", {})
+        # plain dicts unless flax is configured otherwise
+        return outputs, updated.get("batch_stats", {})  # pyright: ignore[reportReturnType]
 
     def eval(self, variables: dict, x: Float[Array, "B ..."]) -> Outputs:
         """Forward pass with the running statistics: each example on its own."""
-        return self.module.apply(variables, x, train=False)
+        # a pair only where something is mutable
+        return self.module.apply(variables, x, train=False)  # pyright: ignore[reportReturnType]
 
 
 # He et al. 2015, fan-out: what PyTorch ResNets start from.

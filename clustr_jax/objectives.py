@@ -6,6 +6,7 @@ calls `net.train` where batch statistics are to be updated, and passes them on e
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -97,7 +98,12 @@ def _adversary(net, variables, batch, clusters, key, config, target, loss_fn):
         return head_logits(outputs, clusters, config)
 
     frozen = jax.lax.stop_gradient((variables, clusters))
-    settings = dict(
+    attack = functools.partial(
+        pgd,
+        key,
+        Partial(logits, *frozen),
+        batch.x,
+        jax.lax.stop_gradient(target),
         eps=config.train.attack.eps,
         step_size=config.train.attack.step_size,
         start=config.train.attack.start,
@@ -105,12 +111,10 @@ def _adversary(net, variables, batch, clusters, key, config, target, loss_fn):
         bounds=box(config),
         select="last",
     )
-    logits_fn, target = Partial(logits, *frozen), jax.lax.stop_gradient(target)
-    x_adv = pgd(key, logits_fn, batch.x, target, steps=config.train.attack.steps, **settings)
+    x_adv = attack(steps=config.train.attack.steps)
     stats = variables["batch_stats"]
     if config.fidelity.attack_statistics == "update":  # as one forward pass of the attack would
-        start = pgd(key, logits_fn, batch.x, target, steps=0, **settings)
-        stats = net.train(variables, start)[1]
+        stats = net.train(variables, attack(steps=0))[1]
     return jax.lax.stop_gradient(x_adv), jax.lax.stop_gradient(stats)
 
 
@@ -248,7 +252,7 @@ class Method:
     source: bool = False
 
 
-_clusters = dict(sampler="magnet", head="clusters")
+_clustered = functools.partial(Method, sampler="magnet", head="clusters")
 METHODS = {
     "nominal": Method(nominal),
     "free_at": Method(nominal),
@@ -257,8 +261,8 @@ METHODS = {
     "at_pretrain": Method(adversarial, towards_labels, warmup="pgd_at", source=True),
     "trades": Method(trades, towards_clean),
     "qtrades": Method(qtrades, towards_clean),
-    "magnet": Method(clustr, **_clusters),
-    "clustr": Method(clustr, warmup="nominal", **_clusters),
-    "clustr_qtrades": Method(clustr_qtrades, towards_clean, warmup="nominal", **_clusters),
-    "clustr_trades": Method(clustr_qtrades, towards_clean, warmup="nominal", **_clusters),
+    "magnet": _clustered(clustr),
+    "clustr": _clustered(clustr, warmup="nominal"),
+    "clustr_qtrades": _clustered(clustr_qtrades, towards_clean, warmup="nominal"),
+    "clustr_trades": _clustered(clustr_qtrades, towards_clean, warmup="nominal"),
 }

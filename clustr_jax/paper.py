@@ -1,4 +1,4 @@
-"""What the paper reports (arXiv 2006.07682 v2, Tables 1, 3 and 4), in fractions, for printing beside our figures.
+"""What the paper reports (arXiv 2006.07682 v2, Tables 1, 3 and 4), for printing beside our figures.
 
 Keys: data set -> method -> {"clean", "pgd20", "pgd100"} at 8/255, and {eps in 1/255: (pgd20, pgd100)} for the
 sweep. Rows the authors took from other publications (wider networks, other protocols) are in COPIED.
@@ -42,7 +42,7 @@ COPIED = ("free_at", "at_pretrain", "trades")
 
 
 def claim(dataset: str, method: str, what: str, eps: float | None = None) -> float | None:
-    """The paper's figure as a fraction, or None: what = "clean", "pgd20" or "pgd100"; eps None means 8/255."""
+    """The paper's figure as a fraction, or None: what = "clean", "pgd20" or "pgd100"; eps None = 8/255."""
     row = CLAIMS.get(dataset, {}).get(method)
     if what == "clean":
         return row and row[0] / 100

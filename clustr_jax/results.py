@@ -50,10 +50,11 @@ def fraction(mask) -> float:
 
 
 def save(directory: pathlib.Path, name: str, result: dict, outcomes: dict[str, np.ndarray]) -> None:
-    """Write <name>.npz (per-example outcomes), then <name>.json: a JSON is never there without its outcomes."""
+    """Write <name>.npz (per-example outcomes), then <name>.json: no JSON is there without its outcomes."""
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f"{name}.tmp.npz"
-    np.savez_compressed(temporary, **outcomes)
+    # pyright minds an array for allow_pickle; no outcome has that name
+    np.savez_compressed(temporary, **outcomes)  # pyright: ignore[reportArgumentType]
     temporary.replace(directory / f"{name}.npz")
     write_json(directory / f"{name}.json", result)
 
@@ -89,17 +90,19 @@ def side_by_side(results: dict[str, dict]) -> Table:
             f"clean, all {clean['n']} test images",
             percent(paper.claim(dataset, method, "clean")), percent(clean["clean"], clean), "",
         )  # fmt: skip
-    if claimed or sound:
+    attacked = claimed or sound
+    if attacked:
         table.add_row(
-            f"clean, the {(claimed or sound)['n']} attacked images", "",
+            f"clean, the {attacked['n']} attacked images", "",
             percent(claimed["clean"], claimed) if claimed else "",
             percent(sound["clean"], sound) if sound else "",
         )  # fmt: skip
-    for name, value in (claimed or {"attacks": {}})["attacks"].items():
-        table.add_row(
-            f"{name}, eps {radius(claimed['eps'])}",
-            percent(paper.claim(dataset, method, name)), percent(value, claimed), "",
-        )  # fmt: skip
+    if claimed:
+        for name, value in claimed["attacks"].items():
+            table.add_row(
+                f"{name}, eps {radius(claimed['eps'])}",
+                percent(paper.claim(dataset, method, name)), percent(value, claimed), "",
+            )  # fmt: skip
     if sound:
         table.add_row(f"worst case, eps {radius(sound['eps'])}", "", "", percent(sound["robust"], sound))
     for eps, attacks in (claimed or {"sweep": {}})["sweep"].items():
@@ -128,7 +131,8 @@ def _caption(results):
         return ""
     gap = 100 * (claimed["robust"] - sound["robust"])
     lines = [
-        f"masking gap at eps {radius(sound['eps'])}: {gap:.2f} points (paper's protocol minus {sound['protocol']})"
+        f"masking gap at eps {radius(sound['eps'])}: {gap:.2f} points "
+        f"(paper's protocol minus {sound['protocol']})"
     ]
     if sound["head"] == "clusters":
         lines.append("The paper's attack follows the gradient of exp scores, which vanishes;")

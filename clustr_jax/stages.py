@@ -15,6 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from clustr_jax import data, evaluate, fidelity, loading, models, results, train
@@ -40,7 +41,7 @@ _OVERFITTING_GAP = 0.2
 class Run:
     """What every stage needs."""
 
-    config: object
+    config: ConfigDict
     workdir: Workdir
     progress: Progress
     net: models.Net
@@ -72,15 +73,15 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
     evaluate.check_config(config)
     place = Workdir(workdir or default_workdir(config))
     splits = data.splits(config.data)
-    source = _source(config, place, splits[0]) if method.source and WARMUP in wanted else None
+    progress = Progress(console)
+    source = _source(config, place, progress, splits[0]) if method.source and WARMUP in wanted else None
     net = loading.build_net(config, splits[0])
     _check_training(config, method, net, splits[0])
     place.open(config)
-    with Progress(console) as progress:
+    with progress:
         this = Run(config, place, progress, net, *splits, source=source)
         _introduce(this)
         if source is not None:
-            source.progress = progress
             _introduce_data("pre-training data", source)
         for stage in wanted:
             if stage == EVALUATE:
@@ -95,7 +96,7 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
     return found
 
 
-def _source(config, place, target):
+def _source(config, place, progress, target):
     """What at_pretrain trains on first: another data set with its own head."""
     if not config.pretrain.name:
         raise UserError(f"{config.method} needs a data set to pre-train on: set pretrain.name, e.g. cifar100")
@@ -105,7 +106,7 @@ def _source(config, place, target):
             f"pretrain.name={config.pretrain.name} has inputs of shape {splits[0].images.shape[1:]}, "
             f"{config.data.name} of {target.images.shape[1:]}; choose a set of the same size"
         )
-    return Run(config, place, None, loading.build_net(config, splits[0]), *splits)
+    return Run(config, place, progress, loading.build_net(config, splits[0]), *splits)
 
 
 def default_workdir(config) -> pathlib.Path:
@@ -222,8 +223,8 @@ def _introduce(this):
 def _introduce_data(what, this):
     subset = " and ".join(s.subset for s in (this.train_split, this.test_split) if s.subset)
     this.progress.line(
-        f"{what}: {len(this.train_split):,} train, {len(this.val_split):,} held out, {len(this.test_split):,} test"
-        + (f" (a subset: {subset})" if subset else "")
+        f"{what}: {len(this.train_split):,} train, {len(this.val_split):,} held out, "
+        f"{len(this.test_split):,} test" + (f" (a subset: {subset})" if subset else "")
     )
 
 
@@ -235,9 +236,11 @@ def _train(this: Run, stage: str) -> None:
     if done:
         progress.line(f"{stage}: finished before ({done['reason']} after {done['epochs']} epochs)")
         return
-    method = METHODS[METHODS[config.method].warmup if stage == WARMUP else config.method]
-    if stage == WARMUP and this.source is not None:
-        this = this.source
+    method = METHODS[config.method]
+    if stage == WARMUP:
+        assert method.warmup is not None  # else the stage is not wanted
+        method = METHODS[method.warmup]
+        this = this.source or this
     recipe = config.warmup if stage == WARMUP else config.train
     train_set = train.TrainSet(
         jnp.asarray(this.train_split.images),
@@ -314,8 +317,9 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             totals = {k: float(v) / (step - epoch * per_epoch) for k, v in state.totals.items()}
             if not math.isfinite(totals["loss"]):
                 raise UserError(
-                    f"{stage}: the loss is {totals['loss']} near step {step} (epoch {epoch + 1}); lower the rate "
-                    f"({stage[2:]}.lr={recipe.lr}); the last checkpoint in {checkpoints.directory} is intact"
+                    f"{stage}: the loss is {totals['loss']} near step {step} (epoch {epoch + 1}); lower "
+                    f"the rate ({stage[2:]}.lr={recipe.lr}); the last checkpoint "
+                    f"in {checkpoints.directory} is intact"
                 )
             if count == chunk:  # grow, or shrink, towards the wanted length
                 chunk = max(1, min(int(chunk * _CHUNK_SECONDS / max(seconds, 1e-3)), 4 * chunk))
@@ -334,7 +338,8 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             for split in (this.train_split, this.test_split):
                 stats = train.pass_in_train_mode(this.net, state.variables, split.pixels())
                 state = state.replace(batch_stats=stats)
-        clf = Classifier(*state.deployed, this.net, bounds=this.train_split.bounds)
+        variables, clusters = state.deployed
+        clf = Classifier(variables, clusters, this.net, bounds=this.train_split.bounds)
         val = results.fraction(evaluate.clean(clf, val_x, val_y)) if len(val_y) else 0.0
         if trainer.method.adversary or trainer.replays > 1:
             totals |= _monitor(this, stage, clf, key)
@@ -367,14 +372,13 @@ def _monitor(this, stage, clf, key):
     eps = this.config.train.attack.eps
     found = {}
     for name, steps, step_size in (("single_step", 1, 1.25 * eps), ("multi_step", 10, eps / 4)):
-        x_adv = pgd(
-            key, clf.logits, x, y, eps=eps, step_size=step_size, steps=steps, bounds=clf.bounds
-        )  # fmt: skip
+        x_adv = pgd(key, clf.logits, x, y, eps=eps, step_size=step_size, steps=steps, bounds=clf.bounds)
         found[f"{name}_accuracy"] = results.fraction(evaluate.clean(clf, x_adv, y))
     gap = found["single_step_accuracy"] - found["multi_step_accuracy"]
     if gap > _OVERFITTING_GAP:
         this.progress.line(
-            f"{stage}: warning: catastrophic overfitting? one step leaves {found['single_step_accuracy']:.1%}, "
+            f"{stage}: warning: catastrophic overfitting? "
+            f"one step leaves {found['single_step_accuracy']:.1%}, "
             f"ten steps {found['multi_step_accuracy']:.1%} of {count} held-out images"
         )
     return found
@@ -426,7 +430,8 @@ def _evaluate(this: Run) -> None:
             "protocol": results.PROTOCOLS[name],
         }  # fmt: skip
         footer = {
-            "head": "linear" if clf.clusters is None else "clusters", "nearest": clf.nearest, "seed": config.seed, "config_sha": identity,
+            "head": "linear" if clf.clusters is None else "clusters", "nearest": clf.nearest,
+            "seed": config.seed, "config_sha": identity,
             "versions": results.versions(), "wall_seconds": seconds,
         }  # fmt: skip
         for figure in ("clean", "robust"):

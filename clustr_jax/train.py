@@ -198,6 +198,7 @@ def draw_batch(
     draw_key, augment_key = jax.random.split(key)
     config = trainer.config
     if trainer.magnet:
+        assert state.sampler is not None and state.clusters is not None  # `refit` comes first
         drawn = sampling.draw(
             draw_key,
             state.sampler,
@@ -241,6 +242,7 @@ def train_step(
 
     if trainer.replays > 1:
         # Free AT (Shafahi et al. 2019): one backward pass moves the weights and the perturbation
+        assert state.delta is not None  # `create` makes it
         eps, bounds = config.train.attack.eps, box(config)
         x_adv = project(batch.x + state.delta, batch.x, eps, "linf", bounds)
         (loss, aux), (gradients, ascent) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
@@ -258,7 +260,7 @@ def train_step(
 
     transform, _ = optimizer(recipe, trainer.steps_per_epoch)
     updates, opt_state = transform.update(gradients, state.opt_state, state.params)
-    if trainer.magnet:
+    if state.sampler is not None:
         state = state.replace(sampler=sampling.update(state.sampler, ids, aux.per_example, batch.mask))
     state = state.replace(
         params=optax.apply_updates(state.params, updates), batch_stats=aux.batch_stats, opt_state=opt_state
@@ -280,9 +282,8 @@ def worst_weights(gradients, params, gamma: float):
     def perturb(g, w):
         if w.ndim < 2:  # biases and batch norm stay
             return w
-        return w + gamma * jnp.linalg.norm(w.reshape(-1)) * g / jnp.maximum(
-            jnp.linalg.norm(g.reshape(-1)), 1e-12
-        )
+        length = jnp.maximum(jnp.linalg.norm(g.reshape(-1)), 1e-12)
+        return w + gamma * jnp.linalg.norm(w.reshape(-1)) * g / length
 
     return jax.tree.map(perturb, gradients, params)
 
@@ -342,9 +343,9 @@ def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> Trai
     if fidelity.variance_images == "augmented":
         z = embed_all(trainer.net, state.variables, train_set, key, train_mode=True)
         clusters = clusters_lib.with_variance(clusters, z, train_set.labels)
-    if first:
+    if state.sampler is None:
         initial = 0.0 if fidelity.sampler == "stale" else trainer.config.magnet.alpha
-        sampler = sampling.init(None, assignments, clusters.mask.size, initial=initial)
+        sampler = sampling.init(None, assignments, clusters.valid.size, initial=initial)
     else:
         sampler = sampling.refit(state.sampler, assignments, stale=fidelity.sampler == "stale")
     state = state.replace(clusters=clusters, sampler=sampler)
@@ -368,7 +369,7 @@ def _fit(trainer, variables, train_set, key, augmented=None, train_mode=False):
 
 @jax.jit(static_argnums=0)
 def pass_in_train_mode(net: Net, variables, pixels) -> dict:
-    """Batch statistics after passes over `pixels` in batches of 25: the authors' leak (fidelity.md, row 21)."""
+    """Batch statistics after passes over `pixels` in 25s: the authors' leak (fidelity.md, row 21)."""
     batches = pixels[: len(pixels) // 25 * 25].reshape(-1, 25, *pixels.shape[1:])
 
     def step(stats, x):

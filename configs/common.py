@@ -192,7 +192,7 @@ def at_pretrain(c):
 
 
 def trades(c):
-    """Zhang et al. 2019: 10 steps from N(0, 0.001), beta 6, attack in eval mode, 76 epochs with a drop at 75."""
+    """Zhang et al. 2019: 10 steps from N(0, 0.001), beta 6, attack in eval mode, 76 epochs, drop at 75."""
     _sgd(c, epochs=76, lr=0.1, milestones=(75,), weight_decay=2e-4)
     _scaled_attack(c, 10, 2, start="normal")
     c.train.attack_bn = "eval"

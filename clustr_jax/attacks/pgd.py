@@ -2,7 +2,8 @@
 
     from clustr_jax import attacks, losses
     x_adv = attacks.pgd(key, clf.logits, x, y, eps=8/255, step_size=2/255, steps=20, restarts=10)
-    x_adv = attacks.pgd(key, clf.logits, x, y, eps=0.5, step_size=0.1, steps=20, norm="l2", loss_fn=losses.margin)
+    x_adv = attacks.pgd(key, clf.logits, x, y, eps=0.5, step_size=0.1, steps=20,
+                        norm="l2", loss_fn=losses.margin)
 
 `logits_fn` is any function `x -> [B, Y]`. A method of a pytree (`clf.logits`) or a
 `jax.tree_util.Partial` is traced with its arrays as arguments, so new parameters of the same shapes
@@ -15,6 +16,7 @@ import inspect
 from collections.abc import Callable
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
