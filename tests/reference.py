@@ -11,6 +11,14 @@ import math
 import numpy as np
 
 
+def close(actual, expected, rtol):
+    """Equal up to rtol of the largest finite entry: float32 rounds against the size of what is summed."""
+    expected = np.asarray(expected)
+    scale = np.abs(expected[np.isfinite(expected)]).max()
+    assert np.shape(actual) == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * max(scale, 1e-3))
+
+
 def finite_difference(function, x, step=1e-5):
     """Central finite differences of a scalar function: (f(x + h) - f(x - h)) / 2h.
 

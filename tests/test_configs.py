@@ -208,7 +208,16 @@ def test_hyperparameters_of_the_paper(name, expected):
 def test_methods_change_what_they_should():
     """nominal trains by the warm-up's recipe; Magnet from scratch runs as long as both stages of ClusTR."""
     nominal, magnet, clustr = (get_config("cifar10", m) for m in ("nominal", "magnet", "clustr"))
-    for name in ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "milestones", "decay"):
+    for name in (
+        "epochs",
+        "batch_size",
+        "optimizer",
+        "lr",
+        "weight_decay",
+        "schedule",
+        "milestones",
+        "decay",
+    ):
         assert nominal.train[name] == nominal.warmup[name]
     assert magnet.train.epochs == clustr.warmup.epochs + clustr.train.epochs
     assert get_config("svhn", "clustr").magnet.alpha == 13.0

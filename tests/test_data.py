@@ -184,7 +184,9 @@ def test_splits_divide_the_training_set_and_keep_the_test_set(name, val_size, he
     if held_out:
         exact = np.bincount(official.labels) * held_out / len(official)
         assert (abs(np.bincount(val.labels) - exact) < 1).all()
-        assert train.subset == "" and test.subset == "" and val.subset  # a held-out part is no subset of a benchmark
+        assert (
+            train.subset == "" and test.subset == "" and val.subset
+        )  # a held-out part is no subset of a benchmark
 
 
 def test_splits_describe_subsets():
@@ -261,7 +263,9 @@ def test_each_image_stays_itself(augment, key, rng):
     images = rng.integers(1, 256, (200, 32, 32, 3)).astype(np.uint8)
     labels = rng.integers(0, 10, 200).astype(np.int32)
     ids = rng.permutation(200)[:60]
-    x, y = TrainSet(jax.numpy.asarray(images), jax.numpy.asarray(labels), scale=255.0, augment=augment).batch(ids, key)
+    x, y = TrainSet(jax.numpy.asarray(images), jax.numpy.asarray(labels), scale=255.0, augment=augment).batch(
+        ids, key
+    )
     np.testing.assert_array_equal(y, labels[ids])
     assert x.dtype == np.float32
     flips, shifts = 0, set()
@@ -298,7 +302,9 @@ def _last(present):
 def test_without_a_key_nothing_is_augmented(rng):
     """Embedding the training set for k-means looks at the images themselves."""
     images = rng.integers(1, 256, (20, 32, 32, 3)).astype(np.uint8)
-    train_set = TrainSet(jax.numpy.asarray(images), jax.numpy.zeros(20, int), scale=255.0, augment="crop_flip")
+    train_set = TrainSet(
+        jax.numpy.asarray(images), jax.numpy.zeros(20, int), scale=255.0, augment="crop_flip"
+    )
     x, _ = train_set.batch(np.arange(20))
     np.testing.assert_allclose(x, images / np.float32(255), rtol=2e-7)  # XLA's division is a rounding off
 
@@ -329,7 +335,9 @@ print(json.dumps({
 
 
 @pytest.mark.needs_cifar10
-@pytest.mark.parametrize(("split", "per_class"), [("test", 1000), pytest.param("train", 5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("split", "per_class"), [("test", 1000), pytest.param("train", 5000, marks=pytest.mark.slow)]
+)
 def test_cifar10_is_read_without_tensorflow(split, per_class, data_dir):
     """The official sizes, balanced classes, the published channel means (so RGB), and no TensorFlow."""
     environment = os.environ | {"TFDS_DATA_DIR": data_dir}

@@ -66,7 +66,9 @@ def silent(*_):
 
 def points(x, y, ids=None):
     x = np.asarray(x, np.float32)
-    return evaluate.Examples(x, np.asarray(y, np.int32), np.arange(len(x), dtype=np.int32) if ids is None else ids)
+    return evaluate.Examples(
+        x, np.asarray(y, np.int32), np.arange(len(x), dtype=np.int32) if ids is None else ids
+    )
 
 
 def starts(key, x, eps, restarts, ids=None):
@@ -521,7 +523,9 @@ def test_run_clean_is_the_deployed_rule(small):
     result, outcomes, _ = evaluate.run_clean(clf, examples.x, examples.y)
     correct = np.asarray(clf.deployed(examples.x)).argmax(axis=1) == examples.y
     np.testing.assert_array_equal(outcomes["clean"], correct)
-    assert result["n"] == 70 and result["clean"] == result["robust"] == correct.mean() and result["eps"] == 0.0
+    assert (
+        result["n"] == 70 and result["clean"] == result["robust"] == correct.mean() and result["eps"] == 0.0
+    )
 
 
 # Figures
@@ -549,7 +553,8 @@ def test_wilson_of_nothing_knows_nothing():
 
 
 @pytest.mark.parametrize(
-    ("eps", "text"), [(8 / 255, "8/255"), (0.03137255, "8/255"), (2 / 255, "2/255"), (0.2, "0.2"), (0.0, "0/255")]
+    ("eps", "text"),
+    [(8 / 255, "8/255"), (0.03137255, "8/255"), (2 / 255, "2/255"), (0.2, "0.2"), (0.0, "0/255")],
 )
 def test_radii_are_written_as_the_paper_writes_them(eps, text):
     assert results.radius(eps) == text

@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.cluster import KMeans as SklearnKMeans
 from sklearn.cluster import kmeans_plusplus
 
-from clustr_jax.kmeans import kmeans
+from clustr_jax.kmeans import _lloyd, kmeans
 
 RTOL = 1e-5
 
@@ -179,29 +177,46 @@ def test_all_points_coincide_far_from_the_origin(key):
     np.testing.assert_array_equal(result.centroids[result.assignments], points)
 
 
-@given(seed=st.integers(0, 10_000), distinct=st.integers(1, 6))
-def test_duplicates_and_empty_clusters(seed, distinct):
-    """12 points on few grid places, k = 4: min(k, distinct) valid clusters, each with a member."""
-    rng = np.random.default_rng(seed)
-    grid = np.array([[i, j] for i in range(3) for j in range(3)], np.float32)
-    places = rng.choice(9, size=distinct, replace=False)
-    points = grid[np.concatenate([places, rng.choice(places, size=12 - distinct)])]
-    result = kmeans(jax.random.key(seed), jnp.asarray(points), 4, max_iter=50)
-    check_result(points, result, 4)
-    assert result.valid.sum() == min(4, distinct)
-    members = np.bincount(result.assignments, minlength=4)
-    np.testing.assert_array_equal(members > 0, result.valid)
-    if distinct <= 4:
-        np.testing.assert_allclose(result.inertia, 0, atol=1e-10)
+def test_duplicates_and_empty_clusters():
+    """3000 sets of 12 points on at most 8 places, k = 5: min(5, distinct) valid clusters, none empty.
+
+    Equal points must have distance exactly 0, else a duplicate opens a cluster of its own, which
+    weighs double in Eq. 4; and Lloyd must refill the clusters that ties have emptied.
+    """
+    places = np.random.default_rng(0).integers(0, 8, size=(3000, 12, 1)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 3000)
+    run = jax.jit(lambda tasks: jax.lax.map(lambda task: kmeans(*task, 5, max_iter=50), tasks))
+    results = jax.tree.map(np.asarray, run((keys, places)))
+    distinct = np.array([len(np.unique(points)) for points in places])
+    np.testing.assert_array_equal(results.valid.sum(axis=1), np.minimum(5, distinct))
+    members = (results.assignments[:, :, None] == np.arange(5)).any(axis=1)
+    np.testing.assert_array_equal(members, results.valid)
+    assert results.inertia[distinct <= 5].max() < 1e-10
+    assert np.isfinite(results.centroids).all()
+
+
+def test_an_emptied_cluster_moves_to_the_farthest_point():
+    """Lloyd from two equal centroids: the empty one takes the outlier, as scikit-learn does.
+
+    k-means++ practically never starts like this, so the inner function is called.
+    """
+    points = jnp.array([[0.0], [1.0], [2.0], [3.0], [20.0]])
+    start = jnp.array([[1.0], [1.0]])
+    centroids, assignments, inertia, valid = _lloyd(
+        points, jnp.ones(5, bool), start, jnp.ones(2, bool), max_iter=10
+    )
+    np.testing.assert_array_equal(assignments, [0, 0, 0, 0, 1])
+    np.testing.assert_allclose(centroids, [[1.5], [20.0]])
+    assert inertia == 5 and valid.all()
 
 
 def test_a_large_common_offset_does_not_hurt(key, rng):
     """Embeddings far from the origin (all features positive and large) cluster as well as centred ones.
 
-    The expanded square would be wrong by 3e6 * 6e-8 = 0.2, twice the spread of a blob.
+    The expanded square would be wrong by 3e6 * 6e-8 = 0.2, more than the squared distance of blobs.
     """
-    centres = [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]]
-    points, _ = blobs(rng, centres, each=10)
+    centres = 0.4 * np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]])
+    points, _ = blobs(rng, centres, each=10, spread=0.04)
     points += 1000
     result = kmeans(key, jnp.asarray(points), 6, n_init=10, max_iter=100)
     check_result(points - 1000, result.replace(centroids=result.centroids - 1000), 6)

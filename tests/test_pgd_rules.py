@@ -48,6 +48,13 @@ def test_the_first_fooled_iterate_is_kept(select, key):
     np.testing.assert_array_equal(x_adv[1], x[1])
 
 
+def test_a_fooled_iterate_beats_a_larger_loss(key):
+    """The loss falls from 0.5 (not fooled) to 0.6 (fooled): success comes first."""
+    x, y = np.float32([[0.5]]), np.zeros(1, np.int32)
+    x_adv = attacks.pgd(key, window_model, x, y, eps=0.3, step_size=0.1, steps=1, start="zero", loss_fn=peak)
+    np.testing.assert_allclose(x_adv, [[0.6]], atol=2 * ULP)
+
+
 @pytest.mark.parametrize("target, select, expected", [
     ("label", "success", 0.5), ("label", "loss", 0.6), ("probs", "success", 0.6), ("probs", "loss", 0.6),
 ])  # fmt: skip
@@ -104,6 +111,8 @@ def test_qtrades_starts_uniformly_in_the_ball(rng):
     start = attacks.qtrades(jax.random.key(0), model, x, probs, eps=eps, step_size=0.0)
     noise = np.asarray(start - x).ravel() / eps
     assert scipy.stats.kstest(noise, "uniform", args=(-1, 2)).pvalue > 1e-4
+    few = attacks.qtrades(jax.random.key(0), model, x[:9], probs[:9], eps=eps, step_size=0.0)
+    np.testing.assert_allclose(few, start[:9], atol=2 * ULP)  # the noise is that of the id, in any batch
     black = attacks.qtrades(jax.random.key(0), model, 0 * x, probs, eps=eps, step_size=0.0)
     np.testing.assert_allclose(black, np.maximum(eps * noise.reshape(x.shape), 0), atol=4 * ULP)
 

@@ -21,6 +21,8 @@ CLASSES, K = 4, 3
 SIZES = [7, 3, 5, 0, 9, 4, 6, 6, 1, 5, 0, 8]  # members of the 12 clusters; two are empty
 NUM_CLUSTERS, SAMPLES = 4, 4
 
+init = jax.jit(sampling.init, static_argnums=2)
+seed_probs = jax.jit(sampling.seed_probs)
 draw = jax.jit(sampling.draw, static_argnames=("num_clusters", "samples"))
 draw_many = jax.jit(
     lambda keys, *args: jax.vmap(
@@ -36,7 +38,7 @@ def example(sizes=SIZES, classes=CLASSES, losses=None, seed=0):
     centroids = rng.normal(size=(classes, len(sizes) // classes, 2)).astype(np.float32)
     head = Clusters(jnp.asarray(centroids), jnp.float32(1.0))
     losses = None if losses is None else jnp.asarray(losses, jnp.float32)
-    sampler = sampling.init(losses, jnp.asarray(assignments), len(sizes), initial=12.5)
+    sampler = init(losses, assignments, len(sizes), initial=12.5)
     return sampler, assignments, head
 
 
@@ -74,10 +76,10 @@ def test_seed_probs_are_the_mean_losses_with_a_floor():
     uniform = (np.array(SIZES) > 0) / 10
     for floor in (0.0, 0.05, 0.5, 1.0):
         expected = (1 - floor) * mean / mean.sum() + floor * uniform
-        probs = sampling.seed_probs(sampler, floor=floor)
+        probs = seed_probs(sampler, floor=floor)
         np.testing.assert_allclose(probs, expected, atol=1e-6)
         np.testing.assert_allclose(probs.sum(), 1, atol=1e-6)
-    np.testing.assert_array_equal(sampling.seed_probs(sampler), sampling.seed_probs(sampler, floor=0.05))
+    np.testing.assert_array_equal(seed_probs(sampler), seed_probs(sampler, floor=0.05))
 
 
 def test_seed_probs_are_uniform_when_all_losses_are_zero():
@@ -85,7 +87,7 @@ def test_seed_probs_are_uniform_when_all_losses_are_zero():
     sampler, _, head = example(losses=np.zeros(54))
     expected = (np.array(SIZES) > 0) / 10
     for floor in (0.0, 0.05):
-        np.testing.assert_allclose(sampling.seed_probs(sampler, floor=floor), expected, atol=1e-6)
+        np.testing.assert_allclose(seed_probs(sampler, floor=floor), expected, atol=1e-6)
     assert draw(jax.random.key(0), sampler, head, num_clusters=3, samples=4).mask[0].any()
 
 
@@ -146,7 +148,7 @@ def test_seed_clusters_are_drawn_with_their_probability():
     sampler, _, head = example(losses=losses)
     batch = draw_many(jax.random.split(jax.random.key(1), 20_000), sampler, head)
     counts = np.bincount(batch.rows[:, 0], minlength=len(SIZES))
-    assert chi_square_p(counts, sampling.seed_probs(sampler)) > 1e-4
+    assert chi_square_p(counts, seed_probs(sampler)) > 1e-4
 
 
 def test_members_are_drawn_uniformly():
@@ -204,4 +206,4 @@ def test_refit_keeps_the_loss_of_every_example():
     refitted = jax.jit(sampling.refit)(sampler, jnp.asarray(assignments))
     np.testing.assert_array_equal(refitted.losses, sampler.losses)
     mean = np.array([losses[assignments == c].mean() for c in range(11)] + [0])
-    np.testing.assert_allclose(sampling.seed_probs(refitted, floor=0.0), mean / mean.sum(), atol=1e-6)
+    np.testing.assert_allclose(seed_probs(refitted, floor=0.0), mean / mean.sum(), atol=1e-6)

@@ -1,0 +1,622 @@
+"""run.py as a user meets it: what a run leaves behind, resuming after SIGKILL, mistakes.
+
+The runs are small (a narrow CNN on some digits, the MLP on points); their compiled programs are
+shared through a cache that lives as long as the test session. Everything but `*_seconds` and
+`*_per_second` must be reproduced exactly, by an interrupted run as well.
+"""
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import clustr_jax
+from clustr_jax import data, train
+from clustr_jax.errors import UserError
+
+# orbax and ml_collections use outdated calls of their own libraries.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning")
+]
+
+ROOT = pathlib.Path(__file__).parents[1]
+DIGITS = f"--config={ROOT}/configs/digits.py"
+TOY = f"--config={ROOT}/configs/toy2d.py"
+# Warm-up of a few epochs until its target, fine-tuning of five, both protocols on 40 images.
+TINY = (
+    f"{DIGITS}:clustr_qtrades",
+    "--config.model.width=4", "--config.data.train_size=400", "--config.data.test_size=60",
+    "--config.data.val_size=0.2", "--config.warmup.epochs=30", "--config.warmup.target=0.6",
+    "--config.warmup.batch_size=32", "--config.train.epochs=5", "--config.magnet.samples=4",
+    "--config.magnet.n_init=2", "--config.eval.n=40", "--config.eval.lanes=16", "--config.eval.attack.steps=5",
+    "--config.eval.attack.restarts=2", "--config.eval.paper_steps=(3,5)", "--config.eval.sweep=(0.1,)",
+)  # fmt: skip
+REQUIRED = (
+    "dataset", "subset", "n", "method", "protocol", "eps", "clean", "robust", "attack", "seed", "config_sha",
+    "versions", "wall_seconds",
+)  # fmt: skip
+
+
+# Running
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """A folder for all workers of this test session."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    (folder / "run").mkdir(exist_ok=True)
+    return folder / "run"
+
+
+@pytest.fixture
+def start(shared, tmp_path):
+    """start(*arguments) -> a running process of run.py in an empty folder."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(shared / "cache"), "COLUMNS": "120"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    running = []
+
+    def begin(*arguments, program=("run.py",), **more):
+        command = [
+            sys.executable,
+            str(ROOT / program[0]) if program[0] == "run.py" else program[0],
+            *program[1:],
+        ]
+        process = subprocess.Popen(
+            [*command, *arguments], cwd=tmp_path, env=environment | more, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run(start):
+    """run(*arguments) -> (stdout, stderr) of a run that succeeds."""
+
+    def finish(*arguments, code=0, **more):
+        process = start(*arguments, **more)
+        stdout, stderr = process.communicate(timeout=600)
+        assert process.returncode == code, stdout + stderr
+        return stdout, stderr
+
+    return finish
+
+
+@contextlib.contextmanager
+def locked(path):
+    """One worker at a time."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture
+def reference(shared, run):
+    """The work directory of an uninterrupted run of TINY, made once per session."""
+    folder = shared / "reference"
+    with locked(shared / "reference.lock"):
+        if not (folder / "stdout").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            stdout, _ = run(*TINY, f"--workdir={folder}")
+            (folder / "stdout").write_text(stdout)
+    return folder
+
+
+# What is compared
+
+
+def timeless(value):
+    """JSON without the fields that hold times."""
+    if isinstance(value, dict):
+        return {
+            name: timeless(v) for name, v in value.items() if not name.endswith(("_seconds", "_per_second"))
+        }
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def arrays(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def assert_same_arrays(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def assert_same_run(folder, other):
+    """Metrics, results, per-example outcomes and every trained array are equal."""
+    assert timeless(metrics(folder)) == timeless(metrics(other))
+    for name in ("1_warmup", "2_train"):
+        assert read(folder / name / "done.json") == read(other / name / "done.json")
+        a, b = clustr_jax.load(folder / name), clustr_jax.load(other / name)
+        assert_same_arrays((a.variables, a.clusters), (b.variables, b.clusters))
+    assert {p.name for p in (folder / "results").iterdir()} == {p.name for p in (other / "results").iterdir()}
+    for path in sorted((other / "results").glob("*.json")):
+        assert timeless(read(folder / "results" / path.name)) == timeless(read(path)), path.name
+        found, expected = (arrays((f / "results" / path.name).with_suffix(".npz")) for f in (folder, other))
+        assert found.keys() == expected.keys()
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name], values, err_msg=f"{path.name} {name}")
+
+
+# A whole run
+
+
+def assert_contract(folder, stdout, protocols=("clean", "paper", "sound")):
+    """Files, fields and the printed table of a finished run (design.md, section 5)."""
+    assert {"config.json", "environment.json", "metrics.jsonl", "2_train", "results"} <= {
+        path.name for path in folder.iterdir()
+    }
+    config = read(folder / "config.json")
+    assert {"python", "platform", "devices", "versions"} <= read(folder / "environment.json").keys()
+    for name in protocols:
+        result = read(folder / "results" / f"{name}.json")
+        assert set(REQUIRED) <= result.keys()
+        assert result["protocol"].startswith(f"{name}-") and result["protocol"].split("-")[1].isdigit()
+        assert result["method"] == config["method"] and result["seed"] == config["seed"]
+        assert 0 <= result["robust"] <= result["clean"] <= 1
+        low, high = result["robust_interval"]
+        assert 0 <= low <= result["robust"] <= high <= 1
+        assert f"{100 * result['robust']:.2f}" in stdout
+        outcomes = arrays(folder / "results" / f"{name}.npz")
+        assert all(len(values) == result["n"] for values in outcomes.values())
+        assert outcomes["clean"].mean() == pytest.approx(result["clean"])
+    sound = read(folder / "results" / "sound.json")
+    assert arrays(folder / "results" / "sound.npz")["robust"].mean() == pytest.approx(sound["robust"])
+    for record in metrics(folder):
+        assert {"stage", "epoch", "step", "loss", "val_accuracy", "epoch_seconds"} <= record.keys()
+        assert np.isfinite([v for v in record.values() if isinstance(v, float)]).all()
+    paper = read(folder / "results" / "paper.json")
+    lines = stdout.splitlines()
+    for text in ("paper's protocol", "sound protocol", "worst case, eps", "masking gap"):
+        assert any(text in line for line in lines)
+    assert f"{100 * (paper['robust'] - sound['robust']):.2f} points" in stdout
+    assert lines[-1] == f"results: {folder / 'results'}"
+
+
+def stamps(folder):
+    """Every file of a run but the two that describe the latest start, with time and size."""
+    files = [
+        p for p in folder.rglob("*") if p.is_file() and p.name not in ("config.json", "environment.json")
+    ]
+    return {p.relative_to(folder): (p.stat().st_mtime_ns, p.stat().st_size) for p in files}
+
+
+def test_a_smoke_run_on_points_from_start_to_finish(run, tmp_path):
+    """The whole way with the MLP: contract, second run, load(), only what changed is evaluated again."""
+    folder = tmp_path / "runs" / "toy2d_moons-clustr_qtrades-smoke"  # the default work directory
+    arguments = (f"{TOY}:clustr_qtrades", "--config.smoke=true")
+    stdout, stderr = run(*arguments)
+    assert stderr == ""
+    assert_contract(folder, stdout)
+    before = stamps(folder)
+
+    stdout, stderr = run(*arguments)
+    assert stderr == ""
+    assert stdout.count("finished before") == 2 and stdout.count("was done before") == 3
+    assert stamps(folder) == before
+    assert_contract(folder, stdout)
+
+    stdout, _ = run(
+        *arguments, "--stages=evaluate", "--config.eval.protocols=('sound',)", "--config.eval.attack.steps=3"
+    )
+    assert "evaluate: sound" in stdout and "finished before" not in stdout
+    changed = {path.name for path, stamp in stamps(folder).items() if before.get(path) != stamp}
+    assert changed == {"clean.json", "clean.npz", "sound.json", "sound.npz"}
+
+    clf = clustr_jax.load(folder)
+    x, y = data.load("toy2d_moons", "test")
+    assert clf.clusters is not None and clf.bounds is None
+    index = data.stratified(y, 200, 2)
+    np.testing.assert_array_equal(
+        np.asarray(clf.predict(x[index])) == y[index], arrays(folder / "results" / "clean.npz")["clean"]
+    )
+
+
+@pytest.mark.slow
+def test_a_smoke_run_on_digits(run, tmp_path):
+    """The README's first command, shrunk: every file of the contract, the table, and nothing left to do."""
+    folder = tmp_path / "smoke"
+    arguments = ("--config.smoke=true", f"--workdir={folder}")  # the default config
+    stdout, stderr = run(*arguments)
+    assert stderr == ""
+    assert_contract(folder, stdout)
+    assert [(r["stage"], r["epoch"]) for r in metrics(folder)] == [("1_warmup", 1), ("2_train", 1)]
+    assert read(folder / "results" / "clean.json")["dataset"] == "digits"
+    before = stamps(folder)
+    stdout, _ = run(*arguments)
+    assert stdout.count("finished before") == 2
+    assert stamps(folder) == before
+    assert_contract(folder, stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["nominal", "free_at", "trades", "at_pretrain", "magnet"])
+def test_other_methods_run_to_the_end(method, run, tmp_path):
+    """Methods of other kinds, on points; without a warm-up there is only 2_train."""
+    folder = tmp_path / method
+    source = ("--config.pretrain.name=toy2d_pairs",) if method == "at_pretrain" else ()
+    stdout, _ = run(f"{TOY}:{method}", "--config.smoke=true", f"--workdir={folder}", *source)
+    assert_contract(folder, stdout)
+    assert (folder / "1_warmup").exists() == (method == "at_pretrain")
+    clf = clustr_jax.load(folder)
+    assert (clf.clusters is not None) == (method == "magnet")
+    before = stamps(folder)
+    stdout, _ = run(f"{TOY}:{method}", "--config.smoke=true", f"--workdir={folder}", *source)
+    assert "finished before" in stdout and stamps(folder) == before
+
+
+@pytest.mark.slow
+def test_load_gives_the_classifier_that_was_evaluated(reference):
+    """Work directory and stage folders, clusters and linear head; predictions equal the stored outcomes."""
+    x, y = data.load("digits", "test")
+    index = data.stratified(y, 60, 10)
+    x, y = x[index], y[index]
+    clf = clustr_jax.load(reference)
+    assert_same_arrays(clf, clustr_jax.load(reference / "2_train"))
+    clean = arrays(reference / "results" / "clean.npz")["clean"]
+    np.testing.assert_array_equal(np.asarray(clf.predict(x)) == y, clean)
+    assert clf.clusters.centroids.shape == (10, 2, 16) and clf.bounds == (0.0, 1.0)
+
+    linear = clustr_jax.load(reference, head="linear")
+    assert linear.clusters is None
+    assert_same_arrays(linear.variables, clf.variables)
+    assert linear.logits(x).shape == (60, 10)
+    assert (np.asarray(linear.logits(x)) != np.asarray(clf.logits(x))).any()
+
+    warm = clustr_jax.load(reference / "1_warmup")
+    assert warm.clusters is None
+    accuracy = np.mean(np.asarray(warm.predict(x)) == y)
+    assert accuracy > 0.4  # its target was 60 % on the held-out images
+    with pytest.raises(UserError, match="no clusters"):
+        clustr_jax.load(reference / "1_warmup", head="clusters")
+    with pytest.raises(UserError, match="head must be"):
+        clustr_jax.load(reference, head="centroids")
+    with pytest.raises(UserError, match="no finished stage"):
+        clustr_jax.load(reference / "results")
+
+
+@pytest.mark.slow
+def test_the_next_stage_starts_from_the_last_ones_parameters(reference, run, tmp_path):
+    """With no epochs of fine-tuning stage 2 is what it was given: stage 1's model, bit for bit."""
+    folder = tmp_path / "handover"
+    run(*TINY, "--config.train.epochs=0", "--stages=1_warmup,2_train", f"--workdir={folder}")
+    given, taken = (clustr_jax.load(folder / stage, head="linear") for stage in ("1_warmup", "2_train"))
+    assert_same_arrays(taken.variables, given.variables)
+    assert_same_arrays(given.variables, clustr_jax.load(reference / "1_warmup").variables)
+    trained = clustr_jax.load(reference / "2_train", head="linear")
+    kernels = [w.variables["params"] for w in (given, trained)]
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, kernels), strict=True))
+
+    # the same through config.init_from, given as a stage's folder
+    folder = tmp_path / "init_from"
+    run(
+        f"{DIGITS}:magnet", *TINY[1:], "--config.train.epochs=0", "--stages=2_train",
+        f"--config.init_from={reference / '1_warmup'}", f"--workdir={folder}",
+    )  # fmt: skip
+    taken = clustr_jax.load(folder, head="linear")
+    assert_same_arrays(taken.variables, clustr_jax.load(reference / "1_warmup").variables)
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_run(reference, run, tmp_path):
+    """Everything but times; and each stage's step is compiled once. Another seed gives another run."""
+    folder = tmp_path / "again"
+    _, stderr = run(*TINY, f"--workdir={folder}", JAX_LOG_COMPILES="1")
+    assert_same_run(folder, reference)
+    assert stderr.count("Compiling jit(run_steps)") == 2
+    other = tmp_path / "other"
+    run(*TINY, "--config.seed=1", "--stages=1_warmup", f"--workdir={other}")
+    assert timeless(metrics(other))[0] != timeless(metrics(reference))[0]
+
+
+@pytest.mark.slow
+def test_stages_one_by_one_give_the_same_run(reference, run, tmp_path):
+    folder = tmp_path / "by_stage"
+    for stage in ("1_warmup", "2_train", "evaluate"):
+        run(*TINY, f"--stages={stage}", f"--workdir={folder}")
+    assert_same_run(folder, reference)
+
+
+# Interrupted runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["1_warmup", "2_train", "evaluate"])
+def test_a_run_killed_at_a_random_moment_is_resumed(stage, reference, start, run, tmp_path):
+    """SIGKILL somewhere within the stage; the run that goes on ends as if nothing had happened."""
+    begun = {"1_warmup": "1_warmup", "2_train": "2_train", "evaluate": "2_train/done.json"}[stage]
+    ended = {
+        "1_warmup": "1_warmup/done.json",
+        "2_train": "2_train/done.json",
+        "evaluate": "results/sound.json",
+    }[stage]
+    longest = 6.0
+    for attempt in range(8):
+        folder = tmp_path / f"killed-{attempt}"
+        process = start(*TINY, f"--workdir={folder}")
+        while not (folder / begun).exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        delay = random.uniform(0, longest)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if not (folder / ended).exists():
+            break
+        longest = delay  # too late: the stage was over
+    else:
+        pytest.fail(f"{stage} was over before it could be killed")
+    there = sorted(str(p.relative_to(folder)) for p in folder.glob("*/*"))
+    print(
+        f"killed {delay:.3f} s into {stage}; there were {there}, {len((folder / 'metrics.jsonl').read_text()) if (folder / 'metrics.jsonl').exists() else 0} bytes of metrics"
+    )
+    run(*TINY, f"--workdir={folder}")
+    assert_same_run(folder, reference)
+
+
+# Dies at the n-th call of a function of the project, before or after it.
+CRASH = """
+import importlib, os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+where, name, when, count = sys.argv.pop(1).split(":")
+import run
+run._prepare_process()
+module = importlib.import_module("clustr_jax." + where)
+owner, _, attribute = name.rpartition(".")
+owner = getattr(module, owner) if owner else module
+original, calls = getattr(owner, attribute), 0
+
+def crash(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == int(count) and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = original(*args, **kwargs)
+    if calls == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+setattr(owner, attribute, crash)
+if where == "train":  # checkpoints after every step
+    stages = importlib.import_module("clustr_jax.stages")
+    stages._CHECKPOINT_SECONDS = stages._CHUNK_SECONDS = 0.0
+sys.exit(run.main(sys.argv))
+"""
+TUNED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # else run.py starts itself again with it
+MOMENTS = [
+    # stage 1: the first epoch is logged, and nothing was ever saved
+    ("workdir:Workdir.log:after:1", "metrics.jsonl", "1_warmup/done.json"),
+    # in the middle of an epoch of stage 1, with checkpoints in it
+    ("train:run_steps:after:15", "1_warmup", "1_warmup/done.json"),
+    # an epoch is logged, its checkpoint was not begun
+    ("workdir:Workdir.log:after:2", "1_warmup", "1_warmup/done.json"),
+    # a checkpoint is being written
+    ("checkpoints:Checkpoints.save:after:2", "1_warmup", "1_warmup/done.json"),
+    # the target is reached, the stage is not yet marked as finished
+    ("stages:write_json:before:1", "1_warmup", "1_warmup/done.json"),
+    # stage 2: before its first checkpoint, within an epoch, and at its very end
+    ("workdir:Workdir.log:after:1", "2_train", "2_train/done.json"),
+    ("train:run_steps:after:10", "2_train", "2_train/done.json"),
+    ("checkpoints:Checkpoints.save:after:2", "2_train", "2_train/done.json"),
+    ("stages:write_json:before:1", "2_train", "2_train/done.json"),
+    # evaluation: outcomes are written, their result is not; and between two attacks
+    ("results:write_json:before:2", "results/paper.npz", "results/paper.json"),
+    ("evaluate:sound_pgd:after:1", "results/paper.json", "results/sound.json"),
+]
+
+
+@pytest.mark.slow
+def test_a_run_that_dies_at_every_delicate_moment(reference, start, run, tmp_path):
+    """Eleven crashes of one run, each resumed by the next; a torn line at the end of the metrics, too."""
+    folder = tmp_path / "unlucky"
+    for moment, present, absent in MOMENTS:
+        process = start(
+            *TINY,
+            f"--workdir={folder}",
+            program=("-c", CRASH, str(ROOT), moment),
+            GLIBC_TUNABLES="glibc.malloc.hugetlb=1",
+        )
+        stdout, stderr = process.communicate(timeout=600)
+        assert process.returncode == -signal.SIGKILL, (moment, stdout, stderr)
+        assert (folder / present).exists() and not (folder / absent).exists(), moment
+        if moment == "checkpoints:Checkpoints.save:after:2":
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write('{"stage": "1_warmup", "epo')
+    run(*TINY, f"--workdir={folder}")
+    assert_same_run(folder, reference)
+
+
+# Mistakes
+
+
+@pytest.fixture
+def mistake(tmp_path, monkeypatch, capsys):
+    """mistake(*arguments) -> the one line that run.main prints to stderr when it returns 2."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("run_under_test", ROOT / "run.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    monkeypatch.setattr(train, "run_steps", lambda *_: pytest.fail("it began to train"))
+
+    def message(*arguments):
+        argv = ["run.py", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)  # ml_collections looks for overrides there
+        capsys.readouterr()
+        code = program.main(argv)
+        stderr = capsys.readouterr().err
+        assert code == 2
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n")
+        assert "Traceback" not in stderr and "\\" not in stderr  # nor quoted line ends
+        return stderr[len("error: ") : -1]
+
+    return message
+
+
+DIGITS_METHOD = f"{DIGITS}:clustr_qtrades"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((f"{DIGITS}:trade",), ("unknown method 'trade'", "clustr_qtrades")),
+        ((f"{DIGITS}:clustr,gpu",), ("unknown variant 'gpu'", "cpu")),
+        ((DIGITS_METHOD, "--config.train.epohcs=5"), ("epohcs", "epochs")),
+        ((DIGITS_METHOD, "--confg.train.epochs=5"), ("confg.train.epochs",)),
+        ((DIGITS_METHOD, "--config.train.attack.steps=5.5"), ("steps", "5.5")),
+        ((DIGITS_METHOD, "--config.eval.attack.steps=5.5"), ("steps", "5.5")),
+        ((DIGITS_METHOD, "--config.eval.attack.eps=-0.1"), ("eps must be >= 0", "-0.1")),
+        ((DIGITS_METHOD, "--config.train.attack.eps=-0.1"), ("eps must be >= 0", "-0.1")),
+        ((DIGITS_METHOD, "--config.eval.attack.eps=8/255"), ("eps", "8/255")),
+        ((DIGITS_METHOD, "--config.magnet.k=200"), ("class", "k=200", "magnet.k")),
+        ((DIGITS_METHOD, "--config.magnet.clusters=21"), ("magnet.clusters is 21", "20 clusters")),
+        ((DIGITS_METHOD, "--stages=2_trian"), ("unknown stage '2_trian'", "2_train")),
+        (("--config=digit.py:clustr",), ("digit.py",)),
+        ((f"--config={ROOT}/configs/digit.py:clustr",), ("digit.py",)),
+        ((DIGITS_METHOD, "--config.model.name=resnet50"), ("unknown model 'resnet50'", "resnet18")),
+        ((DIGITS_METHOD, "--config.model.name=mlp"), ("mlp takes points",)),
+        ((DIGITS_METHOD, "--config.data.name=mnist"), ("unknown data set 'mnist'", "cifar10")),
+        ((DIGITS_METHOD, "clustr"), ("unexpected argument 'clustr'",)),
+        ((DIGITS_METHOD, "--stages", "evaluate", "2_train"), ("unexpected argument '2_train'",)),
+        ((DIGITS_METHOD, "--stages=evaluate"), ("2_train is not finished",)),
+        ((DIGITS_METHOD, "--stages=2_train"), ("2_train needs 1_warmup",)),
+        ((DIGITS_METHOD, "--config.init_from=nowhere"), ("no finished stage in", "nowhere")),
+        ((DIGITS_METHOD, "--config.fidelity.preset=paper"), ("fidelity.preset", "paper_code")),
+        ((DIGITS_METHOD, "--config.eval.protocols=('autoattac',)"), ("unknown 'autoattac'", "sound")),
+        # found only after the training if nobody looks before
+        ((DIGITS_METHOD, "--config.eval.n=400"), ("400", "359")),
+        ((DIGITS_METHOD, "--config.warmup.milestones=('a',)"), ("milestones",)),
+        ((f"{DIGITS}:nominal", "--config.data.val_size=0.9999"), ("val_size",)),
+    ],
+    ids=lambda value: value[-1].rpartition("/")[2] if value[0].startswith("--") else "",
+)
+def test_mistakes_are_told_in_one_line(arguments, words, mistake, tmp_path):
+    """Exit code 2, one line that starts with error: and names what is wrong; nothing was trained."""
+    message = mistake(*arguments, f"--workdir={tmp_path / 'run'}")
+    for word in words:
+        assert word in message
+    assert not list(tmp_path.glob("run/*/checkpoints/*"))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "svhn_cropped"])
+def test_a_data_set_that_is_not_prepared(name, mistake, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n == "tensorflow" else find_spec(n, *a)
+    )
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "empty"))
+    message = mistake(
+        f"--config={ROOT}/configs/{name.partition('_')[0]}.py:clustr", f"--workdir={tmp_path / 'run'}"
+    )
+    assert f"{name} is not prepared" in message and str(tmp_path / "empty") in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("--config.train.lr=0.5", "train.lr: 0.001 there, 0.5 now"),
+        ("--config.seed=3", "seed: 0 there, 3 now"),
+        ("--config.data.train_size=500", "data.train_size: 0 there, 500 now"),
+        ("--config.model.width=8", "model.width"),
+        ("--config.fidelity.hinge=eps", "fidelity.hinge"),
+    ],
+)
+def test_a_work_directory_of_another_training(change, what, mistake, tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    assert "nothing to evaluate" in mistake(DIGITS_METHOD, "--stages=evaluate", workdir)
+    config = (tmp_path / "run" / "config.json").read_bytes()
+    message = mistake(DIGITS_METHOD, "--stages=evaluate", workdir, change)
+    assert what in message and str(tmp_path / "run") in message
+    assert (tmp_path / "run" / "config.json").read_bytes() == config
+    # evaluation settings may change
+    assert "nothing to evaluate" in mistake(
+        DIGITS_METHOD, "--stages=evaluate", workdir, "--config.eval.attack.eps=0.1"
+    )
+
+
+def test_a_work_directory_of_another_method(mistake, tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    mistake(DIGITS_METHOD, "--stages=evaluate", workdir)
+    assert "method: 'clustr_qtrades' there, 'clustr' now" in mistake(
+        f"{DIGITS}:clustr", "--stages=evaluate", workdir
+    )
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '"text"'])
+def test_a_damaged_config_in_the_work_directory(content, mistake, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(content)
+    assert "config.json" in mistake(DIGITS_METHOD, "--stages=evaluate", f"--workdir={tmp_path / 'run'}")
+
+
+@pytest.mark.parametrize("below", ["", "run", "a/b"])
+def test_a_work_directory_that_cannot_be_written(below, mistake, tmp_path):
+    """At or under a regular file."""
+    (tmp_path / "file").write_text("mine")
+    message = mistake(DIGITS_METHOD, "--stages=evaluate", f"--workdir={tmp_path / 'file' / below}")
+    assert str(tmp_path / "file") in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_variant_is_part_of_a_folder_name(mistake):
+    """It names the default work directory."""
+    message = mistake(DIGITS_METHOD, "--config.variant=a/b")
+    assert "variant" in message and "a/b" in message
+
+
+def test_without_a_config_the_default_is_clustr_qtrades_on_digits(mistake, tmp_path):
+    mistake("--stages=evaluate")
+    config = read(tmp_path / "runs" / "digits-clustr_qtrades" / "config.json")
+    assert config["method"] == "clustr_qtrades" and config["data"]["name"] == "digits"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(f"{DIGITS}:trade",), (DIGITS_METHOD, "oops"), (DIGITS_METHOD, "--config.magnet.k=200")],
+    ids=str,
+)
+def test_mistakes_at_the_command_line(arguments, run):
+    """The same from outside: exit code 2, stderr is that line and nothing else."""
+    stdout, stderr = run(*arguments, code=2)
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert "Traceback" not in stdout
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(flag, run):
+    stdout, stderr = run(flag)
+    assert "python run.py" in stdout and "--workdir" in stdout and stderr == ""
