@@ -144,19 +144,19 @@ def softmax_gradients(params, x, y):
 
 
 def free_at(params, batches, *, replays, eps, sgd):
-    """Shafahi et al. 2019, Algorithm 1, on a linear softmax classifier -> (params, delta, |gradients of x|).
+    """Shafahi et al. 2019, Algorithm 1, on a linear softmax classifier: (params, delta, gradient of x) of each step.
 
     delta starts at 0 once, is carried from batch to batch, and moves by eps sign(gradient) with the
     gradient that moves the weights.
     """
-    delta, sizes = np.zeros_like(batches[0][0]), []
+    delta, states = np.zeros_like(batches[0][0]), []
     for x, y in batches:
         for _ in range(replays):
             gradients, ascent = softmax_gradients(params, x + delta, y)
             params = sgd.step(params, gradients)
             delta = np.clip(delta + eps * np.sign(ascent), -eps, eps)
-            sizes.append(np.abs(ascent))
-    return params, delta, np.array(sizes)
+            states.append((params, delta, ascent))
+    return states
 
 
 def trades_gradients(params, x, x_adv, y, beta):

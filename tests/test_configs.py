@@ -147,7 +147,7 @@ def test_an_unknown_variant_is_refused_with_the_known_ones():
 
 @pytest.mark.parametrize("name", DATA)
 def test_magnet_batches_are_those_of_appendix_d(name):
-    """12 clusters of 20 images (or all clusters, where there are fewer), and as many batches as fill the set."""
+    """12 clusters of 20 images (or all clusters, if fewer), and as many batches as fill the set."""
     config = get_config(name, "clustr")
     split = fake_split(*DATA[name])
     clusters = config.magnet.k * DATA[name][1]

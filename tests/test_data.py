@@ -35,7 +35,7 @@ def split_config(name="digits", **changes):
 
 
 def rows(*splits):
-    """Images and labels of these splits together, as a sorted list: equal lists are equal sets of examples."""
+    """Images and labels of these splits together, sorted: equal lists are equal sets of examples."""
     return sorted((s.images[i].tobytes(), int(s.labels[i])) for s in splits for i in range(len(s)))
 
 
@@ -184,9 +184,8 @@ def test_splits_divide_the_training_set_and_keep_the_test_set(name, val_size, he
     if held_out:
         exact = np.bincount(official.labels) * held_out / len(official)
         assert (abs(np.bincount(val.labels) - exact) < 1).all()
-        assert (
-            train.subset == "" and test.subset == "" and val.subset
-        )  # a held-out part is no subset of a benchmark
+        # a held-out part is no subset of a benchmark
+        assert train.subset == "" and test.subset == "" and val.subset
 
 
 def test_splits_describe_subsets():

@@ -204,7 +204,7 @@ def test_later_restarts_win_ties_of_the_loss(key):
 
 
 def test_a_start_outside_the_box_is_counted(key):
-    """The authors do not clip the start: images at 0 that are fooled by negative pixels count as fooled, and are told."""
+    """The authors do not clip the start: images fooled by negative pixels count as fooled; we say so."""
 
     def scores(x):
         return jnp.concatenate([jnp.zeros_like(x), jnp.where(x < 0, 1.0, -1.0)], axis=1)
@@ -241,7 +241,7 @@ def two_classes(x):
 
 
 def test_success_is_recomputed_outside_the_attack(key):
-    """What the attack believes does not count: in a fresh forward pass its images are classified correctly."""
+    """What the attack believes does not count: a fresh forward pass classifies its images correctly."""
 
     def lies_when_traced(x):
         return -two_classes(x) if isinstance(x, jax.core.Tracer) else two_classes(x)
@@ -252,7 +252,7 @@ def test_success_is_recomputed_outside_the_attack(key):
 
 
 def test_either_rule_counts_as_a_success(key):
-    """The deployed rule may differ from the logits (nearest D clusters): being wrong by one of them is broken."""
+    """The deployed rule may differ from the logits (nearest D clusters): wrong by one of them is broken."""
     examples = points(np.full((20, 1), -0.05), np.zeros(20))
 
     def never(x):
@@ -318,7 +318,7 @@ def separated(rng, n=80, classes=10, size=20, scale=1.0, noise=0.3):
 
 
 def exact_robust(x, y, centroids, eps):
-    """Nearest centroid, K = 1, identity features, no box: min_c (mu_y - mu_c)(x - mid) - eps |mu_y - mu_c|_1 > 0."""
+    """Nearest centroid, f(x) = x, no box: min_c (mu_y - mu_c)(x - mid) - eps |mu_y - mu_c|_1 > 0."""
     mu = np.float64(centroids[:, 0])
     robust = []
     for point, c in zip(np.float64(x), y, strict=True):
@@ -426,8 +426,11 @@ def small_cnn():
 
 
 def small_attack(**changes):
-    return eval_config(**{"eval.attack.eps": 0.05, "eval.attack.step_size": 0.0125, "eval.attack.steps": 5,
-                          "eval.attack.restarts": 2, "eval.paper_steps": (3, 5), "eval.sweep": (0.02, 0.1), **changes})  # fmt: skip
+    settings = {
+        "eval.attack.eps": 0.05, "eval.attack.step_size": 0.0125, "eval.attack.steps": 5,
+        "eval.attack.restarts": 2, "eval.paper_steps": (3, 5), "eval.sweep": (0.02, 0.1),
+    }  # fmt: skip
+    return eval_config(**settings | changes)
 
 
 @pytest.mark.parametrize("name", ["paper", "sound"])

@@ -40,8 +40,9 @@ TINY = (
     "--config.model.width=4", "--config.data.train_size=400", "--config.data.test_size=60",
     "--config.data.val_size=0.2", "--config.warmup.epochs=30", "--config.warmup.target=0.6",
     "--config.warmup.batch_size=32", "--config.train.epochs=5", "--config.magnet.samples=4",
-    "--config.magnet.n_init=2", "--config.eval.n=40", "--config.eval.lanes=16", "--config.eval.attack.steps=5",
-    "--config.eval.attack.restarts=2", "--config.eval.paper_steps=(3,5)", "--config.eval.sweep=(0.1,)",
+    "--config.magnet.n_init=2", "--config.eval.n=40", "--config.eval.lanes=16",
+    "--config.eval.attack.steps=5", "--config.eval.attack.restarts=2",
+    "--config.eval.paper_steps=(3,5)", "--config.eval.sweep=(0.1,)",
 )  # fmt: skip
 REQUIRED = (
     "dataset", "subset", "n", "method", "protocol", "eps", "clean", "robust", "attack", "seed", "config_sha",
@@ -379,9 +380,7 @@ def test_a_run_killed_at_a_random_moment_is_resumed(stage, reference, start, run
     else:
         pytest.fail(f"{stage} was over before it could be killed")
     there = sorted(str(p.relative_to(folder)) for p in folder.glob("*/*"))
-    print(
-        f"killed {delay:.3f} s into {stage}; there were {there}, {len((folder / 'metrics.jsonl').read_text()) if (folder / 'metrics.jsonl').exists() else 0} bytes of metrics"
-    )
+    print(f"killed {delay:.3f} s into {stage}; there were {there}")  # shown if it fails
     run(*TINY, f"--workdir={folder}")
     assert_same_run(folder, reference)
 

@@ -145,8 +145,8 @@ def test_epoch_order_is_a_permutation(size, key):
     assert size == 1 or (orders[0] != np.arange(size)).any()
 
 
-def spy(p, monkeypatch=None):
-    """Steps of `p` with the batches that its objective sees; points are unique, so they say which they are."""
+def spy(p):
+    """`p` with a list of the batches and adversarial images that its objective sees."""
     seen = []
     objective = p.trainer.method.objective
 
@@ -159,14 +159,14 @@ def spy(p, monkeypatch=None):
 
 
 def ids_of(p, x):
-    """Which training points these are."""
+    """Which training points these are: all of them differ."""
     index = {point.tobytes(): i for i, point in enumerate(np.asarray(p.train_set.images))}
     return np.array([index[point.tobytes()] for point in np.asarray(x)])
 
 
 @pytest.mark.parametrize(("method", "replays"), [("nominal", 1), ("free_at", 4)])
 def test_an_epoch_sees_each_image_once(method, replays, rng):
-    """90 images in batches of 16: five batches of different images in shuffled order, each `replays` times."""
+    """90 images in batches of 16: five batches of different images, shuffled, each `replays` times."""
     p, seen = spy(problem(method, rng, **{"train.batch_size": 16, "train.replays": replays}))
     assert p.trainer.steps_per_epoch == 5 * replays
     state = p.state
@@ -280,9 +280,8 @@ def test_refit_keeps_the_losses_and_follows_the_network(rng, key):
 @pytest.mark.parametrize("method", ["clustr", "clustr_qtrades"])
 def test_losses_of_a_magnet_batch_land_in_the_sampler(method, rng):
     """Exactly the drawn examples get the Magnet loss they have in this batch, at the old parameters."""
-    p, seen = spy(
-        problem(method, rng, **{"magnet.samples": 20})
-    )  # clusters of about 15: some rows are masked
+    # clusters of about 15: some rows are masked
+    p, seen = spy(problem(method, rng, **{"magnet.samples": 20}))
     after, _ = p.step()
     ((batch, _),) = seen
     mask, ids = np.asarray(batch.mask), ids_of(p, batch.x)
@@ -463,7 +462,7 @@ ADVERSARIES = [name for name, method in METHODS.items() if method.adversary]
 
 @pytest.mark.parametrize("method", ADVERSARIES)
 def test_no_gradient_flows_through_the_making_of_the_adversary(method, rng, key):
-    """x_adv is data: its derivative with respect to parameters and clusters is 0, though it depends on them."""
+    """x_adv is data: its derivative by parameters and clusters is 0, though it depends on them."""
     p, batch, _ = golden(method, rng, **{"train.attack.eps": 0.1, "train.attack.step_size": 0.05})
     adversary = functools.partial(p.trainer.method.adversary, p.trainer.net)
 
@@ -484,7 +483,7 @@ def test_no_gradient_flows_through_the_making_of_the_adversary(method, rng, key)
 
 @pytest.mark.parametrize("method", ["fast_at", "qtrades", "clustr_qtrades"])
 def test_one_step_adversaries_by_the_formula(method, rng, key):
-    """x' = clip(uniform start + step sign(grad CE)), back into the ball and the box; finite differences for grad.
+    """x' = clip(uniform start + step sign(grad CE)) to ball and box, grad by finite differences.
 
     CE to the labels (Fast AT), or to the clean prediction: of the linear head (QTRADES) or of the
     clusters (ClusTR+QTRADES).
@@ -595,10 +594,11 @@ def test_unknown_optimisers_are_refused(name, value):
 
 
 def test_free_at_carries_its_perturbation(rng):
-    """The perturbation starts at 0, moves by sign steps of the loss within eps, and stays for the next batch."""
+    """It starts at 0, moves by sign steps of the loss within eps, and stays for the next batch."""
     eps = 0.1
-    p, seen = spy(problem("free_at", rng, **{"train.replays": 2, "train.batch_size": 16,
-                                             "train.attack.eps": eps, "train.attack.step_size": 0.06}))  # fmt: skip
+    changes = {"train.replays": 2, "train.batch_size": 16}
+    changes |= {"train.attack.eps": eps, "train.attack.step_size": 0.06}
+    p, seen = spy(problem("free_at", rng, **changes))
     assert not np.any(p.state.delta)
     state, deltas = p.state, [np.zeros((16, 2), np.float32)]
     for _ in range(4):
