@@ -61,10 +61,10 @@ run: $(INSTALLED)  ## run.py with its default config (digits, ClusTR+QTRADES), o
 	$(PY) run.py $(ARGS)
 
 test: $(INSTALLED_DEV)  ## every test that is not marked slow
-	$(PY) -m pytest -n 2 -m "not slow" $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(INSTALLED_DEV)  ## the tests marked slow
-	$(PY) -m pytest -n 2 -m slow $(ARGS) || { [ $$? -eq 5 ] && echo "no test is marked slow"; }
+	$(PY) -m pytest -n 2 --dist loadfile -m slow $(ARGS) || { [ $$? -eq 5 ] && echo "no test is marked slow"; }
 
 lint: $(INSTALLED_DEV)  ## ruff (lint and format) and pyright; changes nothing
 	$(PY) -m ruff check .

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax import data, loading, stages, train
+from clustr_jax import data, loading, settings, train
 from clustr_jax.objectives import METHODS
 from configs import cifar10
 
@@ -69,7 +69,7 @@ def seconds(f, repeat=3):
 def measure(method, args):
     config = cifar10.get_config(method)
     config.model.name, config.model.width = args.model, args.width
-    config = stages.resolve(config)
+    config = settings.resolve(config)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (SIZE, 32, 32, 3), dtype=np.uint8)
     labels = (np.arange(SIZE) % 10).astype(np.int32)

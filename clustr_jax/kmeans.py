@@ -14,10 +14,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
-# A few units in the last place, relative to the largest coordinate.
-_FLOAT32_DIGITS = 4e-7
-
-
 class KMeans(struct.PyTreeNode):
     """Result of `kmeans`. Surplus clusters (fewer distinct points than k) have `valid` False."""
 
@@ -50,17 +46,16 @@ def kmeans(
     if mask is None:
         mask = jnp.ones(points.shape[0], bool)
     weight = mask.astype(points.dtype)
+    points = jnp.where(mask[:, None], points, 0.0)
     # Centring keeps the expanded square of `_squared_distances` accurate.
     centre = weight @ points / jnp.maximum(jnp.sum(weight), 1.0)
     centred = jnp.where(mask[:, None], points - centre[None, :], 0.0)
 
-    # Points closer than float32 resolves are one point: the compiler may round a centred duplicate
-    # differently in different places.
-    largest = jnp.max(jnp.where(mask[:, None], jnp.abs(points), 0.0))
-    resolution = points.shape[1] * jnp.square(_FLOAT32_DIGITS * largest)
-
     def run(key):
-        centroids, valid = _seed(key, centred, mask, k, k if limit is None else limit, resolution)
+        # Seeds are chosen among the points as given: equal points have distance exactly 0, which the
+        # compiler's rounding of centred ones does not promise.
+        centroids, valid = _seed(key, points, mask, k, k if limit is None else limit)
+        centroids = centroids - centre[None, :]
         return _lloyd(centred, mask, centroids, valid, max_iter)
 
     centroids, assignments, inertia, valid = lax.map(run, jax.random.split(key, n_init))
@@ -85,18 +80,15 @@ def _exact(points, centroids):
     return jnp.sum(jnp.square(points - centroids), axis=-1)
 
 
-def _seed(key, points, mask, k, limit, resolution):
+def _seed(key, points, mask, k, limit):
     """Greedy k-means++. Returns (centroids [k, E], valid [k])."""
     candidates = 2 + int(math.log(k))
-
-    def positive(squared):
-        return jnp.where(squared > resolution, squared, 0.0)
 
     first_key, others_key = jax.random.split(key)
     first = points[jax.random.categorical(first_key, jnp.where(mask, 0.0, -jnp.inf))]
     centroids = jnp.zeros((k, points.shape[1]), points.dtype).at[:].set(first[None, :])
     valid = jnp.zeros(k, bool).at[0].set(jnp.any(mask))
-    nearest = positive(jnp.where(mask, _exact(points, first[None, :]), 0.0))
+    nearest = jnp.where(mask, _exact(points, first[None, :]), 0.0)
 
     def add(carry, step):
         centroids, valid, nearest = carry
@@ -108,7 +100,7 @@ def _seed(key, points, mask, k, limit, resolution):
         reduced = jnp.minimum(nearest[None, :], jax.vmap(lambda c: _exact(points, c[None, :]))(points[drawn]))
         best = jnp.argmin(jnp.sum(jnp.where(mask[None, :], reduced, 0.0), axis=1))
         centroid = jnp.where(some_left, points[drawn[best]], centroids[0])
-        nearest = jnp.where(some_left & mask, positive(reduced[best]), nearest)
+        nearest = jnp.where(some_left & mask, reduced[best], nearest)
         return (centroids.at[i].set(centroid), valid.at[i].set(some_left), nearest), None
 
     if k > 1:

@@ -9,7 +9,6 @@ fresh parameters. A finished stage is skipped.
 
 import dataclasses
 import math
-import pathlib
 import time
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from clustr_jax import data, evaluate, fidelity, loading, models, results, train
+from clustr_jax import data, evaluate, loading, models, results, settings, train
 from clustr_jax.attacks import pgd
 from clustr_jax.checkpoints import Checkpoints, write_json
 from clustr_jax.classifier import Classifier
@@ -55,11 +54,6 @@ class Run:
         return jax.random.fold_in(jax.random.key(self.config.seed), STAGES.index(stage))
 
 
-def resolve(config):
-    """The config as it will run: smoke settings applied, fidelity switches spelled out."""
-    return fidelity.apply(shrink(config) if config.smoke else config.copy_and_resolve_references())
-
-
 def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = None) -> dict[str, dict]:
     """Run (or resume, or skip) the stages and return the results by name; prints as it goes.
 
@@ -67,16 +61,16 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
     settings that cannot work.
     """
     console = Console()
-    config = resolve(config)
+    config = settings.resolve(config)
     method = _method(config)
     wanted = _wanted(stages, method)
     evaluate.check_config(config)
-    place = Workdir(workdir or default_workdir(config))
+    place = Workdir(workdir or settings.default_workdir(config))
     splits = data.splits(config.data)
     progress = Progress(console)
     source = _source(config, place, progress, splits[0]) if method.source and WARMUP in wanted else None
     net = loading.build_net(config, splits[0])
-    _check_training(config, method, net, splits[0])
+    settings.check(config, method, net, splits[0])
     place.open(config)
     with progress:
         this = Run(config, place, progress, net, *splits, source=source)
@@ -109,44 +103,6 @@ def _source(config, place, progress, target):
     return Run(config, place, progress, loading.build_net(config, splits[0]), *splits)
 
 
-def default_workdir(config) -> pathlib.Path:
-    """runs/<dataset>-<method>[-<variant>]"""
-    parts = (
-        [config.data.name, config.method, config.variant]
-        if config.variant
-        else [config.data.name, config.method]
-    )
-    name = "-".join(parts)
-    if pathlib.PurePath(name).name != name:
-        raise UserError(f"variant may not contain path separators, got {config.variant!r}")
-    return pathlib.Path("runs") / (name + ("-smoke" if config.smoke else ""))
-
-
-def shrink(config):
-    """The same job in seconds: few images, one epoch, a narrow network, few attack steps."""
-    config = config.copy_and_resolve_references()
-    per_class = 40 if config.data.name != "cifar100" else 4
-    classes = {"cifar100": 100, "toy2d": 2}.get(config.data.name, 10)
-    config.data.train_size = min(config.data.train_size or math.inf, per_class * classes)
-    config.data.test_size = min(config.data.test_size or math.inf, 200)
-    config.pretrain.train_size = min(config.pretrain.train_size or math.inf, 400)
-    config.pretrain.test_size = min(config.pretrain.test_size or math.inf, 100)
-    for recipe in (config.warmup, config.train):
-        recipe.epochs = min(recipe.epochs, 1)
-        recipe.batch_size = min(recipe.batch_size, 64)
-    config.model.width = min(config.model.width or 4, 4)
-    config.train.attack.steps = min(config.train.attack.steps, 2)
-    config.magnet.samples = min(config.magnet.samples, 4)
-    config.magnet.n_init = 1
-    config.eval.n = min(config.eval.n or 32, 32)
-    config.eval.lanes = min(config.eval.lanes, 32)
-    config.eval.attack.steps = min(config.eval.attack.steps, 4)
-    config.eval.attack.restarts = min(config.eval.attack.restarts, 2)
-    config.eval.paper_steps = tuple(sorted({min(steps, 4) for steps in config.eval.paper_steps}))
-    config.eval.sweep = config.eval.sweep[:1]
-    return config
-
-
 def _method(config):
     if config.method not in METHODS:
         raise UserError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
@@ -159,47 +115,6 @@ def _wanted(stages, method):
     if unknown:
         raise UserError(f"unknown stage {unknown[0]!r}; known: {', '.join(STAGES)}")
     return [s for s in STAGES if s in (stages or STAGES) and (s != WARMUP or method.warmup)]
-
-
-def _check_training(config, method, net, train_split):
-    """Refuse now what would fail after the warm-up."""
-    if config.train.lam < 0 or config.magnet.alpha < 0:
-        raise UserError(
-            f"train.lam and magnet.alpha must be >= 0, got {config.train.lam} and {config.magnet.alpha}"
-        )
-    for name, recipe in (("warmup", config.warmup), ("train", config.train)):
-        if recipe.epochs < 0 or recipe.batch_size < 1 or not recipe.lr > 0:
-            raise UserError(
-                f"{name}: epochs must be >= 0, batch_size >= 1 and lr > 0, "
-                f"got {recipe.epochs}, {recipe.batch_size} and {recipe.lr}"
-            )
-        if recipe.replays < 1 or not 0 <= recipe.ema < 1 or recipe.awp < 0:
-            raise UserError(
-                f"{name}: replays must be >= 1, ema in [0, 1) and awp >= 0, "
-                f"got {recipe.replays}, {recipe.ema} and {recipe.awp}"
-            )
-        train.optimizer(recipe, 1)
-    for name, known in (("consistency", ("ce", "kl", "mse")), ("attack_bn", ("batch", "eval"))):
-        if config.train[name] not in known:
-            raise UserError(f"train.{name} must be one of {', '.join(known)}, got {config.train[name]!r}")
-    if config.train.attack.steps < 1 or config.train.nearest < 0:
-        raise UserError(
-            f"train.attack.steps must be >= 1 and train.nearest >= 0, "
-            f"got {config.train.attack.steps} and {config.train.nearest}"
-        )
-    evaluate.check_settings(
-        eps=config.train.attack.eps, step_size=config.train.attack.step_size, start=config.train.attack.start
-    )
-    if config.data.augment not in ("crop_flip", "crop", "none"):
-        raise UserError(f"data.augment must be crop_flip, crop or none, got {config.data.augment!r}")
-    if method.sampler == "magnet":
-        train.rows(config, net.num_classes)
-        counts = np.bincount(train_split.labels, minlength=net.num_classes)
-        for c, (count, k) in enumerate(zip(counts, train.per_class(config, net.num_classes), strict=True)):
-            if count < k:
-                raise UserError(
-                    f"class {c} has {count} training images, fewer than its k={k} clusters; lower magnet.k"
-                )
 
 
 def _introduce(this):

@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from clustr_jax import data, evaluate, loading, objectives, stages, train
+from clustr_jax import data, evaluate, loading, objectives, settings, train
 from clustr_jax.errors import UserError
 
 # ml_collections loads the config file in a way that Python 3.11 calls outdated.
@@ -70,13 +70,13 @@ def one_step_of_each_stage(name, method, smoke):
     """
     config = get_config(name, method)
     config.smoke = smoke
-    config = stages.resolve(config)
+    config = settings.resolve(config)
     own = objectives.METHODS[method]
     size = config.data.train_size or DATA[name][2]
     split = fake_split(*DATA[name][:2], size)
     net = loading.build_net(config, split)
     evaluate.check_config(config)
-    stages._check_training(config, own, net, split)
+    settings.check(config, own, net, split)
     _one_step(config, own, config.train, net, split)
     if own.warmup:
         if own.source and len(net.input_shape) == 3:
@@ -132,12 +132,12 @@ def test_variants_are_named_after_the_method(method, variant):
     """ "method,variant" changes settings, names the default work directory, and passes run.py's checks."""
     config = parse("cifar10", method=f"{method},{variant}")
     assert (config.method, config.variant) == (method, variant)
-    assert stages.default_workdir(config).name == f"cifar10-{method}-{variant}"
+    assert settings.default_workdir(config).name == f"cifar10-{method}-{variant}"
     assert config != parse("cifar10", method=method)
     split = fake_split(*DATA["cifar10"])
-    config = stages.resolve(config)
+    config = settings.resolve(config)
     evaluate.check_config(config)
-    stages._check_training(config, objectives.METHODS[method], loading.build_net(config, split), split)
+    settings.check(config, objectives.METHODS[method], loading.build_net(config, split), split)
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones():
@@ -274,7 +274,7 @@ def test_a_smoke_config_is_smaller_and_leaves_the_original_alone():
         config = get_config(name, "clustr_qtrades")
         before = config.to_dict()
         config.smoke = True
-        small = stages.resolve(config)
+        small = settings.resolve(config)
         config.smoke = False
         assert config.to_dict() == before
         assert small.warmup.epochs == small.train.epochs == 1
@@ -319,7 +319,7 @@ def test_settings_that_cannot_be_trained_are_refused_before_the_warm_up(changes,
     split = fake_split(*DATA["digits"])
     with pytest.raises(UserError, match=message):
         net = loading.build_net(config, split)
-        stages._check_training(config, objectives.METHODS[config.method], net, split)
+        settings.check(config, objectives.METHODS[config.method], net, split)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import reference
 
-from clustr_jax import data, loading, models, objectives, stages, train
+from clustr_jax import data, loading, models, objectives, settings, train
 from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
@@ -32,7 +32,7 @@ def get_config(method, name="toy2d", **changes):
     config.update_from_flattened_dict(
         {"model.width": 6, "magnet.samples": 5, "magnet.n_init": 1, "magnet.max_iter": 10, **changes}
     )
-    return stages.resolve(config)
+    return settings.resolve(config)
 
 
 def squares(rng, n=90, classes=3):
