@@ -45,10 +45,9 @@ def kmeans(
     """
     if mask is None:
         mask = jnp.ones(points.shape[0], bool)
-    weight = mask.astype(points.dtype)
     points = jnp.where(mask[:, None], points, 0.0)
     # Centring keeps the expanded square of `_squared_distances` accurate.
-    centre = weight @ points / jnp.maximum(jnp.sum(weight), 1.0)
+    centre = jnp.sum(points, axis=0) / jnp.maximum(jnp.sum(mask), 1)
     centred = jnp.where(mask[:, None], points - centre[None, :], 0.0)
 
     def run(key):

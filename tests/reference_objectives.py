@@ -13,7 +13,7 @@ import reference
 
 
 def mlp(params, x, mean, std):
-    """Normalise, dense, ReLU, dense = embeddings, ReLU, dense = logits -> (logits, embeddings, pre-activations)."""
+    """Normalise, dense, ReLU, dense = z, ReLU, dense -> (logits, z, what goes into the two ReLUs)."""
     first, second, head = (params[name] for name in ("Dense_0", "Dense_1", "head"))
     before = (np.asarray(x, np.float64) - mean) / std @ first["kernel"] + first["bias"]
     embeddings = np.maximum(before, 0) @ second["kernel"] + second["bias"]
@@ -64,7 +64,7 @@ class Terms:
         return reference.magnet_loss(*self._rows(None), mask=self._mask)[1]
 
     def magnet_parts(self, z=None):
-        """For each unmasked example: (its place, |z - mu|^2 / 2 sigma^2, sum over other classes of exp(...))."""
+        """Of each unmasked example: place, |z - mu|^2 / 2 sigma^2, sum over other classes of exp(...)."""
         z, classes = self._rows(z)
         _, variance = reference.magnet_loss(z, classes, mask=self._mask)
         means = [row[valid].mean(axis=0) for row, valid in zip(z, self._mask, strict=True)]
@@ -105,7 +105,7 @@ class Terms:
 
 
 def kl_of_probabilities(logits, target_logits):
-    """fidelity 1.1 row 25: F.kl_div(softmax(adv), softmax(clean)), whose first argument should be a logarithm.
+    """fidelity 1.1 row 25: F.kl_div(softmax(adv), softmax(clean)); its first argument should be logarithms.
 
     Element mean, so divided by the number of classes as well: sum_c p_c (log p_c - p_adv_c) / Y.
     """
@@ -121,7 +121,7 @@ def one_hot(y, classes):
 
 
 class Sgd:
-    """SGD with Nesterov momentum 0.9 and weight decay (PyTorch): g += d w; v = 0.9 v + g; w -= rate (g + 0.9 v)."""
+    """Nesterov momentum 0.9 and weight decay (PyTorch): g += d w; v = 0.9 v + g; w -= rate (g + 0.9 v)."""
 
     def __init__(self, rate, decay):
         self.rate, self.decay, self.velocity = rate, decay, {}
@@ -144,7 +144,7 @@ def softmax_gradients(params, x, y):
 
 
 def free_at(params, batches, *, replays, eps, sgd):
-    """Shafahi et al. 2019, Algorithm 1, on a linear softmax classifier: (params, delta, gradient of x) of each step.
+    """Shafahi et al. 2019, Algorithm 1, linear softmax: (params, delta, gradient of x) after each step.
 
     delta starts at 0 once, is carried from batch to batch, and moves by eps sign(gradient) with the
     gradient that moves the weights.
@@ -178,7 +178,7 @@ def trades_gradients(params, x, x_adv, y, beta):
 
 
 def running(old, batches):
-    """Batch norm's running (mean, variance) after these batches [n, ..., C]: old 0.9 + batch 0.1 (biased variance)."""
+    """Batch norm's running (mean, variance) after these batches: 0.9 old + 0.1 batch (biased variance)."""
     mean, variance = (np.asarray(a, np.float64) for a in old)
     for batch in batches:
         flat = np.asarray(batch, np.float64).reshape(-1, np.shape(batch)[-1])

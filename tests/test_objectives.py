@@ -257,7 +257,7 @@ def test_the_table_has_every_method():
 
 @pytest.mark.parametrize("method", LOSSES)
 def test_loss_and_gradient(method):
-    """By the formula of the paper, under the method's own settings (`configs/`). Masked entries count nowhere.
+    """By the formula of the paper, under its own settings (`configs/`). Masked entries count nowhere.
 
     So do the metrics, and the losses that the sampler remembers.
     """
@@ -323,7 +323,7 @@ def test_nearest_cuts_classes_in_the_batch():
 
 @pytest.mark.parametrize("nearest", [0, 2])
 def test_only_classes_without_a_near_cluster_are_cut(nearest):
-    """A class that owns one of the nearest clusters keeps its log score, however low: it is the gradient that matters."""
+    """A class that owns one of the nearest clusters keeps its log score, and gradient, however low."""
     golden = Golden("clustr", {"train.nearest": nearest, "train.xent_lam": 1.0}, spread=12.0)
     terms = golden.terms()
     kept = terms.log_scores(terms.z, nearest=nearest or None)
@@ -440,7 +440,7 @@ def steps_of(steps, step_size, eps=0.1, start="zero", bn="batch"):
 
 
 def test_towards_labels_on_a_linear_classifier(rng, key):
-    """Two classes: every step goes along sign(w_other - w_y), misclassified or not (no early stop), up to eps."""
+    """Two classes: every step goes along sign(w_other - w_y), misclassified or not, up to eps."""
     net = Linear((3,), 2)
     variables = net.variables(rng)
     w = float64(variables["params"]["kernel"])
@@ -474,7 +474,7 @@ def test_towards_labels_stays_in_the_box(rng, key):
     [("trades", "log"), ("qtrades", "log"), ("clustr_qtrades", "log"), ("clustr_qtrades", "exp")],
 )
 def test_towards_clean_on_a_linear_classifier(method, scores, rng, key):
-    """Two classes: away from the clean prediction, on the side of w.x that the start is on, to the corner of the ball.
+    """Two classes: to a corner of the ball; to which of two, the side of w.x decides that the start is on.
 
     Log scores of one cluster per class are linear; exp scores are not, but their first step is
     checked by finite differences below.
@@ -545,7 +545,7 @@ def test_an_adversary_carries_no_gradient(method, bn, rng, key):
 
 @pytest.mark.parametrize("method", ["fast_at", "trades"])
 def test_which_statistics_the_attack_uses(method, rng, key):
-    """ "eval": the running ones, each image on its own; "batch": those of the batch, for the clean target too.
+    """ "eval": the running ones, each image on its own; "batch": those of the batch. So the clean target.
 
     By finite differences of each. Either way the running statistics stay as they were.
     """
@@ -561,8 +561,8 @@ def test_which_statistics_the_attack_uses(method, rng, key):
 
     signs = {}
     for bn in ("eval", "batch"):
-        settings = steps_of(1, 0.05, eps=0.4, start="uniform", bn=bn)
-        found, after = attack(method, net, variables, x, key, y, **settings)
+        once = steps_of(1, 0.05, eps=0.4, start="uniform", bn=bn)
+        found, after = attack(method, net, variables, x, key, y, **once)
         target = reference.softmax(logits(x, bn)) if method == "trades" else y
 
         def loss(points, bn=bn, target=target):
@@ -572,9 +572,9 @@ def test_which_statistics_the_attack_uses(method, rng, key):
         assert np.abs(gradient).min() > 1e-4  # no sign hangs on rounding
         signs[bn] = np.sign(gradient)
         np.testing.assert_allclose(found, x + np.clip(start + 0.05 * signs[bn] - x, -0.4, 0.4), atol=ULP)
-        elsewhere, kept = attack(method, net, other, x, key, y, **settings)
+        elsewhere, kept = attack(method, net, other, x, key, y, **once)
         assert (np.asarray(elsewhere) != np.asarray(found)).any() == (bn == "eval")
-        first, _ = attack(method, net, variables, x[:2], key, y[:2], **settings)
+        first, _ = attack(method, net, variables, x[:2], key, y[:2], **once)
         assert (np.asarray(first) != np.asarray(found)[:2]).any() == (bn == "batch")
         for before, now in ((variables, after), (other, kept)):
             np.testing.assert_array_equal(now["mean"], before["batch_stats"]["mean"])
@@ -703,9 +703,20 @@ def problem(method, rng, net=None, images=None, labels=None, fit=True, **changes
         labels = np.arange(40) % 3
         images = rng.normal(size=(40, 3)) + 2 * rng.normal(size=(3, 3))[labels]
     net = net or Linear(images.shape[1:], int(labels.max()) + 1)
-    changes = {"train.optimizer": "sgd", "train.lr": 0.1, "train.schedule": "multistep", "train.milestones": (),
-               "train.weight_decay": 0.01, "train.batch_size": 10, "train.epochs": 10,
-               "magnet.samples": 4, "magnet.k": 1, "magnet.n_init": 1, "magnet.max_iter": 5, **changes}  # fmt: skip
+    changes = {
+        "train.optimizer": "sgd",
+        "train.lr": 0.1,
+        "train.schedule": "multistep",
+        "train.milestones": (),
+        "train.weight_decay": 0.01,
+        "train.batch_size": 10,
+        "train.epochs": 10,
+        "magnet.samples": 4,
+        "magnet.k": 1,
+        "magnet.n_init": 1,
+        "magnet.max_iter": 5,
+        **changes,
+    }
     config = get_config(method, **changes)
     trainer = train.Trainer(net, METHODS[method], config, config.train, len(labels))
     if images.dtype != np.uint8:
@@ -736,7 +747,7 @@ def assert_same(a, b):
 
 
 def test_free_at_is_algorithm_1(rng):
-    """Shafahi et al. 2019 by hand: two batches, each three times; weights and perturbation after every step."""
+    """Shafahi et al. 2019: two batches, each three times; weights and perturbation after every step."""
     eps, replays = 0.1, 3
     p = problem(
         "free_at", rng, **{"train.replays": replays, "train.attack.eps": eps, "train.attack.step_size": eps}
@@ -759,7 +770,7 @@ def test_free_at_is_algorithm_1(rng):
 
 
 def test_trades_steps_by_hand(rng):
-    """Two steps of TRADES on two classes: the adversary in its corner, the loss, both gradients, Nesterov momentum."""
+    """Two steps, two classes: the adversary in its corner, the loss, both gradients, Nesterov momentum."""
     eps, beta = 0.1, 6.0
     labels = np.arange(40) % 2
     images = rng.normal(size=(40, 3)) + 1.5 * rng.normal(size=(2, 3))[labels]
@@ -794,7 +805,7 @@ def test_trades_steps_by_hand(rng):
 
 @pytest.mark.parametrize("gamma", [0.005, 0.3])
 def test_worst_weights(gamma, rng):
-    """Wu et al. 2020: v = gamma |w| g / |g| for each kernel by itself; vectors and scalars stay to the bit."""
+    """Wu et al. 2020: v = gamma |w| g / |g| for each kernel by itself; vectors and scalars stay."""
     shapes = {"conv": (3, 3, 2, 4), "dense": (4, 5), "bias": (5,), "scale": (4,), "scalar": ()}
     params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
     gradients = {
@@ -856,7 +867,7 @@ def test_the_moving_average_is_what_is_deployed(rng):
 
 @pytest.mark.parametrize("samples", [4, 20])
 def test_small_clusters_skip(samples, rng):
-    """A batch with a masked entry (20 samples of clusters of 13) changes nothing but the step; a full one does."""
+    """A batch with a masked entry (20 samples, clusters of 13) changes nothing but the step."""
     p = problem(
         "clustr_qtrades",
         rng,
@@ -876,7 +887,7 @@ def test_small_clusters_skip(samples, rng):
 
 
 def test_a_stale_sampler(rng):
-    """Losses start at 0, no floor, and after a refit a loss belongs to a place in the sorted list, not to an example."""
+    """Losses start at 0, no floor, and stay at their place in the sorted list, whoever stands there now."""
     p = problem("clustr", rng, **{"magnet.k": 2, "fidelity.sampler": "stale"})
     assert not np.any(p.state.sampler.losses)
     losses = rng.uniform(size=40).astype(np.float32)
@@ -906,7 +917,7 @@ def normalise(x, mean, variance):
 
 
 def assert_class_means(clusters, z, labels, z_variance=None):
-    """One cluster per class: its mean; sigma^2 from these embeddings, or from `z_variance` about the same means."""
+    """One cluster per class, its mean; sigma^2 from these embeddings, or `z_variance`, about these means."""
     means = np.stack([z[labels == c].mean(axis=0) for c in range(labels.max() + 1)])
     np.testing.assert_allclose(np.asarray(clusters.centroids)[:, 0], means, rtol=1e-4, atol=1e-5)
     spread = z if z_variance is None else z_variance
@@ -926,7 +937,7 @@ def embeddings(pixels, stats, mode):
 
 
 def check_refit(rng, monkeypatch, name, size, **switches):
-    """Clusters at the first and at a later refit; the augmentation is "255 minus the image", so that it is known."""
+    """Clusters at the first and at a later refit. The augmentation is 255 - image, so that it is known."""
     monkeypatch.setattr(data, "crop_flip", lambda key, images, flip: 255 - images)
     labels = np.arange(size) % 3
     bright = np.linspace(40, 160, size)[:, None, None, None] + 20 * labels[:, None, None, None]
@@ -967,7 +978,7 @@ REFITS = [
 
 @pytest.mark.parametrize("switches", REFITS, ids=label)
 def test_images_and_modes_of_the_clusters(switches, rng, monkeypatch):
-    """Whose embeddings make centroids and variance: clean or augmented images, eval or train mode, first time or later."""
+    """Whose embeddings make centroids and variance: clean or augmented images, in eval or train mode."""
     check_refit(rng, monkeypatch, f"1000 {switches}", 1000, **switches)
 
 
