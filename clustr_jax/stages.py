@@ -215,7 +215,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
     target = recipe.get("target", 0.0) if stage == WARMUP else 0.0
     _, rate = train.optimizer(recipe, per_epoch)
     val_x, val_y = this.val_split.pixels(), this.val_split.labels
-    step, chunk, saved = int(state.step), 1, time.monotonic()
+    step, chunk, saved, warned = int(state.step), 1, time.monotonic(), False
     records = [r for r in this.workdir.records() if r["stage"] == stage]
     if records and target and records[-1]["val_accuracy"] >= target:
         return "target reached", records[-1]["epoch"]
@@ -242,7 +242,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             left = (recipe.epochs * per_epoch - step) * trainer.batch_size / speed
             this.progress.status(
                 f"{stage} {epoch + 1}/{recipe.epochs}  step {step - epoch * per_epoch}/{per_epoch}  "
-                f"{_metrics(totals)}  {speed:.0f} images/s  at most {duration(left)} left"
+                f"{_metrics(totals)}  {speed:.0f} img/s  at most {duration(left)} left"
             )
             if time.monotonic() - saved > _CHECKPOINT_SECONDS and step < (epoch + 1) * per_epoch:
                 checkpoints.save(state)
@@ -257,7 +257,9 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
         clf = Classifier(variables, clusters, this.net, bounds=this.train_split.bounds)
         val = results.fraction(evaluate.clean(clf, val_x, val_y)) if len(val_y) else 0.0
         if trainer.method.adversary or trainer.replays > 1:
-            totals |= _monitor(this, stage, clf, key)
+            found = _monitor(this, clf, key)
+            warned = warned or _warn_of_overfitting(this, stage, found)
+            totals |= found
         record = {
             "stage": stage, "epoch": epoch + 1, "step": step, **totals, "val_accuracy": val,
             "learning_rate": float(rate(step - 1)),
@@ -269,7 +271,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
         saved = time.monotonic()
         this.progress.line(
             f"{stage} {epoch + 1:3d}/{recipe.epochs}  {_metrics(totals)}  held-out {val:.1%}  "
-            f"{speed:.0f} images/s  {duration(record['epoch_seconds'])}"
+            f"{speed:.0f} img/s {duration(record['epoch_seconds'])}"
         )
         if target and val >= target:
             return "target reached", epoch + 1
@@ -278,8 +280,8 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
     return "all epochs", recipe.epochs
 
 
-def _monitor(this, stage, clf, key):
-    """Single-step against multi-step accuracy on held-out images: catastrophic overfitting shows as a gap."""
+def _monitor(this, clf, key):
+    """Single-step and multi-step accuracy on held-out images (nothing without any)."""
     if not this.config.train.monitor or not len(this.val_split):
         return {}
     count = min(len(this.val_split), 256)
@@ -289,14 +291,19 @@ def _monitor(this, stage, clf, key):
     for name, steps, step_size in (("single_step", 1, 1.25 * eps), ("multi_step", 10, eps / 4)):
         x_adv = pgd(key, clf.logits, x, y, eps=eps, step_size=step_size, steps=steps, bounds=clf.bounds)
         found[f"{name}_accuracy"] = results.fraction(evaluate.clean(clf, x_adv, y))
-    gap = found["single_step_accuracy"] - found["multi_step_accuracy"]
-    if gap > _OVERFITTING_GAP:
-        this.progress.line(
-            f"{stage}: warning: catastrophic overfitting? "
-            f"one step leaves {found['single_step_accuracy']:.1%}, "
-            f"ten steps {found['multi_step_accuracy']:.1%} of {count} held-out images"
-        )
     return found
+
+
+def _warn_of_overfitting(this, stage, found) -> bool:
+    """Catastrophic overfitting (Wong et al. 2020) shows as a gap between one step and ten. Says so, once."""
+    if not found or found["single_step_accuracy"] - found["multi_step_accuracy"] <= _OVERFITTING_GAP:
+        return False
+    this.progress.line(
+        f"{stage}: warning: catastrophic overfitting? On held-out images one step leaves "
+        f"{found['single_step_accuracy']:.1%}, ten steps {found['multi_step_accuracy']:.1%} "
+        f"(later epochs: multi_step_accuracy in metrics.jsonl)"
+    )
+    return True
 
 
 def _metrics(totals):
