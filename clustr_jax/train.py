@@ -273,7 +273,7 @@ def train_step(
     if trainer.magnet and config.fidelity.small_clusters == "skip":
         state = jax.tree.map(lambda new, old: jnp.where(jnp.all(batch.mask), new, old), state, before)
     state = state.replace(step=before.step + 1)
-    return state, {"loss": loss, "gradient_norm": optax.global_norm(gradients), **aux.metrics}
+    return state, {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **aux.metrics}
 
 
 def worst_weights(gradients, params, gamma: float):

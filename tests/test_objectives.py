@@ -530,21 +530,20 @@ def test_trades_starts_from_small_normal_noise(method, rng, key):
     ("method", "bn"), [("pgd_at", "batch"), ("trades", "eval"), ("clustr_trades", "batch")]
 )
 def test_an_adversary_carries_no_gradient(method, bn, rng, key):
-    """Neither images nor batch statistics: their derivative with respect to variables and clusters is 0."""
+    """Neither images nor batch statistics: their derivatives by variables, clusters and pixels are 0."""
     net = Linear((3,), 2, normed=True)
     clusters = Clusters(jnp.asarray(rng.normal(size=(2, 1, 3)), jnp.float32), jnp.float32(1.0))
-    x = rng.normal(size=(8, 3))
+    x = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
     changes = {**steps_of(2, 0.05, start="uniform", bn=bn), "fidelity.attack_statistics": "update"}
 
-    def total(variables, clusters):
+    def total(variables, clusters, x):
         found = attack(method, net, variables, x, key, clusters=clusters, **changes)
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(found))
 
-    for gradient in jax.tree.leaves(jax.grad(total, (0, 1))(net.variables(rng), clusters)):
+    for gradient in jax.tree.leaves(jax.grad(total, (0, 1, 2))(net.variables(rng), clusters, x)):
         assert not np.any(gradient)
 
 
-@pytest.mark.parametrize("method", ["fast_at", "trades"])
 def test_which_statistics_the_attack_uses(method, rng, key):
     """ "eval": the running ones, each image on its own; "batch": those of the batch. So the clean target.
 
@@ -768,6 +767,22 @@ def test_free_at_is_algorithm_1(rng):
     # after the first step on the second batch: eps where both batches agree, else 0
     agree = np.abs(expected[replays][1]) > eps / 2
     assert agree.any() and not agree.all()
+
+
+@pytest.mark.parametrize("method", ["free_at", "clustr"])
+def test_replays_are_of_the_same_batch(method, rng):
+    """The same views of the same images three times, then others; with Magnet batches too (the authors' option)."""
+    images = rng.integers(0, 256, (40, 4, 4, 1)).astype(np.uint8)
+    changes = {"train.replays": 3, "data.augment": "crop_flip", "magnet.k": 2}
+    p = problem(method, rng, images=images, labels=np.arange(40) % 3, **changes)
+    state, seen = p.state, []
+    for _ in range(18):
+        state, _, (batch, _) = p.step(state)
+        seen.append(np.asarray(batch.x))
+    for i in range(0, 18, 3):
+        np.testing.assert_array_equal(seen[i + 1], seen[i], err_msg=f"step {i + 1}")
+        np.testing.assert_array_equal(seen[i + 2], seen[i], err_msg=f"step {i + 2}")
+        assert i == 0 or (seen[i] != seen[i - 1]).any()
 
 
 def test_trades_steps_by_hand(rng):
