@@ -231,6 +231,8 @@ def check_config(config) -> None:
     ):  # fmt: skip
         if value < low:
             raise UserError(f"{name} must be at least {low}, got {value}")
+    if not config.eval.paper_steps or min(config.eval.paper_steps) < 1:
+        raise UserError(f"eval.paper_steps must be one or more numbers >= 1, got {config.eval.paper_steps}")
     for eps in config.eval.sweep:
         check_settings(eps=eps, step_size=attack.step_size)
     unknown = [name for name in config.eval.protocols if name not in RUNNERS]

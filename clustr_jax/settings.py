@@ -53,10 +53,21 @@ def shrink(config: ConfigDict) -> ConfigDict:
 
 def check(config, method: Method, net: Net, train_split: Split) -> None:
     """UserError now for what would fail after the warm-up."""
-    if config.train.lam < 0 or config.magnet.alpha < 0:
+    magnet = config.magnet
+    for name, value in (
+        ("train.lam", config.train.lam), ("train.beta", config.train.beta),
+        ("train.xent_lam", config.train.xent_lam), ("magnet.alpha", magnet.alpha),
+    ):  # fmt: skip
+        if not 0 <= value < math.inf:
+            raise UserError(f"{name} must be >= 0, got {value}")
+    if magnet.n_init < 1 or magnet.max_iter < 1:
         raise UserError(
-            f"train.lam and magnet.alpha must be >= 0, got {config.train.lam} and {config.magnet.alpha}"
+            f"magnet.n_init and magnet.max_iter must be >= 1, got {magnet.n_init} and {magnet.max_iter}"
         )
+    if not 0 <= magnet.seed_floor <= 1:
+        raise UserError(f"magnet.seed_floor is a share in [0, 1], got {magnet.seed_floor}")
+    if not all(value > 0 for value in config.model.std):
+        raise UserError(f"model.std must be > 0, got {config.model.std}")
     for name, recipe in (("warmup", config.warmup), ("train", config.train)):
         if recipe.epochs < 0 or recipe.batch_size < 1 or not recipe.lr > 0:
             raise UserError(
@@ -68,6 +79,8 @@ def check(config, method: Method, net: Net, train_split: Split) -> None:
                 f"{name}: replays must be >= 1, ema in [0, 1) and awp >= 0, "
                 f"got {recipe.replays}, {recipe.ema} and {recipe.awp}"
             )
+        if not all(isinstance(m, int) and m >= 0 for m in recipe.milestones):
+            raise UserError(f"{name}.milestones are epochs, whole numbers, got {recipe.milestones}")
         train.optimizer(recipe, 1)
     for name, known in (("consistency", ("ce", "kl", "mse")), ("attack_bn", ("batch", "eval"))):
         if config.train[name] not in known:

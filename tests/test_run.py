@@ -214,6 +214,7 @@ def stamps(folder):
     return {p.relative_to(folder): (p.stat().st_mtime_ns, p.stat().st_size) for p in files}
 
 
+@pytest.mark.slow
 def test_a_smoke_run_on_points_from_start_to_finish(run, tmp_path):
     """The whole way with the MLP: contract, second run, load(), only what changed is evaluated again."""
     folder = tmp_path / "runs" / "toy2d_moons-clustr_qtrades-smoke"  # the default work directory
@@ -612,13 +613,13 @@ def test_without_a_config_the_default_is_clustr_qtrades_on_digits(mistake, tmp_p
 @pytest.mark.parametrize(
     "arguments",
     [(f"{DIGITS}:trade",), (DIGITS_METHOD, "oops"), (DIGITS_METHOD, "--config.magnet.k=200")],
-    ids=str,
+    ids=["method", "argument", "k"],
 )
 def test_mistakes_at_the_command_line(arguments, run):
     """The same from outside: exit code 2, stderr is that line and nothing else."""
     stdout, stderr = run(*arguments, code=2)
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
-    assert "Traceback" not in stdout
+    assert "Traceback" not in stdout + stderr
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
