@@ -225,8 +225,7 @@ def train_step(
     """
     config, recipe, before = trainer.config, trainer.recipe, state
     key = jax.random.fold_in(key, _STEPS)
-    draw_key = jax.random.fold_in(key, state.step // trainer.replays)
-    attack_key = jax.random.fold_in(draw_key, 1)
+    draw_key, attack_key = jax.random.split(jax.random.fold_in(key, state.step // trainer.replays))
     batch, ids = draw_batch(trainer, state, train_set, order, draw_key)
 
     clusters = state.clusters if trainer.method.head == "clusters" else None
@@ -337,11 +336,12 @@ def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> Trai
     fidelity = trainer.config.fidelity
     first = state.sampler is None
     key = jax.random.fold_in(jax.random.fold_in(key, _REFIT), state.step)
-    augmented = key if fidelity.cluster_images == "augmented" else None
+    fit_key, images_key, variance_key, average_key = jax.random.split(key, 4)
+    augmented = images_key if fidelity.cluster_images == "augmented" else None
     train_mode = first and fidelity.first_clusters == "train"
-    clusters, assignments = _fit(trainer, state.variables, train_set, key, augmented, train_mode)
+    clusters, assignments = _fit(trainer, state.variables, train_set, fit_key, augmented, train_mode)
     if fidelity.variance_images == "augmented":
-        z = embed_all(trainer.net, state.variables, train_set, key, train_mode=True)
+        z = embed_all(trainer.net, state.variables, train_set, variance_key, train_mode=True)
         clusters = clusters_lib.with_variance(clusters, z, train_set.labels)
     if state.sampler is None:
         initial = 0.0 if fidelity.sampler == "stale" else trainer.config.magnet.alpha
@@ -350,7 +350,7 @@ def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> Trai
         sampler = sampling.refit(state.sampler, assignments, stale=fidelity.sampler == "stale")
     state = state.replace(clusters=clusters, sampler=sampler)
     if state.average is not None:
-        state = state.replace(average_clusters=_fit(trainer, state.average, train_set, key)[0])
+        state = state.replace(average_clusters=_fit(trainer, state.average, train_set, average_key)[0])
     return state
 
 

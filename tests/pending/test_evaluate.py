@@ -186,6 +186,31 @@ def test_the_maximum_loss_rule_loses_successes(key):
     assert lost.sum() > 20  # 3/4 of the examples have both outcomes
 
 
+def test_a_restart_is_judged_by_its_last_image(key):
+    """Not by its best: a failing restart may have passed through larger losses than it ends with.
+
+    Right of 0 class 1 wins, loss 2.07. Left of 0 class 0 wins; the first step, far too long, goes from
+    a second coordinate of small magnitude (loss about 2.25) to its end (1.5). So successes are kept.
+    """
+
+    def scores(x):
+        side, height = x[:, :1], jnp.abs(x[:, 1:])
+        own = 0.02 + 0.1 * height + 2 * jnp.maximum(height - 0.6, 0)
+        fooled = jnp.asarray([[0.30, 0.31]])
+        own = jnp.concatenate([own, jnp.zeros_like(own)], axis=1)
+        return jnp.concatenate([jnp.where(side > 0, fooled, own), jnp.zeros((len(x), 8))], axis=1)
+
+    x = np.zeros((40, 2), np.float32)
+    found = evaluate.paper_pgd(
+        jax.random.clone(key), Stub(scores), points(x, np.zeros(40)),
+        eps=1.0, step_size=2.0, steps=1, restarts=3, lanes=16, report=silent,
+    )  # fmt: skip
+    fooled = starts(key, x, 1.0, 3)[..., 0] > 0
+    np.testing.assert_array_equal(found["robust"], ~fooled.any(axis=0))
+    np.testing.assert_array_equal(found["any_restart"], ~fooled.any(axis=0))
+    assert 0 < found["robust"].sum() < 20
+
+
 def test_later_restarts_win_ties_of_the_loss(key):
     """The authors' >= : with equal losses the last restart's image counts."""
 
@@ -445,6 +470,26 @@ def test_padding_is_not_counted(name, small, key):
     for figure in ("clean", "robust"):
         assert (result[figure] * 70) % 1 in (0, pytest.approx(0), pytest.approx(1))
     assert 0 < result["robust"] < result["clean"] < 1
+
+
+@pytest.mark.parametrize("protocol", ["paper", "sound"])
+def test_every_batch_has_the_same_number_of_lanes(protocol, key):
+    """70 images x 2 restarts in lanes of 32: the attack is compiled for 32 images and for nothing else."""
+    seen = set()
+
+    def scores(x):
+        if isinstance(x, jax.core.Tracer):
+            seen.add(x.shape[0])
+        return two_classes(x)
+
+    examples = points(np.linspace(-1, -0.01, 70)[:, None], np.zeros(70))
+    settings = dict(eps=0.5, step_size=0.125, steps=8, restarts=2, lanes=32, report=silent)
+    if protocol == "paper":
+        robust = evaluate.paper_pgd(key, Stub(scores), examples, **settings)["robust"]
+    else:
+        robust, _ = attack_soundly(key, Stub(scores), examples, **settings)
+    assert seen == {32}
+    np.testing.assert_array_equal(robust, examples.x[:, 0] < -0.5)
 
 
 def test_sound_outcomes_are_nested(small, key):

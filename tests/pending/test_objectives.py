@@ -897,22 +897,16 @@ def test_the_moving_average_is_what_is_deployed(rng):
 @pytest.mark.parametrize("samples", [4, 20])
 def test_small_clusters_skip(samples, rng):
     """A batch with a masked entry (20 samples, clusters of 13) changes nothing but the step."""
-    p = problem(
-        "clustr_qtrades",
-        rng,
-        **{"magnet.samples": samples, "train.ema": 0.5, "fidelity.small_clusters": "skip"},
-    )
+    changes = {"magnet.samples": samples, "train.ema": 0.5, "fidelity.small_clusters": "skip"}
+    p = problem("clustr", rng, **changes)
     after, _, (batch, _) = p.step()
-    assert np.all(batch.mask) == (samples == 4)
     assert int(after.step) == 1
+    assert np.all(batch.mask) == (samples == 4)
     if samples == 20:
         assert_same(after.replace(step=p.state.step), p.state)
-    else:
-        assert np.abs(np.asarray(after.params["kernel"] - p.state.params["kernel"])).max() > 0 or np.any(
-            after.sampler.losses != p.state.sampler.losses
-        )
-    ours = problem("clustr_qtrades", rng, **{"magnet.samples": samples, "train.ema": 0.5})
-    assert np.any(ours.step()[0].sampler.losses != ours.state.sampler.losses)
+    else:  # the weights decay, if nothing else
+        assert (np.asarray(after.params["kernel"]) != np.asarray(p.state.params["kernel"])).all()
+        assert (np.asarray(after.sampler.losses) != np.asarray(p.state.sampler.losses)).any()
 
 
 def test_a_stale_sampler(rng):
