@@ -4,6 +4,8 @@ Shape legend: B batch, Y classes, M x S Magnet batch (M clusters of S samples), 
 All of them work on logits in the log domain; none of them knows a network.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -22,10 +24,14 @@ def cross_entropy(logits: Float[Array, "B Y"], y: Int[Array, "B"] | Float[Array,
 
 def kl(logits: Float[Array, "B Y"], probs: Float[Array, "B Y"]) -> Float[Array, "B"]:
     """KL(probs || softmax(logits)) in nats, with 0 log 0 = 0."""
+    return cross_entropy(logits, probs) + negative_entropy(probs)
+
+
+def negative_entropy(probs: Float[Array, "B Y"]) -> Float[Array, "B"]:
+    """sum_c p_c log p_c in nats, with 0 log 0 = 0 and gradient 0 there."""
     positive = probs > 0
     # the logarithm of an underflowed probability would put a NaN into the gradient
-    negative_entropy = jnp.where(positive, probs * jnp.log(jnp.where(positive, probs, 1.0)), 0.0)
-    return cross_entropy(logits, probs) + jnp.sum(negative_entropy, axis=1)
+    return jnp.sum(jnp.where(positive, probs * jnp.log(jnp.where(positive, probs, 1.0)), 0.0), axis=1)
 
 
 def margin(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]:
@@ -59,6 +65,7 @@ def magnet_loss(
     alpha: float = 12.5,
     mask: Bool[Array, "M S"] | None = None,
     eps: float = 0.0,
+    surplus: int = 0,
 ) -> tuple[Float[Array, "M S"], Float[Array, ""]]:
     """Magnet loss (paper Eq. 3) of a batch of M clusters x S samples, in the log domain.
 
@@ -68,7 +75,7 @@ def magnet_loss(
     Masked entries have loss 0 and take no part in means and variance; a row without members takes
     none at all; without a cluster of another class the loss is 0. `eps` > 0 is the authors' form
     relu(-log(numerator / (denominator + eps) + eps)), whose gradient dies for hard examples
-    (fidelity.md, row 8).
+    (fidelity.md, row 8). `surplus` adds so many terms exp(0) to the sum, as what the authors log has.
 
     Returns (loss [M, S], variance []).
     """
@@ -93,5 +100,8 @@ def magnet_loss(
         numerator = jnp.exp(-alpha - attraction)
         hinge = jax.nn.relu(-jnp.log(numerator / (jnp.sum(jnp.exp(exponents), axis=-1) + eps) + eps))
     else:
-        hinge = jax.nn.relu(alpha + attraction + jax.nn.logsumexp(exponents, axis=-1))
+        attracting = jax.nn.logsumexp(exponents, axis=-1)
+        if surplus:
+            attracting = jnp.logaddexp(attracting, math.log(surplus))
+        hinge = jax.nn.relu(alpha + attraction + attracting)
     return jnp.where(mask & has_other, hinge, 0.0), variance

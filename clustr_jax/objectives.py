@@ -63,7 +63,8 @@ def head_logits(outputs, clusters, config):
     log_scores = clusters.log_scores(outputs.embeddings, nearest)
     if nearest is None:
         return log_scores
-    return jnp.maximum(log_scores, jnp.max(log_scores, axis=1, keepdims=True) - _CUT)
+    floor = jnp.max(log_scores, axis=1, keepdims=True) - _CUT
+    return jnp.where(jnp.isneginf(log_scores), floor, log_scores)
 
 
 def head_probs(outputs, clusters, config):
@@ -74,25 +75,27 @@ def head_probs(outputs, clusters, config):
     return logits / jnp.maximum(jnp.sum(logits, axis=1, keepdims=True), 1e-12)
 
 
-# Adversaries: (net, variables, batch, clusters, key, config) -> (x_adv, batch_stats).
+# Adversaries: (net, variables, batch, clusters, key, config, strength) -> (x_adv, batch_stats). `strength`
+# in (0, 1] scales the radius and the step (train.eps_ramp).
 
 
-def towards_labels(net, variables, batch, clusters, key, config):
+def towards_labels(net, variables, batch, clusters, key, config, strength=1.0):
     """PGD on the cross entropy to the labels (Madry et al. 2018; one step: Wong et al. 2020)."""
-    return _adversary(net, variables, batch, clusters, key, config, batch.y, losses.cross_entropy)
+    return _adversary(net, variables, batch, clusters, key, config, strength, batch.y)
 
 
-def towards_clean(net, variables, batch, clusters, key, config):
+def towards_clean(net, variables, batch, clusters, key, config, strength=1.0):
     """Steps on the divergence from the clean prediction (TRADES; one step: QTRADES, Eq. 5)."""
     outputs = (
         net.eval(variables, batch.x) if config.train.attack_bn == "eval" else net.train(variables, batch.x)[0]
     )
     probs = head_probs(outputs, clusters, config)
-    # kl and cross entropy to a fixed target have the same gradient; which one is named decides nothing
-    return _adversary(net, variables, batch, clusters, key, config, probs, losses.cross_entropy)
+    return _adversary(net, variables, batch, clusters, key, config, strength, probs)
 
 
-def _adversary(net, variables, batch, clusters, key, config, target, loss_fn):
+def _adversary(net, variables, batch, clusters, key, config, strength, target):
+    """PGD on the cross entropy to `target`, labels or probabilities (KL has the same gradient)."""
+
     def logits(variables, clusters, x):
         outputs = net.eval(variables, x) if config.train.attack_bn == "eval" else net.train(variables, x)[0]
         return head_logits(outputs, clusters, config)
@@ -104,10 +107,9 @@ def _adversary(net, variables, batch, clusters, key, config, target, loss_fn):
         Partial(logits, *frozen),
         batch.x,
         jax.lax.stop_gradient(target),
-        eps=config.train.attack.eps,
-        step_size=config.train.attack.step_size,
+        eps=config.train.attack.eps * strength,
+        step_size=config.train.attack.step_size * strength,
         start=config.train.attack.start,
-        loss_fn=loss_fn,
         bounds=box(config),
         select="last",
     )
@@ -147,7 +149,8 @@ def qtrades(net, variables, batch, x_adv, clusters, config):
 
 def _authors_kl(logits, probs):
     """F.kl_div given probabilities for log probabilities, element mean (fidelity.md, row 25)."""
-    return jnp.mean(jax.scipy.special.xlogy(probs, probs) - probs * jax.nn.softmax(logits), axis=1)
+    per_class = jnp.sum(probs * jax.nn.softmax(logits), axis=1)
+    return (losses.negative_entropy(probs) - per_class) / probs.shape[1]
 
 
 def _consistent(net, variables, batch, x_adv, config, weight, term):
@@ -217,7 +220,8 @@ def _magnet(outputs, batch, clusters, config):
     }
     if config.fidelity.logged_loss == "plus_k":  # their mask multiplies inside exp: K own clusters add exp(0)
         k = clusters.centroids.shape[1]
-        metrics["magnet_plus_k"] = mean(jnp.logaddexp(loss, alpha + jnp.log(k)), batch.mask)
+        logged, _ = losses.magnet_loss(z, batch.classes, alpha=alpha, mask=mask, surplus=k)
+        metrics["magnet_plus_k"] = mean(logged.reshape(-1), batch.mask)
     return loss, metrics
 
 

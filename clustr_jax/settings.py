@@ -74,10 +74,10 @@ def check(config, method: Method, net: Net, train_split: Split) -> None:
                 f"{name}: epochs must be >= 0, batch_size >= 1 and lr > 0, "
                 f"got {recipe.epochs}, {recipe.batch_size} and {recipe.lr}"
             )
-        if recipe.replays < 1 or not 0 <= recipe.ema < 1 or recipe.awp < 0:
+        if recipe.replays < 1 or not 0 <= recipe.ema < 1 or recipe.awp < 0 or not recipe.eps_ramp >= 0:
             raise UserError(
-                f"{name}: replays must be >= 1, ema in [0, 1) and awp >= 0, "
-                f"got {recipe.replays}, {recipe.ema} and {recipe.awp}"
+                f"{name}: replays must be >= 1, ema in [0, 1), awp and eps_ramp >= 0, "
+                f"got {recipe.replays}, {recipe.ema}, {recipe.awp} and {recipe.eps_ramp}"
             )
         if not all(isinstance(m, int) and m >= 0 for m in recipe.milestones):
             raise UserError(f"{name}.milestones are epochs, whole numbers, got {recipe.milestones}")

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from clustr_jax import clusters as clusters_lib
 from clustr_jax import data, sampling
-from clustr_jax.attacks.pgd import ascend, project
+from clustr_jax.attacks.geometry import ascend, project
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
 from clustr_jax.models import Net
@@ -232,7 +232,7 @@ def train_step(
     x_adv, stats = None, state.batch_stats
     if trainer.method.adversary is not None:
         x_adv, stats = trainer.method.adversary(
-            trainer.net, state.variables, batch, clusters, attack_key, config
+            trainer.net, state.variables, batch, clusters, attack_key, config, strength(trainer, state.step)
         )
 
     def loss_fn(params, x_adv):
@@ -242,14 +242,13 @@ def train_step(
     if trainer.replays > 1:
         # Free AT (Shafahi et al. 2019): one backward pass moves the weights and the perturbation
         assert state.delta is not None  # `create` makes it
-        eps, bounds = config.train.attack.eps, box(config)
+        scale, bounds = strength(trainer, state.step), box(config)
+        eps, step_size = config.train.attack.eps * scale, config.train.attack.step_size * scale
         x_adv = project(batch.x + state.delta, batch.x, eps, "linf", bounds)
         (loss, aux), (gradients, ascent) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
             state.params, x_adv
         )
-        moved = project(
-            ascend(x_adv, ascent, config.train.attack.step_size, "linf"), batch.x, eps, "linf", None
-        )
+        moved = project(ascend(x_adv, ascent, step_size, "linf"), batch.x, eps, "linf", None)
         state = state.replace(delta=jnp.clip(moved - batch.x, -eps, eps))
     else:
         params = state.params
@@ -260,7 +259,9 @@ def train_step(
     transform, _ = optimizer(recipe, trainer.steps_per_epoch)
     updates, opt_state = transform.update(gradients, state.opt_state, state.params)
     if state.sampler is not None:
-        state = state.replace(sampler=sampling.update(state.sampler, ids, aux.per_example, batch.mask))
+        # replays draw the same batch again, from the same losses: these change after the last one
+        last = (before.step + 1) % trainer.replays == 0
+        state = state.replace(sampler=sampling.update(state.sampler, ids, aux.per_example, batch.mask & last))
     state = state.replace(
         params=optax.apply_updates(state.params, updates), batch_stats=aux.batch_stats, opt_state=opt_state
     )
@@ -273,6 +274,13 @@ def train_step(
         state = jax.tree.map(lambda new, old: jnp.where(jnp.all(batch.mask), new, old), state, before)
     state = state.replace(step=before.step + 1)
     return state, {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **aux.metrics}
+
+
+def strength(trainer: Trainer, step):
+    """Share of the adversary's radius at this step: it grows linearly over the first eps_ramp epochs."""
+    if not trainer.recipe.eps_ramp:
+        return 1.0
+    return jnp.minimum(1.0, (step + 1) / (trainer.recipe.eps_ramp * trainer.steps_per_epoch))
 
 
 def worst_weights(gradients, params, gamma: float):
@@ -319,16 +327,20 @@ def embed_all(
 ) -> Float[Array, "N E"]:
     """Embeddings of the whole training split: eval mode and clean, unless asked otherwise (`fidelity`)."""
     size = train_set.labels.shape[0]
-    starts = jnp.arange(0, size, _EVAL_BATCH)
-    ids = jnp.minimum(starts[:, None] + jnp.arange(_EVAL_BATCH)[None, :], size - 1)
+    ids = jnp.arange(size)
+    whole = size // _EVAL_BATCH * _EVAL_BATCH
 
     def embed(i):
         x = train_set.batch(i, None if key is None else jax.random.fold_in(key, i[0]))[0]
         outputs = net.train(variables, x)[0] if train_mode else net.eval(variables, x)
         return outputs.embeddings
 
-    z = jax.lax.map(embed, ids)
-    return z.reshape(-1, z.shape[-1])[:size]
+    # the rest is a batch of its own: filled up, it would change the statistics of train mode
+    pieces = [embed(ids[whole:])] if whole < size else []
+    if whole:
+        z = jax.lax.map(embed, ids[:whole].reshape(-1, _EVAL_BATCH))
+        pieces.insert(0, z.reshape(whole, -1))
+    return jnp.concatenate(pieces)
 
 
 def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> TrainState:

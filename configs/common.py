@@ -105,6 +105,7 @@ def _recipe(epochs, lr, milestones):
     r.milestones = milestones
     r.decay = 0.1
     r.replays = 1  # steps on the same batch, the perturbation carried along (Free AT: 8)
+    r.eps_ramp = 0.0  # epochs over which the adversary's radius grows from 0 to eps
     r.ema = 0.0  # decay of a moving average of the weights, which is then evaluated; 0 = off
     r.awp = 0.0  # gamma of adversarial weight perturbation; 0 = off
     return r

@@ -1,5 +1,10 @@
-"""Attacks on any function `x -> logits`: pure functions, x in [0, 1], one key, keyword-only settings."""
+"""Attacks on any function `x -> logits`: pure functions, x in [0, 1], one key, keyword-only settings.
 
-from clustr_jax.attacks.pgd import pgd, qtrades
+`pgd`, `qtrades`, `fgsm` and `noise` can be compiled into other functions; `apgd`, `fab`, `square` and
+`autoattack` schedule any number of images over a fixed number of slots (`slots.run`).
+"""
 
-__all__ = ["pgd", "qtrades"]
+from clustr_jax.attacks.autoattack import AutoAttackResult, apgd, autoattack, fab, square
+from clustr_jax.attacks.pgd import fgsm, noise, pgd, qtrades
+
+__all__ = ["AutoAttackResult", "apgd", "autoattack", "fab", "fgsm", "noise", "pgd", "qtrades", "square"]

@@ -24,13 +24,13 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
+from clustr_jax.attacks.geometry import ascend, project, random_start
+from clustr_jax.attacks.inputs import check_images, check_logits, concrete
 from clustr_jax.errors import UserError
 
 # Restarts run side by side as long as the batch stays below this many images (memory), then in turns.
 _LANES = 512
-_STARTS, _NORMS, _SELECTS = ("uniform", "normal", "zero"), ("linf", "l2"), ("success", "loss", "last")
-# Standard deviation of start="normal" (TRADES).
-_NORMAL_START = 1e-3
+_STARTS, _NORMS, _SELECTS = ("uniform", "normal", "gaussian", "zero"), ("linf", "l2"), ("success", "loss", "last")
 
 
 def pgd(
@@ -63,7 +63,9 @@ def pgd(
 
     The randomness of (example, restart) is fold_in(fold_in(key, id), restart) with `ids` (data set
     indices, default 0..B-1): it depends neither on the order nor on the other examples. `eps` and
-    `step_size` are traced, everything else is compiled in. Raises UserError for bad settings.
+    `step_size` are traced, everything else is compiled in. Raises UserError for bad settings, and (outside
+    jit, where values can be looked at) for pixels outside the box, labels out of range, probabilities
+    instead of logits and logits that are not finite; bounded scores are warned about.
     """
     check_settings(eps=eps, step_size=step_size, start=start, norm=norm, select=select)
     if steps < 0 or restarts < 1:
@@ -72,11 +74,17 @@ def pgd(
         ids = jnp.arange(x.shape[0])
     bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y)
-    return _pgd(
+    looked_at = y.ndim == 1 and concrete(x, y)
+    if looked_at:
+        check_images(x, y, bounds)
+    x_adv, logits = _pgd(
         key, as_partial(logits_fn), x, y, jnp.asarray(ids), jnp.float32(eps), jnp.float32(step_size),
         steps=int(steps), restarts=int(restarts), loss_fn=loss_fn, start=start, norm=norm, bounds=bounds,
         select=select, clip_start=clip_start,
     )  # fmt: skip
+    if looked_at and concrete(logits):
+        check_logits(logits, y)
+    return x_adv
 
 
 def qtrades(
@@ -91,6 +99,46 @@ def qtrades(
 ) -> Float[Array, "B ..."]:
     """The adversary of paper Eq. 5: uniform start, one sign step on the cross entropy to `probs`."""
     return pgd(key, logits_fn, x, probs, eps=eps, step_size=step_size, steps=1, bounds=bounds)
+
+
+def fgsm(
+    key: Array,
+    logits_fn: Callable,
+    x: Float[Array, "B ..."],
+    y: Int[Array, "B"],
+    *,
+    eps: float,
+    loss_fn: Callable = losses.cross_entropy,
+    norm: str = "linf",
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+) -> Float[Array, "B ..."]:
+    """One step of length eps from x (Goodfellow et al. 2015); the key changes nothing."""
+    return pgd(
+        key, logits_fn, x, y, eps=eps, step_size=eps, steps=1, loss_fn=loss_fn, start="zero", norm=norm, bounds=bounds
+    )  # fmt: skip
+
+
+def noise(
+    key: Array,
+    logits_fn: Callable,
+    x: Float[Array, "B ..."],
+    y: Int[Array, "B"],
+    *,
+    eps: float,
+    draws: int = 100,
+    kind: str = "uniform",
+    norm: str = "linf",
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+) -> Float[Array, "B ..."]:
+    """The first of `draws` random points that is misclassified, else the one with the largest cross entropy.
+
+    kind "uniform" is uniform in the ball, "gaussian" is N(0, (eps / 2)^2) projected onto it.
+    """
+    if kind not in ("uniform", "gaussian"):
+        raise UserError(f"kind must be uniform or gaussian, got {kind!r}")
+    return pgd(
+        key, logits_fn, x, y, eps=eps, step_size=0.0, steps=0, restarts=draws, start=kind, norm=norm, bounds=bounds
+    )  # fmt: skip
 
 
 def as_partial(logits_fn: Callable) -> Partial:
@@ -117,47 +165,6 @@ def check_settings(*, eps, step_size, start="uniform", norm="linf", select="succ
             raise UserError(f"{name} must be >= 0 in units of [0, 1] pixels, got {value}")
 
 
-def project(x_adv, x, eps, norm, bounds):
-    """Into the ball around x, then into the box (which keeps it in the ball when x is in the box)."""
-    delta = x_adv - x
-    if norm == "linf":
-        delta = jnp.clip(delta, -eps, eps)
-    else:
-        delta = delta * jnp.minimum(1.0, eps / jnp.maximum(l2_norm(delta), 1e-12))
-    x_adv = x + delta
-    return x_adv if bounds is None else jnp.clip(x_adv, *bounds)
-
-
-def l2_norm(delta):
-    """[B, 1, ...] norms of [B, ...]."""
-    return jnp.sqrt(jnp.sum(jnp.square(delta), axis=tuple(range(1, delta.ndim)), keepdims=True))
-
-
-def ascend(x_adv, gradient, step_size, norm):
-    """One steepest-ascent step of length `step_size`."""
-    if norm == "linf":
-        return x_adv + step_size * jnp.sign(gradient)
-    return x_adv + step_size * gradient / jnp.maximum(l2_norm(gradient), 1e-12)
-
-
-def random_start(keys, x, eps, start, norm):
-    """x plus one draw per example; `keys` has one key per example."""
-    if start == "zero":
-        return x
-
-    def draw(key, shape):
-        if start == "normal":
-            return _NORMAL_START * jax.random.normal(key, shape)
-        if norm == "linf":
-            return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * eps
-        direction_key, radius_key = jax.random.split(key)
-        direction = jax.random.normal(direction_key, shape)
-        radius = eps * jax.random.uniform(radius_key) ** (1.0 / np.prod(shape))
-        return radius * direction / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(direction))), 1e-12)
-
-    return x + jax.vmap(lambda key: draw(key, x.shape[1:]))(keys)
-
-
 _STATIC = ("steps", "restarts", "loss_fn", "start", "norm", "bounds", "select", "clip_start")
 
 
@@ -167,15 +174,16 @@ def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
         numbers = jnp.full(x.shape[0], restart)
         return pgd_lanes(key, logits_fn, x, y, ids, numbers, eps, step_size, **settings)
 
+    logits = logits_fn(x)  # for the caller to look at; dropped by the compiler where nobody does
     if restarts == 1:  # the loss of the result is not needed, and is not computed
-        return one(0)[0]
+        return one(0)[0], logits
     side_by_side = max(1, min(restarts, _LANES // max(x.shape[0], 1)))
     found, loss, fooled = lax.map(one, jnp.arange(restarts), batch_size=side_by_side)
     if y.ndim == 1 and settings["select"] == "success":  # any fooled restart beats any loss
         best = jnp.argmax(jnp.where(fooled, jnp.inf, loss), axis=0)
     else:  # the authors keep the later restart of equal losses (>=)
         best = restarts - 1 - jnp.argmax(loss[::-1], axis=0)
-    return found[best, jnp.arange(x.shape[0])]
+    return found[best, jnp.arange(x.shape[0])], logits
 
 
 @functools.partial(jax.jit, static_argnames=tuple(name for name in _STATIC if name != "restarts"))

@@ -1,0 +1,121 @@
+"""What an attack looks at and climbs: model outputs, misclassification, and losses of (outputs, y, target).
+
+Attacks work on a *model*, a function of images that returns logits [B, Y] or a `View` of a classifier
+with clusters. An *aim* is a function (outputs, y, target) -> [B] to be maximised; `untargeted` makes one
+of a loss (logits, y). Aims are compared by identity, so they are module-level or cached: a fresh lambda
+would compile again.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from clustr_jax import losses
+
+
+class View(struct.PyTreeNode):
+    """A classifier's outputs: log-domain logits, what the deployed rule compares, and each cluster's score.
+
+    `exponents` are -|f - mu|^2 / 2 sigma^2, -inf where a class has fewer clusters; None for a linear head.
+    """
+
+    logits: Float[Array, "B Y"]
+    deployed: Float[Array, "B Y"]
+    exponents: Float[Array, "B Y K"] | None = None
+
+
+def logits_of(outputs) -> Float[Array, "B Y"]:
+    """The logits of a model's outputs."""
+    return outputs.logits if isinstance(outputs, View) else outputs
+
+
+def misclassified(outputs, y: Int[Array, "B"]) -> Bool[Array, "B"]:
+    """Where the logits, or the deployed rule, prefer another class than y (ties go to the first class)."""
+    wrong = jnp.argmax(logits_of(outputs), axis=1) != y
+    if isinstance(outputs, View):
+        wrong |= jnp.argmax(outputs.deployed, axis=1) != y
+    return wrong
+
+
+@functools.cache
+def untargeted(loss_fn: Callable) -> Callable:
+    """The aim that maximises `loss_fn(logits, y)`."""
+
+    def aim(outputs, y, target):
+        return loss_fn(logits_of(outputs), y)
+
+    return aim
+
+
+def _at(values, index):
+    return jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]
+
+
+def margin_targeted(outputs, y, target) -> Float[Array, "B"]:
+    """z_t - z_y."""
+    logits = logits_of(outputs)
+    return _at(logits, target) - _at(logits, y)
+
+
+def dlr_targeted(outputs, y, target) -> Float[Array, "B"]:
+    """(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), Croce & Hein 2020, eq. 7; the plain margin below 4 classes."""
+    logits = logits_of(outputs)
+    difference = margin_targeted(logits, y, target)
+    if logits.shape[1] < 4:
+        return difference
+    top = jax.lax.top_k(logits, 4)[0]
+    return difference / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+# Cluster heads. A target is a cluster, numbered class * K + j.
+
+
+def _own(view: View, y):
+    """Scores [B, K] of the label's clusters."""
+    return jnp.take_along_axis(view.exponents, y[:, None, None], axis=1)[:, 0]
+
+
+def _cluster(view: View, target):
+    return _at(view.exponents.reshape(view.exponents.shape[0], -1), target)
+
+
+def centroid(view: View, y, target) -> Float[Array, "B"]:
+    """u_t - max_j u_yj: towards cluster t against the nearest own cluster. |f|^2 cancels, so it is linear in f."""
+    return _cluster(view, target) - jnp.max(_own(view, y), axis=1)
+
+
+def feature(view: View, y, target) -> Float[Array, "B"]:
+    """-|f - mu_t|^2 / 2 sigma^2: the distance to cluster t in feature space alone."""
+    return _cluster(view, target)
+
+
+def magnet(view: View, y, target) -> Float[Array, "B"]:
+    """The Magnet loss (Eq. 3) about the fixed centroids, without its hinge and its margin alpha."""
+    others = jnp.arange(view.exponents.shape[1])[None, :] != y[:, None]
+    attraction = jnp.where(others[:, :, None], view.exponents, -jnp.inf)
+    repulsion = jax.nn.logsumexp(attraction.reshape(attraction.shape[0], -1), axis=1)
+    return repulsion - jnp.max(_own(view, y), axis=1)
+
+
+@functools.cache
+def magnet_hinged(alpha: float) -> Callable:
+    """The paper's adaptive attack, literally: {alpha + magnet}_+, flat where the margin exceeds alpha."""
+
+    def aim(view, y, target):
+        return jax.nn.relu(alpha + magnet(view, y, target))
+
+    return aim
+
+
+def away(view: View, y, target) -> Float[Array, "B"]:
+    """|f - mu_y|^2 / 2 sigma^2 of the nearest own cluster: what cross entropy on exp scores climbs."""
+    return -jnp.max(_own(view, y), axis=1)
+
+
+cross_entropy = untargeted(losses.cross_entropy)
+margin = untargeted(losses.margin)
+dlr = untargeted(losses.dlr)

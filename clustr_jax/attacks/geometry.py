@@ -1,0 +1,67 @@
+"""Balls and boxes: projections, steps and random starts for batches of images, linf and l2."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Standard deviation of start="normal" (TRADES).
+_NORMAL_START = 1e-3
+
+
+def project(x_adv, x, eps, norm, bounds):
+    """Into the ball around x, then into the box (which keeps it in the ball when x is in the box)."""
+    delta = x_adv - x
+    if norm == "linf":
+        delta = jnp.clip(delta, -eps, eps)
+    else:
+        delta = delta * jnp.minimum(1.0, eps / jnp.maximum(l2_norm(delta), 1e-12))
+    x_adv = x + delta
+    return x_adv if bounds is None else jnp.clip(x_adv, *bounds)
+
+
+def l2_norm(delta):
+    """[B, 1, ...] norms of [B, ...]."""
+    return jnp.sqrt(jnp.sum(jnp.square(delta), axis=_inner(delta), keepdims=True))
+
+
+def length(delta, norm):
+    """[B] norms of [B, ...]."""
+    if norm == "linf":
+        return jnp.max(jnp.abs(delta), axis=_inner(delta))
+    return jnp.sqrt(jnp.sum(jnp.square(delta), axis=_inner(delta)))
+
+
+def over(values, x):
+    """[B] values as [B, 1, ...], to go with x [B, ...]."""
+    return values.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def ascend(x_adv, gradient, step_size, norm):
+    """One steepest-ascent step of length `step_size`."""
+    if norm == "linf":
+        return x_adv + step_size * jnp.sign(gradient)
+    return x_adv + step_size * gradient / jnp.maximum(l2_norm(gradient), 1e-12)
+
+
+def random_start(keys, x, eps, start, norm):
+    """x plus one draw per example; `keys` has one key per example."""
+    if start == "zero":
+        return x
+
+    def draw(key, shape):
+        if start == "normal":
+            return _NORMAL_START * jax.random.normal(key, shape)
+        if start == "gaussian":
+            return eps / 2 * jax.random.normal(key, shape)
+        if norm == "linf":
+            return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * eps
+        direction_key, radius_key = jax.random.split(key)
+        direction = jax.random.normal(direction_key, shape)
+        radius = eps * jax.random.uniform(radius_key) ** (1.0 / np.prod(shape))
+        return radius * direction / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(direction))), 1e-12)
+
+    return x + jax.vmap(lambda key: draw(key, x.shape[1:]))(keys)
+
+
+def _inner(x):
+    return tuple(range(1, x.ndim))

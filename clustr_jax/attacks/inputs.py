@@ -1,0 +1,69 @@
+"""What attacks refuse: labels, pixels and logits that would make every number meaningless."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clustr_jax.errors import UserError
+
+# Pixels may be off the box by float rounding.
+_ROUNDING = 1e-5
+# Outputs that all lie within this range are bounded scores rather than logits.
+_BOUNDED = 1.0 + 1e-4
+
+
+def check_images(x, y, bounds) -> None:
+    """UserError for pixels outside the box or not finite, labels that are no class, sizes that differ."""
+    if x.ndim < 2 or y.shape != x.shape[:1]:
+        raise UserError(f"x must be [B, ...] and y [B] with the same B, got {x.shape} and {y.shape}")
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise UserError(f"y must hold integer labels, got {y.dtype}")
+    low, high = float(np.min(x, initial=np.inf)), float(np.max(x, initial=-np.inf))
+    if len(x) and not (np.isfinite(low) and np.isfinite(high)):
+        raise UserError("x has values that are not finite")
+    if bounds is not None and (low < bounds[0] - _ROUNDING or high > bounds[1] + _ROUNDING):
+        raise UserError(
+            f"x must lie in bounds={bounds}, got values from {low:.4g} to {high:.4g}; "
+            f"give pixels before normalisation, or set bounds"
+        )
+
+
+def check_logits(logits, y) -> None:
+    """UserError for outputs that cannot be attacked as logits; a warning where they are bounded scores."""
+    logits = np.asarray(logits)
+    if logits.ndim != 2 or logits.shape[0] != len(y):
+        raise UserError(f"logits_fn must return [B, Y] for B = {len(y)} images, got {logits.shape}")
+    if len(y) and not 0 <= int(np.min(y)) <= int(np.max(y)) < logits.shape[1]:
+        raise UserError(
+            f"y must lie in 0..{logits.shape[1] - 1}, the classes of logits_fn, got {np.min(y)} to {np.max(y)}"
+        )
+    problem, text = diagnose(logits)
+    if problem:
+        raise UserError(text)
+    if text:
+        warnings.warn(text, stacklevel=3)
+
+
+def diagnose(logits) -> tuple[bool, str]:
+    """(an error?, what is wrong or "") of a batch of clean outputs [B, Y]."""
+    logits = np.asarray(logits)
+    if not np.all(np.isfinite(logits)):
+        return True, "logits_fn returned values that are not finite"
+    if not logits.size:
+        return False, ""
+    sums = logits.sum(axis=1)
+    if logits.min() >= 0 and logits.max() <= 1 and np.allclose(sums, 1, atol=1e-4):
+        return True, "logits_fn returned probabilities; give logits (before the softmax), or their logarithm"
+    if np.ptp(logits) <= _BOUNDED and logits.min() >= -1e-6:
+        return False, (
+            f"logits_fn returned bounded scores (from {logits.min():.3g} to {logits.max():.3g}), as exp(-d^2) "
+            f"scores are: gradients may vanish and the attack be blind; give logits in the log domain"
+        )
+    return False, ""
+
+
+def concrete(*arrays) -> bool:
+    """Whether all are values, not being traced."""
+    return not any(isinstance(a, jax.core.Tracer) for a in arrays)

@@ -1,0 +1,182 @@
+"""Square attack (Andriushchenko et al. 2020): random search with squares, no gradients; linf and l2.
+
+Each query paints one square of the best image so far (linf: +-eps per channel; l2: moves norm from one
+window to another) and keeps it if the margin falls. Scale free: only comparisons of margins count.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from clustr_jax import losses
+from clustr_jax.attacks.aims import logits_of, misclassified
+from clustr_jax.attacks.geometry import l2_norm, over
+from clustr_jax.attacks.slots import Attack
+
+# Share of the pixels of the first squares, halved after these queries (of 10,000; scaled to the budget).
+_FIRST_SHARE, _HALVINGS = 0.8, (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+
+class SquareState(struct.PyTreeNode):
+    """The image to query next, the best one so far and its margin."""
+
+    candidate: Float[Array, "S ..."]
+    fooled: Bool[Array, "S"]
+    best: Float[Array, "S ..."]
+    best_value: Float[Array, "S"]
+
+
+@functools.cache
+def sides(queries: int, shape: tuple[int, ...], smallest: int, odd: bool) -> np.ndarray:
+    """[queries] int: the side of the square of each query (section 3.1), for images [H, W, C]."""
+    at = np.arange(queries) * 10_000 // queries
+    share = _FIRST_SHARE / 2.0 ** np.searchsorted(_HALVINGS, at, side="left")
+    side = np.maximum(np.round(np.sqrt(share * shape[0] * shape[1])).astype(np.int32), smallest)
+    if odd:
+        side += side % 2 == 0
+    return np.minimum(side, min(shape[:2]) - (1 if not odd else 0)).astype(np.int32)
+
+
+class Square(Attack):
+    """One forward pass per update; `steps` is the number of queries. Images [H, W, C] only."""
+
+    gradients, forwards = 0, 1
+
+    def init(self, work):
+        """linf: vertical stripes of +-eps; l2: bumps on a grid of 5 x 5, scaled to eps."""
+        shape = work.x.shape[1:]
+
+        def stripes(key):
+            return self.eps * jax.random.rademacher(key, (1, *shape[1:]), jnp.float32) * jnp.ones(shape)
+
+        draw = stripes if self.norm == "linf" else functools.partial(_tiles, shape=shape)
+        delta = jax.vmap(draw)(_fold(work.keys, -1))
+        if self.norm == "l2":
+            delta = self.eps * delta / jnp.maximum(l2_norm(delta), 1e-12)
+        x = work.x + delta
+        x = x if self.bounds is None else jnp.clip(x, *self.bounds)
+        nothing = jnp.full(work.y.shape, -jnp.inf)
+        return SquareState(x, jnp.zeros(work.y.shape, bool), x, nothing)
+
+    def update(self, model, work, state, step):
+        """Query the candidate, keep the better image, propose another."""
+        outputs = model(state.candidate)
+        value, fooled = losses.margin(logits_of(outputs), work.y), misclassified(outputs, work.y)
+        better = value > state.best_value
+        best = jnp.where(over(better, work.x), state.candidate, state.best)
+        propose = self._square if self.norm == "linf" else self._windows
+        proposed = jax.vmap(propose)(_fold(work.keys, step), best, work.x, step)
+        if self.bounds is not None:
+            proposed = jnp.clip(proposed, *self.bounds)
+        candidate = jnp.where(over(fooled, work.x), state.candidate, proposed)
+        return SquareState(candidate, fooled, best, jnp.where(better, value, state.best_value))
+
+    def _square(self, key, best, x, step):
+        """One square at +-eps per channel, whatever stood there."""
+        height, width, channels = x.shape
+        place_key, sign_key = jax.random.split(key)
+        side = jnp.asarray(sides(self.steps, x.shape, 1, False))[jnp.minimum(step, self.steps - 1)]
+        window = _window(place_key, side, height, width)
+        signs = jax.random.rademacher(sign_key, (1, 1, channels), jnp.float32)
+        delta = jnp.where(window, best - x + 2 * self.eps * signs, best - x)
+        return x + jnp.clip(delta, -self.eps, self.eps)
+
+    def _windows(self, key, best, x, step):
+        """Norm moves from a second window into the first, in the shape of a bump (algorithm 3)."""
+        height, width, channels = x.shape
+        first_key, second_key, sign_key, turn_key = jax.random.split(key, 4)
+        table = sides(self.steps, x.shape, 3, True)
+        kinds, which = np.unique(table, return_inverse=True)
+        step = jnp.minimum(step, self.steps - 1)
+        side = jnp.asarray(table)[step]
+        row, column = _corner(first_key, side, height, width)
+        first = _box(row, column, side, height, width)
+        second = _window(second_key, side, height, width)
+        bump = jnp.asarray(np.stack([_bump(s, height, width) for s in kinds]))[jnp.asarray(which)[step]]
+        bump = jnp.where(jax.random.bernoulli(turn_key), bump, _turned(bump, height, width))
+        bump = jnp.roll(bump, (row, column), (0, 1))[:, :, None]
+
+        def norm(d):  # per channel
+            return jnp.sqrt(jnp.sum(jnp.square(d), axis=(0, 1), keepdims=True))
+
+        delta = best - x
+        inside = jnp.where(first, delta, 0.0)
+        new = bump * jax.random.rademacher(sign_key, (1, 1, channels), jnp.float32)
+        new = jnp.where(first, new + inside / jnp.maximum(norm(inside), 1e-12), 0.0)
+        spare = jnp.maximum(self.eps**2 - jnp.sum(jnp.square(delta)), 0.0) / channels
+        available = jnp.sqrt(spare + jnp.square(norm(jnp.where(first | second, delta, 0.0))))
+        new = new / jnp.maximum(norm(new), 1e-12) * available
+        delta = jnp.where(first, new, jnp.where(second, 0.0, delta))
+        return x + self.eps * delta / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(delta))), 1e-12)
+
+
+def _fold(keys, step):
+    """The keys of query `step` + 1 (0 is the start's)."""
+    step = jnp.broadcast_to(jnp.asarray(step, jnp.int32) + 1, keys.shape)
+    return jax.vmap(jax.random.fold_in)(keys, step)
+
+
+def _corner(key, side, height, width):
+    row_key, column_key = jax.random.split(key)
+    row = jax.random.randint(row_key, (), 0, height - side + 1)
+    return row, jax.random.randint(column_key, (), 0, width - side + 1)
+
+
+def _box(row, column, side, height, width):
+    """Bool [H, W, 1]."""
+    rows, columns = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+    return (rows >= row) & (rows < row + side) & (columns >= column) & (columns < column + side)
+
+
+def _window(key, side, height, width):
+    return _box(*_corner(key, side, height, width), side, height, width)
+
+
+def _pyramid(rows: int, columns: int) -> np.ndarray:
+    """Nested rectangles around the middle, the i-th adding 1 / i^2; norm 1."""
+    bump = np.zeros((rows, columns))
+    top, left = rows // 2, columns // 2
+    for i in range(max(top, left) + 1):
+        size = 2 * i + 1
+        bump[max(top - i, 0) : top - i + size, max(left - i, 0) : left - i + size] += 1.0 / (i + 1) ** 2
+    return bump / np.linalg.norm(bump)
+
+
+@functools.cache
+def _bump(side: int, height: int, width: int) -> np.ndarray:
+    """float32 [H, W] with a side x side bump in its corner: one half up, the other down; norm 1."""
+    bump = np.zeros((side, side))
+    bump[: side // 2] = _pyramid(side // 2, side)
+    bump[side // 2 :] = -_pyramid(side - side // 2, side)
+    full = np.zeros((height, width), np.float32)
+    full[:side, :side] = bump / np.linalg.norm(bump)
+    return full
+
+
+def _turned(bump, height, width):
+    """The transposed bump, back in the [H, W] frame (bumps lie in a corner square)."""
+    square = min(height, width)
+    return jnp.zeros_like(bump).at[:square, :square].set(bump[:square, :square].T)
+
+
+def _tiles(key, shape):
+    """[H, W, C]: a bump in each tile of a 5 x 5 grid, with a random sign per tile and channel."""
+    height, width, channels = shape
+    side = min(height, width) // 5
+    if side < 2:  # too small for a grid: one bump
+        side, count = min(height, width), 1
+    else:
+        count = 5
+    sign_key, turn_key = jax.random.split(key)
+    signs = jax.random.rademacher(sign_key, (count, count, channels), jnp.float32)
+    turns = jax.random.bernoulli(turn_key, shape=(count, count))
+    bump = jnp.asarray(_bump(side, side, side))
+    tiles = jnp.where(turns[:, :, None, None], bump[None, None], bump.T[None, None])
+    tiles = tiles[..., None] * signs[:, :, None, None, :]  # [5, 5, side, side, C]
+    grid = jnp.transpose(tiles, (0, 2, 1, 3, 4)).reshape(count * side, count * side, channels)
+    top, left = (height - count * side) // 2, (width - count * side) // 2
+    return jnp.zeros(shape).at[top : top + count * side, left : left + count * side].set(grid)

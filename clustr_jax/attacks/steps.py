@@ -1,0 +1,56 @@
+"""PGD as slots run it: one gradient and one step of fixed size per update."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from clustr_jax.attacks.geometry import ascend, over, project, random_start
+from clustr_jax.attacks.slots import Attack, climb
+
+
+class PGDState(struct.PyTreeNode):
+    """The iterate that the next update evaluates."""
+
+    candidate: Float[Array, "S ..."]
+    fooled: Bool[Array, "S"]
+
+
+class PGD(Attack):
+    """Madry et al. 2018: `steps` steps of `step_size` up `aim`, which stop at the first success.
+
+    With `opening`, the first `opening_steps` steps climb that instead (two stages: where one loss has no
+    gradient the other may). clip_start=False leaves the start outside the box, as the authors' code does.
+    """
+
+    step_size: Float[Array, ""]
+    aim: Callable = struct.field(pytree_node=False)
+    start: str = struct.field(pytree_node=False, default="uniform")
+    clip_start: bool = struct.field(pytree_node=False, default=True)
+    opening: Callable | None = struct.field(pytree_node=False, default=None)
+    opening_steps: int = struct.field(pytree_node=False, default=0)
+
+    def init(self, work):
+        """A random point of the ball."""
+        x_adv = random_start(work.keys, work.x, self.eps, self.start, self.norm)
+        if self.clip_start:
+            x_adv = project(x_adv, work.x, self.eps, self.norm, self.bounds)
+        return PGDState(x_adv, jnp.zeros(work.y.shape, bool))
+
+    def update(self, model, work, state, step):
+        """Evaluate the iterate; move it unless it is misclassified."""
+        aim = self.aim
+        if self.opening is not None:
+            opening = self.opening
+
+            def aim(outputs, y, target):
+                return jnp.where(
+                    step < self.opening_steps, opening(outputs, y, target), self.aim(outputs, y, target)
+                )
+
+        x = state.candidate
+        gradient, _, fooled = climb(model, aim, work, x)
+        moved = ascend(x, gradient, self.step_size, self.norm)
+        moved = project(moved, work.x, self.eps, self.norm, self.bounds)
+        return PGDState(jnp.where(over(fooled, x), x, moved), fooled)
