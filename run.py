@@ -5,6 +5,7 @@ Without --config it runs configs/digits.py:clustr_qtrades. Run again, it resumes
 
 import os
 import pathlib
+import re
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
     try:
         rest = values(argv)
         config = values.config
+        config.method  # noqa: B018  a file that cannot be read is noticed at the first look only
     except Exception as error:  # the config file is code, and absl raises many types for a mistyped flag
         return _mistake(_first_line(error))
     if values.help:
@@ -48,8 +50,14 @@ def main(argv: list[str]) -> int:
 
 
 def _first_line(error: Exception) -> str:
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split())
+    """What went wrong without quotes, line ends and the traceback that ml_collections puts into its text."""
+    cause: object = error
+    while isinstance(cause, Exception) and cause.args and not isinstance(cause, OSError):
+        cause = cause.args[0]  # some wrap the error that counts
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    if any(line.startswith("Traceback") for line in lines):
+        lines = [re.sub(r"^[\w.]+(Error|Exception): ", "", lines[-1])]
+    return " ".join(" ".join(lines).split())
 
 
 def _mistake(text: str) -> int:

@@ -121,9 +121,12 @@ def _abstract(tree):
 def read_json(path: pathlib.Path) -> dict:
     """A JSON file of the work directory; UserError naming it where it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:

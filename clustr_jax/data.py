@@ -226,6 +226,8 @@ def splits(config) -> tuple[Split, Split, Split]:
         return train, train.take(slice(0, 0), "none"), test
     index = stratified(train.labels, held_out, train.num_classes)
     rest = np.setdiff1d(np.arange(len(train)), index)
+    if not len(rest):
+        raise UserError(f"data.val_size={config.val_size} leaves none of {len(train)} training images; lower it")
     return dataclasses.replace(train.take(rest, ""), subset=train.subset), train.take(index, "held out"), test
 
 

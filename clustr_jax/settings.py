@@ -51,9 +51,11 @@ def shrink(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def check(config, method: Method, net: Net, train_split: Split) -> None:
+def check(config, method: Method, net: Net, train_split: Split, test_split: Split) -> None:
     """UserError now for what would fail after the warm-up."""
     magnet = config.magnet
+    if config.eval.n > len(test_split):
+        raise UserError(f"eval.n is {config.eval.n}, but there are only {len(test_split)} test images; lower it")
     for name, value in (
         ("train.lam", config.train.lam), ("train.beta", config.train.beta),
         ("train.xent_lam", config.train.xent_lam), ("magnet.alpha", magnet.alpha),

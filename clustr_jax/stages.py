@@ -70,7 +70,7 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
     progress = Progress(console)
     source = _source(config, place, progress, splits[0]) if method.source and WARMUP in wanted else None
     net = loading.build_net(config, splits[0])
-    settings.check(config, method, net, splits[0])
+    settings.check(config, method, net, splits[0], splits[2])
     place.open(config)
     with progress:
         this = Run(config, place, progress, net, *splits, source=source)

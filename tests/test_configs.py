@@ -76,7 +76,7 @@ def one_step_of_each_stage(name, method, smoke):
     split = fake_split(*DATA[name][:2], size)
     net = loading.build_net(config, split)
     evaluate.check_config(config)
-    settings.check(config, own, net, split)
+    settings.check(config, own, net, split, split)
     _one_step(config, own, config.train, net, split)
     if own.warmup:
         if own.source and len(net.input_shape) == 3:
@@ -137,7 +137,7 @@ def test_variants_are_named_after_the_method(method, variant):
     split = fake_split(*DATA["cifar10"])
     config = settings.resolve(config)
     evaluate.check_config(config)
-    settings.check(config, objectives.METHODS[method], loading.build_net(config, split), split)
+    settings.check(config, objectives.METHODS[method], loading.build_net(config, split), split, split)
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones():
@@ -319,7 +319,7 @@ def test_settings_that_cannot_be_trained_are_refused_before_the_warm_up(changes,
     split = fake_split(*DATA["digits"])
     with pytest.raises(UserError, match=message):
         net = loading.build_net(config, split)
-        settings.check(config, objectives.METHODS[config.method], net, split)
+        settings.check(config, objectives.METHODS[config.method], net, split, split)
 
 
 @pytest.mark.parametrize(
