@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from clustr_jax.attacks.aims import View
 from clustr_jax.clusters import Clusters
 from clustr_jax.models import Net
 
@@ -41,6 +43,10 @@ class Classifier(struct.PyTreeNode):
         """What `predict` takes the argmax of: log scores over the D nearest clusters (-inf without one)."""
         return _apply(self, x, "deployed")
 
+    def view(self, x: Float[Array, "B ..."]) -> View:
+        """All that an evaluation looks at, from one forward pass: logits, deployed, clusters' exponents."""
+        return _apply(self, x, "view")
+
     def predict(self, x: Float[Array, "B ..."]) -> Int[Array, "B"]:
         """Predicted classes; ties go to the first class."""
         return jnp.argmax(_apply(self, x, "deployed"), axis=1).astype(jnp.int32)
@@ -55,8 +61,12 @@ def _apply(clf: Classifier, x, what):
             if what == "embed":
                 return z
             if clf.clusters is None:
-                return logits
+                return View(logits, logits) if what == "view" else logits
             nearest = clf.nearest or None
+            if what == "view":
+                log_scores = clf.clusters.log_scores(z)
+                deployed = clf.clusters.log_scores(z, nearest) if nearest else log_scores
+                return View(log_scores, deployed, clf.clusters.exponents(z))
             if what == "scores":
                 return clf.clusters.scores(z, nearest)
             return clf.clusters.log_scores(z, None if what == "logits" else nearest)
@@ -66,5 +76,12 @@ def _apply(clf: Classifier, x, what):
         return outputs(x)
     whole = x.shape[0] // _CHUNK * _CHUNK
     chunks = x[:whole].reshape(-1, _CHUNK, *x.shape[1:])
-    result = jax.lax.map(outputs, chunks).reshape(whole, -1)
-    return result if whole == x.shape[0] else jnp.concatenate([result, outputs(x[whole:])])
+    result = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), jax.lax.map(outputs, chunks))
+    if whole == x.shape[0]:
+        return result
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), result, outputs(x[whole:]))
+
+
+def correct(clf: Classifier, x, y) -> Bool[np.ndarray, "N"]:
+    """Which examples the deployed rule classifies correctly."""
+    return np.asarray(clf.predict(x)) == y

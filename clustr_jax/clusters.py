@@ -29,6 +29,11 @@ class Clusters(struct.PyTreeNode):
         """|z - mu|^2 from differences (the expanded square would lose the digits an attack needs)."""
         return jnp.sum(jnp.square(z[:, None, None, :] - self.centroids[None]), axis=-1)
 
+    def exponents(self, z: Float[Array, "B E"]) -> Float[Array, "B Y K"]:
+        """-|z - mu|^2 / 2 sigma^2 of every cluster, -inf where `mask` is False."""
+        exponents = -self.squared_distances(z) / (2 * self.variance)
+        return jnp.where(self.valid[None], exponents, -jnp.inf)
+
     def log_scores(self, z: Float[Array, "B E"], nearest: int | None = None) -> Float[Array, "B Y"]:
         """z_c = logsumexp_j(-|z - mu_cj|^2 / 2 sigma^2): Eq. 4 before normalisation, in nats.
 

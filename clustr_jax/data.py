@@ -56,6 +56,22 @@ class Split:
         return self.images[index].astype(np.float32) / np.float32(self.scale)
 
 
+@dataclasses.dataclass
+class Examples:
+    """The test images under attack: pixels, labels, and their indices in the test split."""
+
+    x: Float[np.ndarray, "N ..."]
+    y: Int[np.ndarray, "N"]
+    ids: Int[np.ndarray, "N"]
+
+    def __len__(self):
+        return len(self.y)
+
+    def take(self, index) -> "Examples":
+        """Those at `index`, with the ids they have."""
+        return Examples(self.x[index], self.y[index], self.ids[index])
+
+
 def load(
     name: str, split: str, data_dir: str | None = None
 ) -> tuple[Float[np.ndarray, "N ..."], Int[np.ndarray, "N"]]:
@@ -227,7 +243,9 @@ def splits(config) -> tuple[Split, Split, Split]:
     index = stratified(train.labels, held_out, train.num_classes)
     rest = np.setdiff1d(np.arange(len(train)), index)
     if not len(rest):
-        raise UserError(f"data.val_size={config.val_size} leaves none of {len(train)} training images; lower it")
+        raise UserError(
+            f"data.val_size={config.val_size} leaves none of {len(train)} training images; lower it"
+        )
     return dataclasses.replace(train.take(rest, ""), subset=train.subset), train.take(index, "held out"), test
 
 

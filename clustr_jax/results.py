@@ -5,15 +5,22 @@ import importlib.metadata
 import json
 import math
 import pathlib
+import time
+import zipfile
 
+import jax
 import numpy as np
 from rich.table import Table
 
 from clustr_jax import paper
+from clustr_jax.attacks.slots import Outcome
 from clustr_jax.checkpoints import read_json, write_json
 
 # Meaning of the protocols; bumped when it changes, and versions never share a table.
-PROTOCOLS = {"clean": "clean-1", "paper": "paper-1", "sound": "sound-1"}
+PROTOCOLS = {"clean": "clean-1", "paper": "paper-1", "sound": "sound-2", "quick": "quick-1"}
+# Arrays of an Outcome that are kept; images are not.
+_OUTCOME = ("broken", "restart", "step", "spent")
+_RECORD_SECONDS = 20.0
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "clustr-jax")
 
 
@@ -63,6 +70,62 @@ def load(directory: pathlib.Path, name: str) -> dict | None:
     """A result, or None where there is none yet."""
     path = directory / f"{name}.json"
     return read_json(path) if path.exists() else None
+
+
+class Records:
+    """What an interrupted evaluation had done, attack by attack: files beside the results, gone when it ends.
+
+    `identity` is that of the result they belong to, so that another config never takes them up.
+    """
+
+    def __init__(self, directory: pathlib.Path, identity: str):
+        self.directory, self.identity = directory / "partial", identity
+        self._saved = time.monotonic()
+
+    def _path(self, name):
+        return self.directory / f"{self.identity}-{name}.npz"
+
+    def load(self, name: str, x, restarts: int) -> tuple[Outcome | None, dict[str, np.ndarray]]:
+        """(the outcome to go on from, what was saved with it); (None, {}) where there is none."""
+        path = self._path(name)
+        if not path.exists():
+            return None, {}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {key: file[key] for key in file.files}
+        except (OSError, ValueError, zipfile.BadZipFile):  # cut off by a crash: start this attack again
+            return None, {}
+        outcome = Outcome.fresh(x, restarts)
+        if found["spent"].shape != outcome.spent.shape:
+            return None, {}
+        outcome.flight = [found[f"flight_{i}"] for i in range(int(found["leaves"]))] or None
+        outcome.evaluations = int(found["evaluations"])
+        for key in _OUTCOME:
+            setattr(outcome, key, found[key])
+        return outcome, {key[6:]: value for key, value in found.items() if key.startswith("extra_")}
+
+    def save(
+        self, name: str, outcome: Outcome, extra: dict[str, np.ndarray] | None = None, now=False
+    ) -> None:
+        """Store it, every so many seconds (or `now`)."""
+        if not now and time.monotonic() - self._saved < _RECORD_SECONDS:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        flight = [] if now else [np.asarray(leaf) for leaf in jax.tree.leaves(outcome.flight)]
+        arrays = {key: getattr(outcome, key) for key in _OUTCOME}
+        arrays |= {f"flight_{i}": leaf for i, leaf in enumerate(flight)}
+        arrays |= {f"extra_{key}": value for key, value in (extra or {}).items()}
+        temporary = self._path(name).with_suffix(".tmp.npz")
+        np.savez(temporary, leaves=len(flight), evaluations=outcome.evaluations, **arrays)  # pyright: ignore[reportArgumentType]
+        temporary.replace(self._path(name))
+        self._saved = time.monotonic()
+
+    def clear(self) -> None:
+        """The result is written: nothing to go on from."""
+        for path in self.directory.glob(f"{self.identity}-*"):
+            path.unlink()
+        if self.directory.exists() and not any(self.directory.iterdir()):
+            self.directory.rmdir()
 
 
 def percent(value: float | None, result: dict | None = None, key: str = "robust") -> str:

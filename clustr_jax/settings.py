@@ -43,11 +43,13 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.magnet.samples = min(config.magnet.samples, 4)
     config.magnet.n_init = 1
     config.eval.n = min(config.eval.n or 32, 32)
-    config.eval.lanes = min(config.eval.lanes, 32)
+    config.eval.slots = min(config.eval.slots, 32)
     config.eval.attack.steps = min(config.eval.attack.steps, 4)
     config.eval.attack.restarts = min(config.eval.attack.restarts, 2)
     config.eval.paper_steps = tuple(sorted({min(steps, 4) for steps in config.eval.paper_steps}))
-    config.eval.sweep = config.eval.sweep[:1]
+    config.eval.sweep, config.eval.curve = config.eval.sweep[:1], config.eval.curve[:1]
+    config.eval.apgd_steps, config.eval.queries = min(config.eval.apgd_steps, 4), min(config.eval.queries, 20)
+    config.eval.targets = min(config.eval.targets, 2)
     return config
 
 
@@ -55,7 +57,9 @@ def check(config, method: Method, net: Net, train_split: Split, test_split: Spli
     """UserError now for what would fail after the warm-up."""
     magnet = config.magnet
     if config.eval.n > len(test_split):
-        raise UserError(f"eval.n is {config.eval.n}, but there are only {len(test_split)} test images; lower it")
+        raise UserError(
+            f"eval.n is {config.eval.n}, but there are only {len(test_split)} test images; lower it"
+        )
     for name, value in (
         ("train.lam", config.train.lam), ("train.beta", config.train.beta),
         ("train.xent_lam", config.train.xent_lam), ("magnet.alpha", magnet.alpha),

@@ -20,7 +20,7 @@ from rich.console import Console
 from clustr_jax import data, evaluate, loading, models, results, settings, train
 from clustr_jax.attacks import pgd
 from clustr_jax.checkpoints import Checkpoints, write_json
-from clustr_jax.classifier import Classifier
+from clustr_jax.classifier import Classifier, correct
 from clustr_jax.errors import UserError
 from clustr_jax.objectives import METHODS
 from clustr_jax.progress import Progress, duration
@@ -255,7 +255,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
                 state = state.replace(batch_stats=stats)
         variables, clusters = state.deployed
         clf = Classifier(variables, clusters, this.net, bounds=this.train_split.bounds)
-        val = results.fraction(evaluate.clean(clf, val_x, val_y)) if len(val_y) else 0.0
+        val = results.fraction(correct(clf, val_x, val_y)) if len(val_y) else 0.0
         if trainer.method.adversary or trainer.replays > 1:
             found = _monitor(this, clf, key)
             warned = warned or _warn_of_overfitting(this, stage, found)
@@ -290,7 +290,7 @@ def _monitor(this, clf, key):
     found = {}
     for name, steps, step_size in (("single_step", 1, 1.25 * eps), ("multi_step", 10, eps / 4)):
         x_adv = pgd(key, clf.logits, x, y, eps=eps, step_size=step_size, steps=steps, bounds=clf.bounds)
-        found[f"{name}_accuracy"] = results.fraction(evaluate.clean(clf, x_adv, y))
+        found[f"{name}_accuracy"] = results.fraction(correct(clf, x_adv, y))
     return found
 
 
@@ -324,7 +324,7 @@ def _evaluate(this: Run) -> None:
         if config.eval.n
         else np.arange(len(test))
     )
-    examples = evaluate.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
+    examples = data.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
     content = config_dict(config)
     content.pop("variant")
     content["data"].pop("dir")
@@ -346,7 +346,8 @@ def _evaluate(this: Run) -> None:
         if name == "clean":
             result, outcomes, seconds = evaluate.run_clean(clf, test.pixels(), test.labels)
         else:
-            result, outcomes, seconds = evaluate.run(name, key, clf, examples, config, report)
+            records = results.Records(folder, identity)
+            result, outcomes, seconds = evaluate.run(name, key, clf, examples, config, report, records)
         header = {
             "dataset": config.data.name, "subset": subset, "n": result.pop("n"), "method": config.method,
             "protocol": results.PROTOCOLS[name],
@@ -359,4 +360,5 @@ def _evaluate(this: Run) -> None:
         for figure in ("clean", "robust"):
             header[f"{figure}_interval"] = results.wilson(round(result[figure] * header["n"]), header["n"])
         results.save(folder, name, {**header, **result, **footer}, outcomes)
+        results.Records(folder, identity).clear()
         progress.line(f"evaluate: {name} {100 * result['robust']:.2f} % ({duration(seconds)})")

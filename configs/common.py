@@ -81,15 +81,20 @@ def base(dataset: str) -> ConfigDict:
     c.eval.n = 0  # test images to attack; 0 = all
     c.eval.nearest = 0  # D, nearest clusters of the deployed rule; 0 = all
     c.eval.quick = False  # main eps only, 20 steps
-    c.eval.lanes = 256  # images attacked side by side
-    c.eval.protocols = ("paper", "sound")
+    c.eval.slots = 64  # (example, restart) pairs attacked side by side: sets the memory; 512 or more on a GPU
+    c.eval.protocols = ("paper", "sound")  # of "paper", "sound", "quick"
+    c.eval.transfer = ()  # work directories whose models attack this one as well
     c.eval.attack = ConfigDict()  # keyword arguments of attacks.pgd
     c.eval.attack.eps = 8 / 255
     c.eval.attack.step_size = 2 / 255  # eta
     c.eval.attack.steps = 100
     c.eval.attack.restarts = 10
     c.eval.paper_steps = (20, 100)  # PGD^20 and PGD^100 of the paper's protocol
-    c.eval.sweep = (2 / 255, 16 / 255, 25.5 / 255)  # other radii of Table 4
+    c.eval.sweep = (2 / 255, 16 / 255, 25.5 / 255)  # other radii of the paper's protocol (Table 4)
+    c.eval.curve = (1 / 255, 2 / 255, 4 / 255, 16 / 255, 32 / 255, 64 / 255)  # ... of the sound one
+    c.eval.apgd_steps = 100  # of APGD-CE, APGD-T and FAB-T, as in AutoAttack
+    c.eval.targets = 9  # likeliest classes, or nearest clusters, that targeted attacks go for
+    c.eval.queries = 5000  # of Square
     return c
 
 

@@ -20,4 +20,5 @@ def get_config(method="clustr_qtrades"):
     c.eval.attack.eps, c.eval.attack.step_size = 0.2, 0.05
     c.eval.attack.steps = 20
     c.eval.sweep = (0.1,)
+    c.eval.curve = (0.05, 0.1, 0.3, 0.5)
     return common.configure(c, method)

@@ -19,4 +19,5 @@ def get_config(method="clustr"):
     c.magnet.k = 1  # section 4.1
     c.eval.attack.eps, c.eval.attack.step_size, c.eval.attack.steps = 0.1, 0.025, 20
     c.eval.sweep = (0.05, 0.2)
+    c.eval.curve = (0.05, 0.2, 0.4)
     return common.configure(c, method)

@@ -4,7 +4,7 @@
 `autoattack` schedule any number of images over a fixed number of slots (`slots.run`).
 """
 
-from clustr_jax.attacks.autoattack import AutoAttackResult, apgd, autoattack, fab, square
+from clustr_jax.attacks.ensemble import AutoAttackResult, apgd, autoattack, fab, square
 from clustr_jax.attacks.pgd import fgsm, noise, pgd, qtrades
 
 __all__ = ["AutoAttackResult", "apgd", "autoattack", "fab", "fgsm", "noise", "pgd", "qtrades", "square"]

@@ -62,7 +62,7 @@ def margin_targeted(outputs, y, target) -> Float[Array, "B"]:
 
 
 def dlr_targeted(outputs, y, target) -> Float[Array, "B"]:
-    """(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), Croce & Hein 2020, eq. 7; the plain margin below 4 classes."""
+    """(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2): Croce & Hein 2020, eq. 7; below 4 classes the margin."""
     logits = logits_of(outputs)
     difference = margin_targeted(logits, y, target)
     if logits.shape[1] < 4:
@@ -84,7 +84,7 @@ def _cluster(view: View, target):
 
 
 def centroid(view: View, y, target) -> Float[Array, "B"]:
-    """u_t - max_j u_yj: towards cluster t against the nearest own cluster. |f|^2 cancels, so it is linear in f."""
+    """u_t - max_j u_yj: towards cluster t, from the nearest own one. |f|^2 cancels: linear in f."""
     return _cluster(view, target) - jnp.max(_own(view, y), axis=1)
 
 

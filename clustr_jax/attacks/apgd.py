@@ -1,4 +1,4 @@
-"""Auto-PGD (Croce & Hein 2020, "Reliable evaluation of adversarial robustness ...", algorithm 1), linf and l2.
+"""Auto-PGD (Croce & Hein 2020, "Reliable evaluation of adversarial robustness", algorithm 1), linf and l2.
 
 Momentum, and a step that starts at 2 eps and is halved, from the best point so far, where the loss has
 stopped to rise. Nothing to tune but the number of steps.
@@ -59,7 +59,7 @@ class APGD(Attack):
     aim: Callable = struct.field(pytree_node=False)
 
     def init(self, work):
-        """eps from x: in the direction of a uniform draw scaled to its largest entry (linf), or a Gaussian (l2)."""
+        """eps from x: along a uniform draw, scaled by its largest entry (linf), or a Gaussian (l2)."""
 
         def draw(key):
             if self.norm == "linf":
@@ -68,7 +68,9 @@ class APGD(Attack):
 
         direction = jax.vmap(draw)(work.keys)
         size = jnp.maximum(length(direction, self.norm), 1e-12)
-        x = project(work.x + self.eps * direction / over(size, work.x), work.x, self.eps, self.norm, self.bounds)
+        x = project(
+            work.x + self.eps * direction / over(size, work.x), work.x, self.eps, self.norm, self.bounds
+        )
         nothing = jnp.full(work.y.shape, -jnp.inf)
         return APGDState(
             candidate=x,

@@ -53,7 +53,9 @@ class FAB(Attack):
     def update(self, model, work, state, step):
         """One gradient at the iterate, and a forward pass at the next one."""
         x, origin = state.x, work.x
-        w, value, _ = climb(model, margin_targeted, work, x)  # z_t - z_y = value + w.(z - x): 0 on the boundary
+        w, value, _ = climb(
+            model, margin_targeted, work, x
+        )  # z_t - z_y = value + w.(z - x): 0 on the boundary
         offset = value - jnp.sum(w * x, axis=tuple(range(1, x.ndim)))
         from_x = onto_hyperplane(x, w, offset, self.norm, self.bounds)
         from_origin = onto_hyperplane(origin, w, offset, self.norm, self.bounds)

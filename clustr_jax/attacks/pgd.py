@@ -30,7 +30,11 @@ from clustr_jax.errors import UserError
 
 # Restarts run side by side as long as the batch stays below this many images (memory), then in turns.
 _LANES = 512
-_STARTS, _NORMS, _SELECTS = ("uniform", "normal", "gaussian", "zero"), ("linf", "l2"), ("success", "loss", "last")
+_STARTS, _NORMS, _SELECTS = (
+    ("uniform", "normal", "gaussian", "zero"),
+    ("linf", "l2"),
+    ("success", "loss", "last"),
+)
 
 
 def pgd(

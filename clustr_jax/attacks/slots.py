@@ -86,7 +86,7 @@ class Outcome:
     `restart` and `step` are those of the first restart that succeeded (-1: none), `x_adv` its image
     (where none did, x). `step` counts the attack's own steps, so 0 is a success at the start.
     `spent` [R, N] are the evaluations of each restart that ended (0: not run). `evaluations` counts lanes x
-    iterations, idle lanes included.
+    iterations, idle lanes included. `flight` is what the slots held when the device last came back.
     """
 
     broken: Bool[np.ndarray, "N"]
@@ -95,6 +95,7 @@ class Outcome:
     spent: Int[np.ndarray, "R N"]
     x_adv: Float[np.ndarray, "N ..."]
     evaluations: int = 0
+    flight: Any = None
 
     @classmethod
     def fresh(cls, x, restarts: int) -> "Outcome":
@@ -271,6 +272,9 @@ def run(
     best[: len(x)] = np.where(outcome.broken, outcome.restart, total)
     flying = np.zeros((total, len(x)), bool)
     state, limit, small = None, 1, slots // _SMALL
+    if outcome.flight is not None:
+        state, flying = _board(attack, outcome.flight, x, total)
+        small = small if len(state.active) == slots else 0
 
     while True:
         pending = (outcome.spent == 0) & ~flying
@@ -293,13 +297,29 @@ def run(
         )
         outcome.evaluations += state.step.shape[0] * int(iterations)
         _take(attack, model, ended, outcome, best, x, y, slots, first, collect)
-        active = np.asarray(state.active)
-        flying[:] = False
-        flying[np.asarray(state.work.restart)[active], np.asarray(state.work.example)[active]] = True
+        outcome.flight, flying = state, _flying(state, flying.shape)
         if report is not None:
             report(outcome)
         if iterations == limit:  # grow, or shrink, towards the wanted seconds; the first call compiles
             limit = max(1, min(int(limit * _SECONDS / (time.perf_counter() - started)), 4 * limit))
+
+
+def _flying(state, shape):
+    """Bool [R, N]: the pairs in the slots."""
+    active, flying = np.asarray(state.active), np.zeros(shape, bool)
+    flying[np.asarray(state.work.restart)[active], np.asarray(state.work.example)[active]] = True
+    return flying
+
+
+def _board(attack, leaves, x, total):
+    """(slots, pairs in them) from the leaves that an interrupted run left, in the order of the tree."""
+    lanes = len(leaves[0])
+    nothing = np.zeros(lanes, np.int32)
+    work = jax.eval_shape(
+        _work, jax.random.key(0), nothing, nothing, nothing, x[:1].repeat(lanes, 0), nothing, nothing
+    )
+    state = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(_empty, attack, work)), leaves)
+    return state, _flying(state, (total, len(x)))
 
 
 def _shrink(attack, state, small):
@@ -373,6 +393,8 @@ def forward(model: Partial, x: Float[np.ndarray, "N ..."], slots: int):
     pieces = []
     for start in range(0, max(len(x), 1), slots):
         part = np.arange(start, min(start + slots, len(x)))
-        outputs = _outputs(model, x[np.resize(part, slots)] if len(part) else np.zeros((slots, *x.shape[1:]), np.float32))
+        outputs = _outputs(
+            model, x[np.resize(part, slots)] if len(part) else np.zeros((slots, *x.shape[1:]), np.float32)
+        )
         pieces.append(jax.tree.map(lambda a, n=len(part): np.asarray(a)[:n], outputs))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)

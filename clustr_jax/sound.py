@@ -1,0 +1,310 @@
+"""The sound protocols: log-domain losses, attacks made for cluster heads, AutoAttack; the union per example.
+
+sound-2: PGD on the cross entropy and on the margin; for cluster heads also PGD towards the nearest clusters
+of other classes (in logit and in feature distance) and away from the own one first; APGD-CE, APGD-T, FAB-T
+and Square as in AutoAttack; transfer from the network's own linear head and from other checkpoints. Every
+attack runs on all examples that are classified correctly, so each has an accuracy of its own, and unique
+kills. quick-1: margin and cluster PGD with 20 steps, each on what the one before left.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool
+
+from clustr_jax import loading, results
+from clustr_jax.attacks import aims, ensemble
+from clustr_jax.attacks import slots as scheduler
+from clustr_jax.attacks.apgd import APGD
+from clustr_jax.attacks.pgd import as_partial, pgd
+from clustr_jax.attacks.steps import PGD
+from clustr_jax.classifier import Classifier, correct
+from clustr_jax.data import Examples
+from clustr_jax.losses import margin
+
+# Of a two-stage attack, the part that only runs away from the own cluster.
+_AWAY_SHARE = 0.5
+# Restarts at which the curve over restarts is read off.
+_RESTARTS = (1, 2, 5, 10, 20, 50)
+# An unbounded attack: the whole box, or this many times the main radius where there is none.
+_UNBOUNDED = 100.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One attack of a protocol: on which targets (None, "classes" or "clusters"), with how many restarts."""
+
+    name: str
+    attack: scheduler.Attack
+    restarts: int = 1
+    targets: str | None = None
+    number: int = 0  # of its stream of randomness
+
+
+def plans(clf: Classifier, config, *, eps: float, shape: tuple[int, ...]) -> list[Plan]:
+    """The attacks of sound-2 for this classifier, in order."""
+    settings, quick = config.eval.attack, config.eval.quick
+    steps, apgd_steps = (20, 20) if quick else (settings.steps, config.eval.apgd_steps)
+    queries = 200 if quick else config.eval.queries
+    common = dict(eps=jnp.float32(eps), norm="linf", bounds=clf.bounds)
+    step_size = jnp.float32(settings.step_size * eps / settings.eps if settings.eps else 0.0)
+
+    def pgd_on(aim, **more):
+        return PGD(steps=steps, step_size=step_size, aim=aim, **common, **more)
+
+    def of_autoattack(name):
+        return ensemble.build(
+            name, eps=eps, bounds=clf.bounds, steps=apgd_steps, queries=queries, norm="linf"
+        )
+
+    found = [
+        Plan("ce", pgd_on(aims.cross_entropy), settings.restarts),
+        Plan("margin", pgd_on(aims.margin), settings.restarts),
+    ]
+    if clf.clusters is not None:
+        away = dict(opening=aims.away, opening_steps=int(_AWAY_SHARE * steps))
+        found += [
+            Plan("centroid", pgd_on(aims.centroid), 1, "clusters"),
+            Plan("feature", pgd_on(aims.feature), 1, "clusters"),
+            Plan("away", pgd_on(aims.margin, **away), settings.restarts),
+        ]
+    found += [
+        Plan("apgd-ce", of_autoattack("apgd-ce")),
+        Plan("apgd-t", of_autoattack("apgd-t"), 1, "classes"),
+        Plan("fab-t", of_autoattack("fab-t"), 1, "classes"),
+    ]
+    if len(shape) == 3:  # it paints squares
+        found.append(Plan("square", of_autoattack("square")))
+    return [dataclasses.replace(plan, number=i) for i, plan in enumerate(found)]
+
+
+def nearest_clusters(exponents, y, count: int):
+    """[T, N] of each example the `count` clusters of other classes with the largest exponents, best first.
+
+    Clusters are numbered class * K + j; where a class has fewer than K, the best one stands in for the rest.
+    """
+    size, classes, k = exponents.shape
+    flat = np.array(exponents).reshape(size, classes * k)
+    flat[np.arange(classes * k)[None, :] // k == np.asarray(y)[:, None]] = -np.inf
+    order = np.argsort(-flat, axis=1, kind="stable")[:, : min(count, (classes - 1) * k)]
+    missing = np.isneginf(np.take_along_axis(flat, order, axis=1))
+    return np.where(missing, order[:, :1], order).T.astype(np.int32)
+
+
+def execute(
+    plan: Plan, key, clf: Classifier, examples: Examples, alive, config, report, records=None
+) -> tuple[scheduler.Outcome, dict]:
+    """Run one attack on the examples that are `alive`. Returns (its outcome for those, what it cost)."""
+    started = time.perf_counter()
+    index = np.flatnonzero(alive)
+    part, model = examples.take(index), as_partial(clf.view)
+    view = scheduler.forward(model, part.x, config.eval.slots)
+    targets = None
+    if plan.targets == "classes":
+        targets = ensemble.likely_targets(view.logits, part.y, config.eval.targets)
+    elif plan.targets == "clusters":
+        targets = nearest_clusters(view.exponents, part.y, config.eval.targets)
+    total = plan.restarts * (1 if targets is None else len(targets))
+    outcome, _ = records.load(plan.name, part.x, total) if records else (None, {})
+
+    def note(outcome):
+        report(float((len(index) - outcome.broken.sum()) / max(len(examples), 1)), plan.name)
+        if records:
+            records.save(plan.name, outcome)
+
+    if len(index):
+        outcome = scheduler.run(
+            plan.attack, jax.random.fold_in(key, plan.number), model, part.x, part.y, ids=part.ids,
+            targets=targets, restarts=plan.restarts, slots=config.eval.slots, outcome=outcome, report=note,
+        )  # fmt: skip
+        if records:
+            records.save(plan.name, outcome, now=True)
+    else:
+        outcome = scheduler.Outcome.fresh(part.x, total)
+    cost = {
+        "gradient_evaluations": plan.attack.gradients * outcome.evaluations,
+        "forward_evaluations": plan.attack.forwards * outcome.evaluations,
+        "evaluations_needed": outcome.needed,
+        "evaluations_bound": bound(plan.attack, outcome, config.eval.slots),
+        "wall_seconds": time.perf_counter() - started,
+    }
+    return outcome, cost
+
+
+def bound(attack, outcome: scheduler.Outcome, slots: int) -> int:
+    """What a good schedule may spend: 1.05 x the evaluations needed, and a tail of slots x steps."""
+    return int(1.05 * outcome.needed) + slots * attack.steps
+
+
+def transfer(
+    key, source: Classifier, clf: Classifier, examples: Examples, alive, config
+) -> Bool[np.ndarray, "N"]:
+    """Which of `alive` survive images made on another model: margin PGD there, without stopping."""
+    settings, alive = config.eval.attack, alive.copy()
+    lanes = config.eval.slots
+    for start in range(0, len(examples), lanes):
+        index = np.arange(start, min(start + lanes, len(examples)))
+        padded = np.resize(index, lanes)
+        x_adv = np.asarray(
+            pgd(
+                key, source.logits, examples.x[padded], examples.y[padded], eps=settings.eps,
+                step_size=settings.step_size, steps=20, loss_fn=margin, select="last", bounds=clf.bounds,
+                ids=examples.ids[padded],
+            )
+        )  # fmt: skip
+        scheduler.verify_inside(x_adv, examples.x[padded], settings.eps, "linf", clf.bounds)
+        fooled, _ = scheduler.judge(as_partial(clf.view), x_adv, examples.y[padded])
+        alive[index] &= ~np.asarray(fooled)[: len(index)]
+    return alive
+
+
+def run_sound(key, clf, examples, config, report, records=None) -> tuple[dict, dict]:
+    """sound.json: every attack on all correct examples, the union, curves, and other radii."""
+    settings, quick = config.eval.attack, config.eval.quick
+    deployed, right = _right(clf, examples, config)
+    broken_by = np.where(right, "", "clean").astype("U32")
+    survivors, attacks, curves = {}, {}, {}
+    smaller = [eps for eps in sorted(config.eval.curve) if eps < settings.eps] if not quick else []
+    larger = [eps for eps in sorted(config.eval.curve) if eps > settings.eps] if not quick else []
+    sweep = Sweep(key, clf, examples, config, report, records)
+    alive = sweep.run(right, smaller)
+    broken_by[right & ~alive] = "smaller-eps"
+
+    for plan in plans(clf, config, eps=settings.eps, shape=examples.x.shape[1:]):
+        outcome, cost = execute(
+            plan, key, clf, examples, right, config, lambda a, what: report(a, f"sound, {what}"), records
+        )
+        survivors[plan.name] = _spread(right, ~outcome.broken)
+        attacks[plan.name] = cost
+        if plan.name in ("ce", "margin"):
+            curves[plan.name] = _curves(outcome, right, plan)
+    for name, source in transfer_sources(clf, config).items():
+        started = time.perf_counter()
+        survivors[name] = transfer(jax.random.fold_in(key, 100), source, clf, examples, right, config)
+        attacks[name] = {"wall_seconds": time.perf_counter() - started}
+
+    for name, survived in survivors.items():
+        broken_by[alive & ~survived] = name
+        alive = alive & survived
+    for name, survived in survivors.items():
+        others = np.all([s for n, s in survivors.items() if n != name], axis=0)
+        attacks[name] = {
+            "robust": results.fraction(survived), "unique_kills": int(np.sum(others & right & ~survived)),
+            **attacks[name],
+        }  # fmt: skip
+    unbounded = None
+    if not quick:
+        wide = 1.0 if clf.bounds is not None else _UNBOUNDED * settings.eps
+        left = sweep.run(alive, [*larger, wide])
+        unbounded = results.fraction(left)
+        curves["eps"] = [
+            [0.0, results.fraction(right)],
+            *sorted([[e, results.fraction(s)] for e, s in sweep.robust.items()] + [[settings.eps, results.fraction(alive)]]),
+        ]  # fmt: skip
+    result = {
+        "n": len(examples), "eps": settings.eps,
+        "clean": results.fraction(deployed), "robust": results.fraction(alive),
+        "attack": {
+            **settings.to_dict(), "steps": 20 if quick else settings.steps, "select": "success",
+            "apgd_steps": 20 if quick else config.eval.apgd_steps,
+            "queries": 200 if quick else config.eval.queries, "targets": config.eval.targets,
+        },
+        "attacks": attacks, "curves": curves, "unbounded": unbounded,
+        "sweep": {f"{eps:.6f}": {"robust": results.fraction(s)} for eps, s in sorted(sweep.robust.items())},
+    }  # fmt: skip
+    outcomes = {"clean": deployed, "robust": alive, "broken_by": broken_by}
+    outcomes |= {f"robust_{name}": survived for name, survived in survivors.items()}
+    return result, outcomes
+
+
+def run_quick(key, clf, examples, config, report, records=None) -> tuple[dict, dict]:
+    """quick.json: margin PGD, then the clusters, 20 steps and few restarts, each on what is left."""
+    settings = config.eval.attack
+    quick = config.copy_and_resolve_references()
+    quick.eval.quick = True
+    deployed, alive = _right(clf, examples, config)
+    broken_by, attacks = np.where(alive, "", "clean").astype("U32"), {}
+    for plan in plans(clf, quick, eps=settings.eps, shape=examples.x.shape[1:]):
+        if plan.name in ("margin", "centroid", "apgd-t"):
+            outcome, cost = execute(
+                plan, key, clf, examples, alive, quick, lambda a, what: report(a, f"quick, {what}"), records
+            )
+            broken_by[np.flatnonzero(alive)[outcome.broken]] = plan.name
+            alive = broken_by == ""
+            attacks[plan.name] = {"unbroken_after": results.fraction(alive), **cost}
+    result = {
+        "n": len(examples), "eps": settings.eps,
+        "clean": results.fraction(deployed), "robust": results.fraction(alive),
+        "attack": {**settings.to_dict(), "steps": 20}, "attacks": attacks, "sweep": {},
+    }  # fmt: skip
+    return result, {"clean": deployed, "robust": alive, "broken_by": broken_by}
+
+
+class Sweep:
+    """APGD on the margin at other radii, ascending; what breaks at a smaller one counts at larger ones."""
+
+    def __init__(self, key, clf, examples, config, report: Callable, records=None):
+        self.key, self.clf, self.examples, self.config = key, clf, examples, config
+        self.report, self.records = report, records
+        self.robust: dict[float, np.ndarray] = {}
+
+    def run(self, alive, radii):
+        """Survivors of all `radii`; each radius starts from what the ones before left."""
+        for eps in radii:
+            attack = APGD(
+                eps=jnp.float32(eps), steps=self.config.eval.apgd_steps, norm="linf", bounds=self.clf.bounds,
+                aim=aims.margin,
+            )  # fmt: skip
+            plan = Plan(f"apgd-margin-{eps:.6f}", attack, number=50)
+            outcome, _ = execute(
+                plan, self.key, self.clf, self.examples, alive, self.config,
+                lambda a, what: self.report(a, f"sound, {what}"), self.records,
+            )  # fmt: skip
+            alive = _spread(alive, ~outcome.broken)
+            self.robust[eps] = alive
+        return alive
+
+
+def transfer_sources(clf: Classifier, config) -> dict[str, Classifier]:
+    """Models to transfer from: the same network with its linear head, and `eval.transfer`."""
+    sources = {}
+    if clf.clusters is not None:
+        sources["transfer-linear-head"] = clf.replace(clusters=None, nearest=0)
+    for path in config.eval.transfer:
+        sources[f"transfer-{path.rstrip('/').rpartition('/')[2]}"] = loading.load(path)
+    return sources
+
+
+def _right(clf, examples, config):
+    """(right by the deployed rule, right by both it and the logits) of each example."""
+    deployed = correct(clf, examples.x, examples.y)
+    view = scheduler.forward(as_partial(clf.view), examples.x, config.eval.slots)
+    return deployed, deployed & (view.logits.argmax(axis=1) == examples.y)
+
+
+def _spread(mask, values):
+    """`values` at the places where `mask` is True, False elsewhere."""
+    full = np.zeros(len(mask), bool)
+    full[mask] = values
+    return full
+
+
+def _curves(outcome: scheduler.Outcome, right, plan: Plan) -> dict:
+    """Accuracy after so many restarts, and after so many steps of the first restart."""
+    size = max(len(right), 1)
+    restarts = [r for r in _RESTARTS if r < plan.restarts] + [plan.restarts]
+
+    def left(broken):
+        return float((len(broken) - broken.sum()) / size)
+
+    first = outcome.broken & (outcome.restart == 0)
+    steps = plan.attack.steps
+    at = sorted({0, 1, 2, 3, *range(5, steps, 5), steps})
+    return {
+        "restarts": [[r, left(outcome.broken & (outcome.restart < r))] for r in restarts],
+        "steps": [[s, left(first & (outcome.step <= s))] for s in at],
+    }
