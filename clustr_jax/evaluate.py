@@ -1,4 +1,4 @@
-"""Evaluations of one classifier, side by side: the paper's protocol, to the letter, and sound ones (sound.py).
+"""Evaluations of one classifier, side by side: the paper's protocol to the letter, and sound ones (sound.py).
 
 Success is recomputed on the returned images in a fresh forward pass, inside the ball and the box.
 """
@@ -172,7 +172,7 @@ RUNNERS = {"paper": run_paper, "sound": sound.run_sound, "quick": sound.run_quic
 def run(
     name: str, key, clf: Classifier, examples: Examples, config, report, records=None
 ) -> tuple[dict, dict, float]:
-    """(result, per-example outcomes, seconds) of one protocol; `records` keeps what an interrupted one did."""
+    """(result, per-example outcomes, seconds) of one protocol; `records` lets an interrupted one go on."""
     started = time.perf_counter()
     result, outcomes = RUNNERS[name](key, clf, examples, config, report, records)
     outcomes |= {"ids": examples.ids, "y": examples.y}

@@ -201,10 +201,8 @@ def run_sound(key, clf, examples, config, report, records=None) -> tuple[dict, d
         wide = 1.0 if clf.bounds is not None else _UNBOUNDED * settings.eps
         left = sweep.run(alive, [*larger, wide])
         unbounded = results.fraction(left)
-        curves["eps"] = [
-            [0.0, results.fraction(right)],
-            *sorted([[e, results.fraction(s)] for e, s in sweep.robust.items()] + [[settings.eps, results.fraction(alive)]]),
-        ]  # fmt: skip
+        radii = {0.0: right, settings.eps: alive, **sweep.robust}
+        curves["eps"] = [[eps, results.fraction(radii[eps])] for eps in sorted(radii)]
     result = {
         "n": len(examples), "eps": settings.eps,
         "clean": results.fraction(deployed), "robust": results.fraction(alive),

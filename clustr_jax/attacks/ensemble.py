@@ -123,7 +123,7 @@ def apgd(
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
 ) -> Float[np.ndarray, "B ..."]:
-    """Auto-PGD on `loss_fn`; targeted=True is APGD-T (DLR towards the 9 likeliest other classes, `loss_fn` unused)."""
+    """Auto-PGD on `loss_fn`; targeted=True is APGD-T: DLR towards the 9 likeliest classes, no `loss_fn`."""
     aim = aims.dlr_targeted if targeted else aims.untargeted(loss_fn)
     attack = APGD(eps=jnp.float32(eps), steps=steps, norm=norm, bounds=bounds, aim=aim)
     return _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots)

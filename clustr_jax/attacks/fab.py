@@ -77,7 +77,7 @@ class FAB(Attack):
 
 
 def onto_hyperplane(x, w, offset, norm, bounds):
-    """The smallest move (by norm) from x to {z in the box: w.z + offset = 0}; as far as it goes if there is none.
+    """The smallest move from x to {z in the box: w.z + offset = 0}; as far as it goes if there is none.
 
     Along the path z(t) = x - sign t r (r = 1 for linf, |w| for l2), each coordinate stopping at the box,
     w.z is concave and piecewise linear in t, so Newton's method from t = 0 ends exactly. O(coordinates)

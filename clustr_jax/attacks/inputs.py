@@ -37,7 +37,8 @@ def check_logits(logits, y) -> None:
         raise UserError(f"logits_fn must return [B, Y] for B = {len(y)} images, got {logits.shape}")
     if len(y) and not 0 <= int(np.min(y)) <= int(np.max(y)) < logits.shape[1]:
         raise UserError(
-            f"y must lie in 0..{logits.shape[1] - 1}, the classes of logits_fn, got {np.min(y)} to {np.max(y)}"
+            f"y must lie in 0..{logits.shape[1] - 1}, the classes of logits_fn, "
+            f"got {np.min(y)} to {np.max(y)}"
         )
     problem, text = diagnose(logits)
     if problem:
@@ -58,8 +59,8 @@ def diagnose(logits) -> tuple[bool, str]:
         return True, "logits_fn returned probabilities; give logits (before the softmax), or their logarithm"
     if np.ptp(logits) <= _BOUNDED and logits.min() >= -1e-6:
         return False, (
-            f"logits_fn returned bounded scores (from {logits.min():.3g} to {logits.max():.3g}), as exp(-d^2) "
-            f"scores are: gradients may vanish and the attack be blind; give logits in the log domain"
+            f"logits_fn returned bounded scores (from {logits.min():.3g} to {logits.max():.3g}), as "
+            f"exp(-d^2) scores are: gradients may vanish and the attack be blind; give log-domain logits"
         )
     return False, ""
 

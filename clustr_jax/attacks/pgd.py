@@ -118,7 +118,8 @@ def fgsm(
 ) -> Float[Array, "B ..."]:
     """One step of length eps from x (Goodfellow et al. 2015); the key changes nothing."""
     return pgd(
-        key, logits_fn, x, y, eps=eps, step_size=eps, steps=1, loss_fn=loss_fn, start="zero", norm=norm, bounds=bounds
+        key, logits_fn, x, y, eps=eps, step_size=eps, steps=1, loss_fn=loss_fn, start="zero", norm=norm,
+        bounds=bounds,
     )  # fmt: skip
 
 
@@ -141,7 +142,8 @@ def noise(
     if kind not in ("uniform", "gaussian"):
         raise UserError(f"kind must be uniform or gaussian, got {kind!r}")
     return pgd(
-        key, logits_fn, x, y, eps=eps, step_size=0.0, steps=0, restarts=draws, start=kind, norm=norm, bounds=bounds
+        key, logits_fn, x, y, eps=eps, step_size=0.0, steps=0, restarts=draws, start=kind, norm=norm,
+        bounds=bounds,
     )  # fmt: skip
 
 

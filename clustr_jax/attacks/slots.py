@@ -390,11 +390,9 @@ def _outputs(model, x):
 
 def forward(model: Partial, x: Float[np.ndarray, "N ..."], slots: int):
     """The model's outputs on any number of images, `slots` at a time (NumPy)."""
-    pieces = []
-    for start in range(0, max(len(x), 1), slots):
-        part = np.arange(start, min(start + slots, len(x)))
-        outputs = _outputs(
-            model, x[np.resize(part, slots)] if len(part) else np.zeros((slots, *x.shape[1:]), np.float32)
-        )
-        pieces.append(jax.tree.map(lambda a, n=len(part): np.asarray(a)[:n], outputs))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+    count = len(x)
+    if not count:
+        x = np.zeros((1, *x.shape[1:]), np.float32)
+    places = [np.arange(start, start + slots) % len(x) for start in range(0, len(x), slots)]
+    pieces = [jax.tree.map(np.asarray, _outputs(model, x[place])) for place in places]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *pieces)
