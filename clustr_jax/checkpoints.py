@@ -9,6 +9,8 @@ import logging
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from clustr_jax.clusters import Clusters
@@ -83,7 +85,9 @@ class Checkpoints:
         return Clusters(**self._load({"clusters": abstract})["clusters"])
 
     def _load(self, items: dict) -> dict:
-        return self._manager.load_checkpointables(self.latest, _abstract(items))
+        loaded = self._manager.load_checkpointables(self.latest, _abstract(items))
+        # orbax commits arrays to their device, which would compile every step a second time
+        return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), loaded)
 
     def close(self) -> None:
         """Finish writing and let go of the directory."""

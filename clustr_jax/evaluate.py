@@ -82,7 +82,7 @@ def _paper_loss(logits, y):
     return losses.cross_entropy(logits, y) / _PAPER_BATCH
 
 
-_PAPER_AIM = aims.untargeted(_paper_loss)
+_PAPER_AIM = aims.one(aims.untargeted(_paper_loss))
 
 
 def _argmax(f: Callable, x) -> Int[np.ndarray, "N"]:

@@ -20,7 +20,9 @@ from clustr_jax import loading, results
 from clustr_jax.attacks import aims, ensemble
 from clustr_jax.attacks import slots as scheduler
 from clustr_jax.attacks.apgd import APGD
+from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.pgd import as_partial, pgd
+from clustr_jax.attacks.square import Square
 from clustr_jax.attacks.steps import PGD
 from clustr_jax.classifier import Classifier, correct
 from clustr_jax.data import Examples
@@ -53,32 +55,35 @@ def plans(clf: Classifier, config, *, eps: float, shape: tuple[int, ...]) -> lis
     common = dict(eps=jnp.float32(eps), norm="linf", bounds=clf.bounds)
     step_size = jnp.float32(settings.step_size * eps / settings.eps if settings.eps else 0.0)
 
-    def pgd_on(aim, **more):
-        return PGD(steps=steps, step_size=step_size, aim=aim, **common, **more)
+    options = aims.LINEAR if clf.clusters is None else aims.CLUSTERED
 
-    def of_autoattack(name):
-        return ensemble.build(
-            name, eps=eps, bounds=clf.bounds, steps=apgd_steps, queries=queries, norm="linf"
-        )
+    def pgd_on(aim, opening=aims.margin, opening_steps=0):
+        return PGD(
+            steps=steps, step_size=step_size, aim=aims.among(aim, options),
+            opening=aims.among(opening, options), opening_steps=opening_steps, **common,
+        )  # fmt: skip
+
+    def apgd_on(aim):
+        return APGD(steps=apgd_steps, aim=aims.among(aim, options), **common)
 
     found = [
         Plan("ce", pgd_on(aims.cross_entropy), settings.restarts),
         Plan("margin", pgd_on(aims.margin), settings.restarts),
     ]
     if clf.clusters is not None:
-        away = dict(opening=aims.away, opening_steps=int(_AWAY_SHARE * steps))
+        away = pgd_on(aims.margin, opening=aims.away, opening_steps=int(_AWAY_SHARE * steps))
         found += [
             Plan("centroid", pgd_on(aims.centroid), 1, "clusters"),
             Plan("feature", pgd_on(aims.feature), 1, "clusters"),
-            Plan("away", pgd_on(aims.margin, **away), settings.restarts),
+            Plan("away", away, settings.restarts),
         ]
     found += [
-        Plan("apgd-ce", of_autoattack("apgd-ce")),
-        Plan("apgd-t", of_autoattack("apgd-t"), 1, "classes"),
-        Plan("fab-t", of_autoattack("fab-t"), 1, "classes"),
+        Plan("apgd-ce", apgd_on(aims.cross_entropy)),
+        Plan("apgd-t", apgd_on(aims.dlr_targeted), 1, "classes"),
+        Plan("fab-t", FAB(steps=apgd_steps, **common), 1, "classes"),
     ]
     if len(shape) == 3:  # it paints squares
-        found.append(Plan("square", of_autoattack("square")))
+        found.append(Plan("square", Square(steps=queries, **common)))
     return [dataclasses.replace(plan, number=i) for i, plan in enumerate(found)]
 
 
@@ -137,7 +142,7 @@ def execute(
 
 def bound(attack, outcome: scheduler.Outcome, slots: int) -> int:
     """What a good schedule may spend: 1.05 x the evaluations needed, and a tail of slots x steps."""
-    return int(1.05 * outcome.needed) + slots * attack.steps
+    return int(1.05 * outcome.needed) + slots * int(attack.steps)
 
 
 def transfer(
@@ -252,10 +257,11 @@ class Sweep:
 
     def run(self, alive, radii):
         """Survivors of all `radii`; each radius starts from what the ones before left."""
+        options = aims.LINEAR if self.clf.clusters is None else aims.CLUSTERED
         for eps in radii:
             attack = APGD(
                 eps=jnp.float32(eps), steps=self.config.eval.apgd_steps, norm="linf", bounds=self.clf.bounds,
-                aim=aims.margin,
+                aim=aims.among(aims.margin, options),
             )  # fmt: skip
             plan = Plan(f"apgd-margin-{eps:.6f}", attack, number=50)
             outcome, _ = execute(
@@ -300,7 +306,7 @@ def _curves(outcome: scheduler.Outcome, right, plan: Plan) -> dict:
         return float((len(broken) - broken.sum()) / size)
 
     first = outcome.broken & (outcome.restart == 0)
-    steps = plan.attack.steps
+    steps = int(plan.attack.steps)
     at = sorted({0, 1, 2, 3, *range(5, steps, 5), steps})
     return {
         "restarts": [[r, left(outcome.broken & (outcome.restart < r))] for r in restarts],

@@ -268,7 +268,7 @@ def attack_soundly(key, clf, examples, alive=None, aim=aims.margin, **changes):
     part = examples.take(np.flatnonzero(alive))
     attack = PGD(
         eps=jnp.float32(settings["eps"]), step_size=jnp.float32(settings["step_size"]),
-        steps=settings["steps"], norm="linf", bounds=clf.bounds, aim=aim,
+        steps=settings["steps"], norm="linf", bounds=clf.bounds, aim=aims.one(aim),
     )  # fmt: skip
     outcome = scheduler.run(
         attack, key, as_partial(clf.view), part.x, part.y, ids=part.ids, restarts=settings["restarts"],

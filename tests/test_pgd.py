@@ -169,7 +169,7 @@ def test_outcome_does_not_depend_on_order_or_batch_mates(rng):
 def test_a_zero_gradient_moves_nothing(key):
     """0 / |0| = 0 in l2: no nan, no step."""
     x, y = np.full((3, *SHAPE), 0.5, np.float32), np.zeros(3, np.int32)
-    flat = Partial(lambda x: jnp.zeros((x.shape[0], 2)) + jnp.array([[1.0, 0.0]]))
+    flat = Partial(lambda x: jnp.zeros((x.shape[0], 2)) + jnp.array([[3.0, 0.0]]))
     x_adv = attacks.pgd(key, flat, x, y, eps=0.3, step_size=0.1, steps=2, start="zero", norm="l2")
     np.testing.assert_array_equal(x_adv, x)
 

@@ -90,7 +90,7 @@ def test_success_beats_loss_only_in_the_sound_rule(key):
 def test_equal_losses_keep_the_later_restart():
     """The authors' >=: with a constant loss the second restart replaces the first."""
     x, y = np.full((8, 1), 0.5, np.float32), np.zeros(8, np.int32)
-    flat = Partial(lambda x: jnp.zeros((x.shape[0], 2)) + jnp.array([[1.0, 0.0]]))
+    flat = Partial(lambda x: jnp.zeros((x.shape[0], 2)) + jnp.array([[3.0, 0.0]]))
     one, two = (
         attacks.pgd(jax.random.key(0), flat, x, y, eps=0.3, step_size=0.1, steps=2, restarts=r, select="loss")
         for r in (1, 2)

@@ -1,9 +1,9 @@
 """What an attack looks at and climbs: model outputs, misclassification, and losses of (outputs, y, target).
 
 Attacks work on a *model*, a function of images that returns logits [B, Y] or a `View` of a classifier
-with clusters. An *aim* is a function (outputs, y, target) -> [B] to be maximised; `untargeted` makes one
-of a loss (logits, y). Aims are compared by identity, so they are module-level or cached: a fresh lambda
-would compile again.
+with clusters. What they maximise is a function (outputs, y, target) -> [B]; `untargeted` makes one of a
+loss (logits, y), and `one` or `among` the `Aim` that an attack takes. The functions are compared by
+identity, so they are module-level or cached: a fresh lambda would compile again.
 """
 
 import functools
@@ -11,10 +11,24 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
+
+
+class Aim(struct.PyTreeNode):
+    """One of several functions (outputs, y, target) -> [B], chosen at run time: one program for all."""
+
+    which: Int[Array, ""]
+    options: tuple[Callable, ...] = struct.field(pytree_node=False)
+
+    def __call__(self, outputs, y, target) -> Float[Array, "B"]:
+        """The chosen one's value."""
+        if len(self.options) == 1:
+            return self.options[0](outputs, y, target)
+        return jax.lax.switch(self.which, self.options, outputs, y, target)
 
 
 class View(struct.PyTreeNode):
@@ -119,3 +133,17 @@ def away(view: View, y, target) -> Float[Array, "B"]:
 cross_entropy = untargeted(losses.cross_entropy)
 margin = untargeted(losses.margin)
 dlr = untargeted(losses.dlr)
+
+# What the sound protocols choose from; the last four look at clusters.
+LINEAR = (cross_entropy, margin, dlr_targeted)
+CLUSTERED = (*LINEAR, centroid, feature, magnet, away)
+
+
+def one(aim: Callable) -> Aim:
+    """This one."""
+    return Aim(np.int32(0), (aim,))
+
+
+def among(aim: Callable, options: tuple[Callable, ...]) -> Aim:
+    """This one of `options`: attacks that differ in it alone share a compilation."""
+    return Aim(np.int32(options.index(aim)), options)

@@ -5,7 +5,6 @@ stopped to rise. Nothing to tune but the number of steps.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from clustr_jax.attacks.aims import Aim
 from clustr_jax.attacks.geometry import ascend, length, over, project
 from clustr_jax.attacks.slots import Attack, climb
 
@@ -56,7 +56,8 @@ def windows(steps: int) -> np.ndarray:
 class APGD(Attack):
     """`aim` decides between APGD-CE, APGD-DLR and, with targets, APGD-T."""
 
-    aim: Callable = struct.field(pytree_node=False)
+    steps: int = struct.field(pytree_node=False)
+    aim: Aim
 
     def init(self, work):
         """eps from x: along a uniform draw, scaled by its largest entry (linf), or a Gaussian (l2)."""

@@ -49,7 +49,7 @@ def build(
         return Square(steps=queries, **common)
     if name == "fab-t":
         return FAB(steps=steps, restarts=restarts, **common)
-    return APGD(steps=steps, aim=_AIMS[name], **common)
+    return APGD(steps=steps, aim=aims.one(_AIMS[name]), **common)
 
 
 _AIMS = {"apgd-ce": aims.cross_entropy, "apgd-dlr": aims.dlr, "apgd-t": aims.dlr_targeted}
@@ -124,7 +124,7 @@ def apgd(
     slots: int = SLOTS,
 ) -> Float[np.ndarray, "B ..."]:
     """Auto-PGD on `loss_fn`; targeted=True is APGD-T: DLR towards the 9 likeliest classes, no `loss_fn`."""
-    aim = aims.dlr_targeted if targeted else aims.untargeted(loss_fn)
+    aim = aims.one(aims.dlr_targeted if targeted else aims.untargeted(loss_fn))
     attack = APGD(eps=jnp.float32(eps), steps=steps, norm=norm, bounds=bounds, aim=aim)
     return _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots)
 

@@ -57,7 +57,7 @@ def diagnose(logits) -> tuple[bool, str]:
     sums = logits.sum(axis=1)
     if logits.min() >= 0 and logits.max() <= 1 and np.allclose(sums, 1, atol=1e-4):
         return True, "logits_fn returned probabilities; give logits (before the softmax), or their logarithm"
-    if np.ptp(logits) <= _BOUNDED and logits.min() >= -1e-6:
+    if 1e-3 < np.ptp(logits) <= _BOUNDED and logits.min() >= -1e-6:
         return False, (
             f"logits_fn returned bounded scores (from {logits.min():.3g} to {logits.max():.3g}), as "
             f"exp(-d^2) scores are: gradients may vanish and the attack be blind; give log-domain logits"

@@ -52,14 +52,14 @@ class Work(struct.PyTreeNode):
 
 
 class Attack(struct.PyTreeNode):
-    """What the scheduler runs. `eps` is traced; so are other numbers that a subclass does not mark as static.
+    """What the scheduler runs. Numbers are traced unless a subclass needs them to be static.
 
     A state has at least `fooled` [S] (success within the ball, at the latest update) and `candidate`
     [S, ...] (the image to return if the restart ended now). An update spends one evaluation per lane.
     """
 
     eps: Float[Array, ""]
-    steps: int = struct.field(pytree_node=False)
+    steps: Int[Array, ""]
     norm: str = struct.field(pytree_node=False)
     bounds: tuple[float, float] | None = struct.field(pytree_node=False)
 
@@ -326,7 +326,7 @@ def _shrink(attack, state, small):
     """The busy slots alone, in a smaller program, where that pays; decided by the work that is left."""
     busy = np.flatnonzero(state.active)
     lanes = len(state.active)
-    left = (attack.steps - int(np.min(np.asarray(state.step)[busy]))) * (lanes - small)
+    left = (int(attack.steps) - int(np.min(np.asarray(state.step)[busy]))) * (lanes - small)
     if left < _WORTH:
         return state
     kept = np.concatenate([busy, np.flatnonzero(~np.asarray(state.active))])[:small]

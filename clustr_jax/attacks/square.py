@@ -44,6 +44,8 @@ def sides(queries: int, shape: tuple[int, ...], smallest: int, odd: bool) -> np.
 class Square(Attack):
     """One forward pass per update; `steps` is the number of queries. Images [H, W, C] only."""
 
+    steps: int = struct.field(pytree_node=False)
+
     gradients, forwards = 0, 1
 
     def init(self, work):

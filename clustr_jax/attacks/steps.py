@@ -1,11 +1,10 @@
 """PGD as slots run it: one gradient and one step of fixed size per update."""
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from clustr_jax.attacks.aims import Aim
 from clustr_jax.attacks.geometry import ascend, over, project, random_start
 from clustr_jax.attacks.slots import Attack, climb
 
@@ -20,16 +19,16 @@ class PGDState(struct.PyTreeNode):
 class PGD(Attack):
     """Madry et al. 2018: `steps` steps of `step_size` up `aim`, which stop at the first success.
 
-    With `opening`, the first `opening_steps` steps climb that instead (two stages: where one loss has no
-    gradient the other may). clip_start=False leaves the start outside the box, as the authors' code does.
+    The first `opening_steps` steps climb `opening` instead (two stages: where one loss has no gradient the
+    other may). clip_start=False leaves the start outside the box, as the authors' code does.
     """
 
     step_size: Float[Array, ""]
-    aim: Callable = struct.field(pytree_node=False)
+    aim: Aim
+    opening: Aim | None = None
+    opening_steps: Int[Array, ""] | int = 0
     start: str = struct.field(pytree_node=False, default="uniform")
     clip_start: bool = struct.field(pytree_node=False, default=True)
-    opening: Callable | None = struct.field(pytree_node=False, default=None)
-    opening_steps: int = struct.field(pytree_node=False, default=0)
 
     def init(self, work):
         """A random point of the ball."""
@@ -40,14 +39,12 @@ class PGD(Attack):
 
     def update(self, model, work, state, step):
         """Evaluate the iterate; move it unless it is misclassified."""
-        aim = self.aim
-        if self.opening is not None:
-            opening = self.opening
 
-            def aim(outputs, y, target):
-                return jnp.where(
-                    step < self.opening_steps, opening(outputs, y, target), self.aim(outputs, y, target)
-                )
+        def aim(outputs, y, target):
+            value = self.aim(outputs, y, target)
+            if self.opening is None:
+                return value
+            return jnp.where(step < self.opening_steps, self.opening(outputs, y, target), value)
 
         x = state.candidate
         gradient, _, fooled = climb(model, aim, work, x)
