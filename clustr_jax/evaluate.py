@@ -32,6 +32,24 @@ def paper_pgd(
     Cross entropy of the exp scores, all restarts on all examples, fooled examples frozen, the start not
     clipped to the box, and of each example's restarts the one with the largest loss, fooled or not.
     """
+    attack = PGD(
+        eps=jnp.float32(eps), steps=steps, norm="linf", bounds=clf.bounds, step_size=jnp.float32(step_size),
+        aim=PAPER_AIM, clip_start=False,
+    )  # fmt: skip
+    return largest_loss(
+        key, as_partial(clf.scores), attack, examples, restarts=restarts, slots=slots, report=report,
+        records=records, name=name,
+    )  # fmt: skip
+
+
+def largest_loss(
+    key, model, attack, examples, *, restarts, slots, report=lambda unbroken: None, records=None, name=""
+) -> dict:
+    """All restarts to their end, judged by the authors' rule: the one with the largest cross entropy counts.
+
+    Returns `robust` [N] by that rule, `any_restart` [N] (no restart succeeded), `fooled_outside_box` [N]
+    (a success that counts, but is no image), and what was spent.
+    """
     outcome, known = records.load(name, examples.x, restarts) if records else (None, {})
     if not known:  # the authors' initial loss is 0, so that any replaces it
         known = {
@@ -39,7 +57,6 @@ def paper_pgd(
             "kept": np.full(len(examples), -1), "ever": np.zeros(len(examples), bool),
         }  # fmt: skip
     best, best_loss, kept, ever = (known[key] for key in ("best", "loss", "kept", "ever"))
-    model = as_partial(clf.scores)
 
     def note(outcome):
         report(float(np.mean(~ever)))
@@ -47,27 +64,23 @@ def paper_pgd(
             records.save(name, outcome, known)
 
     def collect(index, restart, x_adv, fooled):
-        loss = _paper_loss(scheduler.forward(model, x_adv, slots), examples.y[index])
+        loss = losses.cross_entropy(jnp.asarray(scheduler.forward(model, x_adv, slots)), examples.y[index])
         for i, r, image, value in zip(index, restart, x_adv, np.asarray(loss), strict=True):
             # of equal losses the later restart's, in whatever order they end
             if value > best_loss[i] or (value == best_loss[i] and r > kept[i]):
                 best[i], best_loss[i], kept[i] = image, value, r
         ever[index[fooled]] = True
 
-    attack = PGD(
-        eps=jnp.float32(eps), steps=steps, norm="linf", bounds=clf.bounds, step_size=jnp.float32(step_size),
-        aim=_PAPER_AIM, clip_start=False,
-    )  # fmt: skip
     outcome = scheduler.run(
         attack, key, model, examples.x, examples.y, ids=examples.ids, restarts=restarts, slots=slots,
         first=False, outcome=outcome, collect=collect, report=note,
     )  # fmt: skip
     if records:
         records.save(name, outcome, known, now=True)
-    robust = _argmax(clf.scores, best) == examples.y
+    robust = _argmax(model, best) == examples.y
     outside = np.zeros(len(examples), bool)
-    if clf.bounds is not None:
-        low, high = clf.bounds
+    if attack.bounds is not None:
+        low, high = attack.bounds
         outside = np.any(
             (best < low - scheduler.TOLERANCE) | (best > high + scheduler.TOLERANCE),
             axis=tuple(range(1, best.ndim)),
@@ -82,7 +95,7 @@ def _paper_loss(logits, y):
     return losses.cross_entropy(logits, y) / _PAPER_BATCH
 
 
-_PAPER_AIM = aims.one(aims.untargeted(_paper_loss))
+PAPER_AIM = aims.one(aims.untargeted(_paper_loss))
 
 
 def _argmax(f: Callable, x) -> Int[np.ndarray, "N"]:

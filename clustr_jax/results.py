@@ -18,6 +18,7 @@ from clustr_jax.checkpoints import read_json, write_json
 
 # Meaning of the protocols; bumped when it changes, and versions never share a table.
 PROTOCOLS = {"clean": "clean-1", "paper": "paper-1", "sound": "sound-2", "quick": "quick-1"}
+PROTOCOLS["diagnostics"] = "diagnostics-1"
 # Arrays of an Outcome that are kept; images are not.
 _OUTCOME = ("broken", "restart", "step", "spent")
 _RECORD_SECONDS = 20.0
@@ -167,6 +168,8 @@ def side_by_side(results: dict[str, dict]) -> Table:
                 percent(paper.claim(dataset, method, name)), percent(value, claimed), "",
             )  # fmt: skip
     if sound:
+        for name, attack in sound["attacks"].items():
+            table.add_row(f"  {name}", "", "", percent(attack["robust"], sound))
         table.add_row(f"worst case, eps {radius(sound['eps'])}", "", "", percent(sound["robust"], sound))
     for eps, attacks in (claimed or {"sweep": {}})["sweep"].items():
         for name, value in attacks.items():
@@ -174,6 +177,19 @@ def side_by_side(results: dict[str, dict]) -> Table:
                 f"{name}, eps {radius(float(eps))}",
                 percent(paper.claim(dataset, method, name, float(eps))), percent(value, claimed), "",
             )  # fmt: skip
+    return table
+
+
+def checks_table(diagnosis: dict) -> Table:
+    """The checks of diagnostics.json, a line each."""
+    table = Table(title="can it be believed?")
+    for column in ("", "check", "status", "value", "limit", "note"):
+        table.add_column(column)
+    colours = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP": "dim"}
+    for check in diagnosis["checks"]:
+        value = "-" if check["value"] is None else f"{check['value']:.3g}"
+        status = f"[{colours[check['status']]}]{check['status']}[/]"
+        table.add_row(str(check["number"]), check["name"], status, value, check["limit"], check["note"])
     return table
 
 

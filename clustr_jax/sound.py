@@ -55,13 +55,10 @@ def plans(clf: Classifier, config, *, eps: float, shape: tuple[int, ...]) -> lis
     common = dict(eps=jnp.float32(eps), norm="linf", bounds=clf.bounds)
     step_size = jnp.float32(settings.step_size * eps / settings.eps if settings.eps else 0.0)
 
-    options = aims.LINEAR if clf.clusters is None else aims.CLUSTERED
+    options = options_of(clf)
 
-    def pgd_on(aim, opening=aims.margin, opening_steps=0):
-        return PGD(
-            steps=steps, step_size=step_size, aim=aims.among(aim, options),
-            opening=aims.among(opening, options), opening_steps=opening_steps, **common,
-        )  # fmt: skip
+    def pgd_on(aim, **more):
+        return pgd_attack(clf, eps=eps, steps=steps, step_size=step_size, aim=aim, **more)
 
     def apgd_on(aim):
         return APGD(steps=apgd_steps, aim=aims.among(aim, options), **common)
@@ -85,6 +82,21 @@ def plans(clf: Classifier, config, *, eps: float, shape: tuple[int, ...]) -> lis
     if len(shape) == 3:  # it paints squares
         found.append(Plan("square", Square(steps=queries, **common)))
     return [dataclasses.replace(plan, number=i) for i, plan in enumerate(found)]
+
+
+def options_of(clf: Classifier):
+    """The losses that attacks on this classifier choose from."""
+    return aims.LINEAR if clf.clusters is None else aims.CLUSTERED
+
+
+def pgd_attack(clf, *, eps, steps, step_size, aim, opening=aims.margin, opening_steps=0) -> PGD:
+    """PGD on `clf.view`: one compilation for all radii, steps and aims."""
+    options = options_of(clf)
+    return PGD(
+        eps=jnp.float32(eps), steps=np.int32(steps), norm="linf", bounds=clf.bounds,
+        step_size=jnp.float32(step_size), aim=aims.among(aim, options),
+        opening=aims.among(opening, options), opening_steps=np.int32(opening_steps),
+    )  # fmt: skip
 
 
 def nearest_clusters(exponents, y, count: int):
@@ -257,7 +269,7 @@ class Sweep:
 
     def run(self, alive, radii):
         """Survivors of all `radii`; each radius starts from what the ones before left."""
-        options = aims.LINEAR if self.clf.clusters is None else aims.CLUSTERED
+        options = options_of(self.clf)
         for eps in radii:
             attack = APGD(
                 eps=jnp.float32(eps), steps=self.config.eval.apgd_steps, norm="linf", bounds=self.clf.bounds,

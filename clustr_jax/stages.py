@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from clustr_jax import data, evaluate, loading, models, results, settings, train
+from clustr_jax import data, diagnostics, evaluate, loading, models, results, settings, train
 from clustr_jax.attacks import pgd
 from clustr_jax.checkpoints import Checkpoints, write_json
 from clustr_jax.classifier import Classifier, correct
@@ -86,6 +86,10 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
     found = {name: result for name, result in found.items() if result is not None}
     if EVALUATE in wanted and found:
         console.print(results.side_by_side(found))
+        diagnosis = results.load(place.results, "diagnostics")
+        if diagnosis is not None and "sound" in found:
+            console.print(results.checks_table(diagnosis))
+            console.print(diagnosis["verdict"], highlight=False, soft_wrap=True, style="bold")
         console.print(f"results: {place.results}", highlight=False, soft_wrap=True)
     return found
 
@@ -362,3 +366,30 @@ def _evaluate(this: Run) -> None:
         results.save(folder, name, {**header, **result, **footer}, outcomes)
         results.Records(folder, identity).clear()
         progress.line(f"evaluate: {name} {100 * result['robust']:.2f} % ({duration(seconds)})")
+    if config.eval.diagnostics and "sound" in config.eval.protocols:
+        _diagnose(this, clf, examples, folder)
+
+
+def _diagnose(this: Run, clf, examples, folder) -> None:
+    """diagnostics.json: the checks and the verdict on the sound result that stands there."""
+    config = this.config
+    sound, paper = results.load(folder, "sound"), results.load(folder, "paper")
+    assert sound is not None  # it was made, or found, just now
+    identity = results.sha([sound["config_sha"], paper and paper["config_sha"], results.PROTOCOLS])
+    before = results.load(folder, "diagnostics")
+    if before and before["config_sha"] == identity:
+        this.progress.line("evaluate: diagnostics were done before")
+        return
+    started = time.monotonic()
+    this.progress.status("evaluate  diagnostics: twenty checks")
+    with np.load(folder / "sound.npz", allow_pickle=False) as file:
+        outcomes = dict(file)
+    checks = diagnostics.run(
+        jax.random.fold_in(this.key(EVALUATE), 1), clf, examples, config, sound, outcomes, paper, None
+    )
+    shared = ("dataset", "subset", "n", "method", "eps", "clean", "robust", "attack", "seed", "versions")
+    content = {name: sound[name] for name in shared} | diagnostics.as_result(sound, checks, paper)
+    seconds = time.monotonic() - started
+    content |= {"protocol": results.PROTOCOLS["diagnostics"], "config_sha": identity, "wall_seconds": seconds}
+    results.save(folder, "diagnostics", content, {"ids": examples.ids})
+    this.progress.line(f"evaluate: diagnostics ({duration(seconds)})")

@@ -83,6 +83,7 @@ def base(dataset: str) -> ConfigDict:
     c.eval.quick = False  # main eps only, 20 steps
     c.eval.slots = 64  # (example, restart) pairs attacked side by side: sets the memory; 512 or more on a GPU
     c.eval.protocols = ("paper", "sound")  # of "paper", "sound", "quick"
+    c.eval.diagnostics = True  # twenty checks of the sound result, and a verdict
     c.eval.transfer = ()  # work directories whose models attack this one as well
     c.eval.attack = ConfigDict()  # keyword arguments of attacks.pgd
     c.eval.attack.eps = 8 / 255
@@ -249,6 +250,10 @@ def cpu(c):
     c.train.optimizer, c.train.schedule, c.train.milestones = "adam", "onecycle", ()
     c.train.lr, c.train.weight_decay = (1e-3, 0.0) if magnet_batches else (5e-3, 1e-4)
     c.train.epochs = {"free_at": 4, "at_pretrain": 5, "magnet": 18}.get(c.method, 6 if magnet_batches else 12)
+    if c.method in ("pgd_at", "trades", "at_pretrain", "clustr_trades"):  # half the steps, larger ones
+        c.train.attack.steps, c.train.attack.step_size = 5, c.train.attack.eps * 3 / 8
+    if c.method == "free_at":
+        c.train.replays = 4
     c.eval.n, c.eval.attack.steps, c.eval.paper_steps = 1000, 20, (20,)
     c.eval.sweep = ()
 

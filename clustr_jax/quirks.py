@@ -1,0 +1,119 @@
+"""Which departure of the authors' protocol buys how many points, on one trained model.
+
+    python -m clustr_jax.quirks runs/cifar10-clustr_qtrades [--n=512] [--steps=20] [--restarts=10]
+
+The first row is the paper's protocol; each following row switches one departure off and leaves the others;
+the last has all of them off. Writes results/quirks.json beside the other results.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from clustr_jax import data, loading, results
+from clustr_jax.attacks import aims
+from clustr_jax.attacks.pgd import as_partial
+from clustr_jax.attacks.steps import PGD
+from clustr_jax.checkpoints import read_json
+from clustr_jax.errors import UserError
+from clustr_jax.evaluate import PAPER_AIM, largest_loss
+
+# name -> what it is in the authors' code, and instead.
+QUIRKS = {
+    "exp_scores": "cross entropy of exp scores -> of log scores",
+    "mean_loss": "gradient of the mean over 64 images -> of each image's own loss (underflow)",
+    "max_loss": "the restart with the largest loss counts -> any restart that succeeds",
+    "start_outside": "the start may leave the box -> it may not",
+}
+_EXP_AIM = aims.one(aims.cross_entropy)
+
+
+def evaluate(key, clf, examples, config, on: frozenset[str], *, steps: int, restarts: int):
+    """Bool [N]: who survives PGD with the departures `on`, all others switched off."""
+    settings = config.eval.attack
+    model = as_partial(clf.scores if "exp_scores" in on else clf.logits)
+    attack = PGD(
+        eps=jnp.float32(settings.eps), steps=steps, norm="linf", bounds=clf.bounds,
+        step_size=jnp.float32(settings.step_size), aim=PAPER_AIM if "mean_loss" in on else _EXP_AIM,
+        clip_start="start_outside" not in on,
+    )  # fmt: skip
+    found = largest_loss(key, model, attack, examples, restarts=restarts, slots=config.eval.slots)
+    return found["robust" if "max_loss" in on else "any_restart"]
+
+
+def table(key, clf, examples, config, *, steps: int, restarts: int, report=lambda text: None) -> list[dict]:
+    """Rows {quirk off, robust, points}: all on, each off in turn, all off."""
+    everything = frozenset(QUIRKS)
+    rows, base = [], None
+    for name in ("", *QUIRKS, "all"):
+        on = everything - ({name} if name in QUIRKS else everything if name else frozenset())
+        report(f"without {name or 'nothing'}")
+        robust = results.fraction(evaluate(key, clf, examples, config, on, steps=steps, restarts=restarts))
+        base = robust if base is None else base
+        rows.append({"off": name or "none", "robust": robust, "points": 100 * (robust - base)})
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m clustr_jax.quirks", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("workdir")
+    parser.add_argument("--n", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--restarts", type=int, default=10)
+    args = parser.parse_args(argv)
+    console = Console()
+    try:
+        clf = loading.load(args.workdir)
+        if clf.clusters is None:
+            raise UserError(f"{args.workdir} has a linear head; the departures are those of cluster scores")
+        config = ConfigDict(read_json(pathlib.Path(args.workdir) / "config.json"))
+        if args.n < 1 or args.steps < 1 or args.restarts < 1:
+            raise UserError("--n, --steps and --restarts must be at least 1")
+        clf = clf.replace(nearest=config.eval.nearest)
+        test = data.splits(config.data)[2]
+        count = min(args.n, len(test))
+        index = data.stratified(test.labels, count, test.num_classes)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    examples = data.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
+    started = time.perf_counter()
+    with console.status("quirks") as status:
+        rows = table(
+            jax.random.key(config.seed), clf, examples, config, steps=args.steps, restarts=args.restarts,
+            report=lambda text: status.update(f"quirks: {text}"),
+        )  # fmt: skip
+    shown = Table(
+        title=f"{config.method} on {config.data.name}, PGD^{args.steps} x {args.restarts}, n = {count}"
+    )
+    for column in ("switched off", "instead", "accuracy %", "points"):
+        shown.add_column(column)
+    for row in rows:
+        what = QUIRKS.get(row["off"]) or {"none": "the paper's protocol", "all": "none of them"}[row["off"]]
+        shown.add_row(row["off"], what, results.percent(row["robust"], {"n": count}), f"{row['points']:+.2f}")
+    console.print(shown)
+    results.save(pathlib.Path(args.workdir) / "results", "quirks", {
+        "dataset": config.data.name, "subset": test.subset, "n": count, "method": config.method,
+        "protocol": "quirks-1", "eps": config.eval.attack.eps, "clean": results.fraction(
+            np.asarray(clf.predict(examples.x)) == examples.y),
+        "robust": rows[-1]["robust"], "attack": {"steps": args.steps, "restarts": args.restarts},
+        "rows": rows, "seed": config.seed, "config_sha": results.sha(config.to_dict()),
+        "versions": results.versions(), "wall_seconds": time.perf_counter() - started,
+    }, {"ids": examples.ids, "y": examples.y})  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
