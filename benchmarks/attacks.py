@@ -239,7 +239,8 @@ def speed(net, model, x, y, runs) -> list[dict]:
     median = {name: statistics.median(values) for name, values in taken.items()}
     rows = [{
         "library": name, "robust": robust[name], "seconds": median[name],
-        "times_ours": median[name] / median["ours"], "evaluations": spent[name], "ours_share_of_evaluations": spent["ours"] / spent[name],
+        "times_ours": median[name] / median["ours"], "evaluations": spent[name],
+        "ours_share_of_evaluations": spent["ours"] / spent[name],
         "first_call_seconds": first if name == "ours" else None,
     } for name in functions]  # fmt: skip
     for row in rows:

@@ -39,7 +39,8 @@ class Progress:
     def line(self, text: str) -> None:
         """Something to keep."""
         self._spoke = time.monotonic()
-        self.console.print(text, markup=False, highlight=False)
+        # a log file has no width to wrap at
+        self.console.print(text, markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
 
 
 def duration(seconds: float) -> str:

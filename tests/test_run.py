@@ -25,6 +25,7 @@ import pytest
 import clustr_jax
 from clustr_jax import data, train
 from clustr_jax.errors import UserError
+from clustr_jax.objectives import METHODS
 
 # orbax and ml_collections use outdated calls of their own libraries.
 pytestmark = [
@@ -40,9 +41,10 @@ TINY = (
     "--config.model.width=4", "--config.data.train_size=400", "--config.data.test_size=60",
     "--config.data.val_size=0.2", "--config.warmup.epochs=30", "--config.warmup.target=0.6",
     "--config.warmup.batch_size=32", "--config.train.epochs=5", "--config.magnet.samples=4",
-    "--config.magnet.n_init=2", "--config.eval.n=40", "--config.eval.lanes=16",
+    "--config.magnet.n_init=2", "--config.eval.n=40", "--config.eval.slots=16",
     "--config.eval.attack.steps=5", "--config.eval.attack.restarts=2",
-    "--config.eval.paper_steps=(3,5)", "--config.eval.sweep=(0.1,)",
+    "--config.eval.paper_steps=(3,5)", "--config.eval.sweep=(0.1,)", "--config.eval.curve=(0.1,)",
+    "--config.eval.apgd_steps=5", "--config.eval.queries=30", "--config.eval.targets=2",
 )  # fmt: skip
 REQUIRED = (
     "dataset", "subset", "n", "method", "protocol", "eps", "clean", "robust", "attack", "seed", "config_sha",
@@ -158,7 +160,8 @@ def assert_same_arrays(a, b):
 def assert_same_run(folder, other):
     """Metrics, results, per-example outcomes and every trained array are equal."""
     assert timeless(metrics(folder)) == timeless(metrics(other))
-    for name in ("1_warmup", "2_train"):
+    assert (folder / "1_warmup").exists() == (other / "1_warmup").exists()
+    for name in [name for name in ("1_warmup", "2_train") if (other / name).exists()]:
         assert read(folder / name / "done.json") == read(other / name / "done.json")
         a, b = clustr_jax.load(folder / name), clustr_jax.load(other / name)
         assert_same_arrays((a.variables, a.clusters), (b.variables, b.clusters))
@@ -235,7 +238,8 @@ def test_a_smoke_run_on_points_from_start_to_finish(run, tmp_path):
     )
     assert "evaluate: sound" in stdout and "finished before" not in stdout
     changed = {path.name for path, stamp in stamps(folder).items() if before.get(path) != stamp}
-    assert changed == {"clean.json", "clean.npz", "sound.json", "sound.npz"}
+    names = ("clean", "sound", "diagnostics")
+    assert changed == {f"{name}.{kind}" for name in names for kind in ("json", "npz")}
 
     clf = clustr_jax.load(folder)
     x, y = data.load("toy2d_moons", "test")
@@ -264,18 +268,30 @@ def test_a_smoke_run_on_digits(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["nominal", "free_at", "trades", "at_pretrain", "magnet"])
-def test_other_methods_run_to_the_end(method, run, tmp_path):
-    """Methods of other kinds, on points; without a warm-up there is only 2_train."""
-    folder = tmp_path / method
-    source = ("--config.pretrain.name=toy2d_pairs",) if method == "at_pretrain" else ()
-    stdout, _ = run(f"{TOY}:{method}", "--config.smoke=true", f"--workdir={folder}", *source)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_killed_resumed_and_runs_to_the_end(method, start, run, tmp_path):
+    """On points. After the first epoch of its training it dies; without a warm-up there is only 2_train."""
+    folder, straight = tmp_path / "killed", tmp_path / "straight"
+    arguments = (
+        f"{TOY}:{method}", "--config.smoke=true", "--config.data.train_size=0", "--config.magnet.samples=10",
+        "--config.eval.n=16", "--config.eval.diagnostics=false",
+    )  # fmt: skip
+    arguments += ("--config.pretrain.name=toy2d_pairs",) if method == "at_pretrain" else ()
+    process = start(*arguments, f"--workdir={folder}")
+    checkpoints = folder / "2_train" / "checkpoints"
+    while not (checkpoints.exists() and any(p.name.isdigit() for p in checkpoints.iterdir())):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stdout, _ = run(*arguments, f"--workdir={folder}")
     assert_contract(folder, stdout)
-    assert (folder / "1_warmup").exists() == (method == "at_pretrain")
-    clf = clustr_jax.load(folder)
-    assert (clf.clusters is not None) == (method == "magnet")
+    assert (folder / "1_warmup").exists() == (METHODS[method].warmup is not None)
+    assert (clustr_jax.load(folder).clusters is not None) == (METHODS[method].head == "clusters")
+    run(*arguments, f"--workdir={straight}")
+    assert_same_run(folder, straight)
     before = stamps(folder)
-    stdout, _ = run(f"{TOY}:{method}", "--config.smoke=true", f"--workdir={folder}", *source)
+    stdout, _ = run(*arguments, f"--workdir={folder}")
     assert "finished before" in stdout and stamps(folder) == before
 
 
