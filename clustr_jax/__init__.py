@@ -7,7 +7,8 @@
 Map, from the bottom up:
     losses, kmeans, convolution, models     arrays in, arrays out; import nothing of ours
     clusters, sampling, attacks             the cluster head, Magnet batches, adversaries
-    objectives, train, evaluate             one function per method, the train step, the protocols
+    objectives, train                       one function per method, the train step
+    evaluate, sound, diagnostics, quirks    the paper's protocol, the sound ones, can they be believed?
     checkpoints, workdir, loading, results  files
     stages                                  the order of things; run.py calls stages.run
 
