@@ -354,7 +354,7 @@ def _evaluate(this: Run) -> None:
             result, outcomes, seconds = evaluate.run(name, key, clf, examples, config, report, records)
         header = {
             "dataset": config.data.name, "subset": subset, "n": result.pop("n"), "method": config.method,
-            "protocol": results.PROTOCOLS[name],
+            "protocol": results.PROTOCOLS[name] + ("-quick" if config.eval.quick and name != "clean" else ""),
         }  # fmt: skip
         footer = {
             "head": "linear" if clf.clusters is None else "clusters", "nearest": clf.nearest,

@@ -80,7 +80,7 @@ def base(dataset: str) -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.n = 0  # test images to attack; 0 = all
     c.eval.nearest = 0  # D, nearest clusters of the deployed rule; 0 = all
-    c.eval.quick = False  # main eps only, 20 steps
+    c.eval.quick = False  # main eps only, 20 steps, 200 queries; protocols are then called ...-quick
     c.eval.slots = 64  # (example, restart) pairs attacked side by side: sets the memory; 512 or more on a GPU
     c.eval.protocols = ("paper", "sound")  # of "paper", "sound", "quick"
     c.eval.diagnostics = True  # twenty checks of the sound result, and a verdict
