@@ -27,27 +27,27 @@ class Classifier(struct.PyTreeNode):
     nearest: int = struct.field(pytree_node=False, default=0)
     bounds: tuple[float, float] | None = struct.field(pytree_node=False, default=(0.0, 1.0))
 
-    def embed(self, x: Float[Array, "B ..."]) -> Float[Array, "B E"]:
+    def embed(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B E"]:
         """Embeddings in eval mode."""
         return _apply(self, x, "embed")
 
-    def logits(self, x: Float[Array, "B ..."]) -> Float[Array, "B Y"]:
+    def logits(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B Y"]:
         """Log-domain logits: logsumexp_j(-|f - mu_cj|^2 / 2 sigma^2) for clusters, else the linear head."""
         return _apply(self, x, "logits")
 
-    def scores(self, x: Float[Array, "B ..."]) -> Float[Array, "B Y"]:
+    def scores(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B Y"]:
         """What the authors attack: exp scores over the D nearest clusters; the logits of a linear head."""
         return _apply(self, x, "scores")
 
-    def deployed(self, x: Float[Array, "B ..."]) -> Float[Array, "B Y"]:
+    def deployed(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B Y"]:
         """What `predict` takes the argmax of: log scores over the D nearest clusters (-inf without one)."""
         return _apply(self, x, "deployed")
 
-    def view(self, x: Float[Array, "B ..."]) -> View:
+    def view(self, x: Float[Array | np.ndarray, "B ..."]) -> View:
         """All that an evaluation looks at, from one forward pass: logits, deployed, clusters' exponents."""
         return _apply(self, x, "view")
 
-    def predict(self, x: Float[Array, "B ..."]) -> Int[Array, "B"]:
+    def predict(self, x: Float[Array | np.ndarray, "B ..."]) -> Int[Array, "B"]:
         """Predicted classes; ties go to the first class."""
         return jnp.argmax(_apply(self, x, "deployed"), axis=1).astype(jnp.int32)
 

@@ -154,7 +154,7 @@ def execute(
 
 def bound(attack, outcome: scheduler.Outcome, slots: int) -> int:
     """What a good schedule may spend: 1.05 x the evaluations needed, and a tail of slots x steps."""
-    return int(1.05 * outcome.needed) + slots * int(attack.steps)
+    return int(1.05 * outcome.needed + slots * np.asarray(attack.steps))
 
 
 def transfer(
@@ -318,7 +318,7 @@ def _curves(outcome: scheduler.Outcome, right, plan: Plan) -> dict:
         return float((len(broken) - broken.sum()) / size)
 
     first = outcome.broken & (outcome.restart == 0)
-    steps = int(plan.attack.steps)
+    steps = int(np.asarray(plan.attack.steps))
     at = sorted({0, 1, 2, 3, *range(5, steps, 5), steps})
     return {
         "restarts": [[r, left(outcome.broken & (outcome.restart < r))] for r in restarts],

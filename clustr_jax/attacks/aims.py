@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
@@ -21,7 +22,7 @@ from clustr_jax import losses
 class Aim(struct.PyTreeNode):
     """One of several functions (outputs, y, target) -> [B], chosen at run time: one program for all."""
 
-    which: Int[Array, ""]
+    which: ArrayLike
     options: tuple[Callable, ...] = struct.field(pytree_node=False)
 
     def __call__(self, outputs, y, target) -> Float[Array, "B"]:
@@ -88,13 +89,20 @@ def dlr_targeted(outputs, y, target) -> Float[Array, "B"]:
 # Cluster heads. A target is a cluster, numbered class * K + j.
 
 
+def _clustered(view: View) -> Float[Array, "B Y K"]:
+    if view.exponents is None:
+        raise ValueError("this loss looks at clusters, and the model has a linear head")
+    return view.exponents
+
+
 def _own(view: View, y):
     """Scores [B, K] of the label's clusters."""
-    return jnp.take_along_axis(view.exponents, y[:, None, None], axis=1)[:, 0]
+    return jnp.take_along_axis(_clustered(view), y[:, None, None], axis=1)[:, 0]
 
 
 def _cluster(view: View, target):
-    return _at(view.exponents.reshape(view.exponents.shape[0], -1), target)
+    exponents = _clustered(view)
+    return _at(exponents.reshape(exponents.shape[0], -1), target)
 
 
 def centroid(view: View, y, target) -> Float[Array, "B"]:
@@ -109,8 +117,9 @@ def feature(view: View, y, target) -> Float[Array, "B"]:
 
 def magnet(view: View, y, target) -> Float[Array, "B"]:
     """The Magnet loss (Eq. 3) about the fixed centroids, without its hinge and its margin alpha."""
-    others = jnp.arange(view.exponents.shape[1])[None, :] != y[:, None]
-    attraction = jnp.where(others[:, :, None], view.exponents, -jnp.inf)
+    exponents = _clustered(view)
+    others = jnp.arange(exponents.shape[1])[None, :] != y[:, None]
+    attraction = jnp.where(others[:, :, None], exponents, -jnp.inf)
     repulsion = jax.nn.logsumexp(attraction.reshape(attraction.shape[0], -1), axis=1)
     return repulsion - jnp.max(_own(view, y), axis=1)
 

@@ -40,8 +40,8 @@ _STARTS, _NORMS, _SELECTS = (
 def pgd(
     key: Array,
     logits_fn: Callable,
-    x: Float[Array, "B ..."],
-    y: Int[Array, "B"] | Float[Array, "B Y"],
+    x: Float[Array | np.ndarray, "B ..."],
+    y: Int[Array | np.ndarray, "B"] | Float[Array | np.ndarray, "B Y"],
     *,
     eps: float,
     step_size: float,
@@ -53,7 +53,7 @@ def pgd(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     select: str = "success",
     clip_start: bool = True,
-    ids: Int[Array, "B"] | None = None,
+    ids: Int[Array | np.ndarray, "B"] | None = None,
 ) -> Float[Array, "B ..."]:
     """Maximise `loss_fn(logits, y)` within `eps` of x (pixels in [0, 1] units) by `steps` steps.
 
@@ -94,8 +94,8 @@ def pgd(
 def qtrades(
     key: Array,
     logits_fn: Callable,
-    x: Float[Array, "B ..."],
-    probs: Float[Array, "B Y"],
+    x: Float[Array | np.ndarray, "B ..."],
+    probs: Float[Array | np.ndarray, "B Y"],
     *,
     eps: float,
     step_size: float,
@@ -108,8 +108,8 @@ def qtrades(
 def fgsm(
     key: Array,
     logits_fn: Callable,
-    x: Float[Array, "B ..."],
-    y: Int[Array, "B"],
+    x: Float[Array | np.ndarray, "B ..."],
+    y: Int[Array | np.ndarray, "B"],
     *,
     eps: float,
     loss_fn: Callable = losses.cross_entropy,
@@ -126,8 +126,8 @@ def fgsm(
 def noise(
     key: Array,
     logits_fn: Callable,
-    x: Float[Array, "B ..."],
-    y: Int[Array, "B"],
+    x: Float[Array | np.ndarray, "B ..."],
+    y: Int[Array | np.ndarray, "B"],
     *,
     eps: float,
     draws: int = 100,

@@ -18,6 +18,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks.aims import logits_of, misclassified
@@ -58,8 +59,8 @@ class Attack(struct.PyTreeNode):
     [S, ...] (the image to return if the restart ended now). An update spends one evaluation per lane.
     """
 
-    eps: Float[Array, ""]
-    steps: Int[Array, ""]
+    eps: ArrayLike
+    steps: ArrayLike
     norm: str = struct.field(pytree_node=False)
     bounds: tuple[float, float] | None = struct.field(pytree_node=False)
 
@@ -132,9 +133,9 @@ class _Ended(struct.PyTreeNode):
 class _Orders(struct.PyTreeNode):
     """What the host says for one call: when to come back, and whether it has pairs beyond this queue."""
 
-    limit: Int[Array, ""]  # iterations
-    small: Int[Array, ""]  # come back when nothing waits and no more slots than this are busy
-    more: Bool[Array, ""]
+    limit: ArrayLike  # iterations
+    small: ArrayLike  # come back when nothing waits and no more slots than this are busy
+    more: ArrayLike
 
 
 @functools.partial(jax.jit, static_argnames="first")

@@ -85,7 +85,7 @@ class Square(Attack):
         window = _window(place_key, side, height, width)
         signs = jax.random.rademacher(sign_key, (1, 1, channels), jnp.float32)
         delta = jnp.where(window, best - x + 2 * self.eps * signs, best - x)
-        return x + jnp.clip(delta, -self.eps, self.eps)
+        return x + jnp.clip(delta, -jnp.asarray(self.eps), self.eps)
 
     def _windows(self, key, best, x, step):
         """Norm moves from a second window into the first, in the shape of a bump (algorithm 3)."""
@@ -100,7 +100,7 @@ class Square(Attack):
         second = _window(second_key, side, height, width)
         bump = jnp.asarray(np.stack([_bump(s, height, width) for s in kinds]))[jnp.asarray(which)[step]]
         bump = jnp.where(jax.random.bernoulli(turn_key), bump, _turned(bump, height, width))
-        bump = jnp.roll(bump, (row, column), (0, 1))[:, :, None]
+        bump = jnp.roll(jnp.roll(bump, row, 0), column, 1)[:, :, None]
 
         def norm(d):  # per channel
             return jnp.sqrt(jnp.sum(jnp.square(d), axis=(0, 1), keepdims=True))

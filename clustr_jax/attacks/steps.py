@@ -2,7 +2,8 @@
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
 
 from clustr_jax.attacks.aims import Aim
 from clustr_jax.attacks.geometry import ascend, over, project, random_start
@@ -23,10 +24,10 @@ class PGD(Attack):
     other may). clip_start=False leaves the start outside the box, as the authors' code does.
     """
 
-    step_size: Float[Array, ""]
+    step_size: ArrayLike
     aim: Aim
     opening: Aim | None = None
-    opening_steps: Int[Array, ""] | int = 0
+    opening_steps: ArrayLike = 0
     start: str = struct.field(pytree_node=False, default="uniform")
     clip_start: bool = struct.field(pytree_node=False, default=True)
 
