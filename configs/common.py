@@ -259,6 +259,8 @@ def cpu(c):
         c.train.lr, c.train.batch_size = 1e-2, 64
         c.train.epochs = {"fast_at": 25, "free_at": 5}.get(c.method, 8)
         c.train.eps_ramp = 0.4 * c.train.epochs
+    if c.method == "pgd_at":  # no clean images: the slowest to start
+        c.train.lr, c.train.batch_size, c.train.epochs, c.train.eps_ramp = 5e-3, 32, 10, 6.0
     if c.method in ("pgd_at", "trades", "at_pretrain", "clustr_trades"):
         c.train.attack.steps, c.train.attack.step_size = 3, c.train.attack.eps / 2
     if c.method == "clustr_trades":
