@@ -45,6 +45,7 @@ def base(dataset: str) -> ConfigDict:
     c.train.consistency = "ce"  # of ClusTR+QTRADES: "ce" (Eq. 5), "kl", or "mse" of the embeddings
     c.train.stop_target = False  # no gradient through the clean side of the consistency term
     c.train.xent_lam = 0.0  # weight of cross entropy on the cluster head (authors' --xent-lambda)
+    c.train.radius = 36 / 255  # l2 radius that the *_certified methods train for, in [0, 1] pixels
     c.train.nearest = 0  # D nearest clusters in training; 0 = all (authors' --L)
     c.train.attack_bn = "batch"  # inner attack: "batch" statistics (kept out of the running ones) or "eval"
     c.train.monitor = True  # single-step against multi-step accuracy on held-out images, each epoch
@@ -75,6 +76,7 @@ def base(dataset: str) -> ConfigDict:
     c.magnet.samples = 20  # S, examples per cluster
     c.magnet.n_init = 10  # k-means restarts
     c.magnet.max_iter = 40  # Lloyd iterations
+    c.magnet.sharpness = 1.0  # of clustr_certified: the variance in its loss is divided by this
     c.magnet.seed_floor = 0.05  # uniform share in drawing the seed cluster
 
     c.eval = ConfigDict()
@@ -224,11 +226,29 @@ def clustr_trades(c):
     c.train.attack_bn = "eval"
 
 
+def nominal_certified(c):
+    """Ours: 1-Lipschitz network, cross entropy with the certified margin on the linear head."""
+    _unit(c)
+    _as_warmup(c)
+
+
+def clustr_certified(c):
+    """Ours: 1-Lipschitz network, certified margin in the warm-up and in the Magnet loss."""
+    _unit(c)
+
+
+def _unit(c):
+    """A 1-Lipschitz network; no division by the std, which would multiply its constant by 1 / std."""
+    c.model.name = "lip_sll"
+    c.model.std = (1.0,)
+    c.train.radius = 2 * 36 / 255
+
+
 METHODS = {
     f.__name__: f
     for f in (
         nominal, free_at, fast_at, pgd_at, at_pretrain, trades, qtrades, magnet, clustr, clustr_qtrades,
-        clustr_trades,
+        clustr_trades, nominal_certified, clustr_certified,
     )
 }  # fmt: skip
 
@@ -239,7 +259,7 @@ def cpu(c):
         c.model.name = "resnet8"
     c.warmup.epochs, c.warmup.lr, c.warmup.schedule, c.warmup.target = 12, 5e-3, "onecycle", 0.0
     c.warmup.optimizer, c.warmup.weight_decay, c.warmup.milestones = "adam", 1e-4, ()
-    magnet_batches = c.method in ("magnet", "clustr", "clustr_qtrades", "clustr_trades")
+    magnet_batches = c.method in ("magnet", "clustr", "clustr_qtrades", "clustr_trades", "clustr_certified")
     c.train.optimizer, c.train.schedule, c.train.milestones = "adam", "onecycle", ()
     c.train.lr, c.train.weight_decay = (1e-3, 0.0) if magnet_batches else (5e-3, 1e-4)
     c.train.epochs = {"free_at": 4, "at_pretrain": 5, "magnet": 18}.get(c.method, 6 if magnet_batches else 12)

@@ -1,0 +1,124 @@
+"""Layers whose Lipschitz constant in l2 is at most 1 by construction (AOL, SLL), and what goes between them.
+
+AOL: Prach & Lampert 2022; SLL: Araujo et al. 2023; MaxMin: Anil et al. 2019. Weights are rescaled once
+per forward pass of a batch, in float32: `clustr_jax.lipschitz` bounds what the rounding left.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from clustr_jax.convolution import conv2d
+
+# Added to the sums that a kernel is divided by: a filter of zeros stays zeros, all others only shrink.
+_TINY = 1e-12
+
+
+def maxmin(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+    """Sorts neighbouring pairs of channels (an odd last channel is left alone): keeps every norm."""
+    even = x.shape[-1] // 2 * 2
+    a, b = x[..., :even:2], x[..., 1:even:2]
+    return jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, b), x[..., even:]], axis=-1)
+
+
+def space_to_depth(x: Float[Array, "B H W C"], block: int = 2) -> Float[Array, "B H2 W2 C2"]:
+    """Each block x block square of pixels becomes one pixel with block^2 times the channels: an isometry."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // block, block, width // block, block, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // block, width // block, -1)
+
+
+def pad_channels(x: Float[Array, "... C"], channels: int) -> Float[Array, "... C2"]:
+    """Channels of zeros up to `channels` (unchanged if there are as many): an isometry."""
+    missing = max(channels - x.shape[-1], 0)
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+
+
+def correlation_sums(kernel: Float[Array, "k k C O"], weight=None) -> Float[Array, "O"]:
+    """sum over filters j and shifts s of |<filter i, filter j shifted by s>| w_j / w_i.
+
+    The row sums of |C C^T| for the convolution C on an infinite grid: by Schur's test C scaled by
+    1 / sqrt(sums) has norm at most 1 there, and so has its zero-padded restriction to any image.
+    """
+    k = kernel.shape[0]
+    filters = jnp.transpose(kernel, (3, 0, 1, 2))
+    products = jnp.abs(conv2d(filters, kernel, 1, k - 1))  # [O, 2k-1, 2k-1, O]
+    sums = jnp.sum(products, axis=(1, 2))
+    return jnp.sum(sums if weight is None else sums * weight[None, :] / weight[:, None], axis=1)
+
+
+def orthogonal_centre(key, shape, dtype=jnp.float32):
+    """Orthonormal rows or columns at the centre of the kernel, zeros around it: what AOL leaves as it is."""
+    k = shape[0]
+    matrix = nn.initializers.orthogonal()(key, shape[2:], dtype)
+    return jnp.zeros(shape, dtype).at[k // 2, k // 2].set(matrix)
+
+
+class AOLConv(nn.Module):
+    """k x k convolution of norm at most 1, zero padding k // 2, and a bias.
+
+    The kernel is scaled by 1 / sqrt(correlation sums) on its smaller side, channels in or out: only
+    there can the scaled kernel become an isometry (or the transpose of one).
+    """
+
+    features: int
+    size: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = aol(self.param("kernel", orthogonal_centre, shape))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return conv2d(x, kernel, 1, self.size // 2) + bias
+
+
+def aol(kernel: Float[Array, "k k C O"]) -> Float[Array, "k k C O"]:
+    """The kernel with its smaller side scaled so that the convolution's norm is at most 1."""
+    swap = kernel.shape[2] < kernel.shape[3]
+    if swap:  # the adjoint: same norm
+        kernel = jnp.transpose(kernel, (0, 1, 3, 2))
+    kernel = kernel / jnp.sqrt(correlation_sums(kernel) + _TINY)
+    return jnp.transpose(kernel, (0, 1, 3, 2)) if swap else kernel
+
+
+class SLLConv(nn.Module):
+    """x - 2 W^T T^-1 relu(W x + b) with T = diag(sum_j |W W^T|_ij q_j / q_i), q = exp(a): norm at most 1.
+
+    W is a k x k convolution to `features` hidden channels with zero padding k // 2, k odd.
+    """
+
+    features: int
+    size: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.xavier_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        scale = sll_scale(kernel, self.param("log_q", nn.initializers.zeros, (self.features,)))
+        hidden = nn.relu(conv2d(x, kernel, 1, self.size // 2) + bias) * (2 * scale)
+        adjoint = jnp.transpose(kernel[::-1, ::-1], (0, 1, 3, 2))
+        return x - conv2d(hidden, adjoint, 1, self.size // 2)
+
+
+def sll_scale(kernel: Float[Array, "k k C O"], log_q: Float[Array, "O"]) -> Float[Array, "O"]:
+    """The diagonal of T^-1."""
+    return 1 / (correlation_sums(kernel, jnp.exp(log_q)) + _TINY)
+
+
+def as_image(x: Float[Array, "B C"]) -> Float[Array, "B 1 1 C"]:
+    """Vectors as images of one pixel, so that a dense layer is a 1 x 1 convolution."""
+    return x[:, None, None, :]
+
+
+def describe(params: dict) -> tuple:
+    """What `clustr_jax.lipschitz` needs to know of an AOLConv or SLLConv with these parameters.
+
+    Computed in float32 as the network does, so that the bound is that of the network as it runs.
+    """
+    kernel = jnp.asarray(params["kernel"])
+    size = kernel.shape[0]
+    if "log_q" in params:
+        return "sll", np.asarray(kernel), np.asarray(sll_scale(kernel, params["log_q"])), size // 2
+    return "conv", np.asarray(aol(kernel)), 1, size // 2
