@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float
 
 # Far above the float64 error of a singular value, far below anything that matters.
 _UP = 1 + 1e-6

@@ -13,7 +13,7 @@ from clustr_jax import paper
 from clustr_jax.checkpoints import read_json, write_json
 
 # Meaning of the protocols; bumped when it changes, and versions never share a table.
-PROTOCOLS = {"clean": "clean-1", "paper": "paper-1", "sound": "sound-1"}
+PROTOCOLS = {"clean": "clean-1", "paper": "paper-1", "sound": "sound-1", "certified": "certified-1"}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "clustr-jax")
 
 

@@ -48,6 +48,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.eval.attack.restarts = min(config.eval.attack.restarts, 2)
     config.eval.paper_steps = tuple(sorted({min(steps, 4) for steps in config.eval.paper_steps}))
     config.eval.sweep = config.eval.sweep[:1]
+    config.certify.steps, config.certify.restarts = min(config.certify.steps, 4), 1
     return config
 
 
@@ -57,6 +58,7 @@ def check(config, method: Method, net: Net, train_split: Split) -> None:
     for name, value in (
         ("train.lam", config.train.lam), ("train.beta", config.train.beta),
         ("train.xent_lam", config.train.xent_lam), ("magnet.alpha", magnet.alpha),
+        ("train.radius", config.train.radius),
     ):  # fmt: skip
         if not 0 <= value < math.inf:
             raise UserError(f"{name} must be >= 0, got {value}")
@@ -64,6 +66,8 @@ def check(config, method: Method, net: Net, train_split: Split) -> None:
         raise UserError(
             f"magnet.n_init and magnet.max_iter must be >= 1, got {magnet.n_init} and {magnet.max_iter}"
         )
+    if not 0 < magnet.sharpness < math.inf:
+        raise UserError(f"magnet.sharpness must be > 0, got {magnet.sharpness}")
     if not 0 <= magnet.seed_floor <= 1:
         raise UserError(f"magnet.seed_floor is a share in [0, 1], got {magnet.seed_floor}")
     if not all(value > 0 for value in config.model.std):

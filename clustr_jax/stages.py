@@ -1,6 +1,6 @@
 """The stages of a run, in order, and what is handed from one to the next.
 
-    1_warmup -> 2_train -> evaluate
+    1_warmup -> 2_train -> evaluate -> certify
 
 A training stage starts from, in this order: its own newest checkpoint (resume); `config.init_from`
 (the first stage only); the previous stage's model (parameters and batch statistics, nothing else);
@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from clustr_jax import data, evaluate, loading, models, results, settings, train
+from clustr_jax import certified, data, evaluate, loading, models, results, settings, train
 from clustr_jax.attacks import pgd
 from clustr_jax.checkpoints import Checkpoints, write_json
 from clustr_jax.classifier import Classifier
@@ -26,8 +26,8 @@ from clustr_jax.objectives import METHODS
 from clustr_jax.progress import Progress, duration
 from clustr_jax.workdir import Workdir, config_dict
 
-WARMUP, TRAIN, EVALUATE = "1_warmup", "2_train", "evaluate"
-STAGES = (WARMUP, TRAIN, EVALUATE)
+WARMUP, TRAIN, EVALUATE, CERTIFY = "1_warmup", "2_train", "evaluate", "certify"
+STAGES = (WARMUP, TRAIN, EVALUATE, CERTIFY)
 # A compiled chunk of steps lasts about this long: progress and signals are served in between.
 _CHUNK_SECONDS = 3.0
 # Long epochs leave checkpoints inside them.
@@ -65,6 +65,7 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
     method = _method(config)
     wanted = _wanted(stages, method)
     evaluate.check_config(config)
+    certified.check_config(config)
     place = Workdir(workdir or settings.default_workdir(config))
     splits = data.splits(config.data)
     progress = Progress(console)
@@ -80,6 +81,8 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
         for stage in wanted:
             if stage == EVALUATE:
                 _evaluate(this)
+            elif stage == CERTIFY:
+                _certify(this)
             else:
                 _train(this, stage)
     found = {name: results.load(place.results, name) for name in ("clean", *config.eval.protocols)}
@@ -110,11 +113,12 @@ def _method(config):
 
 
 def _wanted(stages, method):
-    """The stages to run, in order; a method without a warm-up has no 1_warmup."""
+    """The stages to run, in order: no 1_warmup without a warm-up, no certify without a cluster head."""
     unknown = [s for s in stages or () if s not in STAGES]
     if unknown:
         raise UserError(f"unknown stage {unknown[0]!r}; known: {', '.join(STAGES)}")
-    return [s for s in STAGES if s in (stages or STAGES) and (s != WARMUP or method.warmup)]
+    has = {WARMUP: bool(method.warmup), CERTIFY: method.head == "clusters"}
+    return [s for s in STAGES if s in (stages or STAGES) and has.get(s, True)]
 
 
 def _introduce(this):
@@ -360,3 +364,49 @@ def _evaluate(this: Run) -> None:
             header[f"{figure}_interval"] = results.wilson(round(result[figure] * header["n"]), header["n"])
         results.save(folder, name, {**header, **result, **footer}, outcomes)
         progress.line(f"evaluate: {name} {100 * result['robust']:.2f} % ({duration(seconds)})")
+
+
+def _certify(this: Run) -> None:
+    """certified.json, its per-example radii, and the curve as a picture."""
+    config, progress, folder = this.config, this.progress, this.workdir.results
+    if this.workdir.finished(TRAIN) is None:
+        raise UserError(f"nothing to certify: {TRAIN} is not finished in {this.workdir.root}; run it first")
+    clf = loading.load(this.workdir.root)
+    clf = clf.replace(nearest=config.eval.nearest)
+    test = this.test_split
+    content = config_dict(config)
+    content["data"].pop("dir")
+    content["eval"] = {name: content["eval"][name] for name in ("n", "nearest")}
+    content.pop("variant")
+    identity = results.sha({**content, "result": results.PROTOCOLS["certified"]})
+    before = results.load(folder, "certified")
+    if before and before["config_sha"] == identity:
+        progress.line("certify: was done before")
+        return
+    index = (
+        data.stratified(test.labels, config.eval.n, test.num_classes)
+        if config.eval.n
+        else np.arange(len(test))
+    )
+    examples = evaluate.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
+    result, outcomes, seconds = certified.run(
+        this.key(CERTIFY), clf, test.pixels(), test.labels, examples, config,
+        lambda unbroken, what: progress.status(f"certify  {what}  unbroken {unbroken:.1%}"),
+    )  # fmt: skip
+    result = {
+        "dataset": config.data.name,
+        "subset": "; ".join(s.subset for s in (this.train_split, test) if s.subset),
+        "n": result.pop("n"), "method": config.method, "protocol": results.PROTOCOLS["certified"], **result,
+        "head": "clusters", "nearest": clf.nearest, "seed": config.seed, "config_sha": identity,
+        "versions": results.versions(), "wall_seconds": seconds,
+    }  # fmt: skip
+    results.save(folder, "certified", result, outcomes)
+    certified.draw(folder / "certified.png", result)
+    at = ", ".join(
+        f"{results.percent(v['robust'])} / {results.percent(result['sweep'][e])} at {float(e):.4g}"
+        for e, v in result["empirical"]["at"].items()
+    )
+    progress.line(
+        f"certify: clean {results.percent(result['clean'])} %; l2-PGD leaves / certified in %: {at}; Lipschitz "
+        f"constant {result['lipschitz']['lower']:.3g} to {result['lipschitz']['upper']:.3g} ({duration(seconds)})"
+    )

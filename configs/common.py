@@ -92,6 +92,12 @@ def base(dataset: str) -> ConfigDict:
     c.eval.attack.restarts = 10
     c.eval.paper_steps = (20, 100)  # PGD^20 and PGD^100 of the paper's protocol
     c.eval.sweep = (2 / 255, 16 / 255, 25.5 / 255)  # other radii of Table 4
+
+    c.certify = ConfigDict()  # l2, pixels in [0, 1]
+    c.certify.rule = "any_d"  # or "hard", "soft"
+    c.certify.radii = (36 / 255, 72 / 255, 108 / 255, 1.0)  # customary for CIFAR; the first is the main one
+    c.certify.steps = 50  # of l2-PGD on eval.n images, to hold against the certificates
+    c.certify.restarts = 2
     return c
 
 

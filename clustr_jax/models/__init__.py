@@ -235,8 +235,8 @@ class UnitNet(nn.Module):
     """A network that moves its embedding by at most |x - x'| / min(std) in l2, by construction.
 
     Images: three times space-to-depth and `depth` layers with width, 2 width and 4 width channels;
-    then dense layers to an embedding of 8 width. `layer` "sll" adds to its input (channels are
-    padded with zeros, or reduced by a 1 x 1 AOL convolution), "aol" alternates with MaxMin. Points
+    then dense layers to an embedding of 8 width. `layer` "sll" and "cpl" add to their input (channels
+    are padded with zeros, or reduced by a 1 x 1 AOL convolution), "aol" alternates with MaxMin. Points
     go through the dense layers alone. No batch norm; std should be 1.
     """
 
@@ -260,6 +260,8 @@ class UnitNet(nn.Module):
                 x = unit.pad_channels(x, features)
             elif kind == "sll":
                 x = unit.SLLConv(features, size, name=name)(x)
+            elif kind == "cpl":
+                x = unit.CPLConv(features, size, name=name)(x, train)
             else:
                 x = unit.AOLConv(features, size, name=name)(x)
                 x = unit.maxmin(x) if kind == "aol" else x
@@ -278,7 +280,7 @@ class UnitNet(nn.Module):
 
     def _layers(self, channels, features, depth, size):
         first = []
-        if self.layer == "sll" and channels != features:
+        if self.layer != "aol" and channels != features:
             first = [("pad" if channels < features else "reduce", features, 1)]
         return [*first, *[(self.layer, features, size)] * depth]
 
@@ -290,7 +292,8 @@ class UnitNet(nn.Module):
             if kind in ("space_to_depth", "flatten"):
                 layers.append((kind,))
             elif kind != "pad":
-                layers.append(unit.describe(params[f"layer_{i}"]))
+                name = f"layer_{i}"
+                layers.append(unit.describe(params[name], variables["batch_stats"].get(name, {})))
         return layers
 
 
@@ -301,11 +304,12 @@ _MODULES = {
     "mlp": MLP,
     "lip_sll": functools.partial(UnitNet, layer="sll"),
     "lip_aol": functools.partial(UnitNet, layer="aol"),
+    "lip_cpl": functools.partial(UnitNet, layer="cpl"),
 }
 # Networks that are 1-Lipschitz by construction (times 1 / min(std)): their certificates are not vacuous.
-UNIT = ("lip_sll", "lip_aol")
+UNIT = ("lip_sll", "lip_aol", "lip_cpl")
 # `width` 0 in a config means the usual one.
-DEFAULT_WIDTH = {"resnet18": 64, "resnet8": 16, "cnn": 32, "mlp": 20, "lip_sll": 32, "lip_aol": 32}
+DEFAULT_WIDTH = {"resnet18": 64, "resnet8": 16, "cnn": 32, "mlp": 20, "lip_sll": 32, "lip_aol": 32, "lip_cpl": 32}
 
 
 def build(
