@@ -97,8 +97,8 @@ def check(config, method: Method, net: Net, train_split: Split) -> None:
     evaluate.check_settings(
         eps=config.train.attack.eps, step_size=config.train.attack.step_size, start=config.train.attack.start
     )
-    if config.data.augment not in ("crop_flip", "crop", "none"):
-        raise UserError(f"data.augment must be crop_flip, crop or none, got {config.data.augment!r}")
+    if config.data.augment not in ("crop_flip", "crop", "flip", "none"):
+        raise UserError(f"data.augment must be crop_flip, crop, flip or none, got {config.data.augment!r}")
     if method.sampler == "magnet":
         train.rows(config, net.num_classes)
         counts = np.bincount(train_split.labels, minlength=net.num_classes)

@@ -148,7 +148,7 @@ def summary(constants, radii):
 
 def draw(found, path):
     """One row per data set: the regions of both networks in input space, and the certified accuracies."""
-    figure = Figure(figsize=(13, 7.4), layout="constrained")
+    figure = Figure(figsize=(13, 8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(DATASETS), 3, width_ratios=(1, 1, 1.25))
     for row, (dataset, title) in enumerate(DATASETS.items()):
@@ -158,8 +158,7 @@ def draw(found, path):
             clf, x, y, box, constants, radii = found[dataset, method]
             _regions(axes[row, column], clf, x, y, box)
             axes[row, column].set_title(
-                f"{name} on {title}: {100 * np.mean(radii['distance'] > 0):.1f} % correct, "
-                f"Lipschitz constant {constants['exact']:.2f}",
+                f"{name}: {100 * np.mean(radii['distance'] > 0):.1f} % correct, constant {constants['exact']:.2f}",
                 fontsize="medium",
             )
             reach = max(reach, np.quantile(radii["distance"], 0.99))
@@ -170,12 +169,12 @@ def draw(found, path):
                     color=f"C{column}", label=f"{name}: {_LABELS[kind]}",
                 )  # fmt: skip
         curves.set(
-            xlim=(0, 1.05 * reach), ylim=(0, 101), xlabel="radius r (l2)", ylabel="accuracy at r in %",
-            title=f"{title}: certified and true accuracy",
+            xlim=(0, 1.05 * reach), ylim=(0, 101), xlabel="radius r (l2, units of the plane)",
+            ylabel=f"{title}: accuracy at r in %",
         )  # fmt: skip
-        curves.title.set_fontsize("medium")
         curves.grid(alpha=0.3)
-        curves.legend(fontsize="x-small", loc="upper right")
+    lines, labels = axes[0, 2].get_legend_handles_labels()
+    figure.legend(lines, labels, ncols=4, loc="outside lower center", fontsize="small")
     figure.savefig(path, dpi=130)
 
 
