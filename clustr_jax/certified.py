@@ -1,9 +1,10 @@
-"""certified.json: what is certain and what an l2 attack could not break, side by side on the same classifier."""
+"""certified.json: what is certain, and what an l2 attack could not break, of the same classifier."""
 
 import math
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
@@ -58,16 +59,21 @@ def attack(key, clf: Classifier, examples: Examples, alive, *, eps, steps, resta
     for start in range(0, len(pending), lanes):
         now = pending[start : start + lanes]
         index = np.resize(now, lanes)  # one compilation: the last batch repeats images
-        x, y = examples.x[index], examples.y[index]
-        x_adv = np.asarray(attacks.pgd(
+        x, y, ids = (jnp.asarray(a[index]) for a in (examples.x, examples.y, examples.ids))
+        x_adv = attacks.pgd(
             key, clf.logits, x, y, eps=eps, step_size=2.5 * eps / steps, steps=steps, restarts=restarts,
-            norm="l2", loss_fn=losses.margin, bounds=clf.bounds, ids=examples.ids[index],
-        ))  # fmt: skip
-        moved = np.linalg.norm((x_adv - x).reshape(lanes, -1).astype(np.float64), axis=1)
+            norm="l2", loss_fn=losses.margin, bounds=clf.bounds, ids=ids,
+        )  # fmt: skip
+        moved = np.linalg.norm(np.asarray(x_adv - x, np.float64).reshape(lanes, -1), axis=1)
         assert moved.max() <= eps * (1 + 1e-5) + 1e-6, "the attack left the ball"
-        broken = (np.asarray(clf.logits(x_adv)).argmax(axis=1) != y) | (np.asarray(clf.predict(x_adv)) != y)
-        survive[index[broken]] = False
+        survive[index[~_correct(clf, x_adv, y)]] = False
     return survive
+
+
+def _correct(clf, x, y):
+    """Whether the logits and the deployed rule both say y."""
+    x, y = jnp.asarray(x), np.asarray(y)
+    return (np.asarray(clf.logits(x)).argmax(axis=1) == y) & (np.asarray(clf.predict(x)) == y)
 
 
 def run(key, clf: Classifier, x, y, examples: Examples, config, report) -> tuple[dict, dict, float]:
@@ -86,8 +92,7 @@ def run(key, clf: Classifier, x, y, examples: Examples, config, report) -> tuple
         rule: {f"{e:.6f}": float(v) for e, v in zip(eps, certify.accuracy(r, np.array(eps)), strict=True)}
         for rule, r in found.items()
     }
-    alive = np.asarray(clf.predict(examples.x)) == examples.y
-    alive &= np.asarray(clf.logits(examples.x)).argmax(axis=1) == examples.y
+    alive = _correct(clf, examples.x, examples.y)
     clean_attacked = results.fraction(alive)
     empirical, outcomes, violations = {}, {}, 0
     for i, e in enumerate(sorted(eps)):
@@ -138,14 +143,19 @@ def draw(path, result: dict) -> None:
     curve, empirical = result["curve"], result["empirical"]
     styles = {"any_d": "-", "soft": "--", "hard": ":"}
     for rule, style in styles.items():
-        axes.plot(curve["radius"], np.multiply(100, curve[rule]), style, color="C0", label=f"certified, {rule}")
+        axes.plot(
+            curve["radius"], np.multiply(100, curve[rule]), style, color="C0", label=f"certified, {rule}"
+        )
     eps = [0.0, *map(float, empirical["at"])]
     left = [empirical["clean"], *(v["robust"] for v in empirical["at"].values())]
     axes.plot(
         eps, np.multiply(100, left), "o", color="C3", label=f"not broken by l2-PGD ({empirical['n']} images)"
     )
     axes.set(
-        xlabel="l2 radius, pixels in [0, 1]", ylabel="accuracy in %", ylim=(0, 100), xlim=(0, curve["radius"][-1])
+        xlabel="l2 radius, pixels in [0, 1]",
+        ylabel="accuracy in %",
+        ylim=(0, 100),
+        xlim=(0, curve["radius"][-1]),
     )
     constant = result["lipschitz"]
     axes.set_title(

@@ -108,7 +108,7 @@ def _pairs(centroids, variance, valid, slope, z, y, rounding) -> _Pairs:
 
 
 def _distance(pairs):
-    """D / G: signed feature distance of f to the bisector of each pair, -inf where it is no pair of places."""
+    """D / G: signed feature distance of f to the bisector of each pair, -inf where they coincide."""
     with np.errstate(divide="ignore", invalid="ignore"):
         m = np.where(np.isinf(pairs.difference), pairs.difference, pairs.difference / pairs.slope)
     # centroids of two classes at one place: neither is ever strictly nearer
@@ -150,9 +150,10 @@ def _soft(pairs):
 def _smallest_root(pairs, lead, slack):
     """min over classes c of sup{rho >= 0: logsumexp_{l in c}(-lead_l(rho)) < 0}, 0 where rho = 0 fails.
 
-    lead_l(rho) = lead of the D_jl - rho G_jl over j lies between their largest, a_l, and a_l + slack, so the root of a class of K
-    clusters is at least min_l max_j (D_jl - log K) / G_jl and at most min_l max_j (D_jl + slack) / G_jl;
-    only classes whose bracket reaches below every other's end are bisected. The lower end is returned.
+    lead_l(rho) is `lead` of the D_jl - rho G_jl over j; it lies between the largest of them and that plus
+    `slack`. So the root of a class of K clusters is at least min_l max_j (D_jl - log K) / G_jl and at most
+    min_l max_j (D_jl + slack) / G_jl; only classes whose bracket reaches below every other's end are
+    bisected. The lower end is returned.
     """
     k = pairs.difference.shape[1]
 

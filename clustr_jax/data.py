@@ -243,10 +243,10 @@ def crop_flip(
         return images
     padded = jnp.pad(images, ((0, 0), (_PADDING, _PADDING), (_PADDING, _PADDING), (0, 0)))
 
-    def crop(image, offset):
+    def window(image, offset):
         return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), (height, width, channels))
 
-    return jax.vmap(crop)(padded, offsets)
+    return jax.vmap(window)(padded, offsets)
 
 
 def _main(name, directory):

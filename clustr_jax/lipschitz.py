@@ -24,7 +24,7 @@ _UP = 1 + 1e-6
 
 
 def bound(layers: list[tuple], input_shape: tuple[int, ...]) -> float:
-    """Upper bound of the Lipschitz constant of the composed layers, for inputs of this shape [H, W, C] or [E]."""
+    """Upper bound of the constant of the composed layers, for inputs of this shape ([H, W, C] or [E])."""
     return _product(layers, tuple(input_shape[:2]) if len(input_shape) == 3 else ())[0] * _UP
 
 

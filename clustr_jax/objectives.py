@@ -219,7 +219,7 @@ def clustr_certified(net, variables, batch, x_adv, clusters, config):
     """Magnet loss at its worst within the l2 ball of train.radius, for a 1-Lipschitz network.
 
     Eq. 3 with radius |mu_c - mu_y| / sigma^2 added to every other cluster's exponent, plus xent_lam x
-    the cross entropy of the cluster head's log scores with the same added (soundness.md 5.3).
+    the cross entropy of the cluster head's log scores with the same added (docs/certificates.md).
     """
     outputs, stats = net.train(variables, batch.x)
     radius, sharpness = config.train.radius, config.magnet.sharpness

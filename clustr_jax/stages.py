@@ -407,6 +407,7 @@ def _certify(this: Run) -> None:
         for e, v in result["empirical"]["at"].items()
     )
     progress.line(
-        f"certify: clean {results.percent(result['clean'])} %; l2-PGD leaves / certified in %: {at}; Lipschitz "
-        f"constant {result['lipschitz']['lower']:.3g} to {result['lipschitz']['upper']:.3g} ({duration(seconds)})"
+        f"certify: clean {results.percent(result['clean'])} %; l2-PGD leaves / certified in %: {at}; "
+        f"Lipschitz constant {result['lipschitz']['lower']:.3g} to {result['lipschitz']['upper']:.3g} "
+        f"({duration(seconds)})"
     )

@@ -239,7 +239,7 @@ def nominal_certified(c):
 
 
 def clustr_certified(c):
-    """Ours: 1-Lipschitz network, certified margin in the warm-up and in the Magnet loss, one cluster per class.
+    """Ours: 1-Lipschitz network, certified margin in the warm-up and in the Magnet loss, K = 1.
 
     The margin alpha is small and the loss's variance divided by 16: features that move by at most
     |x - x'| never get 12.5 nats apart at their full variance.

@@ -1,11 +1,11 @@
-"""The paper's Fig. 3 with radii that can be checked: Magnet against ClusTR on two sets of points in the plane.
+"""The paper's Fig. 3 with radii that can be checked: Magnet against ClusTR on two sets in the plane.
 
     python examples/fig3.py [--runs=runs/fig3] [--out=docs/figures/fig3]
 
-Trains what is not trained yet (configs/toy2d.py, about a minute each on one core), then writes OUT.png and OUT.json. For every
-test point there are four radii: certified with the product of the layers' norms, with the network's
-exact Lipschitz constant, and with its exact constant on the ball in question; and the distance at which
-the prediction really changes, found on a grid.
+Trains what is not trained yet (configs/toy2d.py, about a minute each on one core), then writes OUT.png
+and OUT.json. For every test point there are four radii: certified with the product of the layers'
+norms, with the network's exact Lipschitz constant, and with its exact constant on the ball in question;
+and the distance at which the prediction really changes, found on a grid.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def weights(clf):
 
 
 def local_radii(rho, x, network, start):
-    """sup{r: r L(ball of r around x) < rho}, L the exact constant on the ball; `start` is certified already."""
+    """sup{r: r L(ball of r around x) < rho}, L exact on the ball; `start` is certified already."""
     limit = lipschitz.planar(*network)
     found = np.zeros(len(x))
     for i, (distance, point, low) in enumerate(zip(rho, x, start, strict=True)):
@@ -68,7 +68,7 @@ def local_radii(rho, x, network, start):
 
 
 def flip_distances(clf, x, y, box):
-    """Distance of each point to the nearest input of the other prediction: grid, then bisection along the way.
+    """Distance of each point to the nearest input of the other prediction: grid, then bisection towards it.
 
     An upper bound of the exact distance, above it by at most the diagonal of a grid cell. 0 where the
     point itself is misclassified.
@@ -96,7 +96,7 @@ def flip_distances(clf, x, y, box):
 
 
 def proposition_1(rng):
-    """Proposition 1 as it is true: *there is* an L-Lipschitz f, with the same f(x), that is fooled just beyond R.
+    """Proposition 1 as it is true: *there is* an L-Lipschitz f, with the same f(x), fooled just beyond R.
 
     f(x') = L (x' - x) + f(x). Returns (share of random problems fooled at 1.0001 R, at 0.9999 R).
     """
@@ -135,7 +135,9 @@ def measure(clf, x, y, box):
 def summary(constants, radii):
     """What the JSON says of one network."""
     certain = radii["exact"] > 0
-    ratio = {name: radii[name][certain] / radii["distance"][certain] for name in ("product", "exact", "local")}
+    ratio = {
+        name: radii[name][certain] / radii["distance"][certain] for name in ("product", "exact", "local")
+    }
     return {
         "lipschitz": constants,
         "accuracy": float(np.mean(radii["distance"] > 0)),
@@ -158,7 +160,8 @@ def draw(found, path):
             clf, x, y, box, constants, radii = found[dataset, method]
             _regions(axes[row, column], clf, x, y, box)
             axes[row, column].set_title(
-                f"{name}: {100 * np.mean(radii['distance'] > 0):.1f} % correct, constant {constants['exact']:.2f}",
+                f"{name}: {100 * np.mean(radii['distance'] > 0):.1f} % correct, "
+                f"constant {constants['exact']:.2f}",
                 fontsize="medium",
             )
             reach = max(reach, np.quantile(radii["distance"], 0.99))
@@ -192,7 +195,9 @@ def _regions(axes, clf, x, y, box):
     points = np.stack(np.meshgrid(columns, rows), -1).reshape(-1, 2).astype(np.float32)
     scores = np.asarray(clf.logits(points))
     margin = (scores[:, 1] - scores[:, 0]).reshape(400, 400)
-    axes.contourf(columns, rows, margin > 0, levels=[-0.5, 0.5, 1.5], cmap=ListedColormap(_COLOURS), alpha=0.25)
+    axes.contourf(
+        columns, rows, margin > 0, levels=[-0.5, 0.5, 1.5], cmap=ListedColormap(_COLOURS), alpha=0.25
+    )
     axes.contour(columns, rows, margin, levels=[0], colors="black", linewidths=1.2)
     for c in (0, 1):
         axes.plot(*x[y == c].T, ".", color=_COLOURS[c], markersize=3)
@@ -218,7 +223,8 @@ def main():
             report[f"{dataset}-{method}"] = summary(constants, radii)
     beyond, inside = proposition_1(np.random.default_rng(0))
     report["proposition_1"] = {
-        "f": "x' -> L (x' - x) + f(x), chosen for the proof", "fooled_at_1.0001_R": beyond, "fooled_at_0.9999_R": inside,
+        "f": "x' -> L (x' - x) + f(x), chosen for the proof",
+        "fooled_at_1.0001_R": beyond, "fooled_at_0.9999_R": inside,
     }  # fmt: skip
     out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 import reference
 
-from clustr_jax import attacks, certified, certify, clusters, data, lipschitz, losses, models, objectives, stages
+from clustr_jax import (
+    attacks,
+    certified,
+    certify,
+    clusters,
+    data,
+    lipschitz,
+    losses,
+    models,
+    objectives,
+    stages,
+)
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
@@ -61,7 +72,7 @@ def test_magnet_with_a_radius_is_the_formula(rng, radius, sharpness):
 
 
 def test_magnet_with_a_radius_bounds_the_loss_of_every_shift(rng):
-    """Means and variance held: a shift of up to 0.3 never gives more; and it is not met by far more than needed."""
+    """Means and variance held: a shift of up to 0.3 never gives more; no shift gives less."""
     z, classes, radius = rng.standard_normal((4, 5, 3)), np.array([0, 1, 1, 2]), 0.3
     means = z.mean(axis=1)
     variance = np.sum((z - means[:, None]) ** 2) / 19
@@ -69,7 +80,11 @@ def test_magnet_with_a_radius_bounds_the_loss_of_every_shift(rng):
 
     def loss(f, i):
         own = np.sum((f - means[i]) ** 2)
-        others = [-np.sum((f - m) ** 2) / (2 * variance) for m, c in zip(means, classes, strict=True) if c != classes[i]]
+        others = [
+            -np.sum((f - m) ** 2) / (2 * variance)
+            for m, c in zip(means, classes, strict=True)
+            if c != classes[i]
+        ]
         return max(0.0, 2.0 + own / (2 * variance) + reference.logsumexp(others))
 
     for i, j in np.ndindex(4, 5):
@@ -196,7 +211,7 @@ def settings_for_stage(**changes):
 
 
 def test_the_stage_s_result_is_consistent(digits, tmp_path):
-    """Certified <= empirical at every radius, rules in their order, curve and table agree; the picture is drawn."""
+    """Certified <= empirical at every radius, rules in their order, curve and table agree."""
     clf, x, y = digits
     examples = Examples(x[:40], y[:40], np.arange(40, dtype=np.int32))
     config = settings_for_stage(radii=(0.05, 0.2), steps=4, restarts=1)
@@ -220,7 +235,7 @@ def test_the_stage_s_result_is_consistent(digits, tmp_path):
 
 
 def test_a_wrong_constant_is_found_out(digits, monkeypatch):
-    """The control: with a bound that is 50 times too small an attack succeeds inside a radius, and the stage raises."""
+    """The control: with a bound that is 50 times too small an attack succeeds inside a radius: it raises."""
     clf, x, y = digits
     true = certified.bounds(clf, x)
     monkeypatch.setattr(certified, "bounds", lambda *_: {**true, "upper": true["upper"] / 50})
@@ -258,7 +273,7 @@ def test_settings_that_cannot_be_certified_are_refused(changes, message):
     ],
 )
 def test_training_to_certificate(name, method, model, tmp_path, monkeypatch):
-    """All stages of a small run; no attack succeeds inside a radius (else the stage raises); a second run skips."""
+    """All stages of a small run; no attack succeeds inside a radius (else it raises); a second run skips."""
     config = get_config(name, method)
     config.model.name = model
     found = stages.run(config, str(tmp_path / "run"))

@@ -131,7 +131,7 @@ def test_the_papers_rule_over_claims_on_the_counter_example():
 
 
 def test_hard_and_soft_certify_different_classifiers():
-    """Squared distances 2, 2 to A and 1.5 to B: the nearest centroid is B's, Eq. 4 says A (soundness.md 5.2)."""
+    """Squared distances 2, 2 to A and 1.5 to B: the nearest centroid is B's, Eq. 4 says A."""
     centroids = np.array([[[np.sqrt(2.0), 0.0], [-np.sqrt(2.0), 0.0]], [[0.0, np.sqrt(1.5)], [0.0, 50.0]]])
     z = np.zeros((1, 2))
     radii = {(rule, c): exact(make(centroids), z, np.array([c]), rule)[0] for rule in SOUND for c in (0, 1)}
@@ -172,7 +172,8 @@ def test_ties_and_misclassified_examples_get_nothing(rule):
     y = np.array([0, 0, 1, 1])  # a tie, misclassified, two classes at one place, no number
     for rounding in (0.0, 1e-5):
         np.testing.assert_array_equal(
-            certify.radius(clusters, z, y, lipschitz=1.0, rule=rule, rounding=rounding), np.zeros(4, np.float32)
+            certify.radius(clusters, z, y, lipschitz=1.0, rule=rule, rounding=rounding),
+            np.zeros(4, np.float32),
         )
 
 
@@ -271,7 +272,9 @@ def test_the_constant_has_no_default():
 
 
 def test_certified_accuracy_counts_what_is_certified_beyond_r():
-    np.testing.assert_allclose(certify.accuracy(np.float32([0, 0.1, 0.2, 0.4]), [0, 0.2, 0.3]), [0.75, 0.25, 0.25])
+    np.testing.assert_allclose(
+        certify.accuracy(np.float32([0, 0.1, 0.2, 0.4]), [0, 0.2, 0.3]), [0.75, 0.25, 0.25]
+    )
 
 
 # Attacks on a network where the radius is tight: features z = A x with A a multiple of an isometry.
@@ -279,7 +282,7 @@ def test_certified_accuracy_counts_what_is_certified_beyond_r():
 
 @pytest.fixture(scope="module")
 def linear():
-    """Inputs, labels, logits function and radii of a nearest-centroid classifier on z = 3 Q x, Q orthogonal."""
+    """Inputs, labels, logits and radii of a nearest-centroid classifier on z = 3 Q x, Q orthogonal."""
     rng = np.random.default_rng(0)
     q = np.linalg.qr(rng.standard_normal((6, 6)))[0]
     matrix = jnp.asarray(3 * q, jnp.float32)
@@ -305,8 +308,9 @@ def attacked(linear, rule, factor):
     for i in range(len(y)):
         if radii[rule][i] > 0:
             u = attacks.pgd(
-                jax.random.key(i), lambda u, i=i: scaled(u, jnp.array([i])), jnp.zeros((1, x.shape[1])), y[i : i + 1],
-                eps=1.0, step_size=0.25, steps=20, norm="l2", bounds=None, loss_fn=losses.margin,
+                jax.random.key(i), lambda u, i=i: scaled(u, jnp.array([i])), jnp.zeros((1, x.shape[1])),
+                y[i : i + 1], eps=1.0, step_size=0.25, steps=20, norm="l2", bounds=None,
+                loss_fn=losses.margin,
             )  # fmt: skip
             fooled.append(int(jnp.argmax(scaled(u, jnp.array([i])))) != int(y[i]))
     return np.array(fooled)

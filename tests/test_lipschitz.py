@@ -121,7 +121,9 @@ def setup(name, seed=0, scale=1.0):
     variables = jax.jit(net.init)(jax.random.key(seed))
     leaves, structure = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    leaves = [scale * a + 0.1 * jnp.abs(jax.random.normal(k, a.shape)) for a, k in zip(leaves, keys, strict=True)]
+    leaves = [
+        scale * a + 0.1 * jnp.abs(jax.random.normal(k, a.shape)) for a, k in zip(leaves, keys, strict=True)
+    ]
     variables = jax.tree.unflatten(structure, leaves)
     x = jax.random.uniform(jax.random.key(seed + 2), (12, *settings["input_shape"]))
     return net, variables, Partial(lambda v, x: net.eval(v, x).embeddings, variables), x
@@ -176,7 +178,9 @@ def test_a_fresh_unit_network_does_not_have_it_by_being_flat(name):
     net = models.build(name, **SETTINGS["lip_sll"])
     variables = jax.jit(net.init)(jax.random.key(0))
     x = jax.random.uniform(jax.random.key(1), (4, 8, 8, 3))
-    lower = lipschitz.jacobian_norm(Partial(lambda v, x: net.eval(v, x).embeddings, variables), x, steps=50).max()
+    lower = lipschitz.jacobian_norm(
+        Partial(lambda v, x: net.eval(v, x).embeddings, variables), x, steps=50
+    ).max()
     upper = lipschitz.bound(net.describe(variables), net.input_shape)
     assert 0.5 < lower <= upper
     assert upper <= 1 + 1e-5 or name == "lip_cpl"
@@ -296,7 +300,7 @@ def jacobian_at(weights, x):
 
 
 def test_every_region_of_the_plane_is_found():
-    """The patterns on a fine grid are found, all of them, and for lines in general position as many as there are.
+    """All patterns on a fine grid are found, and in general position as many regions as there are.
 
     h lines cut the plane into 1 + h + h (h - 1) / 2 regions.
     """
@@ -311,7 +315,12 @@ def test_every_region_of_the_plane_is_found():
 def test_parallel_lines_and_dead_units_are_no_trouble():
     first, bias = np.array([[1.0, 1.0, -2.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), np.array([0.0, 1.0, 4.0, 1.0])
     found = {tuple(p) for p in lipschitz.regions(first, bias)}
-    assert found == {(False, False, True, True), (False, True, True, True), (True, True, True, True), (True, True, False, True)}
+    assert found == {
+        (False, False, True, True),
+        (False, True, True, True),
+        (True, True, True, True),
+        (True, True, False, True),
+    }
 
 
 @given(st.integers(0, 10**6))
@@ -321,14 +330,16 @@ def test_the_constant_on_the_plane_is_the_largest_jacobian(seed):
     A region is left out of the comparison where it is too small to be hit.
     """
     weights = random_mlp(seed, hidden=4)
-    points = np.random.default_rng(seed).standard_normal((4000, 2)) * np.repeat([0.5, 2, 10, 100], 1000)[:, None]
+    points = (
+        np.random.default_rng(seed).standard_normal((4000, 2)) * np.repeat([0.5, 2, 10, 100], 1000)[:, None]
+    )
     sampled = max(reference.largest_singular_value(jacobian_at(weights, x)) for x in points[::4])
     assert lipschitz.planar(*weights) >= sampled * DOWN
 
 
 @given(st.integers(0, 10**6), st.floats(0.01, 3.0))
 def test_the_constant_on_a_ball_lies_between_its_samples_and_the_plane(seed, radius):
-    """Points of the ball give at most the local constant; a dense polar grid finds its regions but the tiny."""
+    """Regions on a dense polar grid of the ball are all found; more are possible where they are tiny."""
     weights = random_mlp(seed)
     centre = np.random.default_rng(seed + 1).standard_normal(2)
     local = lipschitz.planar(*weights, centre, radius)

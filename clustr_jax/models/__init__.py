@@ -163,7 +163,9 @@ class ResNet(nn.Module):
         """See Net.describe."""
         params, stats = variables["params"], variables["batch_stats"]
         stem = _folded(params["Conv_0"]["kernel"], params["BatchNorm_0"], stats["BatchNorm_0"])
-        strides = [2 if i > 0 and j == 0 else 1 for i, blocks in enumerate(self.stages) for j in range(blocks)]
+        strides = [
+            2 if i > 0 and j == 0 else 1 for i, blocks in enumerate(self.stages) for j in range(blocks)
+        ]
         names = [f"Block_{i}" for i in range(len(strides))]
         blocks = [_describe_block(params[n], stats[n], s) for n, s in zip(names, strides, strict=True)]
         return [_scale(self.std), ("conv", stem, 1, 1), *blocks, ("mean",)]
@@ -309,7 +311,15 @@ _MODULES = {
 # Networks that are 1-Lipschitz by construction (times 1 / min(std)): their certificates are not vacuous.
 UNIT = ("lip_sll", "lip_aol", "lip_cpl")
 # `width` 0 in a config means the usual one.
-DEFAULT_WIDTH = {"resnet18": 64, "resnet8": 16, "cnn": 32, "mlp": 20, "lip_sll": 32, "lip_aol": 32, "lip_cpl": 32}
+DEFAULT_WIDTH = {
+    "resnet18": 64,
+    "resnet8": 16,
+    "cnn": 32,
+    "mlp": 20,
+    "lip_sll": 32,
+    "lip_aol": 32,
+    "lip_cpl": 32,
+}
 
 
 def build(

@@ -73,7 +73,7 @@ class AOLConv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = aol(self.param("kernel", orthogonal_centre, shape))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return conv2d(x, kernel, 1, self.size // 2) + bias[None, None, None, :]
+        return jnp.add(conv2d(x, kernel, 1, self.size // 2), bias[None, None, None, :])
 
 
 def aol(kernel: Float[Array, "k k C O"]) -> Float[Array, "k k C O"]:
@@ -100,7 +100,7 @@ class SLLConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.xavier_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         scale = sll_scale(kernel, self.param("log_q", nn.initializers.zeros, (self.features,)))
-        hidden = nn.relu(conv2d(x, kernel, 1, self.size // 2) + bias[None, None, None, :])
+        hidden = nn.relu(jnp.add(conv2d(x, kernel, 1, self.size // 2), bias[None, None, None, :]))
         adjoint = jnp.transpose(kernel[::-1, ::-1], (0, 1, 3, 2))
         # on the adjoint's few weights rather than on every pixel
         return x - conv2d(hidden, 2 * scale[None, None, :, None] * adjoint, 1, self.size // 2)
@@ -132,7 +132,7 @@ class CPLConv(nn.Module):
         top = self.variable("batch_stats", "top", lambda: jax.random.normal(jax.random.key(0), torus))
         if train:
             top.value = jax.lax.stop_gradient(power_iteration(kernel, top.value))
-        hidden = nn.relu(conv2d(x, kernel, 1, self.size // 2) + bias[None, None, None, :])
+        hidden = nn.relu(jnp.add(conv2d(x, kernel, 1, self.size // 2), bias[None, None, None, :]))
         adjoint = jnp.transpose(kernel[::-1, ::-1], (0, 1, 3, 2))
         return x - conv2d(hidden, 2 * cpl_scale(kernel, top.value) * adjoint, 1, self.size // 2)
 
