@@ -249,7 +249,9 @@ def splits(config) -> tuple[Split, Split, Split]:
     return dataclasses.replace(train.take(rest, ""), subset=train.subset), train.take(index, "held out"), test
 
 
-def crop_flip(key: Array, images: UInt8[Array, "B H W C"], *, flip: bool = True) -> UInt8[Array, "B H W C"]:
+def crop_flip(
+    key: Array, images: UInt8[Array, "B H W C"], *, flip: bool = True, crop: bool = True
+) -> UInt8[Array, "B H W C"]:
     """Random crop after zero padding by 4 on each side, and a horizontal flip of every second image."""
     size, height, width, channels = images.shape
     crop_key, flip_key = jax.random.split(key)
@@ -257,12 +259,14 @@ def crop_flip(key: Array, images: UInt8[Array, "B H W C"], *, flip: bool = True)
     if flip:
         flipped = jax.random.bernoulli(flip_key, 0.5, (size, 1, 1, 1))
         images = jnp.where(flipped, images[:, :, ::-1], images)
+    if not crop:
+        return images
     padded = jnp.pad(images, ((0, 0), (_PADDING, _PADDING), (_PADDING, _PADDING), (0, 0)))
 
-    def crop(image, offset):
+    def window(image, offset):
         return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), (height, width, channels))
 
-    return jax.vmap(crop)(padded, offsets)
+    return jax.vmap(window)(padded, offsets)
 
 
 def _main(name, directory):

@@ -45,11 +45,11 @@ class Check:
     note: str = ""
 
 
-def run(key, clf, examples, config, sound: dict, outcomes: dict, paper: dict | None, certified: dict | None):
+def run(key, clf, examples, config, sound: dict, outcomes: dict, paper: dict | None, radius=None):
     """All checks of a classifier and its sound result. Returns a list of `Check`, by number.
 
-    `sound` and `paper` are results, `outcomes` the sound one's per-example arrays; `certified` has the
-    per-example `radius_linf` of the same examples, where there is a certificate.
+    `sound` and `paper` are results, `outcomes` the sound one's per-example arrays; `radius` [N] the
+    certified l2 radii of the same examples, where there are any.
     """
     index = np.flatnonzero(outcomes["clean"])[:_IMAGES]
     part = examples.take(index)
@@ -57,7 +57,8 @@ def run(key, clf, examples, config, sound: dict, outcomes: dict, paper: dict | N
     checks = [
         *probe.outputs(), *probe.gradients(), *probe.precision(), *probe.scales(), *probe.effort(),
         *probe.black_box(), toy(jax.random.fold_in(key, 99)),
-        *from_result(sound, outcomes, paper), certificates(sound, outcomes, certified),
+        *from_result(sound, outcomes, paper),
+        certificates(sound, outcomes, radius, int(np.prod(examples.x.shape[1:]))),
     ]  # fmt: skip
     admissible = all(c.status == PASS for c in checks if c.number in (2, 4))
     note = "deterministic forward pass, gradients that are not zero, no optimisation inside"
@@ -384,13 +385,14 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None):
     )
 
 
-def certificates(sound: dict, outcomes: dict, certified: dict | None) -> Check:
-    """18: nothing certified at this radius was broken."""
+def certificates(sound: dict, outcomes: dict, radius, dimensions: int) -> Check:
+    """18: nothing certified was broken. The linf ball of eps lies in the l2 ball of eps sqrt(dimensions)."""
     name = "certified, and broken all the same"
-    if certified is None:
+    if radius is None:
         return Check(18, name, SKIP, None, "", "no certificate")
-    wrong = int(np.sum((certified["radius_linf"] >= sound["eps"]) & ~outcomes["robust"]))
-    return Check(18, name, _status(wrong == 0), wrong, "0")
+    certain = np.asarray(radius) >= sound["eps"] * np.sqrt(dimensions)
+    wrong = int(np.sum(certain & ~outcomes["robust"]))
+    return Check(18, name, _status(wrong == 0), wrong, "0", f"{int(certain.sum())} certified at this radius")
 
 
 def as_result(sound: dict, checks: list[Check], paper: dict | None) -> dict:

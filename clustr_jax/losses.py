@@ -58,6 +58,13 @@ def _without(logits, y):
     return jnp.where(own, -jnp.inf, logits)
 
 
+def distances(a: Float[Array, "N E"], b: Float[Array, "M E"]) -> Float[Array, "N M"]:
+    """Euclidean distances of all pairs, with gradient 0 instead of NaN where two points coincide."""
+    squared = jnp.sum(jnp.square(a[:, None, :] - b[None, :, :]), axis=-1)
+    apart = squared > 0
+    return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0)
+
+
 def magnet_loss(
     z: Float[Array, "M S E"],
     classes: Int[Array, "M"],
@@ -66,6 +73,8 @@ def magnet_loss(
     mask: Bool[Array, "M S"] | None = None,
     eps: float = 0.0,
     surplus: int = 0,
+    radius: float = 0.0,
+    sharpness: float = 1.0,
 ) -> tuple[Float[Array, "M S"], Float[Array, ""]]:
     """Magnet loss (paper Eq. 3) of a batch of M clusters x S samples, in the log domain.
 
@@ -76,6 +85,11 @@ def magnet_loss(
     none at all; without a cluster of another class the loss is 0. `eps` > 0 is the authors' form
     relu(-log(numerator / (denominator + eps) + eps)), whose gradient dies for hard examples
     (fidelity.md, row 8). `surplus` adds so many terms exp(0) to the sum, as what the authors log has.
+
+    `radius` > 0 (of the features, l2) adds radius |mu - mu_own| / sigma^2 to each exponent: a bound of
+    the loss over all shifts of z within it, means and variance held (docs/certificates.md).
+    `sharpness` divides the variance of the loss: sigma^2 is a trace over E dimensions, so that the
+    features of a 1-Lipschitz network would hardly tell clusters apart at 1.
 
     Returns (loss [M, S], variance []).
     """
@@ -88,14 +102,18 @@ def magnet_loss(
     own = jnp.sum(jnp.square(z - means[:, None, :]), axis=-1)
     variance = jnp.sum(own * weight) / jnp.maximum(jnp.sum(weight) - 1.0, 1.0)
     variance = jnp.maximum(variance, MIN_VARIANCE)
+    sigma2 = variance / sharpness
     # Direct differences, never |z|^2 + |mu|^2 - 2 z.mu: the expanded square loses the digits that matter.
     squared = jnp.sum(jnp.square(z[:, :, None, :] - means[None, None, :, :]), axis=-1)
     other = (classes[:, None] != classes[None, :]) & (members > 0)[None, :]
-    exponents = jnp.where(other[:, None, :], -squared / (2 * variance), -jnp.inf)
+    exponents = -squared / (2 * sigma2)
+    if radius:
+        exponents = exponents + (radius * distances(means, means) / sigma2)[:, None, :]
+    exponents = jnp.where(other[:, None, :], exponents, -jnp.inf)
     has_other = jnp.any(other, axis=1)[:, None]
     # log sum exp over an empty set is -inf with a NaN gradient: give it something finite, then drop it.
     exponents = jnp.where(has_other[..., None], exponents, 0.0)
-    attraction = own / (2 * variance)
+    attraction = own / (2 * sigma2)
     if eps:
         numerator = jnp.exp(-alpha - attraction)
         hinge = jax.nn.relu(-jnp.log(numerator / (jnp.sum(jnp.exp(exponents), axis=-1) + eps) + eps))

@@ -15,7 +15,7 @@ from flax import struct
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import losses
+from clustr_jax import losses, models
 from clustr_jax.attacks import pgd
 
 # Log score, below the best class, of a class that owns none of the `train.nearest` clusters: far
@@ -204,14 +204,60 @@ def clustr_qtrades(net, variables, batch, x_adv, clusters, config):
     return loss, Aux(stats, magnet, metrics)
 
 
-def _magnet(outputs, batch, clusters, config):
+def nominal_certified(net, variables, batch, x_adv, clusters, config):
+    """Cross entropy of the linear head's logits at their worst within the l2 ball of train.radius.
+
+    For a 1-Lipschitz network z_c - z_y grows by at most radius |w_c - w_y| in the ball, so that amount
+    is added to every wrong logit (Leino et al. 2021; Hu et al. 2023).
+    """
+    outputs, stats = net.train(variables, batch.x)
+    weights = variables["params"][models.HEAD]["kernel"].T
+    worst = outputs.logits + config.train.radius * losses.distances(weights, weights)[batch.y]
+    loss = losses.cross_entropy(worst, batch.y)
+    metrics = {"accuracy": accuracy(outputs.logits, batch), "certified": accuracy(worst, batch)}
+    return mean(loss, batch.mask), Aux(stats, loss, metrics)
+
+
+def clustr_certified(net, variables, batch, x_adv, clusters, config):
+    """Magnet loss at its worst within the l2 ball of train.radius, for a 1-Lipschitz network.
+
+    Eq. 3 with radius |mu_c - mu_y| / sigma^2 added to every other cluster's exponent, plus xent_lam x
+    the cross entropy of the cluster head's log scores with the same added (docs/certificates.md).
+    """
+    outputs, stats = net.train(variables, batch.x)
+    radius, sharpness = config.train.radius, config.magnet.sharpness
+    loss, metrics = _magnet(outputs, batch, clusters, config, radius=radius, sharpness=sharpness)
+    total = mean(loss, batch.mask)
+    worst = clusters.log_scores(outputs.embeddings) + radius * _farthest(clusters)[batch.y]
+    metrics["certified"] = accuracy(worst, batch)
+    if config.train.xent_lam:
+        cross = losses.cross_entropy(sharpness * worst, batch.y)
+        total = total + config.train.xent_lam * mean(cross, batch.mask)
+    return total, Aux(stats, loss, metrics)
+
+
+def _farthest(clusters):
+    """max over pairs of clusters of two classes of |mu_j - mu_l| / sigma^2 [Y, Y], 0 on the diagonal.
+
+    The Lipschitz constant of z_c - z_y in the features: its gradient is a difference of two convex
+    combinations of centroids.
+    """
+    num_classes, k, _ = clusters.centroids.shape
+    flat = clusters.centroids.reshape(num_classes * k, -1)
+    valid = clusters.valid.reshape(-1)
+    apart = jnp.where(valid[:, None] & valid[None, :], losses.distances(flat, flat), 0.0)
+    apart = jnp.max(apart.reshape(num_classes, k, num_classes, k), axis=(1, 3))
+    return jnp.where(jnp.eye(num_classes, dtype=bool), 0.0, apart) / clusters.variance
+
+
+def _magnet(outputs, batch, clusters, config, **certified):
     """Per-example Magnet loss [B] and what is logged of it."""
     rows = batch.classes.shape[0]
     z = outputs.embeddings.reshape(rows, -1, outputs.embeddings.shape[-1])
     mask = batch.mask.reshape(rows, -1)
     alpha = config.magnet.alpha
     eps = 1e-8 if config.fidelity.hinge == "eps" else 0.0
-    loss, variance = losses.magnet_loss(z, batch.classes, alpha=alpha, mask=mask, eps=eps)
+    loss, variance = losses.magnet_loss(z, batch.classes, alpha=alpha, mask=mask, eps=eps, **certified)
     loss = loss.reshape(-1)
     metrics = {
         "accuracy": accuracy(clusters.log_scores(outputs.embeddings), batch),
@@ -269,4 +315,6 @@ METHODS = {
     "clustr": _clustered(clustr, warmup="nominal"),
     "clustr_qtrades": _clustered(clustr_qtrades, towards_clean, warmup="nominal"),
     "clustr_trades": _clustered(clustr_qtrades, towards_clean, warmup="nominal"),
+    "nominal_certified": Method(nominal_certified),
+    "clustr_certified": _clustered(clustr_certified, warmup="nominal_certified"),
 }

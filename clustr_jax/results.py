@@ -17,8 +17,10 @@ from clustr_jax.attacks.slots import Outcome
 from clustr_jax.checkpoints import read_json, write_json
 
 # Meaning of the protocols; bumped when it changes, and versions never share a table.
-PROTOCOLS = {"clean": "clean-1", "paper": "paper-1", "sound": "sound-2", "quick": "quick-1"}
-PROTOCOLS["diagnostics"] = "diagnostics-1"
+PROTOCOLS = {
+    "clean": "clean-1", "paper": "paper-1", "sound": "sound-2", "quick": "quick-1",
+    "diagnostics": "diagnostics-1", "certified": "certified-1",
+}  # fmt: skip
 # Arrays of an Outcome that are kept; images are not.
 _OUTCOME = ("broken", "restart", "step", "spent")
 _RECORD_SECONDS = 20.0

@@ -50,6 +50,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.eval.sweep, config.eval.curve = config.eval.sweep[:1], config.eval.curve[:1]
     config.eval.apgd_steps, config.eval.queries = min(config.eval.apgd_steps, 4), min(config.eval.queries, 20)
     config.eval.targets = min(config.eval.targets, 2)
+    config.certify.steps, config.certify.restarts = min(config.certify.steps, 4), 1
     return config
 
 
@@ -63,6 +64,7 @@ def check(config, method: Method, net: Net, train_split: Split, test_split: Spli
     for name, value in (
         ("train.lam", config.train.lam), ("train.beta", config.train.beta),
         ("train.xent_lam", config.train.xent_lam), ("magnet.alpha", magnet.alpha),
+        ("train.radius", config.train.radius),
     ):  # fmt: skip
         if not 0 <= value < math.inf:
             raise UserError(f"{name} must be >= 0, got {value}")
@@ -70,6 +72,8 @@ def check(config, method: Method, net: Net, train_split: Split, test_split: Spli
         raise UserError(
             f"magnet.n_init and magnet.max_iter must be >= 1, got {magnet.n_init} and {magnet.max_iter}"
         )
+    if not 0 < magnet.sharpness < math.inf:
+        raise UserError(f"magnet.sharpness must be > 0, got {magnet.sharpness}")
     if not 0 <= magnet.seed_floor <= 1:
         raise UserError(f"magnet.seed_floor is a share in [0, 1], got {magnet.seed_floor}")
     if not all(value > 0 for value in config.model.std):
@@ -99,8 +103,8 @@ def check(config, method: Method, net: Net, train_split: Split, test_split: Spli
     evaluate.check_settings(
         eps=config.train.attack.eps, step_size=config.train.attack.step_size, start=config.train.attack.start
     )
-    if config.data.augment not in ("crop_flip", "crop", "none"):
-        raise UserError(f"data.augment must be crop_flip, crop or none, got {config.data.augment!r}")
+    if config.data.augment not in ("crop_flip", "crop", "flip", "none"):
+        raise UserError(f"data.augment must be crop_flip, crop, flip or none, got {config.data.augment!r}")
     if method.sampler == "magnet":
         train.rows(config, net.num_classes)
         counts = np.bincount(train_split.labels, minlength=net.num_classes)

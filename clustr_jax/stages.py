@@ -1,6 +1,6 @@
 """The stages of a run, in order, and what is handed from one to the next.
 
-    1_warmup -> 2_train -> evaluate
+    1_warmup -> 2_train -> evaluate -> certify
 
 A training stage starts from, in this order: its own newest checkpoint (resume); `config.init_from`
 (the first stage only); the previous stage's model (parameters and batch statistics, nothing else);
@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from clustr_jax import data, diagnostics, evaluate, loading, models, results, settings, train
+from clustr_jax import certified, data, diagnostics, evaluate, loading, models, results, settings, train
 from clustr_jax.attacks import pgd
 from clustr_jax.checkpoints import Checkpoints, write_json
 from clustr_jax.classifier import Classifier, correct
@@ -26,8 +26,8 @@ from clustr_jax.objectives import METHODS
 from clustr_jax.progress import Progress, duration
 from clustr_jax.workdir import Workdir, config_dict
 
-WARMUP, TRAIN, EVALUATE = "1_warmup", "2_train", "evaluate"
-STAGES = (WARMUP, TRAIN, EVALUATE)
+WARMUP, TRAIN, EVALUATE, CERTIFY = "1_warmup", "2_train", "evaluate", "certify"
+STAGES = (WARMUP, TRAIN, EVALUATE, CERTIFY)
 # A compiled chunk of steps lasts about this long: progress and signals are served in between.
 _CHUNK_SECONDS = 3.0
 # Long epochs leave checkpoints inside them.
@@ -65,6 +65,7 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
     method = _method(config)
     wanted = _wanted(stages, method)
     evaluate.check_config(config)
+    certified.check_config(config)
     place = Workdir(workdir or settings.default_workdir(config))
     splits = data.splits(config.data)
     progress = Progress(console)
@@ -80,8 +81,12 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
         for stage in wanted:
             if stage == EVALUATE:
                 _evaluate(this)
+            elif stage == CERTIFY:
+                _certify(this)
             else:
                 _train(this, stage)
+        if EVALUATE in wanted and config.eval.diagnostics and "sound" in config.eval.protocols:
+            _diagnose(this)
     found = {name: results.load(place.results, name) for name in ("clean", *config.eval.protocols)}
     found = {name: result for name, result in found.items() if result is not None}
     if EVALUATE in wanted and found:
@@ -114,11 +119,12 @@ def _method(config):
 
 
 def _wanted(stages, method):
-    """The stages to run, in order; a method without a warm-up has no 1_warmup."""
+    """The stages to run, in order: no 1_warmup without a warm-up, no certify without a cluster head."""
     unknown = [s for s in stages or () if s not in STAGES]
     if unknown:
         raise UserError(f"unknown stage {unknown[0]!r}; known: {', '.join(STAGES)}")
-    return [s for s in STAGES if s in (stages or STAGES) and (s != WARMUP or method.warmup)]
+    has = {WARMUP: bool(method.warmup), CERTIFY: method.head == "clusters"}
+    return [s for s in STAGES if s in (stages or STAGES) and has.get(s, True)]
 
 
 def _introduce(this):
@@ -318,17 +324,8 @@ def _metrics(totals):
 def _evaluate(this: Run) -> None:
     """clean.json and one JSON per protocol; a result of the same config is kept."""
     config, progress, folder = this.config, this.progress, this.workdir.results
-    if this.workdir.finished(TRAIN) is None:
-        raise UserError(f"nothing to evaluate: {TRAIN} is not finished in {this.workdir.root}; run it first")
-    clf = loading.load(this.workdir.root)
-    clf = clf.replace(nearest=config.eval.nearest if clf.clusters is not None else 0)
+    clf, examples = _under_test(this, EVALUATE)
     test = this.test_split
-    index = (
-        data.stratified(test.labels, config.eval.n, test.num_classes)
-        if config.eval.n
-        else np.arange(len(test))
-    )
-    examples = data.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
     content = config_dict(config)
     content.pop("variant")
     content["data"].pop("dir")
@@ -366,16 +363,26 @@ def _evaluate(this: Run) -> None:
         results.save(folder, name, {**header, **result, **footer}, outcomes)
         results.Records(folder, identity).clear()
         progress.line(f"evaluate: {name} {100 * result['robust']:.2f} % ({duration(seconds)})")
-    if config.eval.diagnostics and "sound" in config.eval.protocols:
-        _diagnose(this, clf, examples, folder)
 
 
-def _diagnose(this: Run, clf, examples, folder) -> None:
+def _under_test(this: Run, stage: str):
+    """The trained classifier with its deployed rule, and the test images that are attacked."""
+    config, test = this.config, this.test_split
+    if this.workdir.finished(TRAIN) is None:
+        raise UserError(f"nothing to {stage}: {TRAIN} is not finished in {this.workdir.root}; run it first")
+    clf = loading.load(this.workdir.root)
+    clf = clf.replace(nearest=config.eval.nearest if clf.clusters is not None else 0)
+    size = config.eval.n or len(test)
+    index = data.stratified(test.labels, size, test.num_classes)
+    return clf, data.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
+
+
+def _diagnose(this: Run) -> None:
     """diagnostics.json: the checks and the verdict on the sound result that stands there."""
-    config = this.config
-    sound, paper = results.load(folder, "sound"), results.load(folder, "paper")
-    assert sound is not None  # it was made, or found, just now
-    identity = results.sha([sound["config_sha"], paper and paper["config_sha"], results.PROTOCOLS])
+    config, folder = this.config, this.workdir.results
+    sound, paper, certain = (results.load(folder, name) for name in ("sound", "paper", "certified"))
+    assert sound is not None  # evaluation comes first
+    identity = results.sha([r and r["config_sha"] for r in (sound, paper, certain)] + [results.PROTOCOLS])
     before = results.load(folder, "diagnostics")
     if before and before["config_sha"] == identity:
         this.progress.line("evaluate: diagnostics were done before")
@@ -384,8 +391,13 @@ def _diagnose(this: Run, clf, examples, folder) -> None:
     this.progress.status("evaluate  diagnostics: twenty checks")
     with np.load(folder / "sound.npz", allow_pickle=False) as file:
         outcomes = dict(file)
+    radius = None
+    if certain is not None and this.test_split.bounds is not None:
+        with np.load(folder / "certified.npz", allow_pickle=False) as file:
+            radius = file[f"radius_{certain['rule']}"][outcomes["ids"]]
+    clf, examples = _under_test(this, EVALUATE)
     checks = diagnostics.run(
-        jax.random.fold_in(this.key(EVALUATE), 1), clf, examples, config, sound, outcomes, paper, None
+        jax.random.fold_in(this.key(EVALUATE), 1), clf, examples, config, sound, outcomes, paper, radius
     )
     shared = ("dataset", "subset", "n", "method", "eps", "clean", "robust", "attack", "seed", "versions")
     content = {name: sound[name] for name in shared} | diagnostics.as_result(sound, checks, paper)
@@ -393,3 +405,41 @@ def _diagnose(this: Run, clf, examples, folder) -> None:
     content |= {"protocol": results.PROTOCOLS["diagnostics"], "config_sha": identity, "wall_seconds": seconds}
     results.save(folder, "diagnostics", content, {"ids": examples.ids})
     this.progress.line(f"evaluate: diagnostics ({duration(seconds)})")
+
+
+def _certify(this: Run) -> None:
+    """certified.json, its per-example radii, and the curve as a picture."""
+    config, progress, folder = this.config, this.progress, this.workdir.results
+    clf, examples = _under_test(this, CERTIFY)
+    test = this.test_split
+    content = config_dict(config)
+    content["data"].pop("dir")
+    content["eval"] = {name: content["eval"][name] for name in ("n", "nearest")}
+    content.pop("variant")
+    identity = results.sha({**content, "result": results.PROTOCOLS["certified"]})
+    before = results.load(folder, "certified")
+    if before and before["config_sha"] == identity:
+        progress.line("certify: was done before")
+        return
+    result, outcomes, seconds = certified.run(
+        this.key(CERTIFY), clf, test.pixels(), test.labels, examples, config,
+        lambda unbroken, what: progress.status(f"certify  {what}  unbroken {unbroken:.1%}"),
+    )  # fmt: skip
+    result = {
+        "dataset": config.data.name,
+        "subset": "; ".join(s.subset for s in (this.train_split, test) if s.subset),
+        "n": result.pop("n"), "method": config.method, "protocol": results.PROTOCOLS["certified"], **result,
+        "head": "clusters", "nearest": clf.nearest, "seed": config.seed, "config_sha": identity,
+        "versions": results.versions(), "wall_seconds": seconds,
+    }  # fmt: skip
+    results.save(folder, "certified", result, outcomes)
+    certified.draw(folder / "certified.png", result)
+    at = ", ".join(
+        f"{results.percent(v['robust'])} / {results.percent(result['sweep'][e])} at {float(e):.4g}"
+        for e, v in result["empirical"]["at"].items()
+    )
+    progress.line(
+        f"certify: clean {results.percent(result['clean'])} %; l2-PGD leaves / certified in %: {at}; "
+        f"Lipschitz constant {result['lipschitz']['lower']:.3g} to {result['lipschitz']['upper']:.3g} "
+        f"({duration(seconds)})"
+    )

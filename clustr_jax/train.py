@@ -65,7 +65,8 @@ class TrainSet(struct.PyTreeNode):
         """(pixels in [0, 1], labels) of these examples; augmented where there is a key."""
         images = self.images[ids]
         if key is not None and self.augment != "none":
-            images = data.crop_flip(key, images, flip=self.augment == "crop_flip")
+            flip, crop = "flip" in self.augment, "crop" in self.augment
+            images = data.crop_flip(key, images, flip=flip, crop=crop)
         return images.astype(jnp.float32) / self.scale, self.labels[ids]
 
 

@@ -29,7 +29,7 @@ def base(dataset: str) -> ConfigDict:
     c.data.train_size = 0  # stratified subset; 0 = all
     c.data.test_size = 0
     c.data.val_size = 0.02  # share of the training split held out for stopping and selection
-    c.data.augment = "none"  # "crop_flip", "crop" or "none"
+    c.data.augment = "none"  # "crop_flip", "crop", "flip" or "none"
 
     c.model = ConfigDict()
     c.model.name = "resnet18"
@@ -45,6 +45,7 @@ def base(dataset: str) -> ConfigDict:
     c.train.consistency = "ce"  # of ClusTR+QTRADES: "ce" (Eq. 5), "kl", or "mse" of the embeddings
     c.train.stop_target = False  # no gradient through the clean side of the consistency term
     c.train.xent_lam = 0.0  # weight of cross entropy on the cluster head (authors' --xent-lambda)
+    c.train.radius = 36 / 255  # l2 radius that the *_certified methods train for, in [0, 1] pixels
     c.train.nearest = 0  # D nearest clusters in training; 0 = all (authors' --L)
     c.train.attack_bn = "batch"  # inner attack: "batch" statistics (kept out of the running ones) or "eval"
     c.train.monitor = True  # single-step against multi-step accuracy on held-out images, each epoch
@@ -75,6 +76,7 @@ def base(dataset: str) -> ConfigDict:
     c.magnet.samples = 20  # S, examples per cluster
     c.magnet.n_init = 10  # k-means restarts
     c.magnet.max_iter = 40  # Lloyd iterations
+    c.magnet.sharpness = 1.0  # of clustr_certified: the variance in its loss is divided by this
     c.magnet.seed_floor = 0.05  # uniform share in drawing the seed cluster
 
     c.eval = ConfigDict()
@@ -96,6 +98,12 @@ def base(dataset: str) -> ConfigDict:
     c.eval.apgd_steps = 100  # of APGD-CE, APGD-T and FAB-T, as in AutoAttack
     c.eval.targets = 9  # likeliest classes, or nearest clusters, that targeted attacks go for
     c.eval.queries = 5000  # of Square
+
+    c.certify = ConfigDict()  # l2, pixels in [0, 1]
+    c.certify.rule = "any_d"  # or "hard", "soft"
+    c.certify.radii = (36 / 255, 72 / 255, 108 / 255, 1.0)  # customary for CIFAR; the first is the main one
+    c.certify.steps = 50  # of l2-PGD on eval.n images, to hold against the certificates
+    c.certify.restarts = 2
     return c
 
 
@@ -231,11 +239,38 @@ def clustr_trades(c):
     c.train.attack_bn = "eval"
 
 
+def nominal_certified(c):
+    """Ours: 1-Lipschitz network, cross entropy with the certified margin on the linear head."""
+    _unit(c)
+    _as_warmup(c)
+
+
+def clustr_certified(c):
+    """Ours: 1-Lipschitz network, certified margin in the warm-up and in the Magnet loss, K = 1.
+
+    The margin alpha is small and the loss's variance divided by 16: features that move by at most
+    |x - x'| never get 12.5 nats apart at their full variance.
+    """
+    _unit(c)
+    c.magnet.k, c.magnet.alpha, c.magnet.sharpness = 1, 1.0, 16.0
+
+
+def _unit(c):
+    """A 1-Lipschitz network; no division by the std, which would multiply its constant by 1 / std.
+
+    No crops: zeros moved in at the border are a large change in l2, which such a network must follow.
+    """
+    c.model.name = "lip_sll"
+    c.model.std = (1.0,)
+    if c.data.augment == "crop_flip":
+        c.data.augment = "flip"
+
+
 METHODS = {
     f.__name__: f
     for f in (
         nominal, free_at, fast_at, pgd_at, at_pretrain, trades, qtrades, magnet, clustr, clustr_qtrades,
-        clustr_trades,
+        clustr_trades, nominal_certified, clustr_certified,
     )
 }  # fmt: skip
 
@@ -253,7 +288,7 @@ def cpu(c):
     c.warmup.optimizer, c.warmup.weight_decay, c.warmup.milestones = "adam", 1e-4, ()
     c.train.optimizer, c.train.schedule, c.train.milestones = "adam", "onecycle", ()
     c.train.lr, c.train.weight_decay, c.train.epochs = 5e-3, 1e-4, 12
-    if c.method in ("magnet", "clustr", "clustr_qtrades", "clustr_trades"):
+    if c.method in ("magnet", "clustr", "clustr_qtrades", "clustr_trades", "clustr_certified"):
         c.train.lr, c.train.weight_decay, c.train.epochs = 1e-3, 0.0, 18 if c.method == "magnet" else 6
     if c.method in ("fast_at", "pgd_at", "trades", "free_at"):
         c.train.lr, c.train.batch_size = 1e-2, 64
@@ -270,6 +305,8 @@ def cpu(c):
         c.train.epochs = 5
     if c.method == "free_at":
         c.train.replays = 4
+    if c.method.endswith("_certified"):
+        c.warmup.epochs, c.warmup.weight_decay = 9, 0.0
     c.eval.n, c.eval.attack.steps, c.eval.paper_steps = 1000, 20, (20,)
     c.eval.sweep, c.eval.curve = (), (2 / 255, 4 / 255, 16 / 255, 32 / 255)
 

@@ -4,6 +4,7 @@
 
 The paper does not publish its point sets: these are two moons (toy2d_moons, the default) and
 interleaved Gaussian pairs (--config.data.name=toy2d_pairs). There is no box; eps is in data units.
+`python examples/fig3.py` trains magnet and clustr on both and draws the paper's Fig. 3.
 """
 
 from configs import common
@@ -20,4 +21,5 @@ def get_config(method="clustr"):
     c.eval.attack.eps, c.eval.attack.step_size, c.eval.attack.steps = 0.1, 0.025, 20
     c.eval.sweep = (0.05, 0.2)
     c.eval.curve = (0.05, 0.2, 0.4)
+    c.certify.radii = (0.1, 0.2, 0.3)
     return common.configure(c, method)

@@ -1,6 +1,7 @@
 """Networks. Pixels in [0, 1] go in, `Outputs(logits, embeddings)` come out; normalisation is the first line.
 
-The only file that imports flax.linen: everything else sees `net.train` and `net.eval`.
+The only package that imports flax.linen: everything else sees `net.train`, `net.eval`, and for
+Lipschitz bounds `net.describe`, the layers as plain arrays (`clustr_jax.lipschitz` has their kinds).
 """
 
 import dataclasses
@@ -11,10 +12,12 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from clustr_jax.convolution import conv2d
 from clustr_jax.errors import UserError
+from clustr_jax.models import unit
 
 
 class Outputs(NamedTuple):
@@ -48,6 +51,10 @@ class Net:
         # a pair only where something is mutable
         return self.module.apply(variables, x, train=False)  # pyright: ignore[reportReturnType]
 
+    def describe(self, variables: dict) -> list[tuple]:
+        """The layers from pixels to embeddings in eval mode, batch norm folded in, for `lipschitz.bound`."""
+        return self.module.describe(variables, self.input_shape)  # pyright: ignore[reportAttributeAccessIssue]
+
 
 # He et al. 2015, fan-out: what PyTorch ResNets start from.
 _kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -58,6 +65,8 @@ def _linear_init(key, shape, dtype=jnp.float32):
     bound = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
+
+_BATCH_NORM_EPSILON = 1e-5  # flax's default, which the modules here keep
 
 # The parameters of the linear head: what is replaced when the classes change.
 HEAD = "head"
@@ -71,6 +80,23 @@ def _normalise(x, mean, std):
     """(x - mean) / std with one value per channel (the last axis), or one for all."""
     shape = (1,) * (x.ndim - 1) + (-1,)
     return (x - jnp.reshape(jnp.asarray(mean), shape)) / jnp.reshape(jnp.asarray(std), shape)
+
+
+def _scale(std):
+    """Description of the normalisation."""
+    return "scale", 1 / np.asarray(std, np.float64)
+
+
+def _dense(params):
+    """Description of a dense layer (the bias moves nothing)."""
+    return "dense", np.asarray(params["kernel"])
+
+
+def _folded(matrix, params, stats):
+    """The kernel or matrix (outputs last) followed by this batch norm, as one: in float64."""
+    factor = np.asarray(params["scale"], np.float64)
+    factor = factor / np.sqrt(np.asarray(stats["var"], np.float64) + _BATCH_NORM_EPSILON)
+    return np.asarray(matrix, np.float64) * factor
 
 
 class Conv(nn.Module):
@@ -101,6 +127,18 @@ class Block(nn.Module):
         return nn.relu(x + y)
 
 
+def _describe_block(params, stats, stride):
+    """Description of a Block."""
+
+    def conv(i, stride):
+        kernel = params[f"Conv_{i}"]["kernel"]
+        name = f"BatchNorm_{i}"
+        return "conv", _folded(kernel, params[name], stats[name]), stride, kernel.shape[0] // 2
+
+    shortcut = [conv(2, stride)] if "Conv_2" in params else []
+    return "sum", shortcut, [conv(0, stride), conv(1, 1)]
+
+
 class ResNet(nn.Module):
     """ResNet for 32x32 images: 3x3 stem, no stem pooling, global average pool after the last ReLU."""
 
@@ -121,6 +159,17 @@ class ResNet(nn.Module):
         embeddings = jnp.mean(x, axis=(1, 2))
         return Outputs(_head(self.num_classes)(embeddings), embeddings)
 
+    def describe(self, variables, input_shape):
+        """See Net.describe."""
+        params, stats = variables["params"], variables["batch_stats"]
+        stem = _folded(params["Conv_0"]["kernel"], params["BatchNorm_0"], stats["BatchNorm_0"])
+        strides = [
+            2 if i > 0 and j == 0 else 1 for i, blocks in enumerate(self.stages) for j in range(blocks)
+        ]
+        names = [f"Block_{i}" for i in range(len(strides))]
+        blocks = [_describe_block(params[n], stats[n], s) for n, s in zip(names, strides, strict=True)]
+        return [_scale(self.std), ("conv", stem, 1, 1), *blocks, ("mean",)]
+
 
 class CNN(nn.Module):
     """Two convolutions and a hidden layer, for the 8x8 digits."""
@@ -139,6 +188,20 @@ class CNN(nn.Module):
         x = nn.Dense(4 * self.width, kernel_init=_linear_init)(x.reshape(x.shape[0], -1))
         embeddings = nn.relu(norm()(x))
         return Outputs(_head(self.num_classes)(embeddings), embeddings)
+
+    def describe(self, variables, input_shape):
+        """See Net.describe."""
+        params, stats = variables["params"], variables["batch_stats"]
+
+        def folded(layer, norm):
+            return _folded(params[layer]["kernel"], params[norm], stats[norm])
+
+        return [
+            _scale(self.std),
+            ("conv", folded("Conv_0", "BatchNorm_0"), 1, 1),
+            ("conv", folded("Conv_1", "BatchNorm_1"), 2, 1),
+            ("dense", folded("Dense_0", "BatchNorm_2")),
+        ]
 
 
 class MLP(nn.Module):
@@ -160,15 +223,103 @@ class MLP(nn.Module):
         embeddings = nn.Dense(self.width, kernel_init=_linear_init)(x)
         return Outputs(_head(self.num_classes)(nn.relu(embeddings)), embeddings)
 
+    def describe(self, variables, input_shape):
+        """See Net.describe."""
+        params = variables["params"]
+        return [_scale(self.std), _dense(params["Dense_0"]), _dense(params["Dense_1"])]
+
+
+# Times that the sides of an image are halved: they must be multiples of 2^3.
+_UNIT_STAGES = 3
+
+
+class UnitNet(nn.Module):
+    """A network that moves its embedding by at most |x - x'| / min(std) in l2, by construction.
+
+    Images: three times space-to-depth and `depth` layers with width, 2 width and 4 width channels;
+    then dense layers to an embedding of 8 width. `layer` "sll" and "cpl" add to their input (channels
+    are padded with zeros, or reduced by a 1 x 1 AOL convolution), "aol" alternates with MaxMin. Points
+    go through the dense layers alone. No batch norm; std should be 1.
+    """
+
+    num_classes: int
+    layer: str
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    depth: int = 2
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = _normalise(x, self.mean, self.std)
+        for i, (kind, features, size) in enumerate(self._plan(x.shape[1:])):
+            name = f"layer_{i}"
+            if kind == "space_to_depth":
+                x = unit.space_to_depth(x)
+            elif kind == "flatten":
+                x = unit.as_image(x.reshape(x.shape[0], -1))
+            elif kind == "pad":
+                x = unit.pad_channels(x, features)
+            elif kind == "sll":
+                x = unit.SLLConv(features, size, name=name)(x)
+            elif kind == "cpl":
+                x = unit.CPLConv(features, size, name=name)(x, train)
+            else:
+                x = unit.AOLConv(features, size, name=name)(x)
+                x = unit.maxmin(x) if kind == "aol" else x
+        embeddings = x.reshape(x.shape[0], -1)
+        return Outputs(_head(self.num_classes)(embeddings), embeddings)
+
+    def _plan(self, shape):
+        """(kind, features, kernel size) of each step; "reduce" is an AOL convolution without MaxMin."""
+        steps, channels, cells = [], shape[-1], math.prod(shape[:-1])
+        for i in range(_UNIT_STAGES if len(shape) == 3 else 0):
+            steps.append(("space_to_depth", 0, 0))
+            channels, cells = 4 * channels, cells // 4
+            steps += self._layers(channels, self.width * 2**i, self.depth, 3)
+            channels = self.width * 2**i
+        return [*steps, ("flatten", 0, 0), *self._layers(channels * cells, 8 * self.width, 2, 1)]
+
+    def _layers(self, channels, features, depth, size):
+        first = []
+        if self.layer != "aol" and channels != features:
+            first = [("pad" if channels < features else "reduce", features, 1)]
+        return [*first, *[(self.layer, features, size)] * depth]
+
+    def describe(self, variables, input_shape):
+        """See Net.describe."""
+        params = variables["params"]
+        layers: list[tuple] = [_scale(self.std)]
+        for i, (kind, _, _) in enumerate(self._plan(input_shape)):
+            if kind in ("space_to_depth", "flatten"):
+                layers.append((kind,))
+            elif kind != "pad":
+                name = f"layer_{i}"
+                layers.append(unit.describe(params[name], variables["batch_stats"].get(name, {})))
+        return layers
+
 
 _MODULES = {
     "resnet18": functools.partial(ResNet, stages=(2, 2, 2, 2)),
     "resnet8": functools.partial(ResNet, stages=(1, 1, 1)),
     "cnn": CNN,
     "mlp": MLP,
+    "lip_sll": functools.partial(UnitNet, layer="sll"),
+    "lip_aol": functools.partial(UnitNet, layer="aol"),
+    "lip_cpl": functools.partial(UnitNet, layer="cpl"),
 }
+# Networks that are 1-Lipschitz by construction (times 1 / min(std)): their certificates are not vacuous.
+UNIT = ("lip_sll", "lip_aol", "lip_cpl")
 # `width` 0 in a config means the usual one.
-DEFAULT_WIDTH = {"resnet18": 64, "resnet8": 16, "cnn": 32, "mlp": 20}
+DEFAULT_WIDTH = {
+    "resnet18": 64,
+    "resnet8": 16,
+    "cnn": 32,
+    "mlp": 20,
+    "lip_sll": 32,
+    "lip_aol": 32,
+    "lip_cpl": 32,
+}
 
 
 def build(
@@ -189,8 +340,13 @@ def build(
         raise UserError(
             f"model mlp takes points, got images of shape {input_shape}; use resnet18, resnet8 or cnn"
         )
-    if name != "mlp" and len(input_shape) != 3:
+    if name not in ("mlp", *UNIT) and len(input_shape) != 3:
         raise UserError(f"model {name} takes images [H, W, C], got inputs of shape {input_shape}; use mlp")
+    if name in UNIT and len(input_shape) == 3 and any(side % 2**_UNIT_STAGES for side in input_shape[:2]):
+        raise UserError(
+            f"model {name} halves the image {_UNIT_STAGES} times: its sides must be multiples of "
+            f"{2**_UNIT_STAGES}, got {input_shape}"
+        )
     module = _MODULES[name](
         num_classes=num_classes,
         width=width or DEFAULT_WIDTH[name],

@@ -1,0 +1,225 @@
+"""Certified l2 radii of the cluster head: how far an input can move before the prediction can change.
+
+    r = certify.radius(clf.clusters, clf.embed(x), y, lipschitz=bound)      # [B], pixels in [0, 1]
+
+Statements and proofs are in docs/certificates.md. Everything here is float64 NumPy; only the result is
+float32, rounded down. Notation: j runs over the clusters of the own class, l over those of the others,
+u = -|f - mu|^2 / 2 sigma^2, D_jl = u_j - u_l, G_jl = |mu_j - mu_l| / sigma^2. A shift of the features
+by rho lowers D_jl by at most rho G_jl.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from clustr_jax.clusters import Clusters
+from clustr_jax.errors import UserError
+
+# rule -> what it certifies
+RULES = {
+    "hard": "the nearest centroid decides (D = 1)",
+    "soft": "all clusters decide (Eq. 4)",
+    "any_d": "hard, soft, and every rule of the D nearest clusters at once",
+    "paper": "NOT SOUND for more than two centroids: Theorem 1 between the two closest ones",
+}
+SOUND = ("hard", "soft", "any_d")
+# Examples per block: B x clusters distances are held at once.
+_BLOCK = 1000
+# Halvings of an interval that is at most log(K) / G wide: far below float32 resolution.
+_BISECTIONS = 30
+
+
+def radius(
+    clusters: Clusters,
+    z: Float[np.ndarray, "B E"],
+    y: Int[np.ndarray, "B"],
+    *,
+    lipschitz: float,
+    rule: str = "any_d",
+    rounding: float = 1e-5,
+) -> Float[np.ndarray, "B"]:
+    """l2 radius (units of x) within which every input is still classified as y; 0 where none is certain.
+
+    z are the embeddings f(x), `lipschitz` an upper bound of |f(x) - f(x')| / |x - x'| (see
+    `clustr_jax.lipschitz`). `rule` says which classifier is certified (RULES); "paper" is kept for
+    comparison and is not sound. `rounding` allows for float32: features are taken to be off by
+    `rounding` x the largest norm of a feature or centroid, squared distances by that share of
+    themselves; 0 certifies exact arithmetic. Ties and misclassified examples get 0. Radii are rounded
+    down. Raises UserError for a bound that is not positive and finite, an unknown rule, and shapes
+    that do not fit.
+    """
+    centroids, variance, valid, z, y = _checked(clusters, z, y, lipschitz, rule, rounding)
+    slope = _distances(centroids) / variance
+    rho = np.zeros(len(z))
+    for i in range(0, len(z), _BLOCK):
+        block = slice(i, i + _BLOCK)
+        pairs = _pairs(centroids, variance, valid, slope, z[block], y[block], rounding)
+        rho[block] = _RULE_FUNCTIONS[rule](pairs)
+    largest = np.sqrt(np.sum(np.where(valid[..., None], centroids, 0.0) ** 2, axis=-1)).max(initial=0.0)
+    error = rounding * np.maximum(np.linalg.norm(z, axis=1), largest)
+    # both f(x) as computed here and f(x') as computed later may be off
+    return _round_down(np.fmax(rho - 2 * error, 0.0) / lipschitz)  # fmax: 0 for NaN
+
+
+def accuracy(radii: Float[np.ndarray, "B"], r: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R"]:
+    """Certified accuracy at each radius: the fraction of examples certified beyond it (r = 0: at all)."""
+    return np.mean(np.asarray(radii)[None, :] > np.asarray(r)[:, None], axis=1)
+
+
+class _Pairs(NamedTuple):
+    """Own clusters (axis 1) against all clusters (axes 2, 3), for a block of examples.
+
+    Entries of missing clusters and of the own class as "other" are set so that they never decide:
+    difference +inf against a missing other, -inf for a missing own cluster.
+    """
+
+    difference: np.ndarray  # D_jl [B, K, Y, K]
+    slope: np.ndarray  # G_jl [B, K, Y, K]
+    squared: np.ndarray  # |f - mu|^2 / 2 sigma^2 [B, Y, K], inf where missing
+    y: np.ndarray  # [B]
+
+
+def _distances(centroids):
+    """|mu_j - mu_l| of all pairs [Y, K, Y, K]."""
+    num_classes, k, dimension = centroids.shape
+    flat = centroids.reshape(-1, dimension)
+    rows = [np.linalg.norm(flat - point, axis=1) for point in flat]
+    return np.stack(rows).reshape(num_classes, k, num_classes, k)
+
+
+def _pairs(centroids, variance, valid, slope, z, y, rounding) -> _Pairs:
+    num_classes, k, dimension = centroids.shape
+    flat = centroids.reshape(-1, dimension)
+    # float64: the expanded square keeps more digits than a float32 difference has. Centred on the
+    # centroids' mean, so that a common offset costs none.
+    centre = flat[valid.reshape(-1)].mean(axis=0) if valid.any() else 0.0
+    a, b = z - centre, np.where(valid.reshape(-1, 1), flat - centre, 0.0)
+    squared = np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1)[None, :] - 2 * a @ b.T
+    squared = np.maximum(squared, 0.0).reshape(-1, num_classes, k) / (2 * variance)
+    index = np.arange(len(z))
+    own = squared[index, y][:, :, None, None]
+    difference = (1 - rounding) * squared[:, None] - (1 + rounding) * own
+    other = valid[None] & (np.arange(num_classes)[None, :] != y[:, None])[:, :, None]
+    difference = np.where(other[:, None], difference, np.inf)
+    difference = np.where(valid[y][:, :, None, None], difference, -np.inf)
+    return _Pairs(difference, slope[y], np.where(valid[None], squared, np.inf), y)
+
+
+def _distance(pairs):
+    """D / G: signed feature distance of f to the bisector of each pair, -inf where they coincide."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        m = np.where(np.isinf(pairs.difference), pairs.difference, pairs.difference / pairs.slope)
+    # centroids of two classes at one place: neither is ever strictly nearer
+    return np.where((pairs.slope > 0) | np.isinf(pairs.difference), m, -np.inf)
+
+
+def _hard(pairs):
+    """min over other clusters of max over own clusters of the distance to their bisector."""
+    return _positive(np.min(np.max(_distance(pairs), axis=1), axis=(1, 2)))
+
+
+def _paper(pairs):
+    """Theorem 1 for the nearest own centroid and the other class's centroid nearest *in distance*."""
+    index = np.arange(len(pairs.y))
+    own = np.argmin(pairs.squared[index, pairs.y], axis=1)
+    others = pairs.squared.copy()
+    others[index, pairs.y] = np.inf
+    rival = np.argmin(others.reshape(len(index), -1), axis=1)
+    m = _distance(pairs).reshape(len(index), others.shape[2], -1)
+    return _positive(m[index, own, rival])
+
+
+def _positive(rho):
+    """0 where the example is not strictly correct; inf stays where there is no other cluster at all."""
+    return np.where(rho > 0, rho, 0.0)
+
+
+def _any_d(pairs):
+    """sup{rho: for every other class, sum over its clusters of min_j exp(-D_jl + rho G_jl) < 1}."""
+    return _smallest_root(pairs, lambda a: np.max(a, axis=0), slack=0.0)
+
+
+def _soft(pairs):
+    """sup{rho: for every other class, sum over its clusters of 1 / sum_j exp(D_jl - rho G_jl) < 1}."""
+    k = pairs.difference.shape[1]
+    return _smallest_root(pairs, _logsumexp, slack=math.log(k))
+
+
+def _smallest_root(pairs, lead, slack):
+    """min over classes c of sup{rho >= 0: logsumexp_{l in c}(-lead_l(rho)) < 0}, 0 where rho = 0 fails.
+
+    lead_l(rho) is `lead` of the D_jl - rho G_jl over j; it lies between the largest of them and that plus
+    `slack`. So the root of a class of K clusters is at least min_l max_j (D_jl - log K) / G_jl and at most
+    min_l max_j (D_jl + slack) / G_jl; only classes whose bracket reaches below every other's end are
+    bisected. The lower end is returned.
+    """
+    k = pairs.difference.shape[1]
+
+    def bracket(shift):
+        shifted = pairs._replace(difference=pairs.difference + shift)
+        return np.min(np.max(_distance(shifted), axis=1), axis=2)  # [B, Y]
+
+    low, high = np.maximum(bracket(-math.log(k)), 0.0), bracket(slack)
+    end = np.min(high, axis=1)
+    rho = np.where(end > 0, end, 0.0)
+    finite = np.isfinite(end) & (end > 0)
+    rows, classes = np.nonzero((low <= end[:, None]) & np.isfinite(high) & finite[:, None])
+    # [K own, K others, P]: sums over the short axes come first
+    d = np.moveaxis(pairs.difference[rows, :, classes], 0, 2).copy()
+    g = np.moveaxis(pairs.slope[rows, :, classes], 0, 2).copy()
+    low, high = low[rows, classes], end[rows]
+
+    def holds(rho):
+        return _logsumexp(-lead(d - rho * g)) < 0
+
+    low = np.where(holds(low), low, 0.0)  # the bracket is exact up to rounding: check it
+    correct = holds(np.zeros(len(rows)))
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        inside = holds(middle)
+        low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+    np.minimum.at(rho, rows, np.where(correct, low, 0.0))
+    return rho
+
+
+def _logsumexp(a):
+    """Over the first axis; -inf entries count nothing."""
+    top = np.max(a, axis=0)
+    finite = np.isfinite(top)
+    total = np.sum(np.exp(a - np.where(finite, top, 0.0)), axis=0, where=finite, initial=0.0)
+    return top + np.log(np.where(finite, total, 1.0))
+
+
+_RULE_FUNCTIONS = {"hard": _hard, "soft": _soft, "any_d": _any_d, "paper": _paper}
+
+
+def _round_down(r):
+    """float64 -> float32, never above."""
+    rounded = r.astype(np.float32)
+    return np.where(rounded > r, np.nextafter(rounded, np.float32(-np.inf)), rounded).astype(np.float32)
+
+
+def _checked(clusters, z, y, lipschitz, rule, rounding):
+    """Everything in float64, or a UserError that says what does not fit."""
+    if rule not in RULES:
+        raise UserError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if np.ndim(lipschitz) != 0 or not 0 < lipschitz < math.inf:
+        raise UserError(f"lipschitz must be a positive, finite upper bound, got {lipschitz}")
+    if not 0 <= rounding < 1:
+        raise UserError(f"rounding is a relative error in [0, 1), got {rounding}")
+    centroids = np.asarray(clusters.centroids, np.float64)
+    valid = np.asarray(clusters.valid, bool)
+    z, y = np.asarray(z, np.float64), np.asarray(y)
+    num_classes, _, dimension = centroids.shape
+    if z.ndim != 2 or z.shape[1] != dimension or y.shape != z.shape[:1]:
+        raise UserError(
+            f"z must be [B, {dimension}] like the centroids and y [B], got {z.shape} and {y.shape}"
+        )
+    if not np.issubdtype(y.dtype, np.integer) or (len(y) and not 0 <= y.min() <= y.max() < num_classes):
+        raise UserError(f"y must hold classes 0..{num_classes - 1}")
+    variance = float(clusters.variance)
+    if not 0 < variance < math.inf:
+        raise UserError(f"the clusters' variance must be positive and finite, got {variance}")
+    return centroids, variance, valid, z, y
