@@ -174,6 +174,7 @@ def test_a_zero_gradient_moves_nothing(key):
     np.testing.assert_array_equal(x_adv, x)
 
 
+@pytest.mark.filterwarnings("ignore:logits_fn returned bounded scores")  # so they are, on purpose
 def test_a_sweep_and_new_parameters_compile_once(rng):
     """Four eps, four step sizes and four models of one shape through a method, a Partial, a function."""
     x, y = images(rng, 4), np.zeros(4, np.int32)
