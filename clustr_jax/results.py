@@ -94,9 +94,15 @@ class Records:
         if not path.exists():
             return None, {}
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 found = {key: file[key] for key in file.files}
-        except (OSError, ValueError, zipfile.BadZipFile):  # cut off by a crash: start this attack again
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            zipfile.BadZipFile,
+        ):  # cut off by a crash: start this attack again
             return None, {}
         outcome = Outcome.fresh(x, restarts)
         if found["spent"].shape != outcome.spent.shape:

@@ -195,6 +195,7 @@ def _prepare(logits_fn, x, y, eps, norm, bounds, lanes) -> tuple[Partial, np.nda
         raise UserError(f"slots must be at least 1, got {lanes}")
     x, y = np.asarray(x, np.float32), np.asarray(y)
     check_images(x, y, bounds)
+    x = x if bounds is None else np.clip(x, *bounds)
     model = as_partial(logits_fn)
     logits = slots.forward(model, x, lanes)
     check_logits(logits, y)

@@ -9,8 +9,8 @@ import numpy as np
 
 from clustr_jax.errors import UserError
 
-# Pixels may be off the box by float rounding.
-_ROUNDING = 1e-5
+# Pixels may be off the box by float rounding (of a division by 255, say), and by no more.
+_ROUNDING = 1e-6
 # Outputs that all lie within this range are bounded scores rather than logits.
 _BOUNDED = 1.0 + 1e-4
 
@@ -33,9 +33,8 @@ def check_images(x, y, bounds) -> None:
 
 def check_logits(logits, y) -> None:
     """UserError for outputs that cannot be attacked as logits; a warning where they are bounded scores."""
+    check_shape(logits, len(y))
     logits = np.asarray(logits)
-    if logits.ndim != 2 or logits.shape[0] != len(y):
-        raise UserError(f"logits_fn must return [B, Y] for B = {len(y)} images, got {logits.shape}")
     if len(y) and not 0 <= int(np.min(y)) <= int(np.max(y)) < logits.shape[1]:
         raise UserError(
             f"y must lie in 0..{logits.shape[1] - 1}, the classes of logits_fn, "
@@ -46,6 +45,12 @@ def check_logits(logits, y) -> None:
         raise UserError(text)
     if text:
         warnings.warn(text, stacklevel=3)
+
+
+def check_shape(logits, count: int) -> None:
+    """UserError unless they are [count, Y]."""
+    if logits.ndim != 2 or logits.shape[0] != count:
+        raise UserError(f"logits_fn must return [B, Y] for B = {count} images, got shape {logits.shape}")
 
 
 def diagnose(logits) -> tuple[bool, str]:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
 from clustr_jax.attacks.geometry import ascend, project, random_start
-from clustr_jax.attacks.inputs import check_images, check_logits, concrete
+from clustr_jax.attacks.inputs import check_images, check_logits, check_shape, concrete
 from clustr_jax.errors import UserError
 
 # Restarts run side by side as long as the batch stays below this many images (memory), then in turns.
@@ -181,6 +181,7 @@ def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
         return pgd_lanes(key, logits_fn, x, y, ids, numbers, eps, step_size, **settings)
 
     logits = logits_fn(x)  # for the caller to look at; dropped by the compiler where nobody does
+    check_shape(logits, x.shape[0])
     if restarts == 1:  # the loss of the result is not needed, and is not computed
         return one(0)[0], logits
     side_by_side = max(1, min(restarts, _LANES // max(x.shape[0], 1)))
