@@ -95,7 +95,8 @@ def run(key, clf: Classifier, x, y, examples: Examples, config, report) -> tuple
     alive = _correct(clf, examples.x, examples.y)
     clean_attacked = results.fraction(alive)
     empirical, outcomes, violations = {}, {}, 0
-    for i, e in enumerate(sorted(eps)):
+    vacuous = not np.any(own >= min(eps))  # then there is nothing to hold an attack against
+    for i, e in enumerate(() if vacuous else sorted(eps)):
         alive = attack(
             jax.random.fold_in(key, i), clf, examples, alive, eps=e, steps=settings.steps,
             restarts=settings.restarts, lanes=min(config.eval.slots, len(examples)),

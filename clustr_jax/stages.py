@@ -438,8 +438,9 @@ def _certify(this: Run) -> None:
         f"{results.percent(v['robust'])} / {results.percent(result['sweep'][e])} at {float(e):.4g}"
         for e, v in result["empirical"]["at"].items()
     )
+    found = f"l2-PGD leaves / certified in %: {at}" if at else f"nothing at {results.radius(result['eps'])}"
     progress.line(
-        f"certify: clean {results.percent(result['clean'])} %; l2-PGD leaves / certified in %: {at}; "
+        f"certify: clean {results.percent(result['clean'])} %; {found}; "
         f"Lipschitz constant {result['lipschitz']['lower']:.3g} to {result['lipschitz']['upper']:.3g} "
         f"({duration(seconds)})"
     )
