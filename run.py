@@ -10,7 +10,7 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 # XLA takes its temporary memory afresh at each call; with huge pages the page faults stop dominating
-# on CPU (docs/performance.md). glibc reads this before Python starts, hence the second exec.
+# on CPU. glibc reads this before Python starts, hence the second exec.
 _TUNABLE = "glibc.malloc.hugetlb=1"
 
 

@@ -3,7 +3,7 @@
     python run.py --config=configs/cifar10.py:clustr_qtrades
 
 `METHOD,cpu` is the variant for two CPU cores (offline, at_pretrain needs --config.pretrain.name=cifar100).
-Meant for one GPU; not run at this size here. What two CPU cores can do is in docs/results.md.
+Meant for one GPU; not run at this size here.
 """
 
 from configs import common
