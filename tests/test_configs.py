@@ -300,7 +300,7 @@ def test_a_smoke_config_is_smaller_and_leaves_the_original_alone():
         ({"train.epochs": -1}, "epochs must be >= 0"),
         ({"train.schedule": "linear"}, "schedule must be"),
         ({"warmup.optimizer": "lion"}, "optimizer must be adam or sgd"),
-        ({"data.augment": "flip"}, "data.augment must be"),
+        ({"data.augment": "flop"}, "data.augment must be"),
         ({"train.attack.eps": -0.1}, "eps must be >= 0"),
         ({"train.attack.start": "middle"}, "start must be one of"),
         ({"train.attack.steps": -1}, "steps must be"),

@@ -129,6 +129,7 @@ def setup(name, seed=0, scale=1.0):
     return net, variables, Partial(lambda v, x: net.eval(v, x).embeddings, variables), x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn", "mlp", "lip_sll", "lip_aol", "lip_cpl"])
 def test_the_bound_is_above_explicit_jacobians(name):
     """The sandwich: largest singular value of explicit Jacobians <= bound, and jacobian_norm finds it."""
@@ -150,6 +151,7 @@ def test_the_bound_of_a_resnet_is_above_its_lower_bound(name):
     assert 0 < lipschitz.jacobian_norm(f, x).max() <= upper < np.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_no_two_inputs_are_moved_apart_by_more_than_the_bound(name):
     net, variables, f, x = setup(name)
@@ -169,6 +171,7 @@ def test_unit_networks_have_constant_1_whatever_their_weights(name, scale):
     assert lipschitz.bound(net.describe(variables), net.input_shape) <= 1 + 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lip_sll", "lip_aol", "lip_cpl"])
 def test_a_fresh_unit_network_does_not_have_it_by_being_flat(name):
     """The sandwich of the constant is narrow: between 0.5 and 1 for AOL and SLL.

@@ -252,7 +252,8 @@ def check(golden, formula):
 
 
 def test_the_table_has_every_method():
-    assert list(LOSSES) == list(METHODS)
+    """The two certified ones have their formulas in test_certified.py."""
+    assert [*LOSSES, "nominal_certified", "clustr_certified"] == list(METHODS)
 
 
 @pytest.mark.parametrize("method", LOSSES)
@@ -585,7 +586,7 @@ def test_which_statistics_the_attack_uses(method, rng, key):
 # Batch statistics
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOSSES)  # 1-Lipschitz networks have none
 def test_which_passes_update_the_running_statistics(method, rng):
     """One update for each forward pass of the objective, in order: clean, then adversarial."""
     net = Linear((3,), 2, normed=True)
@@ -960,7 +961,7 @@ def embeddings(pixels, stats, mode):
 
 def check_refit(rng, monkeypatch, name, size, **switches):
     """Clusters at the first and at a later refit. The augmentation is 255 - image, so that it is known."""
-    monkeypatch.setattr(data, "crop_flip", lambda key, images, flip: 255 - images)
+    monkeypatch.setattr(data, "crop_flip", lambda key, images, **_: 255 - images)
     labels = np.arange(size) % 3
     bright = np.linspace(40, 160, size)[:, None, None, None] + 20 * labels[:, None, None, None]
     images = np.uint8(np.clip(bright + 30 * rng.normal(size=(size, *SIDE)), 0, 255))

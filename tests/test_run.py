@@ -268,7 +268,7 @@ def test_a_smoke_run_on_digits(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.endswith("_certified")])  # those want images
 def test_every_method_is_killed_resumed_and_runs_to_the_end(method, start, run, tmp_path):
     """On points. After the first epoch of its training it dies; without a warm-up there is only 2_train."""
     folder, straight = tmp_path / "killed", tmp_path / "straight"
