@@ -95,14 +95,14 @@ def run(key, clf: Classifier, x, y, examples: Examples, config, report) -> tuple
     alive = _correct(clf, examples.x, examples.y)
     clean_attacked = results.fraction(alive)
     empirical, outcomes, violations = {}, {}, 0
-    vacuous = not np.any(own >= min(eps))  # then there is nothing to hold an attack against
+    vacuous = not np.any(own > min(eps))  # then there is nothing to hold an attack against
     for i, e in enumerate(() if vacuous else sorted(eps)):
         alive = attack(
             jax.random.fold_in(key, i), clf, examples, alive, eps=e, steps=settings.steps,
             restarts=settings.restarts, lanes=min(config.eval.slots, len(examples)),
         )  # fmt: skip
         outcomes[f"l2_pgd_{e:.6f}"] = alive
-        certain = own[examples.ids] >= e
+        certain = own[examples.ids] > e
         violations += int(np.sum(certain & ~alive))
         empirical[f"{e:.6f}"] = {"robust": results.fraction(alive), "certified": results.fraction(certain)}
         report(results.fraction(alive), f"l2-PGD at {results.radius(e)}")
