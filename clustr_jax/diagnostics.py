@@ -397,7 +397,7 @@ def certificates(sound: dict, outcomes: dict, radius, dimensions: int) -> Check:
     name = "certified, and broken all the same"
     if radius is None:
         return Check(18, name, SKIP, None, "", "no certificate")
-    certain = np.asarray(radius) >= sound["eps"] * np.sqrt(dimensions)
+    certain = np.asarray(radius) > sound["eps"] * np.sqrt(dimensions)
     wrong = int(np.sum(certain & ~outcomes["robust"]))
     return Check(18, name, _status(wrong == 0), wrong, "0", f"{int(certain.sum())} certified at this radius")
 

@@ -39,7 +39,7 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
     `head` "clusters" or "linear" chooses what predicts; None takes the method's own. Raises UserError
     where there is nothing to load.
     """
-    stage = _stage(path)
+    stage = find_stage(path)
     config = ConfigDict(read_json(stage.parent / "config.json"))
     done = read_json(stage / "done.json")
     method = METHODS[config.method]
@@ -86,7 +86,7 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
 
 def model_variables(path: str | pathlib.Path, net: Net) -> dict:
     """{params, batch_stats} for `net` of the newest checkpoint of a stage (finished or not asked for)."""
-    stage = _stage(path)
+    stage = find_stage(path)
     checkpoints = Checkpoints(stage / "checkpoints")
     try:
         abstract = jax.eval_shape(net.init, jax.random.key(0))
@@ -99,8 +99,8 @@ def model_variables(path: str | pathlib.Path, net: Net) -> dict:
         checkpoints.close()
 
 
-def _stage(path) -> pathlib.Path:
-    """The folder of a finished stage: the path itself, or the newest one in a work directory."""
+def find_stage(path: str | pathlib.Path) -> pathlib.Path:
+    """The folder of a finished stage: the path itself, or the newest one in it; UserError without one."""
     path = pathlib.Path(path).expanduser().resolve()
     for folder in (path, path / "2_train", path / "1_warmup"):
         if (folder / "done.json").exists():

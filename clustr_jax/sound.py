@@ -4,7 +4,7 @@ sound-2: PGD on the cross entropy and on the margin; for cluster heads also PGD 
 of other classes (in logit and in feature distance) and away from the own one first; APGD-CE, APGD-T, FAB-T
 and Square as in AutoAttack; transfer from the network's own linear head and from other checkpoints. Every
 attack runs on all examples that are classified correctly, so each has an accuracy of its own, and unique
-kills. quick-1: margin and cluster PGD with 20 steps, each on what the one before left.
+kills. quick-1: margin PGD, cluster PGD and APGD-T with 20 steps, each on what the one before left.
 """
 
 import dataclasses
@@ -183,7 +183,7 @@ def run_sound(key, clf, examples, config, report, records=None) -> tuple[dict, d
     """sound.json: every attack on all correct examples, the union, curves, and other radii."""
     settings, quick = config.eval.attack, config.eval.quick
     deployed, right = _right(clf, examples, config)
-    broken_by = np.where(right, "", "clean").astype("U32")
+    broken_by = np.where(right, "", "clean").astype(object)  # names of any length
     survivors, attacks, curves = {}, {}, {}
     smaller = [eps for eps in sorted(config.eval.curve) if eps < settings.eps] if not quick else []
     larger = [eps for eps in sorted(config.eval.curve) if eps > settings.eps] if not quick else []
@@ -231,13 +231,13 @@ def run_sound(key, clf, examples, config, report, records=None) -> tuple[dict, d
         "attacks": attacks, "curves": curves, "unbounded": unbounded,
         "sweep": {f"{eps:.6f}": {"robust": results.fraction(s)} for eps, s in sorted(sweep.robust.items())},
     }  # fmt: skip
-    outcomes = {"clean": deployed, "robust": alive, "broken_by": broken_by}
+    outcomes = {"clean": deployed, "robust": alive, "broken_by": broken_by.astype(str)}
     outcomes |= {f"robust_{name}": survived for name, survived in survivors.items()}
     return result, outcomes
 
 
 def run_quick(key, clf, examples, config, report, records=None) -> tuple[dict, dict]:
-    """quick.json: margin PGD, then the clusters, 20 steps and few restarts, each on what is left."""
+    """quick.json: margin PGD, the clusters, then APGD-T, with 20 steps, each on what is left."""
     settings = config.eval.attack
     quick = config.copy_and_resolve_references()
     quick.eval.quick = True
@@ -291,7 +291,7 @@ def transfer_sources(clf: Classifier, config) -> dict[str, Classifier]:
     if clf.clusters is not None:
         sources["transfer-linear-head"] = clf.replace(clusters=None, nearest=0)
     for path in config.eval.transfer:
-        sources[f"transfer-{path.rstrip('/').rpartition('/')[2]}"] = loading.load(path)
+        sources[f"transfer-{path}"] = loading.load(path)  # the whole path: folders can share a name
     return sources
 
 

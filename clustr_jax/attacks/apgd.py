@@ -6,14 +6,13 @@ stopped to rise. Nothing to tune but the number of steps.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks.aims import Aim
-from clustr_jax.attacks.geometry import ascend, length, over, project
+from clustr_jax.attacks.geometry import ascend, on_sphere, over, project
 from clustr_jax.attacks.slots import Attack, climb
 
 # Share of the previous move that is carried on, share of rising steps that a window needs, first step / eps.
@@ -61,17 +60,8 @@ class APGD(Attack):
 
     def init(self, work):
         """eps from x: along a uniform draw, scaled by its largest entry (linf), or a Gaussian (l2)."""
-
-        def draw(key):
-            if self.norm == "linf":
-                return jax.random.uniform(key, work.x.shape[1:], minval=-1.0, maxval=1.0)
-            return jax.random.normal(key, work.x.shape[1:])
-
-        direction = jax.vmap(draw)(work.keys)
-        size = jnp.maximum(length(direction, self.norm), 1e-12)
-        x = project(
-            work.x + self.eps * direction / over(size, work.x), work.x, self.eps, self.norm, self.bounds
-        )
+        x = work.x + self.eps * on_sphere(work.keys, work.x, self.norm)
+        x = project(x, work.x, self.eps, self.norm, self.bounds)
         nothing = jnp.full(work.y.shape, -jnp.inf)
         return APGDState(
             candidate=x,

@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from clustr_jax.attacks.aims import margin_targeted, misclassified
-from clustr_jax.attacks.geometry import length, over, project
+from clustr_jax.attacks.geometry import length, on_sphere, over, project
 from clustr_jax.attacks.slots import Attack, climb
 
 # Largest weight of the original image, overshoot, and the step back (section 3 of the paper).
@@ -38,16 +38,9 @@ class FAB(Attack):
 
     def init(self, work):
         """The image itself; for later restarts a random point half a radius from it."""
-
-        def draw(key):
-            if self.norm == "linf":
-                return jax.random.uniform(key, work.x.shape[1:], minval=-1.0, maxval=1.0)
-            return jax.random.normal(key, work.x.shape[1:])
-
-        direction = jax.vmap(draw)(work.keys)
-        size = jnp.maximum(length(direction, self.norm), 1e-12)
-        away = jnp.where(work.restart % self.restarts > 0, self.eps / 2, 0.0) / size
-        x = project(work.x + over(away, work.x) * direction, work.x, self.eps, self.norm, self.bounds)
+        away = jnp.where(work.restart % self.restarts > 0, self.eps / 2, 0.0)
+        x = work.x + over(away, work.x) * on_sphere(work.keys, work.x, self.norm)
+        x = project(x, work.x, self.eps, self.norm, self.bounds)
         return FABState(x, x, jnp.zeros(work.y.shape, bool))
 
     def update(self, model, work, state, step):

@@ -63,5 +63,17 @@ def random_start(keys, x, eps, start, norm):
     return x + jax.vmap(lambda key: draw(key, x.shape[1:]))(keys)
 
 
+def on_sphere(keys, x, norm):
+    """[B, ...] of length 1: a uniform draw by its largest entry (linf), or a Gaussian by its norm (l2)."""
+
+    def draw(key):
+        if norm == "linf":
+            return jax.random.uniform(key, x.shape[1:], minval=-1.0, maxval=1.0)
+        return jax.random.normal(key, x.shape[1:])
+
+    direction = jax.vmap(draw)(keys)
+    return direction / over(jnp.maximum(length(direction, norm), 1e-12), x)
+
+
 def _inner(x):
     return tuple(range(1, x.ndim))
