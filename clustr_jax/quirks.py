@@ -11,7 +11,6 @@ import pathlib
 import sys
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -25,6 +24,7 @@ from clustr_jax.attacks.steps import PGD
 from clustr_jax.checkpoints import read_json
 from clustr_jax.errors import UserError
 from clustr_jax.evaluate import PAPER_AIM, largest_loss
+from clustr_jax.stages import EVALUATE, stage_key
 
 # name -> what it is in the authors' code, and instead.
 QUIRKS = {
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
     started = time.perf_counter()
     with console.status("quirks") as status:
         rows = table(
-            jax.random.key(config.seed), clf, examples, config, steps=args.steps, restarts=args.restarts,
+            stage_key(config.seed, EVALUATE), clf, examples, config, steps=args.steps, restarts=args.restarts,
             report=lambda text: status.update(f"quirks: {text}"),
         )  # fmt: skip
     shown = Table(

@@ -51,7 +51,12 @@ class Run:
 
     def key(self, stage: str):
         """A stream of randomness for each stage."""
-        return jax.random.fold_in(jax.random.key(self.config.seed), STAGES.index(stage))
+        return stage_key(self.config.seed, stage)
+
+
+def stage_key(seed: int, stage: str):
+    """The stream of `stage` in a run with this seed."""
+    return jax.random.fold_in(jax.random.key(seed), STAGES.index(stage))
 
 
 def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = None) -> dict[str, dict]:
