@@ -60,6 +60,8 @@ $(INSTALLED_DEV): requirements-dev.txt $(INSTALLED)
 run: $(INSTALLED)  ## run.py with its default config (digits, ClusTR+QTRADES), or with ARGS
 	$(PY) run.py $(ARGS)
 
+# Most of their time is compilation: the fast tests do without XLA's optimiser, the slow ones with it.
+test: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test: $(INSTALLED_DEV)  ## every test that is not marked slow
 	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
