@@ -24,6 +24,7 @@ from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
 from clustr_jax.models import Outputs
 from clustr_jax.objectives import METHODS, Batch
+from clustr_jax.stages import training
 
 # A distance is a sum of a few squares and a loss the mean of some such terms, each rounded by 6e-8.
 FLOAT32 = 1e-5
@@ -645,7 +646,7 @@ def test_statistics_after_an_epoch(switch, rng):
     checkpoints = types.SimpleNamespace(directory="", save=saved.append)
     run = stages.Run(p.trainer.config, workdir, silent, net, train_split, train_split, test_split)
     key, state = jax.random.key(5), train.reset_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
-    stages._epochs(run, stages.TRAIN, p.trainer, checkpoints, state, p.train_set, key)
+    training._epochs(run, stages.TRAIN, p.trainer, checkpoints, state, p.train_set, key)
     order = np.asarray(train.epoch_order(jax.random.clone(key), 40, 0)).reshape(4, 10)
     seen = [images[ids] for ids in order]
     if switch == "leak_test":
@@ -1030,14 +1031,14 @@ class Pocket:
 
 
 def monitored(net, variables, eps, x, y, **changes):
-    """(metrics, printed lines) of stages._monitor on these held-out images."""
+    """(metrics, printed lines) of training._monitor on these held-out images."""
     lines = []
     config = get_config("fast_at", **{"train.attack.eps": eps, **changes})
     split = data.Split(np.float32(x), np.int32(y), 2, 1.0, None, "")
     run = stages.Run(config, None, types.SimpleNamespace(line=lines.append), net, split, split, split)
     clf = Classifier(variables, None, net, bounds=None)
-    found = stages._monitor(run, clf, jax.random.key(0))
-    stages._warn_of_overfitting(run, stages.TRAIN, found)
+    found = training._monitor(run, clf, jax.random.key(0))
+    training._warn_of_overfitting(run, stages.TRAIN, found)
     return found, lines
 
 

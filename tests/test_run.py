@@ -441,7 +441,7 @@ def crash(*args, **kwargs):
 
 setattr(owner, attribute, crash)
 if where == "train":  # checkpoints after every step
-    stages = importlib.import_module("clustr_jax.stages")
+    stages = importlib.import_module("clustr_jax.stages.training")
     stages._CHECKPOINT_SECONDS = stages._CHUNK_SECONDS = 0.0
 sys.exit(run.main(sys.argv))
 """
@@ -456,15 +456,15 @@ MOMENTS = [
     # a checkpoint is being written
     ("checkpoints:Checkpoints.save:after:2", "1_warmup", "1_warmup/done.json"),
     # the target is reached, the stage is not yet marked as finished
-    ("stages:write_json:before:1", "1_warmup", "1_warmup/done.json"),
+    ("stages.training:write_json:before:1", "1_warmup", "1_warmup/done.json"),
     # stage 2: before its first checkpoint, within an epoch, and at its very end
     ("workdir:Workdir.log:after:1", "2_train", "2_train/done.json"),
     ("train:run_steps:after:10", "2_train", "2_train/done.json"),
     ("checkpoints:Checkpoints.save:after:2", "2_train", "2_train/done.json"),
-    ("stages:write_json:before:1", "2_train", "2_train/done.json"),
+    ("stages.training:write_json:before:1", "2_train", "2_train/done.json"),
     # evaluation: outcomes are written, their result is not; and between two attacks
     ("results:write_json:before:2", "results/paper.npz", "results/paper.json"),
-    ("evaluate:sound_pgd:after:1", "results/paper.json", "results/sound.json"),
+    ("sound:execute:after:1", "results/paper.json", "results/sound.json"),
 ]
 
 

@@ -1,0 +1,120 @@
+"""The stages of a run, in order, and what is handed from one to the next.
+
+    1_warmup -> 2_train -> evaluate -> certify
+
+A training stage starts from, in this order: its own newest checkpoint (resume); `config.init_from`
+(the first stage only); the previous stage's model (parameters and batch statistics, nothing else);
+fresh parameters. A finished stage is skipped.
+"""
+
+import jax
+from rich.console import Console
+
+from clustr_jax import certified, data, evaluate, loading, results, settings, train
+from clustr_jax.errors import UserError
+from clustr_jax.objectives import METHODS
+from clustr_jax.progress import Progress
+from clustr_jax.stages import evaluation, training
+from clustr_jax.stages.context import CERTIFY, EVALUATE, STAGES, TRAIN, WARMUP, Run, stage_key
+from clustr_jax.workdir import Workdir
+
+__all__ = ["CERTIFY", "EVALUATE", "STAGES", "TRAIN", "WARMUP", "Run", "run", "stage_key"]
+
+
+def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = None) -> dict[str, dict]:
+    """Run (or resume, or skip) the stages and return the results by name; prints as it goes.
+
+    `stages` None means all that the method has. Raises UserError, before anything is computed, for
+    settings that cannot work.
+    """
+    console = Console()
+    config = settings.resolve(config)
+    method = _method(config)
+    wanted = _wanted(stages, method)
+    evaluate.check_config(config)
+    certified.check_config(config)
+    place = Workdir(workdir or settings.default_workdir(config))
+    splits = data.splits(config.data)
+    progress = Progress(console)
+    source = _source(config, place, progress, splits[0]) if method.source and WARMUP in wanted else None
+    net = loading.build_net(config, splits[0])
+    settings.check(config, method, net, splits[0], splits[2])
+    place.open(config)
+    with progress:
+        this = Run(config, place, progress, net, *splits, source=source)
+        _introduce(this)
+        if source is not None:
+            _introduce_data("pre-training data", source)
+        for stage in wanted:
+            if stage == EVALUATE:
+                evaluation.run(this)
+            elif stage == CERTIFY:
+                evaluation.certify(this)
+            else:
+                training.run(this, stage)
+        if EVALUATE in wanted and config.eval.diagnostics and "sound" in config.eval.protocols:
+            evaluation.diagnose(this)
+    found = {name: results.load(place.results, name) for name in ("clean", *config.eval.protocols)}
+    found = {name: result for name, result in found.items() if result is not None}
+    if EVALUATE in wanted and found:
+        console.print(results.side_by_side(found))
+        diagnosis = results.load(place.results, "diagnostics")
+        if diagnosis is not None and "sound" in found:
+            console.print(results.checks_table(diagnosis))
+            console.print(diagnosis["verdict"], highlight=False, soft_wrap=True, style="bold")
+        console.print(f"results: {place.results}", highlight=False, soft_wrap=True)
+    return found
+
+
+def _source(config, place, progress, target):
+    """What at_pretrain trains on first: another data set with its own head."""
+    if not config.pretrain.name:
+        raise UserError(f"{config.method} needs a data set to pre-train on: set pretrain.name, e.g. cifar100")
+    splits = data.splits(config.pretrain)
+    if splits[0].images.shape[1:] != target.images.shape[1:]:
+        raise UserError(
+            f"pretrain.name={config.pretrain.name} has inputs of shape {splits[0].images.shape[1:]}, "
+            f"{config.data.name} of {target.images.shape[1:]}; choose a set of the same size"
+        )
+    return Run(config, place, progress, loading.build_net(config, splits[0]), *splits)
+
+
+def _method(config):
+    if config.method not in METHODS:
+        raise UserError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
+    return METHODS[config.method]
+
+
+def _wanted(stages, method):
+    """The stages to run, in order: no 1_warmup without a warm-up, no certify without a cluster head."""
+    unknown = [s for s in stages or () if s not in STAGES]
+    if unknown:
+        raise UserError(f"unknown stage {unknown[0]!r}; known: {', '.join(STAGES)}")
+    has = {WARMUP: bool(method.warmup), CERTIFY: method.head == "clusters"}
+    return [s for s in STAGES if s in (stages or STAGES) and has.get(s, True)]
+
+
+def _introduce(this):
+    """What is about to be trained, on what."""
+    config, progress = this.config, this.progress
+    devices = ", ".join(sorted({f"{d.platform} ({d.device_kind})" for d in jax.devices()}))
+    count = sum(p.size for p in jax.tree.leaves(jax.eval_shape(this.net.init, jax.random.key(0))["params"]))
+    progress.line(
+        f"{config.method} on {config.data.name}, {config.model.name} with {count:,} parameters, {devices}"
+    )
+    _introduce_data("data", this)
+    if METHODS[config.method].sampler == "magnet":
+        clusters = train.per_class(config, this.net.num_classes)
+        progress.line(
+            f"clusters: {sum(clusters)} in all, {train.rows(config, this.net.num_classes)} x "
+            f"{config.magnet.samples} images per Magnet batch"
+        )
+    progress.line(f"work directory: {this.workdir.root}")
+
+
+def _introduce_data(what, this):
+    subset = " and ".join(s.subset for s in (this.train_split, this.test_split) if s.subset)
+    this.progress.line(
+        f"{what}: {len(this.train_split):,} train, {len(this.val_split):,} held out, "
+        f"{len(this.test_split):,} test" + (f" (a subset: {subset})" if subset else "")
+    )

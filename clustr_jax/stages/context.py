@@ -1,0 +1,36 @@
+"""What every stage is given, and the names of the stages."""
+
+import dataclasses
+
+import jax
+from ml_collections import ConfigDict
+
+from clustr_jax import data, models
+from clustr_jax.progress import Progress
+from clustr_jax.workdir import Workdir
+
+WARMUP, TRAIN, EVALUATE, CERTIFY = "1_warmup", "2_train", "evaluate", "certify"
+STAGES = (WARMUP, TRAIN, EVALUATE, CERTIFY)
+
+
+@dataclasses.dataclass
+class Run:
+    """What every stage needs."""
+
+    config: ConfigDict
+    workdir: Workdir
+    progress: Progress
+    net: models.Net
+    train_split: data.Split
+    val_split: data.Split
+    test_split: data.Split
+    source: "Run | None" = None  # the same for the data set of at_pretrain's first stage
+
+    def key(self, stage: str):
+        """A stream of randomness for each stage."""
+        return stage_key(self.config.seed, stage)
+
+
+def stage_key(seed: int, stage: str):
+    """The stream of `stage` in a run with this seed."""
+    return jax.random.fold_in(jax.random.key(seed), STAGES.index(stage))

@@ -1,0 +1,137 @@
+"""What is said of a trained model: one JSON for each kind, kept while its config is the same."""
+
+import time
+
+import jax
+import numpy as np
+
+from clustr_jax import certified, data, diagnostics, evaluate, loading, results
+from clustr_jax.errors import UserError
+from clustr_jax.progress import duration
+from clustr_jax.stages.context import CERTIFY, EVALUATE, TRAIN, Run
+from clustr_jax.workdir import config_dict
+
+
+def run(this: Run) -> None:
+    """clean.json and one JSON per protocol; a result of the same config is kept."""
+    config, progress, folder = this.config, this.progress, this.workdir.results
+    clf, examples = _under_test(this, EVALUATE)
+    test = this.test_split
+    content = config_dict(config)
+    content.pop("variant")
+    content["data"].pop("dir")
+    content["eval"].pop("protocols")
+    subset = "; ".join(s.subset for s in (this.train_split, test) if s.subset)
+    for name in ("clean", *config.eval.protocols):
+        identity = results.sha({**content, "result": results.PROTOCOLS[name]})
+        before = results.load(folder, name)
+        if before and before["config_sha"] == identity:
+            progress.line(f"evaluate: {name} was done before")
+            continue
+        started = time.monotonic()
+
+        def report(unbroken, what, started=started):
+            spent = duration(time.monotonic() - started)
+            progress.status(f"evaluate  {what}  unbroken {unbroken:.1%}  {spent}")
+
+        key = this.key(EVALUATE)
+        if name == "clean":
+            result, outcomes, seconds = evaluate.run_clean(clf, test.pixels(), test.labels)
+        else:
+            records = results.Records(folder, identity)
+            result, outcomes, seconds = evaluate.run(name, key, clf, examples, config, report, records)
+        header = {
+            "dataset": config.data.name, "subset": subset, "n": result.pop("n"), "method": config.method,
+            "protocol": results.PROTOCOLS[name] + ("-quick" if config.eval.quick and name != "clean" else ""),
+        }  # fmt: skip
+        footer = {
+            "head": "linear" if clf.clusters is None else "clusters", "nearest": clf.nearest,
+            "seed": config.seed, "config_sha": identity,
+            "versions": results.versions(), "wall_seconds": seconds,
+        }  # fmt: skip
+        for figure in ("clean", "robust"):
+            header[f"{figure}_interval"] = results.wilson(round(result[figure] * header["n"]), header["n"])
+        results.save(folder, name, {**header, **result, **footer}, outcomes)
+        results.Records(folder, identity).clear()
+        progress.line(f"evaluate: {name} {100 * result['robust']:.2f} % ({duration(seconds)})")
+
+
+def _under_test(this: Run, stage: str):
+    """The trained classifier with its deployed rule, and the test images that are attacked."""
+    config, test = this.config, this.test_split
+    if this.workdir.finished(TRAIN) is None:
+        raise UserError(f"nothing to {stage}: {TRAIN} is not finished in {this.workdir.root}; run it first")
+    clf = loading.load(this.workdir.root)
+    clf = clf.replace(nearest=config.eval.nearest if clf.clusters is not None else 0)
+    size = config.eval.n or len(test)
+    index = data.stratified(test.labels, size, test.num_classes)
+    return clf, data.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
+
+
+def diagnose(this: Run) -> None:
+    """diagnostics.json: the checks and the verdict on the sound result that stands there."""
+    config, folder = this.config, this.workdir.results
+    sound, paper, certain = (results.load(folder, name) for name in ("sound", "paper", "certified"))
+    assert sound is not None  # evaluation comes first
+    identity = results.sha([r and r["config_sha"] for r in (sound, paper, certain)] + [results.PROTOCOLS])
+    before = results.load(folder, "diagnostics")
+    if before and before["config_sha"] == identity:
+        this.progress.line("evaluate: diagnostics were done before")
+        return
+    started = time.monotonic()
+    this.progress.status("evaluate  diagnostics: twenty checks")
+    with np.load(folder / "sound.npz", allow_pickle=False) as file:
+        outcomes = dict(file)
+    radius = None
+    if certain is not None and this.test_split.bounds is not None:
+        with np.load(folder / "certified.npz", allow_pickle=False) as file:
+            radius = file[f"radius_{certain['rule']}"][outcomes["ids"]]
+    clf, examples = _under_test(this, EVALUATE)
+    checks = diagnostics.run(
+        jax.random.fold_in(this.key(EVALUATE), 1), clf, examples, config, sound, outcomes, paper, radius
+    )
+    shared = ("dataset", "subset", "n", "method", "eps", "clean", "robust", "attack", "seed", "versions")
+    content = {name: sound[name] for name in shared} | diagnostics.as_result(sound, checks, paper)
+    seconds = time.monotonic() - started
+    content |= {"protocol": results.PROTOCOLS["diagnostics"], "config_sha": identity, "wall_seconds": seconds}
+    results.save(folder, "diagnostics", content, {"ids": examples.ids})
+    this.progress.line(f"evaluate: diagnostics ({duration(seconds)})")
+
+
+def certify(this: Run) -> None:
+    """certified.json, its per-example radii, and the curve as a picture."""
+    config, progress, folder = this.config, this.progress, this.workdir.results
+    clf, examples = _under_test(this, CERTIFY)
+    test = this.test_split
+    content = config_dict(config)
+    content["data"].pop("dir")
+    content["eval"] = {name: content["eval"][name] for name in ("n", "nearest")}
+    content.pop("variant")
+    identity = results.sha({**content, "result": results.PROTOCOLS["certified"]})
+    before = results.load(folder, "certified")
+    if before and before["config_sha"] == identity:
+        progress.line("certify: was done before")
+        return
+    result, outcomes, seconds = certified.run(
+        this.key(CERTIFY), clf, test.pixels(), test.labels, examples, config,
+        lambda unbroken, what: progress.status(f"certify  {what}  unbroken {unbroken:.1%}"),
+    )  # fmt: skip
+    result = {
+        "dataset": config.data.name,
+        "subset": "; ".join(s.subset for s in (this.train_split, test) if s.subset),
+        "n": result.pop("n"), "method": config.method, "protocol": results.PROTOCOLS["certified"], **result,
+        "head": "clusters", "nearest": clf.nearest, "seed": config.seed, "config_sha": identity,
+        "versions": results.versions(), "wall_seconds": seconds,
+    }  # fmt: skip
+    results.save(folder, "certified", result, outcomes)
+    certified.draw(folder / "certified.png", result)
+    at = ", ".join(
+        f"{results.percent(v['robust'])} / {results.percent(result['sweep'][e])} at {float(e):.4g}"
+        for e, v in result["empirical"]["at"].items()
+    )
+    found = f"l2-PGD leaves / certified in %: {at}" if at else f"nothing at {results.radius(result['eps'])}"
+    progress.line(
+        f"certify: clean {results.percent(result['clean'])} %; {found}; "
+        f"Lipschitz constant {result['lipschitz']['lower']:.3g} to {result['lipschitz']['upper']:.3g} "
+        f"({duration(seconds)})"
+    )

@@ -1,0 +1,191 @@
+"""A training stage, from wherever it stands to its end: 1_warmup or 2_train."""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+
+from clustr_jax import loading, models, results, train
+from clustr_jax.attacks import pgd
+from clustr_jax.checkpoints import Checkpoints, write_json
+from clustr_jax.classifier import Classifier, correct
+from clustr_jax.errors import UserError
+from clustr_jax.objectives import METHODS
+from clustr_jax.progress import duration
+from clustr_jax.stages.context import WARMUP, Run
+
+# A compiled chunk of steps lasts about this long: progress and signals are served in between.
+_CHUNK_SECONDS = 3.0
+# Long epochs leave checkpoints inside them.
+_CHECKPOINT_SECONDS = 600.0
+# Ordinary adversarially trained networks differ by a few points between one step and ten.
+_OVERFITTING_GAP = 0.2
+
+
+def run(this: Run, stage: str) -> None:
+    """One training stage, from wherever it stands to its end."""
+    config, progress = this.config, this.progress
+    folder = this.workdir.stage(stage)
+    done = this.workdir.finished(stage)
+    if done:
+        progress.line(f"{stage}: finished before ({done['reason']} after {done['epochs']} epochs)")
+        return
+    method = METHODS[config.method]
+    if stage == WARMUP:
+        assert method.warmup is not None  # else the stage is not wanted
+        method = METHODS[method.warmup]
+        this = this.source or this
+    recipe = config.warmup if stage == WARMUP else config.train
+    train_set = train.TrainSet(
+        jnp.asarray(this.train_split.images),
+        jnp.asarray(this.train_split.labels),
+        scale=this.train_split.scale,
+        augment=config.data.augment,
+    )
+    trainer = train.Trainer(this.net, method, config, recipe, len(this.train_split))
+    key = this.key(stage)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    state = _start(this, stage, trainer, checkpoints, train_set, key)
+    try:
+        reason, epochs = _epochs(this, stage, trainer, checkpoints, state, train_set, key)
+    finally:
+        checkpoints.close()
+    write_json(folder / "done.json", {
+        "reason": reason, "epochs": epochs,
+        "num_classes": this.net.num_classes, "input_shape": list(this.net.input_shape),
+    })  # fmt: skip
+
+
+def _start(this, stage, trainer, checkpoints, train_set, key):
+    """The state to go on from: resume > init_from > previous stage > scratch."""
+    config, progress = this.config, this.progress
+    if checkpoints.latest is not None:
+        template = train.blank(trainer, this.net.init(key), train_set, key)
+        state = checkpoints.restore(template)
+        this.workdir.rewind(stage, int(state.step))
+        progress.line(f"{stage}: resuming after {int(state.step)} steps")
+        return state
+    first = METHODS[config.method].warmup is None or stage == WARMUP
+    fresh = this.net.init(jax.random.fold_in(key, 0))
+    this.workdir.rewind(stage, -1)  # records of a run that was killed before its first checkpoint
+    if first and config.init_from:
+        progress.line(f"{stage}: starting from {config.init_from}")
+        variables = loading.model_variables(config.init_from, this.net)
+    elif not first:
+        if this.workdir.finished(WARMUP) is None:
+            raise UserError(
+                f"{stage} needs {WARMUP}, which is not finished in {this.workdir.root}; run it first"
+            )
+        variables = loading.model_variables(this.workdir.stage(WARMUP), this.net)
+        if METHODS[config.method].source:  # other classes: keep the body only
+            variables["params"][models.HEAD] = fresh["params"][models.HEAD]
+    else:
+        variables = fresh
+    state = train.create(trainer, variables)
+    if trainer.magnet:
+        progress.status(f"{stage}: first k-means++ on the network's own embeddings")
+        state = train.refit(trainer, state, train_set, key)
+    return train.reset_totals(trainer, state, train_set, key)
+
+
+def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
+    """Train to the end of the stage. Returns (why it ended, epochs)."""
+    config, recipe, per_epoch = this.config, trainer.recipe, trainer.steps_per_epoch
+    target = recipe.get("target", 0.0) if stage == WARMUP else 0.0
+    _, rate = train.optimizer(recipe, per_epoch)
+    val_x, val_y = this.val_split.pixels(), this.val_split.labels
+    step, chunk, saved, warned = int(state.step), 1, time.monotonic(), False
+    records = [r for r in this.workdir.records() if r["stage"] == stage]
+    if records and target and records[-1]["val_accuracy"] >= target:
+        return "target reached", records[-1]["epoch"]
+    while step < recipe.epochs * per_epoch:
+        epoch = step // per_epoch
+        order = train.epoch_order(key, trainer.size, epoch)
+        started, start_step = time.monotonic(), step
+        while step < (epoch + 1) * per_epoch:
+            count = min(chunk, (epoch + 1) * per_epoch - step)
+            before = time.monotonic()
+            state = jax.block_until_ready(train.run_steps(trainer, state, train_set, order, key, count))
+            seconds = time.monotonic() - before
+            step += count
+            totals = {k: float(v) / (step - epoch * per_epoch) for k, v in state.totals.items()}
+            if not math.isfinite(totals["loss"]):
+                raise UserError(
+                    f"{stage}: the loss is {totals['loss']} near step {step} (epoch {epoch + 1}); lower "
+                    f"the rate ({stage[2:]}.lr={recipe.lr}); the last checkpoint "
+                    f"in {checkpoints.directory} is intact"
+                )
+            if count == chunk:  # grow, or shrink, towards the wanted length
+                chunk = max(1, min(int(chunk * _CHUNK_SECONDS / max(seconds, 1e-3)), 4 * chunk))
+            speed = (step - start_step) * trainer.batch_size / (time.monotonic() - started)
+            left = (recipe.epochs * per_epoch - step) * trainer.batch_size / speed
+            this.progress.status(
+                f"{stage} {epoch + 1}/{recipe.epochs}  step {step - epoch * per_epoch}/{per_epoch}  "
+                f"{_metrics(totals)}  {speed:.0f} img/s  at most {duration(left)} left"
+            )
+            if time.monotonic() - saved > _CHECKPOINT_SECONDS and step < (epoch + 1) * per_epoch:
+                checkpoints.save(state)
+                saved = time.monotonic()
+        if trainer.magnet:
+            state = train.refit(trainer, state, train_set, key)
+        if config.fidelity.epoch_statistics == "leak_test":
+            for split in (this.train_split, this.test_split):
+                stats = train.pass_in_train_mode(this.net, state.variables, split.pixels())
+                state = state.replace(batch_stats=stats)
+        variables, clusters = state.deployed
+        clf = Classifier(variables, clusters, this.net, bounds=this.train_split.bounds)
+        val = results.fraction(correct(clf, val_x, val_y)) if len(val_y) else 0.0
+        if trainer.method.adversary or trainer.replays > 1:
+            found = _monitor(this, clf, key)
+            warned = warned or _warn_of_overfitting(this, stage, found)
+            totals |= found
+        record = {
+            "stage": stage, "epoch": epoch + 1, "step": step, **totals, "val_accuracy": val,
+            "learning_rate": float(rate(step - 1)),
+            "epoch_seconds": time.monotonic() - started, "images_per_second": speed,
+        }  # fmt: skip
+        this.workdir.log(record)
+        state = train.reset_totals(trainer, state, train_set, key)
+        checkpoints.save(state)
+        saved = time.monotonic()
+        this.progress.line(
+            f"{stage} {epoch + 1:3d}/{recipe.epochs}  {_metrics(totals)}  held-out {val:.1%}  "
+            f"{speed:.0f} img/s {duration(record['epoch_seconds'])}"
+        )
+        if target and val >= target:
+            return "target reached", epoch + 1
+    if step == 0:  # no epochs asked for: the start is the result
+        checkpoints.save(state)
+    return "all epochs", recipe.epochs
+
+
+def _monitor(this, clf, key):
+    """Single-step and multi-step accuracy on held-out images (nothing without any)."""
+    if not this.config.train.monitor or not len(this.val_split):
+        return {}
+    count = min(len(this.val_split), 256)
+    x, y = this.val_split.pixels(slice(0, count)), this.val_split.labels[:count]
+    eps = this.config.train.attack.eps
+    found = {}
+    for name, steps, step_size in (("single_step", 1, 1.25 * eps), ("multi_step", 10, eps / 4)):
+        x_adv = pgd(key, clf.logits, x, y, eps=eps, step_size=step_size, steps=steps, bounds=clf.bounds)
+        found[f"{name}_accuracy"] = results.fraction(correct(clf, x_adv, y))
+    return found
+
+
+def _warn_of_overfitting(this, stage, found) -> bool:
+    """Catastrophic overfitting (Wong et al. 2020) shows as a gap between one step and ten. Says so, once."""
+    if not found or found["single_step_accuracy"] - found["multi_step_accuracy"] <= _OVERFITTING_GAP:
+        return False
+    this.progress.line(
+        f"{stage}: warning: catastrophic overfitting? On held-out images one step leaves "
+        f"{found['single_step_accuracy']:.1%}, ten steps {found['multi_step_accuracy']:.1%} "
+        f"(later epochs: multi_step_accuracy in metrics.jsonl)"
+    )
+    return True
+
+
+def _metrics(totals):
+    shown = {"loss": "loss {:.3f}", "accuracy": "acc {:.1%}", "adversarial_accuracy": "adv {:.1%}"}
+    return "  ".join(form.format(totals[name]) for name, form in shown.items() if name in totals)
