@@ -66,7 +66,7 @@ test: $(INSTALLED_DEV)  ## every test that is not marked slow
 	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(INSTALLED_DEV)  ## the tests marked slow, but for the pending ones
-	$(PY) -m pytest -n 2 --dist loadfile -m "slow and not pending" $(ARGS) || { [ $$? -eq 5 ] && echo "no test is marked slow"; }
+	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not pending" $(ARGS) || { [ $$? -eq 5 ] && echo "no test is marked slow"; }
 
 lint: $(INSTALLED_DEV)  ## ruff (lint and format) and pyright; changes nothing
 	$(PY) -m ruff check .

@@ -52,7 +52,8 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
                 evaluation.certify(this)
             else:
                 training.run(this, stage)
-        if EVALUATE in wanted and config.eval.diagnostics and "sound" in config.eval.protocols:
+        # last, for they look at the certificates as well; a new certificate is a new diagnosis
+        if {EVALUATE, CERTIFY} & set(wanted) and config.eval.diagnostics:
             evaluation.diagnose(this)
     found = {name: results.load(place.results, name) for name in ("clean", *config.eval.protocols)}
     found = {name: result for name, result in found.items() if result is not None}

@@ -17,13 +17,9 @@ def run(this: Run) -> None:
     config, progress, folder = this.config, this.progress, this.workdir.results
     clf, examples = _under_test(this, EVALUATE)
     test = this.test_split
-    content = config_dict(config)
-    content.pop("variant")
-    content["data"].pop("dir")
-    content["eval"].pop("protocols")
     subset = "; ".join(s.subset for s in (this.train_split, test) if s.subset)
     for name in ("clean", *config.eval.protocols):
-        identity = results.sha({**content, "result": results.PROTOCOLS[name]})
+        identity = _identity(config, name)
         before = results.load(folder, name)
         if before and before["config_sha"] == identity:
             progress.line(f"evaluate: {name} was done before")
@@ -56,6 +52,15 @@ def run(this: Run) -> None:
         progress.line(f"evaluate: {name} {100 * result['robust']:.2f} % ({duration(seconds)})")
 
 
+def _identity(config, name):
+    """What result `name` of this config is recognised by: everything that can change it."""
+    content = config_dict(config)
+    content.pop("variant")
+    content["data"].pop("dir")
+    content["eval"].pop("protocols")
+    return results.sha({**content, "result": results.PROTOCOLS[name]})
+
+
 def _under_test(this: Run, stage: str):
     """The trained classifier with its deployed rule, and the test images that are attacked."""
     config, test = this.config, this.test_split
@@ -69,10 +74,11 @@ def _under_test(this: Run, stage: str):
 
 
 def diagnose(this: Run) -> None:
-    """diagnostics.json: the checks and the verdict on the sound result that stands there."""
+    """diagnostics.json: the checks and the verdict on the sound result of this config, if there is one."""
     config, folder = this.config, this.workdir.results
     sound, paper, certain = (results.load(folder, name) for name in ("sound", "paper", "certified"))
-    assert sound is not None  # evaluation comes first
+    if sound is None or sound["config_sha"] != _identity(config, "sound"):
+        return
     identity = results.sha([r and r["config_sha"] for r in (sound, paper, certain)] + [results.PROTOCOLS])
     before = results.load(folder, "diagnostics")
     if before and before["config_sha"] == identity:
