@@ -194,21 +194,22 @@ def assert_contract(folder, stdout, protocols=("clean", "paper", "sound")):
         assert 0 <= result["robust"] <= result["clean"] <= 1
         low, high = result["robust_interval"]
         assert 0 <= low <= result["robust"] <= high <= 1
-        assert f"{100 * result['robust']:.2f}" in stdout
+        assert f"{100 * result['robust']:.2f}" in stdout  # in the table, or in the line of its stage
         outcomes = arrays(folder / "results" / f"{name}.npz")
         assert all(len(values) == result["n"] for values in outcomes.values())
         assert outcomes["clean"].mean() == pytest.approx(result["clean"])
-    sound = read(folder / "results" / "sound.json")
-    assert arrays(folder / "results" / "sound.npz")["robust"].mean() == pytest.approx(sound["robust"])
     for record in metrics(folder):
         assert {"stage", "epoch", "step", "loss", "val_accuracy", "epoch_seconds"} <= record.keys()
         assert np.isfinite([v for v in record.values() if isinstance(v, float)]).all()
-    paper = read(folder / "results" / "paper.json")
     lines = stdout.splitlines()
+    assert lines[-1] == f"results: {folder / 'results'}"
+    if "sound" not in protocols:
+        return
+    paper, sound = (read(folder / "results" / f"{name}.json") for name in ("paper", "sound"))
+    assert arrays(folder / "results" / "sound.npz")["robust"].mean() == pytest.approx(sound["robust"])
     for text in ("paper's protocol", "sound protocol", "worst case, eps", "masking gap"):
         assert any(text in line for line in lines)
     assert f"{100 * (paper['robust'] - sound['robust']):.2f} points" in stdout
-    assert lines[-1] == f"results: {folder / 'results'}"
 
 
 def stamps(folder):
@@ -275,11 +276,15 @@ def test_a_smoke_run_on_digits(run, tmp_path):
 @pytest.mark.pending
 @pytest.mark.parametrize("method", [m for m in METHODS if not m.endswith("_certified")])  # those want images
 def test_every_method_is_killed_resumed_and_runs_to_the_end(method, start, run, tmp_path):
-    """On points. After the first epoch of its training it dies; without a warm-up there is only 2_train."""
+    """On points. After the first epoch of its training it dies; without a warm-up there is only 2_train.
+
+    One method of each head meets the sound protocol, which does not know of methods; the rest the quick one.
+    """
     folder, straight = tmp_path / "killed", tmp_path / "straight"
+    protocols = ("paper", "sound" if method in ("nominal", "clustr_qtrades") else "quick")
     arguments = (
         f"{TOY}:{method}", "--config.smoke=true", "--config.data.train_size=0", "--config.magnet.samples=10",
-        "--config.eval.n=16", "--config.eval.diagnostics=false",
+        "--config.eval.n=16", "--config.eval.diagnostics=false", f"--config.eval.protocols={protocols}",
     )  # fmt: skip
     arguments += ("--config.pretrain.name=toy2d_pairs",) if method == "at_pretrain" else ()
     process = start(*arguments, f"--workdir={folder}")
@@ -290,7 +295,7 @@ def test_every_method_is_killed_resumed_and_runs_to_the_end(method, start, run, 
     process.send_signal(signal.SIGKILL)
     process.wait()
     stdout, _ = run(*arguments, f"--workdir={folder}")
-    assert_contract(folder, stdout)
+    assert_contract(folder, stdout, ("clean", *protocols))
     assert (folder / "1_warmup").exists() == (METHODS[method].warmup is not None)
     assert (clustr_jax.load(folder).clusters is not None) == (METHODS[method].head == "clusters")
     run(*arguments, f"--workdir={straight}")
