@@ -15,7 +15,7 @@ _TUNABLE = "glibc.malloc.hugetlb=1"
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 done, 2 a mistake that the user can mend."""
+    """Returns the exit code: 0 done, 2 a mistake that the user can mend, 75 stopped by a signal."""
     from absl import flags
     from ml_collections import config_flags
 
@@ -39,13 +39,19 @@ def main(argv: list[str]) -> int:
     if len(rest) > 1:
         return _mistake(f"unexpected argument {rest[1]!r}; options start with --")
 
-    from clustr_jax import stages
+    from clustr_jax import preemption, stages
     from clustr_jax.errors import UserError
 
     try:
-        stages.run(config, values.workdir, None if values.stages is None else tuple(values.stages))
+        with preemption.guard():
+            stages.run(config, values.workdir, None if values.stages is None else tuple(values.stages))
     except UserError as error:
         return _mistake(_first_line(error))
+    except OSError as error:  # a full disk, a file that went away
+        return _mistake(f"{error.strerror or _first_line(error)}: {error.filename or 'a file of this run'}")
+    except preemption.Preempted as stop:
+        print(stop, file=sys.stderr)
+        return preemption.EXIT_CODE
     return 0
 
 

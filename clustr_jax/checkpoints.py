@@ -4,15 +4,17 @@ A checkpoint holds named items, so that a later stage, or a notebook, can read t
 model {params, batch_stats}, clusters (if any), training {step, opt_state, totals, sampler}.
 """
 
-import json
+import concurrent.futures
 import logging
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from clustr_jax import seals
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
 from clustr_jax.sampling import Sampler
@@ -21,31 +23,119 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class Checkpoints:
-    """The checkpoints of one stage, by step; the newest `keep` are kept. Writes in the background."""
+    """The checkpoints of one stage, by step: the newest `keep` and the best. Writes in the background.
 
-    def __init__(self, directory: pathlib.Path, keep: int = 2):
+    `identity` names the training that they belong to. Whoever trains takes over the folder (`mend`):
+    what is damaged or unfinished is set aside with a line to `say`, and work goes on from the newest
+    that is whole; UserError if all are damaged. Whoever only reads takes the newest whole one.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        identity: str,
+        *,
+        keep: int = 2,
+        mend: bool = False,
+        say: Callable[[str], None] = print,
+    ):
         self.directory = pathlib.Path(directory).resolve()  # orbax takes absolute paths only
-        policy = ocp.training.preservation_policies.LatestN(keep)
+        self._seals, self._identity = self.directory.with_name("seals"), identity
+        if mend:
+            self._mend(say)
+        policies = ocp.training.preservation_policies
+        policy = policies.AnyPreservationPolicy([
+            policies.LatestN(keep),
+            policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+        ])  # fmt: skip
         self._manager = ocp.training.Checkpointer(
             str(self.directory),
             preservation_policy=policy,  # pyright: ignore[reportArgumentType]  orbax's own types disagree
             cleanup_tmp_directories=True,
         )
+        self._sealer = concurrent.futures.ThreadPoolExecutor(1)
+        self._sealing: concurrent.futures.Future | None = None
+
+    def _steps(self):
+        """Steps that have a folder, newest first."""
+        folders = self.directory.iterdir() if self.directory.exists() else ()
+        return sorted((int(p.name) for p in folders if p.name.isdigit()), reverse=True)
+
+    def _problem(self, step):
+        return seals.problem(self.directory / str(step), self._seals / f"{step}.json", self._identity)
+
+    def _mend(self, say):
+        damaged, whole = [], False
+        for step in self._steps():
+            problem = self._problem(step)
+            if problem is None:
+                whole = True
+                continue
+            if problem != seals.UNFINISHED:
+                damaged.append(f"{step} ({problem})")
+            place = self.directory.with_name("damaged")
+            target = seals.set_aside(self.directory / str(step), self._seals / f"{step}.json", place)
+            say(f"warning: checkpoint {step} is not used: {problem}; moved to {target}")
+        if damaged and not whole:
+            raise UserError(
+                f"no whole checkpoint in {self.directory}: {', '.join(damaged)}; "
+                f"they are in {self.directory.with_name('damaged')}; run again to start this stage again"
+            )
 
     @property
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step."""
-        found = self._manager.latest
-        return None if found is None else found.step
+        """The newest whole checkpoint's step."""
+        return next((step for step in self._steps() if self._problem(step) is None), None)
 
-    def save(self, state) -> None:
-        """Store a TrainState; returns once the arrays are copied, the files follow (`wait`)."""
+    @property
+    def best(self) -> int | None:
+        """The step with the best held-out accuracy; of equal ones the newest."""
+        scored = [(_score(c.metrics), c.step) for c in self._manager.checkpoints if c.metrics]
+        return max(scored)[1] if scored else self.latest
+
+    def save(self, state, accuracy: float | None = None) -> None:
+        """Store a TrainState; returns once the arrays are copied, the files follow (`wait`).
+
+        `accuracy` on held-out images is what `best` goes by.
+        """
         self.wait()
-        self._manager.save_checkpointables_async(int(state.step), _items(state), overwrite=True)
+        step = int(state.step)
+        metrics = None if accuracy is None else {"val_accuracy": accuracy}
+        (self._seals / f"{step}.json").unlink(missing_ok=True)
+        try:
+            response = self._manager.save_checkpointables_async(
+                step,
+                _items(state),
+                overwrite=True,
+                metrics=metrics,  # pyright: ignore[reportArgumentType]
+            )
+        except Exception as error:  # whatever the file system, or orbax on top of it, has to say
+            raise self._unwritable(error) from error
+        self._sealing = self._sealer.submit(self._seal, step, response)
+
+    def _seal(self, step, response):
+        if response is not None:
+            response.result()
+        seals.seal(self.directory / str(step), self._seals / f"{step}.json", self._identity)
+        for path in self._seals.glob("*.json"):  # of checkpoints that are no longer kept
+            if not (self.directory / path.stem).exists():
+                path.unlink()
 
     def wait(self) -> None:
-        """Block until the last save is on disk."""
-        self._manager.wait()
+        """Block until the last save is on disk and sealed."""
+        pending, self._sealing = self._sealing, None
+        try:
+            self._manager.wait()
+            if pending is not None:
+                pending.result()
+        except Exception as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error):
+        return UserError(
+            f"cannot write a checkpoint to {self.directory}: {_first_line(error)}; the one before is whole: "
+            f"make room (or the folder writable) and run again"
+        )
 
     def restore(self, template):
         """The newest TrainState; `template` is one of the same structure and shapes."""
@@ -70,29 +160,52 @@ class Checkpoints:
             )
         return state
 
-    def model(self, abstract_variables: dict) -> dict:
-        """{params, batch_stats} of the newest checkpoint, nothing else."""
-        return self._load({"model": abstract_variables})["model"]
+    def model(self, abstract_variables: dict, step: int | None = None) -> dict:
+        """{params, batch_stats} of the checkpoint `step` (None: the newest), nothing else."""
+        return self._load({"model": abstract_variables}, step)["model"]
 
-    def clusters(self, num_classes: int, k: int, embedding: int) -> Clusters:
-        """The clusters of the newest checkpoint."""
+    def clusters(self, num_classes: int, k: int, embedding: int, step: int | None = None) -> Clusters:
+        """The clusters of the checkpoint `step` (None: the newest)."""
         shape = jax.ShapeDtypeStruct
         abstract = {
             "centroids": shape((num_classes, k, embedding), "float32"),
             "variance": shape((), "float32"),
             "mask": shape((num_classes, k), "bool"),
         }
-        return Clusters(**self._load({"clusters": abstract})["clusters"])
+        return Clusters(**self._load({"clusters": abstract}, step)["clusters"])
 
-    def _load(self, items: dict) -> dict:
-        loaded = self._manager.load_checkpointables(self.latest, _abstract(items))
+    def _load(self, items: dict, step: int | None = None) -> dict:
+        problem = None if step is None else self._problem(step)
+        if problem is not None:
+            raise UserError(f"checkpoint {step} in {self.directory} cannot be used: {problem}")
+        step = self.latest if step is None else step
+        if step is None:
+            found = [f"{s} ({self._problem(s)})" for s in self._steps()]
+            raise UserError(f"no whole checkpoint in {self.directory}; found: {', '.join(found) or 'none'}")
+        try:
+            loaded = self._manager.load_checkpointables(step, _abstract(items))
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(
+                f"checkpoint {step} in {self.directory} does not fit this config: {_first_line(error)}"
+            ) from error
         # orbax commits arrays to their device, which would compile every step a second time
         return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), loaded)
 
     def close(self) -> None:
         """Finish writing and let go of the directory."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._sealer.shutdown()
+            self._manager.close()
+
+
+def _score(metrics) -> float:
+    return metrics["val_accuracy"]
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _items(state) -> dict:
@@ -120,22 +233,3 @@ def _abstract(tree):
     """Shapes and types, to be placed on this process's first device wherever the file was written."""
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
-
-
-def read_json(path: pathlib.Path) -> dict:
-    """A JSON file of the work directory; UserError naming it where it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"cannot read {path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def write_json(path: pathlib.Path, content: dict) -> None:
-    """Write in one piece: a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)

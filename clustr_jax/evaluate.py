@@ -59,9 +59,9 @@ def largest_loss(
     best, best_loss, kept, ever = (known[key] for key in ("best", "loss", "kept", "ever"))
 
     def note(outcome):
-        report(float(np.mean(~ever)))
         if records:
             records.save(name, outcome, known)
+        report(float(np.mean(~ever)))
 
     def collect(index, restart, x_adv, fooled):
         loss = losses.cross_entropy(jnp.asarray(scheduler.forward(model, x_adv, slots)), examples.y[index])

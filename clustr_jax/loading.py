@@ -6,11 +6,13 @@ import jax
 from ml_collections import ConfigDict
 
 from clustr_jax import data, models
-from clustr_jax.checkpoints import Checkpoints, read_json
+from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.classifier import Classifier
 from clustr_jax.errors import UserError
+from clustr_jax.files import read_json
 from clustr_jax.models import Net
 from clustr_jax.objectives import METHODS
+from clustr_jax.workdir import training_sha
 
 
 def build_net(config, split: data.Split) -> Net:
@@ -62,17 +64,17 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
         std=tuple(config.model.std),
         width=config.model.width,
     )
-    checkpoints = Checkpoints(stage / "checkpoints")
+    checkpoints, step = _checkpoints(stage), done["step"]
     try:
         abstract = jax.eval_shape(net.init, jax.random.key(0))
-        variables = checkpoints.model(abstract)
+        variables = checkpoints.model(abstract, step)
         clusters = None
         if (head or own) == "clusters":
             embedding = jax.eval_shape(
                 net.eval, abstract, jax.ShapeDtypeStruct((1, *net.input_shape), "float32")
             )
             k = max(config.magnet.k_per_class) if config.magnet.k_per_class else config.magnet.k
-            clusters = checkpoints.clusters(net.num_classes, k, embedding.embeddings.shape[-1])
+            clusters = checkpoints.clusters(net.num_classes, k, embedding.embeddings.shape[-1], step)
     finally:
         checkpoints.close()
     return Classifier(
@@ -85,18 +87,19 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
 
 
 def model_variables(path: str | pathlib.Path, net: Net) -> dict:
-    """{params, batch_stats} for `net` of the newest checkpoint of a stage (finished or not asked for)."""
+    """{params, batch_stats} for `net` that a finished stage ended with."""
     stage = find_stage(path)
-    checkpoints = Checkpoints(stage / "checkpoints")
+    checkpoints = _checkpoints(stage)
     try:
-        abstract = jax.eval_shape(net.init, jax.random.key(0))
-        return checkpoints.model(abstract)
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"the model in {stage} does not fit this config's network: {str(error).splitlines()[0]}"
-        ) from error
+        return checkpoints.model(
+            jax.eval_shape(net.init, jax.random.key(0)), read_json(stage / "done.json")["step"]
+        )
     finally:
         checkpoints.close()
+
+
+def _checkpoints(stage):
+    return Checkpoints(stage / "checkpoints", training_sha(read_json(stage.parent / "config.json")))
 
 
 def find_stage(path: str | pathlib.Path) -> pathlib.Path:

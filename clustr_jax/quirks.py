@@ -21,9 +21,9 @@ from clustr_jax import data, loading, results
 from clustr_jax.attacks import aims
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.steps import PGD
-from clustr_jax.checkpoints import read_json
 from clustr_jax.errors import UserError
 from clustr_jax.evaluate import PAPER_AIM, largest_loss
+from clustr_jax.files import read_json
 from clustr_jax.stages import EVALUATE, stage_key
 
 # name -> what it is in the authors' code, and instead.

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from clustr_jax import paper
+from clustr_jax import paper, preemption
 from clustr_jax.attacks.slots import Outcome
-from clustr_jax.checkpoints import read_json, write_json
+from clustr_jax.files import read_json, write_json
 
 # Meaning of the protocols; bumped when it changes, and versions never share a table.
 PROTOCOLS = {
@@ -116,8 +116,8 @@ class Records:
     def save(
         self, name: str, outcome: Outcome, extra: dict[str, np.ndarray] | None = None, now=False
     ) -> None:
-        """Store it, every so many seconds (or `now`)."""
-        if not now and time.monotonic() - self._saved < _RECORD_SECONDS:
+        """Store it, every so many seconds (or `now`, its end; or when the process is asked to leave)."""
+        if not now and not preemption.requested() and time.monotonic() - self._saved < _RECORD_SECONDS:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         flight = [] if now else [np.asarray(leaf) for leaf in jax.tree.leaves(outcome.flight)]

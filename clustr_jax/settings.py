@@ -91,6 +91,11 @@ def check(config, method: Method, net: Net, train_split: Split, test_split: Spli
             )
         if not all(isinstance(m, int) and m >= 0 for m in recipe.milestones):
             raise UserError(f"{name}.milestones are epochs, whole numbers, got {recipe.milestones}")
+        for option, known in (("nonfinite", ("stop", "skip")), ("select", ("last", "best"))):
+            if recipe[option] not in known:
+                raise UserError(f"{name}.{option} must be {' or '.join(known)}, got {recipe[option]!r}")
+        if recipe.select == "best" and not config.data.val_size:
+            raise UserError(f"{name}.select=best needs held-out images; set data.val_size, e.g. 0.02")
         train.optimizer(recipe, 1)
     for name, known in (("consistency", ("ce", "kl", "mse")), ("attack_bn", ("batch", "eval"))):
         if config.train[name] not in known:

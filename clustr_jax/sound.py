@@ -129,9 +129,9 @@ def execute(
     outcome, _ = records.load(plan.name, part.x, total) if records else (None, {})
 
     def note(outcome):
-        report(float((len(index) - outcome.broken.sum()) / max(len(examples), 1)), plan.name)
         if records:
             records.save(plan.name, outcome)
+        report(float((len(index) - outcome.broken.sum()) / max(len(examples), 1)), plan.name)
 
     if len(index):
         outcome = scheduler.run(

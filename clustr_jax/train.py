@@ -24,6 +24,8 @@ from clustr_jax.sampling import Sampler
 _EVAL_BATCH = 500
 # k-means++ seeds, permutations and steps draw from separate streams of the stage's key.
 _STEPS, _ORDER, _REFIT = 0, 1, 2
+# Beside the metrics of an epoch where recipe.nonfinite is "skip": how many steps were.
+SKIPPED = "skipped"
 
 
 class TrainState(struct.PyTreeNode):
@@ -217,6 +219,25 @@ def draw_batch(
     return Batch(x, y, mask, classes), ids
 
 
+def _head_clusters(trainer, state):
+    """What the objective and the adversary see of the clusters: nothing, where the head is linear."""
+    return state.clusters if trainer.method.head == "clusters" else None
+
+
+def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key):
+    """What a step differentiates at: (batch, ids [B], x_adv or None, batch statistics after the attack)."""
+    key = jax.random.fold_in(key, _STEPS)
+    draw_key, attack_key = jax.random.split(jax.random.fold_in(key, state.step // trainer.replays))
+    batch, ids = draw_batch(trainer, state, train_set, order, draw_key)
+    x_adv, stats = None, state.batch_stats
+    if trainer.method.adversary is not None:
+        x_adv, stats = trainer.method.adversary(
+            trainer.net, state.variables, batch, _head_clusters(trainer, state), attack_key, trainer.config,
+            strength(trainer, state.step),
+        )  # fmt: skip
+    return batch, ids, x_adv, stats
+
+
 def train_step(
     trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
 ) -> tuple[TrainState, dict]:
@@ -225,16 +246,8 @@ def train_step(
     Returns (state, metrics of the batch). All randomness comes from (key, state.step).
     """
     config, recipe, before = trainer.config, trainer.recipe, state
-    key = jax.random.fold_in(key, _STEPS)
-    draw_key, attack_key = jax.random.split(jax.random.fold_in(key, state.step // trainer.replays))
-    batch, ids = draw_batch(trainer, state, train_set, order, draw_key)
-
-    clusters = state.clusters if trainer.method.head == "clusters" else None
-    x_adv, stats = None, state.batch_stats
-    if trainer.method.adversary is not None:
-        x_adv, stats = trainer.method.adversary(
-            trainer.net, state.variables, batch, clusters, attack_key, config, strength(trainer, state.step)
-        )
+    clusters = _head_clusters(trainer, state)
+    batch, ids, x_adv, stats = prepare(trainer, state, train_set, order, key)
 
     def loss_fn(params, x_adv):
         variables = {"params": params, "batch_stats": stats}
@@ -300,19 +313,34 @@ def reset_totals(trainer: Trainer, state: TrainState, train_set: TrainSet, key) 
     """Metric sums at zero, under the names that this objective reports."""
     order = jax.ShapeDtypeStruct((trainer.size,), jnp.int32)
     _, metrics = jax.eval_shape(functools.partial(train_step, trainer), state, train_set, order, key)
-    return state.replace(totals={name: jnp.zeros(()) for name in metrics})
+    names = (*metrics, SKIPPED) if trainer.recipe.nonfinite == "skip" else tuple(metrics)
+    return state.replace(totals={name: jnp.zeros(()) for name in names})
 
 
 @jax.jit(static_argnums=0)
 def run_steps(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key, count) -> TrainState:
-    """`count` (traced) train steps in one compiled loop: any chunk length, one compilation, equal results."""
+    """`count` (traced) train steps in one compiled loop: any chunk length, one compilation, equal results.
 
-    def body(_, state):
-        totals = state.totals
-        state, metrics = train_step(trainer, state, train_set, order, key)
-        return state.replace(totals={name: totals[name] + metrics[name] for name in totals})
+    A step whose loss or gradient is not finite changes nothing: the loop ends before it (the returned
+    `step` tells), or with `nonfinite` "skip" it is counted in `totals` and passed over.
+    """
+    skip, end = trainer.recipe.nonfinite == "skip", state.step + count
 
-    return jax.lax.fori_loop(0, count, body, state)
+    def body(carry):
+        before, _ = carry
+        after, metrics = train_step(trainer, before, train_set, order, key)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        totals = {name: before.totals[name] + value for name, value in metrics.items()}
+        if skip:
+            totals[SKIPPED] = before.totals[SKIPPED]
+        after = after.replace(totals=totals)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+        if skip:
+            missed = before.totals[SKIPPED] + jnp.where(finite, 0.0, 1.0)
+            kept = kept.replace(step=after.step, totals=kept.totals | {SKIPPED: missed})
+        return kept, finite | skip
+
+    return jax.lax.while_loop(lambda c: (c[0].step < end) & c[1], body, (state, jnp.array(True)))[0]
 
 
 @jax.jit(static_argnums=1)

@@ -1,16 +1,23 @@
 """The work directory: its config, metrics and result files, and what it refuses."""
 
+import contextlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import subprocess
 
 import jax
 
+try:
+    import fcntl
+except ImportError:  # not on Windows: no lock there
+    fcntl = None
+
 from clustr_jax import results
-from clustr_jax.checkpoints import read_json, write_json
 from clustr_jax.errors import UserError
+from clustr_jax.files import read_json, write_json
 
 # A work directory belongs to one training; evaluation settings may change from run to run.
 _TRAINING = (
@@ -72,6 +79,32 @@ class Workdir:
         except OSError as error:
             raise UserError(f"cannot write to the work directory {self.root}: {error.strerror}") from error
 
+    @contextlib.contextmanager
+    def locked(self):
+        """Hold the directory for this process; UserError if another one does."""
+        if fcntl is None:
+            yield
+            return
+        path = self.root / "lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            raise UserError(f"cannot write to the work directory {self.root}: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                raise UserError(
+                    f"{self.root} is in use by process {file.read().strip() or 'unknown'}; wait for it, stop "
+                    f"it, or use another --workdir"
+                ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield  # closing the file, or the end of the process however it comes, frees it
+
     def log(self, record: dict) -> None:
         """Append one record to metrics.jsonl."""
         with self.metrics.open("a") as file:
@@ -96,6 +129,11 @@ class Workdir:
             temporary = self.metrics.with_name(self.metrics.name + ".tmp")
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
             temporary.replace(self.metrics)
+
+
+def training_sha(content: dict) -> str:
+    """Which training a config (as JSON values) describes, whatever its evaluation."""
+    return results.sha({section: content.get(section) for section in _TRAINING})
 
 
 def config_dict(config) -> dict:

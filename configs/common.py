@@ -121,6 +121,8 @@ def _recipe(epochs, lr, milestones):
     r.replays = 1  # steps on the same batch, the perturbation carried along (Free AT: 8)
     r.eps_ramp = 0.0  # epochs over which the adversary's radius grows from 0 to eps
     r.ema = 0.0  # decay of a moving average of the weights, which is then evaluated; 0 = off
+    r.nonfinite = "stop"  # at a loss or gradient that is not finite: "stop", or "skip" the step and count it
+    r.select = "last"  # the model that is kept at the end: "last", or "best" on the held-out part
     r.awp = 0.0  # gamma of adversarial weight perturbation; 0 = off
     return r
 

@@ -39,8 +39,8 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
     source = _source(config, place, progress, splits[0]) if method.source and WARMUP in wanted else None
     net = loading.build_net(config, splits[0])
     settings.check(config, method, net, splits[0], splits[2])
-    place.open(config)
-    with progress:
+    with place.locked(), progress:
+        place.open(config)
         this = Run(config, place, progress, net, *splits, source=source)
         _introduce(this)
         if source is not None:

@@ -5,7 +5,7 @@ import time
 import jax
 import numpy as np
 
-from clustr_jax import certified, data, diagnostics, evaluate, loading, results
+from clustr_jax import certified, data, diagnostics, evaluate, loading, preemption, results
 from clustr_jax.errors import UserError
 from clustr_jax.progress import duration
 from clustr_jax.stages.context import CERTIFY, EVALUATE, TRAIN, Run
@@ -29,6 +29,7 @@ def run(this: Run) -> None:
         def report(unbroken, what, started=started):
             spent = duration(time.monotonic() - started)
             progress.status(f"evaluate  {what}  unbroken {unbroken:.1%}  {spent}")
+            preemption.check(f"evaluate, {what}")  # its records are saved before it reports
 
         key = this.key(EVALUATE)
         if name == "clean":
@@ -118,10 +119,14 @@ def certify(this: Run) -> None:
     if before and before["config_sha"] == identity:
         progress.line("certify: was done before")
         return
+
+    def report(unbroken, what):
+        progress.status(f"certify  {what}  unbroken {unbroken:.1%}")
+        preemption.check(f"certify, {what}")
+
     result, outcomes, seconds = certified.run(
-        this.key(CERTIFY), clf, test.pixels(), test.labels, examples, config,
-        lambda unbroken, what: progress.status(f"certify  {what}  unbroken {unbroken:.1%}"),
-    )  # fmt: skip
+        this.key(CERTIFY), clf, test.pixels(), test.labels, examples, config, report
+    )
     result = {
         "dataset": config.data.name,
         "subset": "; ".join(s.subset for s in (this.train_split, test) if s.subset),

@@ -1,19 +1,21 @@
 """A training stage, from wherever it stands to its end: 1_warmup or 2_train."""
 
-import math
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from clustr_jax import loading, models, results, train
+from clustr_jax import loading, models, preemption, results, train
 from clustr_jax.attacks import pgd
-from clustr_jax.checkpoints import Checkpoints, write_json
+from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.classifier import Classifier, correct
 from clustr_jax.errors import UserError
+from clustr_jax.files import write_json
 from clustr_jax.objectives import METHODS
 from clustr_jax.progress import duration
 from clustr_jax.stages.context import WARMUP, Run
+from clustr_jax.workdir import config_dict, training_sha
 
 # A compiled chunk of steps lasts about this long: progress and signals are served in between.
 _CHUNK_SECONDS = 3.0
@@ -45,14 +47,19 @@ def run(this: Run, stage: str) -> None:
     )
     trainer = train.Trainer(this.net, method, config, recipe, len(this.train_split))
     key = this.key(stage)
-    checkpoints = Checkpoints(folder / "checkpoints")
+    identity = training_sha(config_dict(config))
+    checkpoints = Checkpoints(folder / "checkpoints", identity, mend=True, say=progress.line)
     state = _start(this, stage, trainer, checkpoints, train_set, key)
     try:
         reason, epochs = _epochs(this, stage, trainer, checkpoints, state, train_set, key)
+        checkpoints.wait()
+        step = checkpoints.best if recipe.select == "best" else checkpoints.latest
     finally:
         checkpoints.close()
+    if recipe.select == "best":
+        progress.line(f"{stage}: keeping the model of step {step}, the best on the held-out images")
     write_json(folder / "done.json", {
-        "reason": reason, "epochs": epochs,
+        "reason": reason, "epochs": epochs, "step": step,
         "num_classes": this.net.num_classes, "input_shape": list(this.net.input_shape),
     })  # fmt: skip
 
@@ -109,13 +116,9 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             state = jax.block_until_ready(train.run_steps(trainer, state, train_set, order, key, count))
             seconds = time.monotonic() - before
             step += count
-            totals = {k: float(v) / (step - epoch * per_epoch) for k, v in state.totals.items()}
-            if not math.isfinite(totals["loss"]):
-                raise UserError(
-                    f"{stage}: the loss is {totals['loss']} near step {step} (epoch {epoch + 1}); lower "
-                    f"the rate ({stage[2:]}.lr={recipe.lr}); the last checkpoint "
-                    f"in {checkpoints.directory} is intact"
-                )
+            if int(state.step) < step:
+                _stop_at_nonfinite(this, stage, trainer, checkpoints, state, train_set, order, key)
+            totals = _means(state.totals, step - epoch * per_epoch)
             if count == chunk:  # grow, or shrink, towards the wanted length
                 chunk = max(1, min(int(chunk * _CHUNK_SECONDS / max(seconds, 1e-3)), 4 * chunk))
             speed = (step - start_step) * trainer.batch_size / (time.monotonic() - started)
@@ -127,6 +130,10 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             if time.monotonic() - saved > _CHECKPOINT_SECONDS and step < (epoch + 1) * per_epoch:
                 checkpoints.save(state)
                 saved = time.monotonic()
+            if preemption.requested():
+                checkpoints.save(state)
+                checkpoints.wait()
+                preemption.check(f"{stage} after {step} steps (epoch {epoch + 1} of {recipe.epochs})")
         if trainer.magnet:
             state = train.refit(trainer, state, train_set, key)
         if config.fidelity.epoch_statistics == "leak_test":
@@ -147,7 +154,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
         }  # fmt: skip
         this.workdir.log(record)
         state = train.reset_totals(trainer, state, train_set, key)
-        checkpoints.save(state)
+        checkpoints.save(state, val)
         saved = time.monotonic()
         this.progress.line(
             f"{stage} {epoch + 1:3d}/{recipe.epochs}  {_metrics(totals)}  held-out {val:.1%}  "
@@ -155,9 +162,40 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
         )
         if target and val >= target:
             return "target reached", epoch + 1
+        if preemption.requested():
+            checkpoints.wait()
+            preemption.check(f"{stage} after epoch {epoch + 1} of {recipe.epochs}")
     if step == 0:  # no epochs asked for: the start is the result
         checkpoints.save(state)
     return "all epochs", recipe.epochs
+
+
+def _means(totals, steps):
+    """Means over the steps of the epoch that counted; how many did not, where they are passed over."""
+    values = {name: float(value) for name, value in totals.items()}
+    skipped = values.pop(train.SKIPPED, 0.0)
+    means = {name: value / max(steps - skipped, 1) for name, value in values.items()}
+    return means | ({train.SKIPPED: skipped} if train.SKIPPED in totals else {})
+
+
+def _stop_at_nonfinite(this, stage, trainer, checkpoints, state, train_set, order, key):
+    """UserError with the step, the metrics until then, and the batch in a file."""
+    batch, ids, x_adv, _ = jax.jit(train.prepare, static_argnums=0)(trainer, state, train_set, order, key)
+    arrays = {"step": state.step, "ids": ids, "x": batch.x, "y": batch.y, "mask": batch.mask}
+    if x_adv is not None:
+        arrays["x_adv"] = x_adv
+    path = this.workdir.stage(stage) / "nonfinite.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **{name: np.asarray(value) for name, value in arrays.items()})  # pyright: ignore[reportArgumentType]
+    checkpoints.wait()
+    step = int(state.step)
+    done = step % trainer.steps_per_epoch
+    before = _metrics(_means(state.totals, done)) if done else "none in this epoch"
+    raise UserError(
+        f"{stage}: the loss or its gradient is not finite at step {step + 1} (metrics until then: {before}); "
+        f"the batch is in {path}; lower the rate ({stage[2:]}.lr={trainer.recipe.lr}) in another --workdir, "
+        f"or pass over such steps there ({stage[2:]}.nonfinite=skip)"
+    )
 
 
 def _monitor(this, clf, key):
