@@ -133,7 +133,7 @@ def test_default_ids_count_from_zero():
 
 def test_how_often_the_device_comes_back_does_not_matter(monkeypatch):
     """One iteration a call instead of many: the same outcomes at the same cost."""
-    monkeypatch.setattr(scheduler, "_SECONDS", 1e-9)
+    monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1.0})
     calls = []
     found = run(*problem(), report=lambda outcome: calls.append(outcome.evaluations))
     same(found, whole())
@@ -316,7 +316,7 @@ def interrupted(records, after, **more):
 @pytest.fixture
 def often(monkeypatch):
     """The device comes back after each iteration, and every record is written."""
-    monkeypatch.setattr(scheduler, "_SECONDS", 1e-9)
+    monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1.0})
     monkeypatch.setattr(results, "_RECORD_SECONDS", 0.0)
 
 

@@ -518,11 +518,11 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(method, changes, rn
     """Saved after 2 steps and restored into a blank state: every leaf, and the third step, bit for bit."""
     p = problem(method, rng, **{"train.batch_size": 8, **changes})
     state = p.run(p.state, 2)
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "a training")
     assert checkpoints.latest is None
     checkpoints.save(state)
     checkpoints.close()
-    reader = Checkpoints(tmp_path / "checkpoints")
+    reader = Checkpoints(tmp_path / "checkpoints", "a training")
     assert reader.latest == 2
     net = p.trainer.net
     blank = train.blank(p.trainer, net.init(jax.random.key(99)), p.train_set, jax.random.key(98))

@@ -8,7 +8,6 @@ of a few slots' worth and takes back what has ended, which it verifies in a fres
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +25,11 @@ from clustr_jax.errors import UserError
 
 # Pairs that the device gets to work on before it asks for more, in slots.
 _QUEUE = 2
-# The device comes back after about so many seconds, for progress, signals and records.
-_SECONDS = 3.0
+# The device comes back after so many operations of forward passes, for progress, signals and records: some
+# seconds of two CPU cores, half a second of an accelerator. Not after so many seconds: what is spent and
+# where the slots shrink would then depend on the clock.
+_OPERATIONS = {"cpu": 4e10}
+_OPERATIONS_ELSEWHERE = 4e12
 # When this share of the slots, or less, is still busy, the rest moves to a program of that size ...
 _SMALL = 4
 # ... if that saves more evaluations than a compilation costs.
@@ -273,7 +275,7 @@ def run(
     best = np.full(-(-len(x) // 1024) * 1024, total, np.int32)  # few sizes, few compilations
     best[: len(x)] = np.where(outcome.broken, outcome.restart, total)
     flying = np.zeros((total, len(x)), bool)
-    state, limit, small = None, 1, slots // _SMALL
+    state, limit, small = None, _iterations(model, x, slots), slots // _SMALL
     if outcome.flight is not None:
         state, flying = _board(attack, outcome.flight, x, total)
         small = small if len(state.active) == slots else 0
@@ -293,7 +295,6 @@ def run(
         if state is None:
             state = _empty(attack, jax.tree.map(lambda a: a[:slots], work))
         orders = _Orders(np.int32(limit), np.int32(small), np.asarray(len(example) > length))
-        started = time.perf_counter()
         state, ended, iterations = _advance(
             attack, model, state, work, np.arange(length) < len(example), best, orders, first=first
         )
@@ -302,8 +303,14 @@ def run(
         outcome.flight, flying = state, _flying(state, flying.shape)
         if report is not None:
             report(outcome)
-        if iterations == limit:  # grow, or shrink, towards the wanted seconds; the first call compiles
-            limit = max(1, min(int(limit * _SECONDS / (time.perf_counter() - started)), 4 * limit))
+
+
+def _iterations(model, x, slots: int) -> int:
+    """How many iterations a call of the device may take, by the cost of the model's forward pass."""
+    images = jax.ShapeDtypeStruct((slots, *x.shape[1:]), jnp.float32)
+    cost = _outputs.lower(model, images).cost_analysis() or {}
+    budget = _OPERATIONS.get(jax.default_backend(), _OPERATIONS_ELSEWHERE)
+    return max(1, min(int(budget / max(cost.get("flops", 0.0), 1.0)), 1000))
 
 
 def _flying(state, shape):
