@@ -3,7 +3,7 @@
 # ARGS=... is passed on: make run ARGS="--config=configs/cifar10.py:trades", make test ARGS="-k pgd -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint format prepare-tf clean
+.PHONY: help setup run test test-slow faults lint format prepare-tf clean
 
 ifndef ACCEL
 ACCEL := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda12 || echo cpu)
@@ -65,8 +65,11 @@ test: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test: $(INSTALLED_DEV)  ## every test that is not marked slow
 	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-test-slow: $(INSTALLED_DEV)  ## the tests marked slow, but for the pending ones
-	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not pending" $(ARGS) || { [ $$? -eq 5 ] && echo "no test is marked slow"; }
+test-slow: $(INSTALLED_DEV)  ## the tests marked slow, but for those marked long
+	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not long" $(ARGS) || { [ $$? -eq 5 ] && echo "no test is marked slow"; }
+
+faults: $(INSTALLED_DEV)  ## all faults of docs/reliability.md, whose table it writes (about half an hour)
+	FAULTS=all $(PY) -m pytest -q tests/test_faults.py $(ARGS)
 
 lint: $(INSTALLED_DEV)  ## ruff (lint and format) and pyright; changes nothing
 	$(PY) -m ruff check .

@@ -9,7 +9,8 @@ Map, from the bottom up:
     clusters, sampling, attacks             the cluster head, Magnet batches, adversaries
     objectives, train                       one function per method, the train step
     evaluate, sound, diagnostics, quirks    the paper's protocol, the sound ones, can they be believed?
-    checkpoints, workdir, loading, results  files
+    checkpoints, seals, workdir, loading, results, files    what is on disk
+    preemption                              signals
     stages                                  the order of things; run.py calls stages.run
 
 Shape legend: B batch, N train set, Y classes, K clusters per class, M x S Magnet batch, E embedding,

@@ -12,9 +12,48 @@ from clustr_jax.errors import UserError
 from clustr_jax.models import Net
 from clustr_jax.objectives import Method
 
+# Of a setting: counts must fit the device's int32, and no rate or radius is larger.
+_LARGEST = 2**31
+# What the entries of tuples are; a config file gives ml_collections their number and no types.
+_ENTRIES = {
+    "data": {}, "pretrain": {},
+    "model": {"mean": float, "std": float},
+    "warmup": {"milestones": int}, "train": {"milestones": int},
+    "magnet": {"k_per_class": int},
+    "eval": {"protocols": str, "transfer": str, "paper_steps": int, "sweep": float, "curve": float},
+    "certify": {"radii": float},
+}  # fmt: skip
+_KINDS = {int: "whole numbers", float: "numbers", str: "words in quotes"}
+
+
+def check_values(config: ConfigDict) -> None:
+    """UserError for numbers that are none, and for tuples whose entries are of another type."""
+
+    def check_number(name, value):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not -_LARGEST < value < _LARGEST:  # not a number fails as well
+                raise UserError(f"{name} must be a finite number, got {value}")
+
+    def visit(section, prefix):
+        for name, value in section.items():
+            if hasattr(value, "items"):
+                visit(value, f"{prefix}{name}.")
+            elif isinstance(value, (tuple, list)):
+                entry = _ENTRIES.get(prefix[:-1], {}).get(name, float)
+                accepted = (int, float) if entry is float else entry
+                if not all(isinstance(v, accepted) and not isinstance(v, bool) for v in value):
+                    raise UserError(f"{prefix}{name} must hold {_KINDS[entry]}, got {value}")
+                for v in value:
+                    check_number(prefix + name, v)
+            else:
+                check_number(prefix + name, value)
+
+    visit(config, "")
+
 
 def resolve(config: ConfigDict) -> ConfigDict:
     """The config as it will run: smoke settings applied, fidelity switches spelled out."""
+    check_values(config)
     return fidelity.apply(shrink(config) if config.smoke else config.copy_and_resolve_references())
 
 

@@ -92,7 +92,7 @@ def test_no_sound_radius_exceeds_the_flip_distance_in_500_random_problems():
 
 
 @pytest.mark.slow
-@pytest.mark.pending
+@pytest.mark.long
 def test_no_sound_radius_exceeds_the_flip_distance_in_10000_random_problems():
     assert check_problems(seed=1, count=10_000) > 0.05
 

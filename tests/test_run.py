@@ -1,26 +1,32 @@
 """run.py as a user meets it: what a run leaves behind, resuming after SIGKILL, mistakes.
 
-The runs are small (a narrow CNN on some digits, the MLP on points); their compiled programs are
-shared through a cache that lives as long as the test session. Everything but `*_seconds` and
-`*_per_second` must be reproduced exactly, by an interrupted run as well.
+The runs are small: a narrow CNN on some digits, the MLP on points (tests/runs.py).
 """
 
 import contextlib
-import fcntl
 import importlib.util
-import json
-import os
-import pathlib
 import random
-import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+from runs import (
+    DIGITS,
+    REQUIRED,
+    ROOT,
+    TINY,
+    TOY,
+    arrays,
+    assert_one_line,
+    assert_same_arrays,
+    assert_same_run,
+    metrics,
+    read,
+    timeless,
+)  # fmt: skip
 
 import clustr_jax
 from clustr_jax import data, train
@@ -31,150 +37,6 @@ from clustr_jax.objectives import METHODS
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning")
 ]
-
-ROOT = pathlib.Path(__file__).parents[1]
-DIGITS = f"--config={ROOT}/configs/digits.py"
-TOY = f"--config={ROOT}/configs/toy2d.py"
-# Warm-up of a few epochs until its target, fine-tuning of five, both protocols on 40 images.
-TINY = (
-    f"{DIGITS}:clustr_qtrades",
-    "--config.model.width=4", "--config.data.train_size=400", "--config.data.test_size=60",
-    "--config.data.val_size=0.2", "--config.warmup.epochs=30", "--config.warmup.target=0.6",
-    "--config.warmup.batch_size=32", "--config.train.epochs=5", "--config.magnet.samples=4",
-    "--config.magnet.n_init=2", "--config.eval.n=40", "--config.eval.slots=16",
-    "--config.eval.attack.steps=5", "--config.eval.attack.restarts=2",
-    "--config.eval.paper_steps=(3,5)", "--config.eval.sweep=(0.1,)", "--config.eval.curve=(0.1,)",
-    "--config.eval.apgd_steps=5", "--config.eval.queries=30", "--config.eval.targets=2",
-)  # fmt: skip
-REQUIRED = (
-    "dataset", "subset", "n", "method", "protocol", "eps", "clean", "robust", "attack", "seed", "config_sha",
-    "versions", "wall_seconds",
-)  # fmt: skip
-
-
-# Running
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    """A folder for all workers of this test session."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    (folder / "run").mkdir(exist_ok=True)
-    return folder / "run"
-
-
-@pytest.fixture
-def start(shared, tmp_path):
-    """start(*arguments) -> a running process of run.py in an empty folder."""
-    # XLA's optimiser is most of a first run here, and changes nothing that these tests look at
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-    environment = os.environ | {"XDG_CACHE_HOME": str(shared / "cache"), "COLUMNS": "120", "XLA_FLAGS": flags}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    running = []
-
-    def begin(*arguments, program=("run.py",), **more):
-        command = [
-            sys.executable,
-            str(ROOT / program[0]) if program[0] == "run.py" else program[0],
-            *program[1:],
-        ]
-        process = subprocess.Popen(
-            [*command, *arguments], cwd=tmp_path, env=environment | more, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        running.append(process)
-        return process
-
-    yield begin
-    for process in running:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-@pytest.fixture
-def run(start):
-    """run(*arguments) -> (stdout, stderr) of a run that succeeds."""
-
-    def finish(*arguments, code=0, **more):
-        process = start(*arguments, **more)
-        stdout, stderr = process.communicate(timeout=600)
-        assert process.returncode == code, stdout + stderr
-        return stdout, stderr
-
-    return finish
-
-
-@contextlib.contextmanager
-def locked(path):
-    """One worker at a time."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@pytest.fixture
-def reference(shared, run):
-    """The work directory of an uninterrupted run of TINY, made once per session."""
-    folder = shared / "reference"
-    with locked(shared / "reference.lock"):
-        if not (folder / "stdout").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            stdout, stderr = run(*TINY, f"--workdir={folder}", JAX_LOG_COMPILES="1")
-            (folder / "stderr").write_text(stderr)
-            (folder / "stdout").write_text(stdout)
-    return folder
-
-
-# What is compared
-
-
-def timeless(value):
-    """JSON without the fields that hold times."""
-    if isinstance(value, dict):
-        return {
-            name: timeless(v) for name, v in value.items() if not name.endswith(("_seconds", "_per_second"))
-        }
-    return [timeless(v) for v in value] if isinstance(value, list) else value
-
-
-def read(path):
-    return json.loads(path.read_text())
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def arrays(path):
-    with np.load(path) as file:
-        return dict(file)
-
-
-def assert_same_arrays(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
-
-
-def assert_same_run(folder, other):
-    """Metrics, results, per-example outcomes and every trained array are equal."""
-    assert timeless(metrics(folder)) == timeless(metrics(other))
-    assert (folder / "1_warmup").exists() == (other / "1_warmup").exists()
-    for name in [name for name in ("1_warmup", "2_train") if (other / name).exists()]:
-        assert read(folder / name / "done.json") == read(other / name / "done.json")
-        a, b = clustr_jax.load(folder / name), clustr_jax.load(other / name)
-        assert_same_arrays((a.variables, a.clusters), (b.variables, b.clusters))
-    assert {p.name for p in (folder / "results").iterdir()} == {p.name for p in (other / "results").iterdir()}
-    for path in sorted((other / "results").glob("*.json")):
-        assert timeless(read(folder / "results" / path.name)) == timeless(read(path)), path.name
-        found, expected = (arrays((f / "results" / path.name).with_suffix(".npz")) for f in (folder, other))
-        assert found.keys() == expected.keys()
-        for name, values in expected.items():
-            np.testing.assert_array_equal(found[name], values, err_msg=f"{path.name} {name}")
-
 
 # A whole run
 
@@ -221,7 +83,6 @@ def stamps(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.pending
 def test_a_smoke_run_on_points_from_start_to_finish(run, tmp_path):
     """The whole way with the MLP: contract, second run, load(), only what changed is evaluated again."""
     folder = tmp_path / "runs" / "toy2d_moons-clustr_qtrades-smoke"  # the default work directory
@@ -255,7 +116,6 @@ def test_a_smoke_run_on_points_from_start_to_finish(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.pending
 def test_a_smoke_run_on_digits(run, tmp_path):
     """The README's first command, shrunk: every file of the contract, the table, and nothing left to do."""
     folder = tmp_path / "smoke"
@@ -273,7 +133,6 @@ def test_a_smoke_run_on_digits(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.pending
 @pytest.mark.parametrize("method", [m for m in METHODS if not m.endswith("_certified")])  # those want images
 def test_every_method_is_killed_resumed_and_runs_to_the_end(method, start, run, tmp_path):
     """On points. After the first epoch of its training it dies; without a warm-up there is only 2_train.
@@ -303,7 +162,6 @@ def test_every_method_is_killed_resumed_and_runs_to_the_end(method, start, run, 
 
 
 @pytest.mark.slow
-@pytest.mark.pending
 def test_load_gives_the_classifier_that_was_evaluated(reference):
     """Work directory and stage folders, clusters and linear head; predictions equal the stored outcomes."""
     x, y = data.load("digits", "test")
@@ -334,7 +192,6 @@ def test_load_gives_the_classifier_that_was_evaluated(reference):
 
 
 @pytest.mark.slow
-@pytest.mark.pending
 def test_the_next_stage_starts_from_the_last_ones_parameters(reference, run, tmp_path):
     """With no epochs of fine-tuning stage 2 is what it was given: stage 1's model, bit for bit."""
     folder = tmp_path / "handover"
@@ -357,7 +214,6 @@ def test_the_next_stage_starts_from_the_last_ones_parameters(reference, run, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.pending
 def test_the_same_seed_gives_the_same_run(reference, run, tmp_path):
     """Everything but times. Another seed gives another run."""
     folder = tmp_path / "again"
@@ -369,14 +225,12 @@ def test_the_same_seed_gives_the_same_run(reference, run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.pending
 def test_each_stage_compiles_its_step_once(reference):
     """Minutes for a large network: whether arrays come from a checkpoint must not make a difference."""
     assert (reference / "stderr").read_text().count("Compiling jit(run_steps)") == 2
 
 
 @pytest.mark.slow
-@pytest.mark.pending
 def test_stages_one_by_one_give_the_same_run(reference, run, tmp_path):
     folder = tmp_path / "by_stage"
     for stage in ("1_warmup", "2_train", "evaluate", "certify"):
@@ -388,7 +242,6 @@ def test_stages_one_by_one_give_the_same_run(reference, run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.pending
 @pytest.mark.parametrize("stage", ["1_warmup", "2_train", "evaluate"])
 def test_a_run_killed_at_a_random_moment_is_resumed(stage, reference, start, run, tmp_path):
     """SIGKILL somewhere within the stage; the run that goes on ends as if nothing had happened."""
@@ -473,7 +326,6 @@ MOMENTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.pending
 def test_a_run_that_dies_at_every_delicate_moment(reference, start, run, tmp_path):
     """Eleven crashes of one run, each resumed by the next; a torn line at the end of the metrics, too."""
     folder = tmp_path / "unlucky"
@@ -498,24 +350,14 @@ def test_a_run_that_dies_at_every_delicate_moment(reference, start, run, tmp_pat
 
 
 @pytest.fixture
-def mistake(tmp_path, monkeypatch, capsys):
+def mistake(attempt, monkeypatch):
     """mistake(*arguments) -> the one line that run.main prints to stderr when it returns 2."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.chdir(tmp_path)
-    spec = importlib.util.spec_from_file_location("run_under_test", ROOT / "run.py")
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
     monkeypatch.setattr(train, "run_steps", lambda *_: pytest.fail("it began to train"))
 
     def message(*arguments):
-        argv = ["run.py", *arguments]
-        monkeypatch.setattr(sys, "argv", argv)  # ml_collections looks for overrides there
-        capsys.readouterr()
-        code = program.main(argv)
-        stderr = capsys.readouterr().err
+        code, stderr = attempt(*arguments)
         assert code == 2
-        assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n")
-        assert "Traceback" not in stderr and "\\" not in stderr  # nor quoted line ends
+        assert_one_line(stderr)
         return stderr[len("error: ") : -1]
 
     return message
