@@ -14,6 +14,7 @@ from rich.table import Table
 
 from clustr_jax import paper, preemption
 from clustr_jax.attacks.slots import Outcome
+from clustr_jax.errors import UserError
 from clustr_jax.files import read_json, write_json
 
 # Meaning of the protocols; bumped when it changes, and versions never share a table.
@@ -60,19 +61,45 @@ def fraction(mask) -> float:
 
 
 def save(directory: pathlib.Path, name: str, result: dict, outcomes: dict[str, np.ndarray]) -> None:
-    """Write <name>.npz (per-example outcomes), then <name>.json: no JSON is there without its outcomes."""
+    """Write <name>.npz (per-example outcomes), then <name>.json: no JSON is there without its outcomes.
+
+    The JSON holds the hash of its own content and of the outcomes, which `load` checks.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f"{name}.tmp.npz"
     # pyright minds an array for allow_pickle; no outcome has that name
     np.savez_compressed(temporary, **outcomes)  # pyright: ignore[reportArgumentType]
     temporary.replace(directory / f"{name}.npz")
-    write_json(directory / f"{name}.json", result)
+    content = json.loads(json.dumps(result))
+    content["outcomes_sha"] = _digest(directory / f"{name}.npz")
+    write_json(directory / f"{name}.json", {**content, "content_sha": sha(content)})
 
 
 def load(directory: pathlib.Path, name: str) -> dict | None:
-    """A result, or None where there is none yet."""
+    """A result, or None where there is none yet; UserError if it (or its outcomes) has changed since."""
     path = directory / f"{name}.json"
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    content = read_json(path)
+    changed = None
+    if content.pop("content_sha", None) != sha(content):
+        changed = path
+    elif content["outcomes_sha"] != _digest(path.with_suffix(".npz")):
+        changed = path.with_suffix(".npz")
+    if changed is not None:
+        raise UserError(f"{changed} is not what was written there; delete {path} to have it made again")
+    return content
+
+
+def load_outcomes(directory: pathlib.Path, name: str) -> dict[str, np.ndarray]:
+    """The per-example arrays of a result that `load` has found whole."""
+    with np.load(directory / f"{name}.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def _digest(path):
+    """Short SHA-256 of a file; "" where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""
 
 
 class Records:

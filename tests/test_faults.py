@@ -29,7 +29,7 @@ from runs import (
 )
 
 import clustr_jax
-from clustr_jax import loading, preemption, stages, train, workdir
+from clustr_jax import loading, preemption, results, stages, train, workdir
 from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.errors import UserError
 from clustr_jax.files import read_json
@@ -278,6 +278,40 @@ def test_a_checkpoint_of_another_training(stage):
         clustr_jax.load(root / "1_warmup")
 
 
+@pytest.mark.parametrize("damaged", ["clean.json", "clean.npz"])
+def test_a_damaged_result(damaged, tmp_path):
+    """No number is shown that is not what was written: not even one whose digits were exchanged."""
+    results.save(tmp_path, "clean", {"robust": 0.25, "config_sha": "x"}, {"robust": np.arange(5) % 2 == 0})
+    found = results.load(tmp_path, "clean")
+    assert found is not None and found["robust"] == 0.25
+    path = tmp_path / damaged
+    content = path.read_bytes()
+    changes = [content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in range(0, len(content), 3)]
+    for change in (*changes, content[:-10], b""):
+        path.write_bytes(change)
+        with pytest.raises(UserError, match=damaged):
+            results.load(tmp_path, "clean")
+
+
+def test_a_data_file_that_went_away(attempt, data_dir, tmp_path, table):
+    """Deleted, and cut off in the middle."""
+    for damage in ("deleted", "cut off"):
+        folder = tmp_path / damage
+        shutil.copytree(f"{data_dir}/cifar10", folder / "cifar10", copy_function=os.link)
+        (path,) = folder.rglob("*-train*")
+        content = path.read_bytes() if damage == "cut off" else None
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content[: len(content) // 2])
+        code, stderr = attempt(
+            f"--config={ROOT}/configs/cifar10.py:nominal", f"--config.data.dir={folder}",
+            f"--workdir={tmp_path / 'run'}",
+        )  # fmt: skip
+        assert code == 2 and "cannot read cifar10/train" in stderr
+        assert_one_line(stderr)
+    table.append(("a data file deleted, and cut off", 2, "one line that names it"))
+
+
 LIMITED = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -314,7 +348,7 @@ def test_a_loss_that_is_not_finite(attempt, tmp_path, table):
     """The run ends with the step and the batch, and can pass over such steps instead."""
     arguments = (
         f"{TOY}:nominal", "--config.smoke=true", "--stages=2_train", "--config.train.optimizer=sgd",
-        "--config.train.schedule=multistep", "--config.train.lr=1e9",
+        "--config.train.schedule=multistep", "--config.train.lr=1e9", "--config.train.weight_decay=1e9",
     )  # fmt: skip
     code, stderr = attempt(*arguments, f"--workdir={tmp_path / 'stop'}")
     assert code == 2 and "not finite at step" in stderr and "nonfinite=skip" in stderr

@@ -87,12 +87,10 @@ def diagnose(this: Run) -> None:
         return
     started = time.monotonic()
     this.progress.status("evaluate  diagnostics: twenty checks")
-    with np.load(folder / "sound.npz", allow_pickle=False) as file:
-        outcomes = dict(file)
+    outcomes = results.load_outcomes(folder, "sound")
     radius = None
     if certain is not None and this.test_split.bounds is not None:
-        with np.load(folder / "certified.npz", allow_pickle=False) as file:
-            radius = file[f"radius_{certain['rule']}"][outcomes["ids"]]
+        radius = results.load_outcomes(folder, "certified")[f"radius_{certain['rule']}"][outcomes["ids"]]
     clf, examples = _under_test(this, EVALUATE)
     checks = diagnostics.run(
         jax.random.fold_in(this.key(EVALUATE), 1), clf, examples, config, sound, outcomes, paper, radius
