@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 
 HERE = pathlib.Path(__file__).resolve().parent
 # XLA takes its temporary memory afresh at each call; with huge pages the page faults stop dominating
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
         config = values.config
         config.method  # noqa: B018  a file that cannot be read is noticed at the first look only
     except Exception as error:  # the config file is code, and absl raises many types for a mistyped flag
-        return _mistake(_first_line(error))
+        return _mistake(_first_line(error) + _place(error))
     if values.help:
         print(__doc__)
         return 0
@@ -64,6 +65,20 @@ def _first_line(error: Exception) -> str:
     if any(line.startswith("Traceback") for line in lines):
         lines = [re.sub(r"^[\w.]+(Error|Exception): ", "", lines[-1])]
     return " ".join(" ".join(lines).split())
+
+
+def _place(error: BaseException) -> str:
+    """ " (FILE, line N)" for an error in the code of a config file, else nothing."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}, line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        f for f in frames if pathlib.Path(f.filename).suffix == ".py" and "site-packages" not in f.filename
+    ]
+    last = own[-1] if own else None
+    if last is None or last.filename == __file__ or isinstance(error, ValueError):
+        return ""
+    return f" ({last.filename}, line {last.lineno})"
 
 
 def _mistake(text: str) -> int:

@@ -19,7 +19,8 @@ from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
 from clustr_jax.sampling import Sampler
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+# What orbax's threads log, with tracebacks, is raised as well, and told in one line.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
