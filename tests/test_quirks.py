@@ -98,7 +98,7 @@ def test_with_all_departures_it_is_the_papers_protocol(small):
 def test_an_interrupted_paper_protocol_goes_on(small, tmp_path, monkeypatch):
     """The largest losses so far are recorded with the restarts: the same outcomes, nothing run twice."""
     expected = paper(small)
-    monkeypatch.setattr(scheduler, "_SECONDS", 1e-9)
+    monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1.0})
     monkeypatch.setattr(results, "_RECORD_SECONDS", 0.0)
     for stop in (3, 12):
         calls = []
@@ -192,3 +192,16 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys, monkeypatch):
     outcomes = np.load(tmp_path / "results" / "quirks.npz")
     assert len(outcomes["ids"]) == 20
     np.testing.assert_array_equal(jnp.asarray(data.load("digits", "test")[1])[outcomes["ids"]], outcomes["y"])
+
+
+def test_the_hinge_of_the_adaptive_attack_is_flat(small):
+    """Without a margin the hinged loss has no gradient at a correct example: only the starts are left."""
+    clf, examples, config = small
+    found = {}
+    for alpha in (0.0, 100.0):
+        config.magnet.alpha = alpha
+        found[alpha] = quirks.adaptive(
+            jax.random.key(1), clf, examples, config, steps=STEPS, restarts=RESTARTS
+        )
+    assert found[0.0]["unhinged"] == found[100.0]["unhinged"] == found[100.0]["hinged"]
+    assert found[0.0]["hinged"] > found[0.0]["unhinged"] > 0
