@@ -3,7 +3,6 @@
 Without --config it runs configs/digits.py:clustr_qtrades. Run again, it resumes.
 """
 
-import importlib.util
 import os
 import pathlib
 import re
@@ -14,10 +13,6 @@ HERE = pathlib.Path(__file__).resolve().parent
 # XLA takes its temporary memory afresh at each call; with huge pages the page faults stop dominating
 # on CPU. glibc reads this before Python starts, hence the second exec.
 _TUNABLE = "glibc.malloc.hugetlb=1"
-# A first run on a CPU is mostly compilation; the time after it is spent in libraries of XLA, which this leaves
-# alone. It would concern other platforms too.
-_CPU_FLAG = "--xla_backend_optimization_level=1"
-_ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
 
 
 def main(argv: list[str]) -> int:
@@ -97,10 +92,6 @@ def _prepare_process() -> None:
     if sys.platform == "linux" and "malloc.hugetlb" not in tunables:
         os.environ["GLIBC_TUNABLES"] = f"{tunables}:{_TUNABLE}" if tunables else _TUNABLE
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    flags = os.environ.get("XLA_FLAGS", "")
-    accelerated = any(importlib.util.find_spec(name) for name in _ACCELERATORS)
-    if not accelerated and "xla_backend_optimization_level" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_CPU_FLAG}".strip()
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "clustr_jax" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

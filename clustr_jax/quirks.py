@@ -3,9 +3,8 @@
     python -m clustr_jax.quirks runs/cifar10-clustr_qtrades [--n=512] [--steps=20] [--restarts=10]
 
 The first row is the paper's protocol; each following row switches one departure off and leaves the others;
-the last has all of them off. Below stands the paper's adaptive attack, which ascends the Magnet loss about the
-fixed centroids: with its hinge, as the paper has it, and without. Writes results/quirks.json beside the other
-results.
+the last has all of them off. Below stands the paper's adaptive attack, which ascends the Magnet loss about
+the fixed centroids: with its hinge, as the paper has it, and without. Writes results/quirks.json.
 """
 
 import argparse
