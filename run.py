@@ -101,4 +101,7 @@ def _prepare_process() -> None:
 
 if __name__ == "__main__":
     _prepare_process()
-    sys.exit(main(sys.argv))
+    try:
+        sys.exit(main(sys.argv))
+    except KeyboardInterrupt:  # while modules are still being imported
+        sys.exit(130)

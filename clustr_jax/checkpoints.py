@@ -52,7 +52,9 @@ class Checkpoints:
         self._manager = ocp.training.Checkpointer(
             str(self.directory),
             preservation_policy=policy,  # pyright: ignore[reportArgumentType]  orbax's own types disagree
-            cleanup_tmp_directories=True,
+            # who only reads leaves a running training's files alone, and damaged metrics unread
+            cleanup_tmp_directories=mend,
+            lightweight_initialize=not mend,
         )
         self._sealer = concurrent.futures.ThreadPoolExecutor(1)
         self._sealing: concurrent.futures.Future | None = None

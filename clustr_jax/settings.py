@@ -16,7 +16,6 @@ from clustr_jax.objectives import Method
 _LARGEST = 2**31
 # What the entries of tuples are; a config file gives ml_collections their number and no types.
 _ENTRIES = {
-    "data": {}, "pretrain": {},
     "model": {"mean": float, "std": float},
     "warmup": {"milestones": int}, "train": {"milestones": int},
     "magnet": {"k_per_class": int},

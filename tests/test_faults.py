@@ -74,10 +74,11 @@ def test_kills_at_random_moments(reference, start, run, tmp_path, table):
     """SIGKILL, SIGTERM and SIGINT in turns, in any stage; left alone, the run ends as if undisturbed."""
     rng = random.Random(0 if not ALL else 1)
     kinds, longest = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT), {}
-    moments, kills = [], 0
-    for chain in range(-(-KILLS // KILLS_PER_RUN)):
+    kills = chain = 0
+    while kills < KILLS:
+        chain += 1
         folder = tmp_path / f"run-{chain}"
-        for i in range(KILLS_PER_RUN):
+        for i in range(min(KILLS_PER_RUN, KILLS - kills)):
             kind = kinds[kills % len(kinds)]
             process = start(*TINY, f"--workdir={folder}")
             while not (folder / "config.json").exists() and process.poll() is None:
@@ -89,22 +90,22 @@ def test_kills_at_random_moments(reference, start, run, tmp_path, table):
             started = time.monotonic()
             process.send_signal(kind)
             stdout, stderr = process.communicate(timeout=60)
+            if process.returncode == 0:
+                continue  # it had just finished: not a kill
             kills += 1
-            moments.append(len(list(folder.rglob("*"))))
             if kind == signal.SIGKILL:
                 assert process.returncode == -signal.SIGKILL
                 continue
-            if process.returncode == 0:
-                continue  # it had just finished
             longest[kind.name] = max(longest.get(kind.name, 0.0), time.monotonic() - started)
-            # before it was ready to take signals, they end it as they end any program
-            assert process.returncode in (preemption.EXIT_CODE, -kind, 130, 1), stdout + stderr
+            # while it still imports, signals end it as they end any program, without a traceback
+            assert process.returncode in (preemption.EXIT_CODE, -signal.SIGTERM, 130), stdout + stderr
+            assert "Traceback" not in stderr
             if process.returncode == preemption.EXIT_CODE:
                 assert f"stopped by {kind.name}" in stderr and "run the same command again" in stderr
         run(*TINY, f"--workdir={folder}")
         assert_same_run(folder, reference)
         shutil.rmtree(folder)
-    assert kills >= KILLS * 0.8 and max(longest.values()) < LIMIT_SECONDS
+    assert max(longest.values()) < LIMIT_SECONDS
     seconds = ", ".join(f"{name} to exit at most {s:.1f} s" for name, s in sorted(longest.items()))
     table.append((
         "SIGKILL, SIGTERM, SIGINT at random moments over all stages (digits)", kills,
@@ -415,9 +416,7 @@ def commands(draw):
             name = name[::-1]
         arguments.append(f"--config.{name}={draw(WORDS)}")
     if draw(st.integers(0, 5)) == 0:
-        arguments.append(
-            draw(st.sampled_from(("--stages=", "--stages=evaluate,,", "--nope", "stray", "--config.train=3")))
-        )
+        arguments.append(draw(st.sampled_from(STRAYS)))
     return tuple(arguments)
 
 

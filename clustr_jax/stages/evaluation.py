@@ -59,6 +59,8 @@ def _identity(config, name):
     content.pop("variant")
     content["data"].pop("dir")
     content["eval"].pop("protocols")
+    if name == "certified":
+        content["eval"] = {setting: content["eval"][setting] for setting in ("n", "nearest")}
     return results.sha({**content, "result": results.PROTOCOLS[name]})
 
 
@@ -108,11 +110,7 @@ def certify(this: Run) -> None:
     config, progress, folder = this.config, this.progress, this.workdir.results
     clf, examples = _under_test(this, CERTIFY)
     test = this.test_split
-    content = config_dict(config)
-    content["data"].pop("dir")
-    content["eval"] = {name: content["eval"][name] for name in ("n", "nearest")}
-    content.pop("variant")
-    identity = results.sha({**content, "result": results.PROTOCOLS["certified"]})
+    identity = _identity(config, "certified")
     before = results.load(folder, "certified")
     if before and before["config_sha"] == identity:
         progress.line("certify: was done before")

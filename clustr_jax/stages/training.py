@@ -130,7 +130,8 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             if time.monotonic() - saved > _CHECKPOINT_SECONDS and step < (epoch + 1) * per_epoch:
                 checkpoints.save(state)
                 saved = time.monotonic()
-            if preemption.requested():
+            # at its end an epoch is refitted, logged and saved first: a checkpoint before that would skip it
+            if preemption.requested() and step < (epoch + 1) * per_epoch:
                 checkpoints.save(state)
                 checkpoints.wait()
                 preemption.check(f"{stage} after {step} steps (epoch {epoch + 1} of {recipe.epochs})")
