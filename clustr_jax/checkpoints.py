@@ -5,6 +5,7 @@ model {params, batch_stats}, clusters (if any), training {step, opt_state, total
 """
 
 import concurrent.futures
+import functools
 import logging
 import pathlib
 from collections.abc import Callable
@@ -44,20 +45,23 @@ class Checkpoints:
         self._seals, self._identity = self.directory.with_name("seals"), identity
         if mend:
             self._mend(say)
-        policies = ocp.training.preservation_policies
-        policy = policies.AnyPreservationPolicy([
-            policies.LatestN(keep),
-            policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
-        ])  # fmt: skip
-        self._manager = ocp.training.Checkpointer(
-            str(self.directory),
-            preservation_policy=policy,  # pyright: ignore[reportArgumentType]  orbax's own types disagree
-            # who only reads leaves a running training's files alone, and damaged metrics unread
-            cleanup_tmp_directories=mend,
-            lightweight_initialize=not mend,
-        )
+        self._keep = keep
         self._sealer = concurrent.futures.ThreadPoolExecutor(1)
         self._sealing: concurrent.futures.Future | None = None
+
+    @functools.cached_property
+    def _manager(self):
+        """Made by the first write: it removes unfinished files, and reads the metrics of all checkpoints."""
+        policies = ocp.training.preservation_policies
+        policy = policies.AnyPreservationPolicy([
+            policies.LatestN(self._keep),
+            policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+        ])  # fmt: skip
+        return ocp.training.Checkpointer(
+            str(self.directory),
+            preservation_policy=policy,  # pyright: ignore[reportArgumentType]  orbax's own types disagree
+            cleanup_tmp_directories=True,
+        )
 
     def _steps(self):
         """Steps that have a folder, newest first."""
@@ -128,7 +132,8 @@ class Checkpoints:
         """Block until the last save is on disk and sealed."""
         pending, self._sealing = self._sealing, None
         try:
-            self._manager.wait()
+            if "_manager" in vars(self):
+                self._manager.wait()
             if pending is not None:
                 pending.result()
         except Exception as error:
@@ -186,7 +191,7 @@ class Checkpoints:
             found = [f"{s} ({self._problem(s)})" for s in self._steps()]
             raise UserError(f"no whole checkpoint in {self.directory}; found: {', '.join(found) or 'none'}")
         try:
-            loaded = self._manager.load_checkpointables(step, _abstract(items))
+            loaded = ocp.load_checkpointables(str(self.directory / str(step)), _abstract(items))
         except (ValueError, KeyError, OSError) as error:
             raise UserError(
                 f"checkpoint {step} in {self.directory} does not fit this config: {_first_line(error)}"
@@ -200,7 +205,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._sealer.shutdown()
-            self._manager.close()
+            if "_manager" in vars(self):
+                self._manager.close()
 
 
 def _score(metrics) -> float:
