@@ -643,7 +643,7 @@ def test_statistics_after_an_epoch(switch, rng):
     silent = types.SimpleNamespace(status=lambda text: None, line=lambda text: None)
     workdir = types.SimpleNamespace(records=list, log=lambda record: None)
     saved = []
-    checkpoints = types.SimpleNamespace(directory="", save=saved.append)
+    checkpoints = types.SimpleNamespace(directory="", save=lambda state, accuracy=None: saved.append(state))
     run = stages.Run(p.trainer.config, workdir, silent, net, train_split, train_split, test_split)
     key, state = jax.random.key(5), train.reset_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
     training._epochs(run, stages.TRAIN, p.trainer, checkpoints, state, p.train_set, key)
