@@ -44,6 +44,7 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).resolve()  # orbax takes absolute paths only
         self._seals, self._identity = self.directory.with_name("seals"), identity
         if mend:
+            self.directory.mkdir(parents=True, exist_ok=True)
             self._mend(say)
         self._keep = keep
         self._sealer = concurrent.futures.ThreadPoolExecutor(1)

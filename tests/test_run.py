@@ -77,7 +77,9 @@ def assert_contract(folder, stdout, protocols=("clean", "paper", "sound")):
 def stamps(folder):
     """Every file of a run but the two that describe the latest start, with time and size."""
     files = [
-        p for p in folder.rglob("*") if p.is_file() and p.name not in ("config.json", "environment.json")
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and p.name not in ("config.json", "environment.json", "lock")
     ]
     return {p.relative_to(folder): (p.stat().st_mtime_ns, p.stat().st_size) for p in files}
 
