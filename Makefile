@@ -68,7 +68,7 @@ test: $(INSTALLED_DEV)  ## every test that is not marked slow
 test-slow: $(INSTALLED_DEV)  ## the tests marked slow, but for those marked long
 	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not long" $(ARGS) || { [ $$? -eq 5 ] && echo "no test is marked slow"; }
 
-faults: $(INSTALLED_DEV)  ## all faults of docs/reliability.md, whose table it writes (about half an hour)
+faults: $(INSTALLED_DEV)  ## all faults of docs/reliability.md, whose table it writes (about ten minutes)
 	FAULTS=all $(PY) -m pytest -q tests/test_faults.py $(ARGS)
 
 lint: $(INSTALLED_DEV)  ## ruff (lint and format) and pyright; changes nothing

@@ -538,6 +538,25 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(method, changes, rn
     reader.close()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_the_newest_two_and_the_best_are_kept(rng, tmp_path):
+    """By held-out accuracy; what was saved without one, within an epoch, is no candidate."""
+    p = problem("nominal", rng, **{"train.batch_size": 8})
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "a training", mend=True)
+    state, saved = p.state, {}
+    for accuracy in (0.5, 0.9, None, 0.7, 0.6):
+        state = p.run(state, 1)
+        saved[int(state.step)] = state
+        checkpoints.save(state, accuracy)
+    checkpoints.wait()
+    assert checkpoints.best == 2 and checkpoints.latest == 5
+    assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {2, 4, 5}
+    assert {int(path.stem) for path in (tmp_path / "seals").iterdir()} == {2, 4, 5}
+    abstract = jax.eval_shape(p.trainer.net.init, jax.random.key(0))
+    assert_same(checkpoints.model(abstract, checkpoints.best), saved[2].variables)
+    checkpoints.close()
+
+
 # Masked means
 
 
