@@ -314,7 +314,7 @@ METHODS = {
     "magnet": _clustered(clustr),
     "clustr": _clustered(clustr, warmup="nominal"),
     "clustr_qtrades": _clustered(clustr_qtrades, towards_clean, warmup="nominal"),
-    "clustr_trades": _clustered(clustr_qtrades, towards_clean, warmup="nominal"),
+    "clustr_trades": _clustered(clustr_qtrades, towards_clean, warmup="trades"),
     "nominal_certified": Method(nominal_certified),
     "clustr_certified": _clustered(clustr_certified, warmup="nominal_certified"),
 }

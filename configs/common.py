@@ -154,18 +154,18 @@ def _sgd(c, epochs, lr, milestones, weight_decay):
     c.train.weight_decay, c.train.batch_size = weight_decay, 128
 
 
+_OPTIMISATION = ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "milestones", "decay")
+
+
 def _as_warmup(c):
-    for name in (
-        "epochs",
-        "batch_size",
-        "optimizer",
-        "lr",
-        "weight_decay",
-        "schedule",
-        "milestones",
-        "decay",
-    ):
+    for name in _OPTIMISATION:
         c.train[name] = c.warmup[name]
+
+
+def _to_warmup(c):
+    for name in _OPTIMISATION:
+        c.warmup[name] = c.train[name]
+    c.warmup.target = 0.0
 
 
 def _scaled_attack(c, steps, step, start="uniform"):
@@ -202,9 +202,7 @@ def pgd_at(c):
 def at_pretrain(c):
     """PGD-AT on another data set, then 5 epochs with a new head (Hendrycks et al. 2019)."""
     pgd_at(c)
-    for name in ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "milestones"):
-        c.warmup[name] = c.train[name]
-    c.warmup.target = 0.0
+    _to_warmup(c)
     c.train.epochs, c.train.lr, c.train.schedule, c.train.milestones = 5, 1e-3, "cosine", ()
 
 
@@ -234,11 +232,18 @@ def clustr_qtrades(c):
 
 
 def clustr_trades(c):
-    """Ours: warm-up, then log-domain Magnet + KL to a 10-step adversary through the cluster head."""
+    """Ours: TRADES, then log-domain Magnet + KL to a 10-step adversary through the cluster head.
+
+    Not from a network trained on clean images: there the KL of a full-size adversary outweighs the Magnet
+    loss, which stays at its margin while the features of all classes fall together.
+    """
+    train = c.train.copy_and_resolve_references()
+    trades(c)
+    _to_warmup(c)
+    for name in _OPTIMISATION:
+        c.train[name] = train[name]
     c.train.consistency = "kl"
     c.train.lam = 6.0
-    _scaled_attack(c, 10, 2, start="normal")
-    c.train.attack_bn = "eval"
 
 
 def nominal_certified(c):
@@ -300,10 +305,9 @@ def cpu(c):
         c.train.lr, c.train.batch_size, c.train.epochs, c.train.eps_ramp = 5e-3, 32, 10, 6.0
     if c.method in ("pgd_at", "trades", "at_pretrain", "clustr_trades"):
         c.train.attack.steps, c.train.attack.step_size = 3, c.train.attack.eps / 2
-    if c.method == "clustr_trades":
-        c.train.epochs, c.train.eps_ramp, c.train.lr, c.magnet.samples = 8, 3.0, 5e-3, 8
+    if c.method in ("at_pretrain", "clustr_trades"):  # the warm-up is the smaller trades, or close to it
+        c.warmup.epochs, c.warmup.lr, c.warmup.batch_size, c.warmup.eps_ramp = 8, 1e-2, 64, 3.2
     if c.method == "at_pretrain":
-        c.warmup.epochs, c.warmup.lr, c.warmup.batch_size, c.warmup.eps_ramp = 8, 1e-2, 64, 3.0
         c.train.epochs = 5
     if c.method == "free_at":
         c.train.replays = 4

@@ -597,6 +597,9 @@ def test_run_clean_is_the_deployed_rule(small):
     assert (
         result["n"] == 70 and result["clean"] == result["robust"] == correct.mean() and result["eps"] == 0.0
     )
+    guesses = np.asarray(clf.deployed(examples.x)).argmax(axis=1)
+    for name, classes in (("predicted", guesses), ("labelled", examples.y)):
+        assert result[name] == [float(np.mean(classes == c)) for c in range(clf.net.num_classes)], name
 
 
 # Figures

@@ -50,7 +50,12 @@ def run(this: Run) -> None:
             header[f"{figure}_interval"] = results.wilson(round(result[figure] * header["n"]), header["n"])
         results.save(folder, name, {**header, **result, **footer}, outcomes)
         results.Records(folder, identity).clear()
-        progress.line(f"evaluate: {name} {100 * result['robust']:.2f} % ({duration(seconds)})")
+        most = ""
+        if name == "clean":
+            top = int(np.argmax(result["predicted"]))
+            predicted, labelled = (100 * result[shares][top] for shares in ("predicted", "labelled"))
+            most = f"; class {top} is predicted on {predicted:.1f} % (of the labels: {labelled:.1f} %)"
+        progress.line(f"evaluate: {name} {100 * result['robust']:.2f} %{most} ({duration(seconds)})")
 
 
 def _identity(config, name):
