@@ -225,13 +225,13 @@ def clustr_certified(net, variables, batch, x_adv, clusters, config):
     the cross entropy of the cluster head's log scores with the same added (docs/certificates.md).
     """
     outputs, stats = net.train(variables, batch.x)
-    radius, sharpness = config.train.radius, config.magnet.sharpness
-    loss, metrics = _magnet(outputs, batch, clusters, config, radius=radius, sharpness=sharpness)
+    radius = config.train.radius
+    loss, metrics = _magnet(outputs, batch, clusters, config, radius=radius)
     total = mean(loss, batch.mask)
     worst = clusters.log_scores(outputs.embeddings) + radius * _farthest(clusters)[batch.y]
     metrics["certified"] = accuracy(worst, batch)
     if config.train.xent_lam:
-        cross = losses.cross_entropy(sharpness * worst, batch.y)
+        cross = losses.cross_entropy(worst, batch.y)
         total = total + config.train.xent_lam * mean(cross, batch.mask)
     return total, Aux(stats, loss, metrics)
 
@@ -250,14 +250,15 @@ def _farthest(clusters):
     return jnp.where(jnp.eye(num_classes, dtype=bool), 0.0, apart) / clusters.variance
 
 
-def _magnet(outputs, batch, clusters, config, **certified):
+def _magnet(outputs, batch, clusters, config, radius=0.0):
     """Per-example Magnet loss [B] and what is logged of it."""
     rows = batch.classes.shape[0]
     z = outputs.embeddings.reshape(rows, -1, outputs.embeddings.shape[-1])
     mask = batch.mask.reshape(rows, -1)
     alpha = config.magnet.alpha
+    settings = {"alpha": alpha, "mask": mask, "sharpness": config.magnet.sharpness}
     eps = 1e-8 if config.fidelity.hinge == "eps" else 0.0
-    loss, variance = losses.magnet_loss(z, batch.classes, alpha=alpha, mask=mask, eps=eps, **certified)
+    loss, variance = losses.magnet_loss(z, batch.classes, eps=eps, radius=radius, **settings)
     loss = loss.reshape(-1)
     metrics = {
         "accuracy": accuracy(clusters.log_scores(outputs.embeddings), batch),
@@ -266,7 +267,7 @@ def _magnet(outputs, batch, clusters, config, **certified):
     }
     if config.fidelity.logged_loss == "plus_k":  # their mask multiplies inside exp: K own clusters add exp(0)
         k = clusters.centroids.shape[1]
-        logged, _ = losses.magnet_loss(z, batch.classes, alpha=alpha, mask=mask, surplus=k)
+        logged, _ = losses.magnet_loss(z, batch.classes, surplus=k, **settings)
         metrics["magnet_plus_k"] = mean(logged.reshape(-1), batch.mask)
     return loss, metrics
 

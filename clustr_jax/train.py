@@ -383,7 +383,7 @@ def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> Trai
     clusters, assignments = _fit(trainer, state.variables, train_set, fit_key, augmented, train_mode)
     if fidelity.variance_images == "augmented":
         z = embed_all(trainer.net, state.variables, train_set, variance_key, train_mode=True)
-        clusters = clusters_lib.with_variance(clusters, z, train_set.labels)
+        clusters = _sharpened(clusters_lib.with_variance(clusters, z, train_set.labels), trainer.config)
     if state.sampler is None:
         initial = 0.0 if fidelity.sampler == "stale" else trainer.config.magnet.alpha
         sampler = sampling.init(None, assignments, clusters.valid.size, initial=initial)
@@ -397,7 +397,7 @@ def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> Trai
 
 def _fit(trainer, variables, train_set, key, augmented=None, train_mode=False):
     config, num_classes = trainer.config, trainer.net.num_classes
-    return clusters_lib.fit_assign(
+    clusters, assignments = clusters_lib.fit_assign(
         key,
         embed_all(trainer.net, variables, train_set, augmented, train_mode),
         train_set.labels,
@@ -406,6 +406,12 @@ def _fit(trainer, variables, train_set, key, augmented=None, train_mode=False):
         n_init=config.magnet.n_init,
         max_iter=config.magnet.max_iter,
     )
+    return _sharpened(clusters, config), assignments
+
+
+def _sharpened(clusters, config):
+    """What training and the deployed head work with, as the Magnet loss does: sigma^2 / magnet.sharpness."""
+    return clusters.replace(variance=clusters.variance / config.magnet.sharpness)
 
 
 @jax.jit(static_argnums=0)

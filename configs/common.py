@@ -76,7 +76,7 @@ def base(dataset: str) -> ConfigDict:
     c.magnet.samples = 20  # S, examples per cluster
     c.magnet.n_init = 10  # k-means restarts
     c.magnet.max_iter = 40  # Lloyd iterations
-    c.magnet.sharpness = 1.0  # of clustr_certified: the variance in its loss is divided by this
+    c.magnet.sharpness = 1.0  # divides the variance, a trace over E dimensions, in the loss and in the head
     c.magnet.seed_floor = 0.05  # uniform share in drawing the seed cluster
 
     c.eval = ConfigDict()
