@@ -8,6 +8,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from clustr_jax import mesh
 from clustr_jax.errors import UserError
 from clustr_jax.kmeans import kmeans
 from clustr_jax.losses import MIN_VARIANCE
@@ -119,15 +120,24 @@ def fit_assign(
 def _fit(key, z, y, blocks, limits, k, n_init, max_iter):
     """One compiled call for all classes; `blocks` [Y, max count] holds each class's examples, -1 = none."""
 
-    def one_class(task):
-        key, block, limit = task
-        points = z[jnp.maximum(block, 0)]
-        result = kmeans(key, points, k, mask=block >= 0, n_init=n_init, max_iter=max_iter, limit=limit)
-        return result.centroids, result.valid
+    def some_classes(z, keys, blocks, limits):
+        def one_class(task):
+            key, block, limit = task
+            points = z[jnp.maximum(block, 0)]
+            result = kmeans(key, points, k, mask=block >= 0, n_init=n_init, max_iter=max_iter, limit=limit)
+            return result.centroids, result.valid
 
-    # One class after the other: on CPU faster than vmap, on every device a fraction of its memory.
-    keys = jax.random.split(key, blocks.shape[0])
-    centroids, mask = jax.lax.map(one_class, (keys, blocks, limits))
+        # One class after the other: on CPU faster than vmap, on every device a fraction of its memory.
+        centroids, mask = jax.lax.map(one_class, (keys, blocks, limits))
+        return mesh.gather(centroids), mesh.gather(mask)
+
+    # whole classes for each device of a mesh, the last ones again where there are too few
+    num_classes = blocks.shape[0]
+    turn = np.minimum(np.arange(-(-num_classes // mesh.devices()) * mesh.devices()), num_classes - 1)
+    keys = jax.random.split(key, num_classes)
+    inputs = (mesh.SAME, mesh.ROWS, mesh.ROWS, mesh.ROWS)
+    centroids, mask = mesh.spread(some_classes, inputs, mesh.SAME)(z, keys[turn], blocks[turn], limits[turn])
+    centroids, mask = centroids[:num_classes], mask[:num_classes]
 
     clusters, nearest = _with_variance(Clusters(centroids, jnp.ones(()), mask), z, y)
     return clusters, y * k + nearest

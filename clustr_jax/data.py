@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from clustr_jax import mesh
 from clustr_jax.errors import UserError
 
 # Published sizes of the splits, and per-channel statistics of the pixels in [0, 1] that the authors'
@@ -252,12 +253,16 @@ def splits(config) -> tuple[Split, Split, Split]:
 def crop_flip(
     key: Array, images: UInt8[Array, "B H W C"], *, flip: bool = True, crop: bool = True
 ) -> UInt8[Array, "B H W C"]:
-    """Random crop after zero padding by 4 on each side, and a horizontal flip of every second image."""
-    size, height, width, channels = images.shape
+    """Random crop after zero padding by 4 on each side, and a horizontal flip of every second image.
+
+    Of a batch that is spread over devices, each image gets what it would get in the whole.
+    """
+    height, width, channels = images.shape[1:]
+    size = mesh.whole(images.shape[0])
     crop_key, flip_key = jax.random.split(key)
-    offsets = jax.random.randint(crop_key, (size, 2), 0, 2 * _PADDING + 1)
+    offsets = mesh.own(jax.random.randint(crop_key, (size, 2), 0, 2 * _PADDING + 1))
     if flip:
-        flipped = jax.random.bernoulli(flip_key, 0.5, (size, 1, 1, 1))
+        flipped = mesh.own(jax.random.bernoulli(flip_key, 0.5, (size, 1, 1, 1)))
         images = jnp.where(flipped, images[:, :, ::-1], images)
     if not crop:
         return images

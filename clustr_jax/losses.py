@@ -5,6 +5,7 @@ All of them work on logits in the log domain; none of them knows a network.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -93,26 +94,53 @@ def magnet_loss(
 
     Returns (loss [M, S], variance []).
     """
-    num_rows, num_samples, _ = z.shape
-    if mask is None:
-        mask = jnp.ones((num_rows, num_samples), bool)
-    weight = mask.astype(z.dtype)
-    members = jnp.sum(weight, axis=1)
-    means = jnp.sum(z * weight[..., None], axis=1) / jnp.maximum(members, 1.0)[:, None]
-    own = jnp.sum(jnp.square(z - means[:, None, :]), axis=-1)
-    variance = jnp.sum(own * weight) / jnp.maximum(jnp.sum(weight) - 1.0, 1.0)
+    num_rows, num_samples, size = z.shape
+    mask = jnp.ones((num_rows, num_samples), bool) if mask is None else mask
+    loss, variance = magnet_loss_of_rows(
+        z.reshape(-1, size), jnp.arange(num_rows * num_samples) // num_samples, classes, mask.reshape(-1),
+        alpha=alpha, eps=eps, surplus=surplus, radius=radius, sharpness=sharpness,
+    )  # fmt: skip
+    return loss.reshape(num_rows, num_samples), variance
+
+
+def magnet_loss_of_rows(
+    z: Float[Array, "B E"],
+    row: Int[Array, "B"],
+    classes: Int[Array, "M"],
+    mask: Bool[Array, "B"],
+    *,
+    alpha: float,
+    eps: float = 0.0,
+    surplus: int = 0,
+    radius: float = 0.0,
+    sharpness: float = 1.0,
+    total: Callable = lambda x: x,
+) -> tuple[Float[Array, "B"], Float[Array, ""]]:
+    """`magnet_loss` of examples in any order, `row` saying which of the M clusters each belongs to.
+
+    They may be a part of the batch, if `total` adds up over all parts: means and variance are then those
+    of the whole batch, for the price of M (E + 1) + 1 numbers.
+    """
+    member = jax.nn.one_hot(row, classes.shape[0], dtype=z.dtype) * mask[:, None]
+    # sums and counts of the clusters together: one message between devices
+    extended = jnp.concatenate([z, jnp.ones((z.shape[0], 1), z.dtype)], axis=1)
+    sums = total(jnp.matmul(member.T, jnp.where(mask[:, None], extended, 0.0), precision="highest"))
+    members = sums[:, -1]
+    means = sums[:, :-1] / jnp.maximum(members, 1.0)[:, None]
+    # Direct differences, never |z|^2 + |mu|^2 - 2 z.mu: the expanded square loses the digits that matter.
+    squared = jnp.sum(jnp.square(z[:, None, :] - means[None, :, :]), axis=-1)
+    own = jnp.take_along_axis(squared, row[:, None], axis=1)[:, 0]
+    variance = total(jnp.sum(own * mask)) / jnp.maximum(jnp.sum(members) - 1.0, 1.0)
     variance = jnp.maximum(variance, MIN_VARIANCE)
     sigma2 = variance / sharpness
-    # Direct differences, never |z|^2 + |mu|^2 - 2 z.mu: the expanded square loses the digits that matter.
-    squared = jnp.sum(jnp.square(z[:, :, None, :] - means[None, None, :, :]), axis=-1)
     other = (classes[:, None] != classes[None, :]) & (members > 0)[None, :]
     exponents = -squared / (2 * sigma2)
     if radius:
-        exponents = exponents + (radius * distances(means, means) / sigma2)[:, None, :]
-    exponents = jnp.where(other[:, None, :], exponents, -jnp.inf)
-    has_other = jnp.any(other, axis=1)[:, None]
+        exponents = exponents + (radius * distances(means, means) / sigma2)[row]
+    exponents = jnp.where(other[row], exponents, -jnp.inf)
+    has_other = jnp.any(other, axis=1)[row]
     # log sum exp over an empty set is -inf with a NaN gradient: give it something finite, then drop it.
-    exponents = jnp.where(has_other[..., None], exponents, 0.0)
+    exponents = jnp.where(has_other[:, None], exponents, 0.0)
     attraction = own / (2 * sigma2)
     if eps:
         numerator = jnp.exp(-alpha - attraction)

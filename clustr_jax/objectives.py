@@ -15,7 +15,7 @@ from flax import struct
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import losses, models
+from clustr_jax import losses, mesh, models
 from clustr_jax.attacks import pgd
 
 # Log score, below the best class, of a class that owns none of the `train.nearest` clusters: far
@@ -24,7 +24,10 @@ _CUT = 50.0
 
 
 class Batch(struct.PyTreeNode):
-    """One training batch. Magnet batches are M x S rows of clusters, flattened to B = M S."""
+    """One training batch. Magnet batches are M x S rows of clusters, flattened to B = M S.
+
+    On a mesh x, y and mask are those of one device.
+    """
 
     x: Float[Array, "B ..."]
     y: Int[Array, "B"]
@@ -41,8 +44,9 @@ class Aux(struct.PyTreeNode):
 
 
 def mean(values, mask):
-    """Mean over the entries where `mask` is True."""
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+    """Mean over the entries where `mask` is True, of the whole batch."""
+    sums = mesh.total(jnp.stack([jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask).astype(values.dtype)]))
+    return sums[0] / jnp.maximum(sums[1], 1)
 
 
 def accuracy(logits, batch):
@@ -107,6 +111,7 @@ def _adversary(net, variables, batch, clusters, key, config, strength, target):
         Partial(logits, *frozen),
         batch.x,
         jax.lax.stop_gradient(target),
+        ids=mesh.numbers(len(batch.x)),
         eps=config.train.attack.eps * strength,
         step_size=config.train.attack.step_size * strength,
         start=config.train.attack.start,
@@ -252,14 +257,14 @@ def _farthest(clusters):
 
 def _magnet(outputs, batch, clusters, config, radius=0.0):
     """Per-example Magnet loss [B] and what is logged of it."""
-    rows = batch.classes.shape[0]
-    z = outputs.embeddings.reshape(rows, -1, outputs.embeddings.shape[-1])
-    mask = batch.mask.reshape(rows, -1)
-    alpha = config.magnet.alpha
-    settings = {"alpha": alpha, "mask": mask, "sharpness": config.magnet.sharpness}
-    eps = 1e-8 if config.fidelity.hinge == "eps" else 0.0
-    loss, variance = losses.magnet_loss(z, batch.classes, eps=eps, radius=radius, **settings)
-    loss = loss.reshape(-1)
+    size = len(batch.x)
+    samples = mesh.whole(size) // batch.classes.shape[0]
+    arrays = outputs.embeddings, mesh.numbers(size) // samples, batch.classes, batch.mask
+    magnet_loss = functools.partial(
+        losses.magnet_loss_of_rows, *arrays, alpha=config.magnet.alpha,
+        sharpness=config.magnet.sharpness, total=mesh.total,
+    )  # fmt: skip
+    loss, variance = magnet_loss(eps=1e-8 if config.fidelity.hinge == "eps" else 0.0, radius=radius)
     metrics = {
         "accuracy": accuracy(clusters.log_scores(outputs.embeddings), batch),
         "variance": variance,
@@ -267,8 +272,8 @@ def _magnet(outputs, batch, clusters, config, radius=0.0):
     }
     if config.fidelity.logged_loss == "plus_k":  # their mask multiplies inside exp: K own clusters add exp(0)
         k = clusters.centroids.shape[1]
-        logged, _ = losses.magnet_loss(z, batch.classes, surplus=k, **settings)
-        metrics["magnet_plus_k"] = mean(logged.reshape(-1), batch.mask)
+        logged, _ = magnet_loss(surplus=k)
+        metrics["magnet_plus_k"] = mean(logged, batch.mask)
     return loss, metrics
 
 

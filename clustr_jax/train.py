@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from clustr_jax import clusters as clusters_lib
-from clustr_jax import data, sampling
+from clustr_jax import data, mesh, sampling
 from clustr_jax.attacks.geometry import ascend, project
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
@@ -197,7 +197,7 @@ def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key) -> TrainS
 def draw_batch(
     trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
 ) -> tuple[Batch, Int[Array, "B"]]:
-    """The batch of this step, augmented, and the ids of its examples."""
+    """The batch of this step, augmented, and the ids of its examples (on a mesh: those of all devices)."""
     draw_key, augment_key = jax.random.split(key)
     config = trainer.config
     if trainer.magnet:
@@ -215,8 +215,8 @@ def draw_batch(
         position = (state.step % trainer.steps_per_epoch) // trainer.replays
         ids = jax.lax.dynamic_slice(order, (position * trainer.batch_size,), (trainer.batch_size,))
         mask, classes = jnp.ones(trainer.batch_size, bool), None
-    x, y = train_set.batch(ids, augment_key)
-    return Batch(x, y, mask, classes), ids
+    x, y = train_set.batch(mesh.own(ids), augment_key)
+    return Batch(x, y, mesh.own(mask), classes), ids
 
 
 def _head_clusters(trainer, state):
@@ -262,20 +262,26 @@ def train_step(
         (loss, aux), (gradients, ascent) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
             state.params, x_adv
         )
+        # on a mesh `ascent` is a multiple of the gradient; only its signs count
         moved = project(ascend(x_adv, ascent, step_size, "linf"), batch.x, eps, "linf", None)
         state = state.replace(delta=jnp.clip(moved - batch.x, -eps, eps))
     else:
         params = state.params
         if recipe.awp:
-            params = worst_weights(jax.grad(loss_fn, has_aux=True)(params, x_adv)[0], params, recipe.awp)
+            uphill = mesh.average(jax.grad(loss_fn, has_aux=True)(params, x_adv)[0])
+            params = worst_weights(uphill, params, recipe.awp)
         (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, x_adv)
 
+    gradients = mesh.average(gradients)
     transform, _ = optimizer(recipe, trainer.steps_per_epoch)
     updates, opt_state = transform.update(gradients, state.opt_state, state.params)
+    mask = batch.mask
     if state.sampler is not None:
         # replays draw the same batch again, from the same losses: these change after the last one
         last = (before.step + 1) % trainer.replays == 0
-        state = state.replace(sampler=sampling.update(state.sampler, ids, aux.per_example, batch.mask & last))
+        seen = mesh.gather(jnp.stack([aux.per_example, mask], axis=1))
+        mask = seen[:, 1] > 0
+        state = state.replace(sampler=sampling.update(state.sampler, ids, seen[:, 0], mask & last))
     state = state.replace(
         params=optax.apply_updates(state.params, updates), batch_stats=aux.batch_stats, opt_state=opt_state
     )
@@ -285,7 +291,7 @@ def train_step(
         average = jax.tree.map(lambda a, v: decay * a + (1 - decay) * v, state.average, state.variables)
         state = state.replace(average=average)
     if trainer.magnet and config.fidelity.small_clusters == "skip":
-        state = jax.tree.map(lambda new, old: jnp.where(jnp.all(batch.mask), new, old), state, before)
+        state = jax.tree.map(lambda new, old: jnp.where(jnp.all(mask), new, old), state, before)
     state = state.replace(step=before.step + 1)
     return state, {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **aux.metrics}
 
@@ -324,23 +330,30 @@ def run_steps(trainer: Trainer, state: TrainState, train_set: TrainSet, order, k
     A step whose loss or gradient is not finite changes nothing: the loop ends before it (the returned
     `step` tells), or with `nonfinite` "skip" it is counted in `totals` and passed over.
     """
-    skip, end = trainer.recipe.nonfinite == "skip", state.step + count
 
-    def body(carry):
-        before, _ = carry
-        after, metrics = train_step(trainer, before, train_set, order, key)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-        totals = {name: before.totals[name] + value for name, value in metrics.items()}
-        if skip:
-            totals[SKIPPED] = before.totals[SKIPPED]
-        after = after.replace(totals=totals)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
-        if skip:
-            missed = before.totals[SKIPPED] + jnp.where(finite, 0.0, 1.0)
-            kept = kept.replace(step=after.step, totals=kept.totals | {SKIPPED: missed})
-        return kept, finite | skip
+    def steps(state, train_set, order, key, count):
+        skip, end = trainer.recipe.nonfinite == "skip", state.step + count
 
-    return jax.lax.while_loop(lambda c: (c[0].step < end) & c[1], body, (state, jnp.array(True)))[0]
+        def body(carry):
+            before, _ = carry
+            after, metrics = train_step(trainer, before, train_set, order, key)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+            totals = {name: before.totals[name] + value for name, value in metrics.items()}
+            if skip:
+                totals[SKIPPED] = before.totals[SKIPPED]
+            after = after.replace(totals=totals)
+            kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+            if skip:
+                missed = before.totals[SKIPPED] + jnp.where(finite, 0.0, 1.0)
+                kept = kept.replace(step=after.step, totals=kept.totals | {SKIPPED: missed})
+            return kept, finite | skip
+
+        return jax.lax.while_loop(lambda c: (c[0].step < end) & c[1], body, (state, jnp.array(True)))[0]
+
+    specs = jax.tree.map(lambda _: mesh.SAME, state)
+    specs = specs.replace(delta=None if state.delta is None else mesh.ROWS)
+    inputs = (specs, mesh.SAME, mesh.SAME, mesh.SAME, mesh.SAME)
+    return mesh.spread(steps, inputs, specs)(state, train_set, order, key, count)
 
 
 @jax.jit(static_argnums=1)
@@ -356,20 +369,28 @@ def embed_all(
 ) -> Float[Array, "N E"]:
     """Embeddings of the whole training split: eval mode and clean, unless asked otherwise (`fidelity`)."""
     size = train_set.labels.shape[0]
-    ids = jnp.arange(size)
-    whole = size // _EVAL_BATCH * _EVAL_BATCH
 
-    def embed(i):
-        x = train_set.batch(i, None if key is None else jax.random.fold_in(key, i[0]))[0]
-        outputs = net.train(variables, x)[0] if train_mode else net.eval(variables, x)
-        return outputs.embeddings
+    def part(variables, train_set, key, ids):
+        count = ids.shape[0]
+        whole = count // _EVAL_BATCH * _EVAL_BATCH
 
-    # the rest is a batch of its own: filled up, it would change the statistics of train mode
-    pieces = [embed(ids[whole:])] if whole < size else []
-    if whole:
-        z = jax.lax.map(embed, ids[:whole].reshape(-1, _EVAL_BATCH))
-        pieces.insert(0, z.reshape(whole, -1))
-    return jnp.concatenate(pieces)
+        def embed(i):
+            x = train_set.batch(i, None if key is None else jax.random.fold_in(key, i[0]))[0]
+            outputs = net.train(variables, x)[0] if train_mode else net.eval(variables, x)
+            return outputs.embeddings
+
+        # the rest is a batch of its own: filled up, it would change the statistics of train mode
+        pieces = [embed(ids[whole:])] if whole < count else []
+        if whole:
+            z = jax.lax.map(embed, ids[:whole].reshape(-1, _EVAL_BATCH))
+            pieces.insert(0, z.reshape(whole, -1))
+        return mesh.gather(jnp.concatenate(pieces))
+
+    if train_mode or key is not None:  # the authors' ways depend on who shares a batch: as on one device
+        return part(variables, train_set, key, jnp.arange(size))
+    ids = jnp.arange(-(-size // mesh.devices()) * mesh.devices()) % size
+    inputs = (mesh.SAME, mesh.SAME, mesh.SAME, mesh.ROWS)
+    return mesh.spread(part, inputs, mesh.SAME)(variables, train_set, key, ids)[:size]
 
 
 def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> TrainState:

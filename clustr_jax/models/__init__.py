@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from clustr_jax import mesh
 from clustr_jax.convolution import conv2d
 from clustr_jax.errors import UserError
 from clustr_jax.models import unit
@@ -67,6 +68,12 @@ def _linear_init(key, shape, dtype=jnp.float32):
 
 
 _BATCH_NORM_EPSILON = 1e-5  # flax's default, which the modules here keep
+
+
+def _batch_norm(train):
+    """Statistics are those of the whole batch, also where a device has a part of it."""
+    return functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, axis_name=mesh.axis())
+
 
 # The parameters of the linear head: what is replaced when the classes change.
 HEAD = "head"
@@ -151,7 +158,9 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         x = _normalise(x, self.mean, self.std)
-        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not train, momentum=0.9, axis_name=mesh.axis()
+        )
         x = nn.relu(norm()(Conv(self.width)(x)))
         for i, blocks in enumerate(self.stages):
             for j in range(blocks):
@@ -182,7 +191,9 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         x = _normalise(x, self.mean, self.std)
-        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not train, momentum=0.9, axis_name=mesh.axis()
+        )
         x = nn.relu(norm()(Conv(self.width)(x)))
         x = nn.relu(norm()(Conv(2 * self.width, stride=2)(x)))
         x = nn.Dense(4 * self.width, kernel_init=_linear_init)(x.reshape(x.shape[0], -1))
