@@ -6,6 +6,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from clustr_jax import mesh
 from clustr_jax.attacks.aims import View
 from clustr_jax.clusters import Clusters
 from clustr_jax.models import Net
@@ -54,7 +55,7 @@ class Classifier(struct.PyTreeNode):
 
 @jax.jit(static_argnames="what")
 def _apply(clf: Classifier, x, what):
-    def outputs(x):
+    def outputs(clf, x):
         # float32 throughout: reduced matmul precision would hide the gradients that an attack follows
         with jax.default_matmul_precision("highest"):
             logits, z = clf.net.eval(clf.variables, x)
@@ -71,15 +72,18 @@ def _apply(clf: Classifier, x, what):
                 return clf.clusters.scores(z, nearest)
             return clf.clusters.log_scores(z, None if what == "logits" else nearest)
 
-    x = jnp.asarray(x, jnp.float32)
-    if x.shape[0] <= 2 * _CHUNK:
-        return outputs(x)
-    whole = x.shape[0] // _CHUNK * _CHUNK
-    chunks = x[:whole].reshape(-1, _CHUNK, *x.shape[1:])
-    result = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), jax.lax.map(outputs, chunks))
-    if whole == x.shape[0]:
-        return result
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), result, outputs(x[whole:]))
+    def pieces(clf, x):
+        if x.shape[0] <= 2 * _CHUNK:
+            return outputs(clf, x)
+        whole = x.shape[0] // _CHUNK * _CHUNK
+        chunks = x[:whole].reshape(-1, _CHUNK, *x.shape[1:])
+        result = jax.lax.map(lambda chunk: outputs(clf, chunk), chunks)
+        result = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), result)
+        if whole == x.shape[0]:
+            return result
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), result, outputs(clf, x[whole:]))
+
+    return mesh.by_rows(pieces, clf, jnp.asarray(x, jnp.float32))
 
 
 def correct(clf: Classifier, x, y) -> Bool[np.ndarray, "N"]:

@@ -20,6 +20,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from clustr_jax import mesh
 from clustr_jax.attacks.aims import logits_of, misclassified
 from clustr_jax.errors import UserError
 
@@ -129,7 +130,7 @@ class _Ended(struct.PyTreeNode):
     step: Int[Array, "Q"]
     fooled: Bool[Array, "Q"]
     x: Float[Array, "Q ..."]
-    count: Int[Array, ""]
+    count: Int[Array, "devices"]
 
 
 class _Orders(struct.PyTreeNode):
@@ -137,7 +138,7 @@ class _Orders(struct.PyTreeNode):
 
     limit: ArrayLike  # iterations
     small: ArrayLike  # come back when nothing waits and no more slots than this are busy
-    more: ArrayLike
+    more: ArrayLike  # [devices]
 
 
 @functools.partial(jax.jit, static_argnames="first")
@@ -146,7 +147,19 @@ def _advance(attack, model, slots, queue, waiting, best, orders, *, first):
 
     `best` [capacity] is the smallest restart that broke each example so far: with `first`, later ones are
     given up; smaller ones go on, so that which restart counts does not depend on the schedule.
+    On a mesh each device works through its own slots and queue, at its own pace, and has the same results.
     """
+    run = functools.partial(_advance_here, first=first)
+    inputs = (mesh.SAME, mesh.SAME, mesh.ROWS, mesh.ROWS, mesh.ROWS, mesh.SAME)
+    orders_specs = _Orders(mesh.SAME, mesh.SAME, mesh.ROWS)  # pyright: ignore[reportArgumentType]
+    return mesh.spread(run, (*inputs, orders_specs), mesh.SAME)(
+        attack, model, slots, queue, waiting, best, orders
+    )
+
+
+def _advance_here(attack, model, slots, queue, waiting, best, orders, *, first):
+    """`_advance` on one device."""
+    more = orders.more[0]
     lanes, length = slots.step.shape[0], waiting.shape[0]
     capacity, room = best.shape[0], lanes + length
     ended = _Ended(
@@ -201,12 +214,13 @@ def _advance(attack, model, slots, queue, waiting, best, orders, *, first):
         slots, waiting, best, _, i = carry
         left = jnp.any(waiting & wanted(queue, best))
         busy = jnp.sum(slots.active)
-        starved = orders.more & ~left & (busy < lanes)
-        return (i < orders.limit) & (left | (busy > jnp.where(orders.more, 0, orders.small))) & ~starved
+        starved = more & ~left & (busy < lanes)
+        return (i < orders.limit) & (left | (busy > jnp.where(more, 0, orders.small))) & ~starved
 
     zero = jnp.zeros((), jnp.int32)
     slots, _, _, ended, i = lax.while_loop(going, iterate, (slots, waiting, best, ended, zero))
-    return slots, ended, i
+    ended = ended.replace(count=ended.count[None])
+    return jax.tree.map(mesh.gather, (slots, ended, i[None]))
 
 
 def _where(take, new, old):
@@ -234,8 +248,12 @@ def _empty(attack, work):
 @jax.jit
 def judge(model, x, y):
     """(misclassified [B], logits finite [B]) of a fresh forward pass."""
-    outputs = model(x)
-    return misclassified(outputs, y), jnp.all(jnp.isfinite(logits_of(outputs)), axis=1)
+
+    def rows(model, x, y):
+        outputs = model(x)
+        return misclassified(outputs, y), jnp.all(jnp.isfinite(logits_of(outputs)), axis=1)
+
+    return mesh.by_rows(rows, model, x, y)
 
 
 def run(
@@ -270,13 +288,15 @@ def run(
     ids = np.arange(len(x), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
     aims = np.full((1, len(x)), -1, np.int32) if targets is None else np.asarray(targets, np.int32)
     aims = np.repeat(aims, restarts, axis=0)
-    total, length = len(aims), _QUEUE * slots
+    devices = mesh.devices()
+    slots = -(-slots // devices) * devices
+    total, length = len(aims), _QUEUE * slots // devices
     outcome = Outcome.fresh(x, total) if outcome is None else outcome
     best = np.full(-(-len(x) // 1024) * 1024, total, np.int32)  # few sizes, few compilations
     best[: len(x)] = np.where(outcome.broken, outcome.restart, total)
     flying = np.zeros((total, len(x)), bool)
-    state, limit, small = None, _iterations(model, x, slots), slots // _SMALL
-    if outcome.flight is not None:
+    state, limit, small = None, _iterations(model, x, slots // devices), slots // devices // _SMALL
+    if outcome.flight is not None and len(outcome.flight[0]) % devices == 0:
         state, flying = _board(attack, outcome.flight, x, total)
         small = small if len(state.active) == slots else 0
 
@@ -284,31 +304,52 @@ def run(
         pending = (outcome.spent == 0) & ~flying
         if first:
             pending &= np.arange(total)[:, None] < best[None, : len(x)]
-        restart, example = np.nonzero(pending)  # restart by restart: the first one of all examples first
-        if not len(example) and not flying.any():
+        if not pending.any() and not flying.any():
             return outcome
-        if state is not None and not len(example) and flying.sum() <= small:
-            state, small = _shrink(attack, state, small), 0
-        place = np.arange(length) % max(len(example), 1)
-        e, r = (example[place], restart[place]) if len(example) else (0 * place, 0 * place)
-        work = _work(key, e.astype(np.int32), ids[e], r.astype(np.int32), x[e], y[e], aims[r, e])
+        if state is not None and not pending.any() and _busiest(state, devices) <= small:
+            state, small = _shrink(attack, state, small, devices), 0
+        e, r, waiting = _queues(pending, devices, length)
+        work = _work(key, e, ids[e], r, x[e], y[e], aims[r, e])
         if state is None:
             state = _empty(attack, jax.tree.map(lambda a: a[:slots], work))
-        orders = _Orders(np.int32(limit), np.int32(small), np.asarray(len(example) > length))
-        state, ended, iterations = _advance(
-            attack, model, state, work, np.arange(length) < len(example), best, orders, first=first
-        )
-        outcome.evaluations += state.step.shape[0] * int(iterations)
+        # of several devices none comes back to shrink before the others
+        early = small if devices == 1 else 0
+        more = np.array([np.sum(pending[:, d::devices]) > length for d in range(devices)])
+        orders = _Orders(np.int32(limit), np.int32(early), more)
+        state, ended, iterations = _advance(attack, model, state, work, waiting, best, orders, first=first)
+        outcome.evaluations += state.step.shape[0] // devices * int(np.sum(iterations))
         _take(attack, model, ended, outcome, best, x, y, slots, first, collect)
         outcome.flight, flying = state, _flying(state, flying.shape)
         if report is not None:
             report(outcome)
 
 
+def _queues(pending, devices: int, length: int):
+    """(example, restart, whether there is one) of the next pairs, `length` for each device.
+
+    All restarts of an example are one device's; restart by restart: the first one of all examples first.
+    """
+    examples, restarts, waiting = [], [], []
+    for d in range(devices):
+        restart, example = np.nonzero(pending[:, d::devices])
+        place = np.arange(length) % max(len(example), 1)
+        none = np.zeros(length, np.int64)
+        examples.append(example[place] * devices + d if len(example) else none)
+        restarts.append(restart[place] if len(example) else none)
+        waiting.append(np.arange(length) < len(example))
+    e, r = (np.concatenate(parts).astype(np.int32) for parts in (examples, restarts))
+    return e, r, np.concatenate(waiting)
+
+
+def _busiest(state, devices: int) -> int:
+    """Busy slots of the device that has most of them."""
+    return int(np.max(np.sum(np.asarray(state.active).reshape(devices, -1), axis=1)))
+
+
 def _iterations(model, x, slots: int) -> int:
     """How many iterations a call of the device may take, by the cost of the model's forward pass."""
     images = jax.ShapeDtypeStruct((slots, *x.shape[1:]), jnp.float32)
-    cost = _outputs.lower(model, images).cost_analysis() or {}
+    cost = jax.jit(_call).lower(model, images).cost_analysis() or {}
     budget = _OPERATIONS.get(jax.default_backend(), _OPERATIONS_ELSEWHERE)
     return max(1, min(int(budget / max(cost.get("flops", 0.0), 1.0)), 1000))
 
@@ -331,26 +372,29 @@ def _board(attack, leaves, x, total):
     return state, _flying(state, (total, len(x)))
 
 
-def _shrink(attack, state, small):
+def _shrink(attack, state, small, devices):
     """The busy slots alone, in a smaller program, where that pays; decided by the work that is left."""
-    busy = np.flatnonzero(state.active)
-    lanes = len(state.active)
-    left = (int(attack.steps) - int(np.min(np.asarray(state.step)[busy]))) * (lanes - small)
+    active = np.asarray(state.active).reshape(devices, -1)
+    lanes = active.shape[1]
+    step = np.asarray(state.step)[active.reshape(-1)]
+    left = (int(attack.steps) - int(np.min(step))) * (lanes - small) * devices
     if left < _WORTH:
         return state
-    kept = np.concatenate([busy, np.flatnonzero(~np.asarray(state.active))])[:small]
-    return jax.tree.map(lambda a: a[kept], state)
+    kept = np.argsort(~active, axis=1, kind="stable")[:, :small] + lanes * np.arange(devices)[:, None]
+    return jax.tree.map(lambda a: a[kept.reshape(-1)], state)
 
 
 def _take(attack, model, ended, outcome, best, x, y, lanes, first, collect):
     """Verify what ended, note it, and hand it on."""
-    count = int(ended.count)
+    counts = np.asarray(ended.count)
+    room, count = len(ended.example) // len(counts), int(np.sum(counts))
     if not count:
         return
+    filled = np.flatnonzero((np.arange(room) < counts[:, None]).reshape(-1))
     example, restart, step, early = (
-        np.asarray(a)[:count] for a in (ended.example, ended.restart, ended.step, ended.fooled)
+        np.asarray(a)[filled] for a in (ended.example, ended.restart, ended.step, ended.fooled)
     )
-    found, fooled = np.asarray(ended.x)[:count], np.zeros(count, bool)
+    found, fooled = np.asarray(ended.x)[filled], np.zeros(count, bool)
     for start in range(0, count, lanes):
         part = np.arange(start, min(start + lanes, count))
         index = np.resize(part, lanes)
@@ -393,9 +437,13 @@ def climb(model: Callable, aim: Callable, work: Work, x):
     return gradient, value, fooled
 
 
+def _call(model, x):
+    return model(x)
+
+
 @jax.jit
 def _outputs(model, x):
-    return model(x)
+    return mesh.by_rows(_call, model, x)
 
 
 def forward(model: Partial, x: Float[np.ndarray, "N ..."], slots: int):

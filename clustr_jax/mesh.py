@@ -1,0 +1,116 @@
+"""One mesh over all devices, and what code that runs on every one of them says of rows and sums.
+
+Training, k-means and evaluation are written for the part that one device has: some rows of the batch, some
+classes, some slots. Inside `spread` the functions below speak to the other devices; without a mesh, on one
+device, they do nothing, and it is the same code.
+
+    with mesh.over(jax.devices()):
+        ...
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+AXIS = "devices"
+# On each device the same; on each device its rows.
+SAME, ROWS = PartitionSpec(), PartitionSpec(AXIS)
+
+
+@contextlib.contextmanager
+def over(devices):
+    """Use these devices in this block; one of them needs no mesh."""
+    if len(devices) == 1:
+        yield
+        return
+    with jax.set_mesh(Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))):
+        yield
+
+
+def devices() -> int:
+    """How many devices the current mesh has (1 without one)."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(AXIS, 1)
+
+
+def place(tree):
+    """Put arrays on every device, once, so that no call has to."""
+    if devices() == 1:
+        return tree
+    return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), SAME))
+
+
+def spread(f: Callable, in_specs, out_specs) -> Callable:
+    """`f` on every device at once, each with its part of the inputs whose spec is ROWS; `f` without a mesh.
+
+    Derivatives in `f` are each device's own: of a loss that all devices compute alike (through `total`), the
+    gradient is `average` of theirs.
+    """
+    if devices() == 1 or axis():
+        return f
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def by_rows(f: Callable, shared, *arrays):
+    """`f(shared, *arrays)`, where each row of the result depends on its row of the arrays only.
+
+    On a mesh each device does its share of the rows, and has all of the result.
+    """
+    if devices() == 1 or axis():
+        return f(shared, *arrays)
+    size = arrays[0].shape[0]
+    filled = jnp.arange(-(-size // devices()) * devices()) % size
+
+    def part(shared, *rows):
+        return jax.tree.map(gather, f(shared, *rows))
+
+    result = spread(part, (SAME, *(ROWS for _ in arrays)), SAME)(shared, *(a[filled] for a in arrays))
+    return jax.tree.map(lambda a: a[:size], result)
+
+
+def axis() -> str | None:
+    """The mesh axis inside `spread`, for layers that take its name."""
+    return AXIS if AXIS in jax.sharding.get_abstract_mesh().manual_axes else None
+
+
+def _count() -> int:
+    return devices() if axis() else 1
+
+
+def total(x):
+    """The sum over devices."""
+    return lax.psum(x, AXIS) if axis() else x
+
+
+def average(tree):
+    """The mean over devices."""
+    return lax.pmean(tree, AXIS) if axis() else tree
+
+
+def gather(rows: Array) -> Array:
+    """All devices' rows, in order, on each of them."""
+    return lax.all_gather(rows, AXIS, tiled=True) if axis() else rows
+
+
+def own(x: Array) -> Array:
+    """This device's rows of an array that all devices have."""
+    if not axis():
+        return x
+    size = x.shape[0] // _count()
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(AXIS) * size, size)
+
+
+def numbers(size: int) -> Int[Array, "B"]:
+    """The places in the whole batch of this device's `size` rows."""
+    first = lax.axis_index(AXIS) * size if axis() else 0
+    return first + jnp.arange(size)
+
+
+def whole(size: int) -> int:
+    """The size of the whole batch of which this device has `size` rows."""
+    return size * _count()
