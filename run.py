@@ -1,6 +1,11 @@
 """Train, evaluate and report: python run.py [--config=configs/cifar10.py:clustr_qtrades] [--workdir=DIR].
 
-Without --config it runs configs/digits.py:clustr_qtrades. Run again, it resumes.
+Without --config it runs configs/digits.py:clustr_qtrades. Run again, it resumes. It uses all devices of the
+machine; on several machines (or processes) start it on each with the same --workdir and
+
+    --coordinator=HOST:PORT --num_processes=N --process_id=I     (or --coordinator=auto under SLURM, GKE, ...)
+
+--platform=cpu, cuda or tpu insists on that kind of device.
 """
 
 import os
@@ -10,6 +15,7 @@ import sys
 import traceback
 
 HERE = pathlib.Path(__file__).resolve().parent
+_PLATFORMS = ("cpu", "cuda", "tpu")
 # XLA takes its temporary memory afresh at each call; with huge pages the page faults stop dominating
 # on CPU. glibc reads this before Python starts, hence the second exec.
 _TUNABLE = "glibc.malloc.hugetlb=1"
@@ -27,6 +33,10 @@ def main(argv: list[str]) -> int:
     )
     flags.DEFINE_string("workdir", None, "default: runs/<dataset>-<method>[-<variant>]", flag_values=values)
     flags.DEFINE_list("stages", None, "default: all; comma-separated", flag_values=values)
+    flags.DEFINE_enum("platform", None, _PLATFORMS, "default: the best that JAX finds", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "with --coordinator", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "0 to num_processes - 1", flag_values=values)
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
     try:
         rest = values(argv)
@@ -40,11 +50,14 @@ def main(argv: list[str]) -> int:
     if len(rest) > 1:
         return _mistake(f"unexpected argument {rest[1]!r}; options start with --")
 
-    from clustr_jax import preemption, stages
+    if values.platform:
+        os.environ["JAX_PLATFORMS"] = values.platform
+    from clustr_jax import preemption, processes, stages
     from clustr_jax.errors import UserError
 
+    joined = processes.joined(values.coordinator, values.num_processes, values.process_id, values.platform)
     try:
-        with preemption.guard():
+        with joined, preemption.guard():
             stages.run(config, values.workdir, None if values.stages is None else tuple(values.stages))
     except UserError as error:
         return _mistake(_first_line(error))
@@ -52,6 +65,9 @@ def main(argv: list[str]) -> int:
         return _mistake(f"{error.strerror or _first_line(error)}: {error.filename or 'a file of this run'}")
     except preemption.Preempted as stop:
         print(stop, file=sys.stderr)
+        return preemption.EXIT_CODE
+    except processes.Lost as loss:
+        print(loss, file=sys.stderr)
         return preemption.EXIT_CODE
     return 0
 

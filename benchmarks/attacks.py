@@ -77,7 +77,7 @@ def to_jax(net: Net) -> Partial:
 
 
 def train(path, epochs, adversarial, size) -> Net:
-    """Adam, one-cycle; with `adversarial` on PGD-5 images."""
+    """Adam, one-cycle; with `adversarial` on PGD-5 images, the radius growing over half of the steps."""
     torch.manual_seed(0)
     net = Net()
     if path.exists():
@@ -93,12 +93,13 @@ def train(path, epochs, adversarial, size) -> Net:
         image, label = x[index], y[index]
         image = torch.where(torch.rand(128, 1, 1, 1) < 0.5, image.flip(3), image)
         if adversarial:
-            delta = torch.empty_like(image).uniform_(-EPS, EPS)
+            eps = EPS * min(1.0, 2 * (step + 1) / steps)  # at once it stays at one class
+            delta = torch.empty_like(image).uniform_(-eps, eps)
             for _ in range(5):
                 delta.requires_grad_(True)
                 loss = F.cross_entropy(net((image + delta).clamp(0, 1)), label)
                 (gradient,) = torch.autograd.grad(loss, delta)
-                delta = (delta.detach() + EPS / 2 * gradient.sign()).clamp(-EPS, EPS)
+                delta = (delta.detach() + eps / 2 * gradient.sign()).clamp(-eps, eps)
             image = (image + delta).clamp(0, 1)
         loss = F.cross_entropy(net(image), label)
         optimizer.zero_grad()

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from clustr_jax import seals
+from clustr_jax import processes, seals
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
 from clustr_jax.sampling import Sampler
@@ -44,8 +44,10 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).resolve()  # orbax takes absolute paths only
         self._seals, self._identity = self.directory.with_name("seals"), identity
         if mend:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._mend(say)
+            if processes.leader():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._mend(say)
+            processes.wait(f"{directory} is mended")
         self._keep = keep
         self._sealer = concurrent.futures.ThreadPoolExecutor(1)
         self._sealing: concurrent.futures.Future | None = None
@@ -109,7 +111,8 @@ class Checkpoints:
         self.wait()
         step = int(state.step)
         metrics = None if accuracy is None else {"val_accuracy": accuracy}
-        (self._seals / f"{step}.json").unlink(missing_ok=True)
+        if processes.leader():
+            (self._seals / f"{step}.json").unlink(missing_ok=True)
         try:
             response = self._manager.save_checkpointables_async(
                 step,
@@ -124,6 +127,8 @@ class Checkpoints:
     def _seal(self, step, response):
         if response is not None:
             response.result()
+        if not processes.leader():
+            return
         seals.seal(self.directory / str(step), self._seals / f"{step}.json", self._identity)
         for path in self._seals.glob("*.json"):  # of checkpoints that are no longer kept
             if not (self.directory / path.stem).exists():
@@ -137,6 +142,7 @@ class Checkpoints:
                 self._manager.wait()
             if pending is not None:
                 pending.result()
+                processes.wait(f"{self.directory} is sealed")
         except Exception as error:
             raise self._unwritable(error) from error
 

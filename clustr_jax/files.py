@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from clustr_jax import processes
 from clustr_jax.errors import UserError
 
 
@@ -18,7 +19,12 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
-    """Write in one piece: a reader sees the old file or the new one, never half of it."""
+    """Write in one piece: a reader sees the old file or the new one, never half of it.
+
+    Of several processes the leader writes.
+    """
+    if not processes.leader():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -13,6 +13,8 @@ import socket
 import sys
 import threading
 
+from clustr_jax import processes
+
 # sysexits.h, EX_TEMPFAIL: not a failure of the run; start it again.
 EXIT_CODE = 75
 # SLURM gives 30 s between SIGTERM and SIGKILL, Kubernetes as well.
@@ -27,19 +29,20 @@ class Preempted(Exception):
 
 
 def requested() -> bool:
-    """Whether a signal has arrived: save now."""
-    return _requested is not None
+    """Whether a signal has arrived, here or at another process (all call this together): save now."""
+    return processes.any_of(_requested is not None)
 
 
 def check(where: str) -> None:
     """Raise Preempted if a signal has arrived. Call it when everything is saved."""
-    if _requested is not None:
+    if requested():
         raise Preempted(message(where))
 
 
 def message(where: str) -> str:
     """The line that a preempted run ends with."""
-    return f"stopped by {_requested}: {where}; run the same command again to go on"
+    signal_name = _requested or "a signal to another process"
+    return f"stopped by {signal_name}: {where}; run the same command again to go on"
 
 
 @contextlib.contextmanager

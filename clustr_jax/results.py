@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from clustr_jax import paper, preemption
+from clustr_jax import paper, preemption, processes
 from clustr_jax.attacks.slots import Outcome
 from clustr_jax.errors import UserError
 from clustr_jax.files import read_json, write_json
@@ -65,6 +65,12 @@ def save(directory: pathlib.Path, name: str, result: dict, outcomes: dict[str, n
 
     The JSON holds the hash of its own content and of the outcomes, which `load` checks.
     """
+    if processes.leader():
+        _write(directory, name, result, outcomes)
+    processes.wait(f"{name}.json")
+
+
+def _write(directory, name, result, outcomes):
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f"{name}.tmp.npz"
     # pyright minds an array for allow_pickle; no outcome has that name
@@ -144,7 +150,11 @@ class Records:
         self, name: str, outcome: Outcome, extra: dict[str, np.ndarray] | None = None, now=False
     ) -> None:
         """Store it, every so many seconds (or `now`, its end; or when the process is asked to leave)."""
-        if not now and not preemption.requested() and time.monotonic() - self._saved < _RECORD_SECONDS:
+        due = now or time.monotonic() - self._saved >= _RECORD_SECONDS
+        if not preemption.requested() and not due:
+            return
+        self._saved = time.monotonic()
+        if not processes.leader():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         flight = [] if now else [np.asarray(leaf) for leaf in jax.tree.leaves(outcome.flight)]
@@ -154,10 +164,11 @@ class Records:
         temporary = self._path(name).with_suffix(".tmp.npz")
         np.savez(temporary, leaves=len(flight), evaluations=outcome.evaluations, **arrays)  # pyright: ignore[reportArgumentType]
         temporary.replace(self._path(name))
-        self._saved = time.monotonic()
 
     def clear(self) -> None:
         """The result is written: nothing to go on from."""
+        if not processes.leader():
+            return
         for path in self.directory.glob(f"{self.identity}-*"):
             path.unlink()
         if self.directory.exists() and not any(self.directory.iterdir()):

@@ -15,7 +15,7 @@ try:
 except ImportError:  # not on Windows: no lock there
     fcntl = None
 
-from clustr_jax import results
+from clustr_jax import processes, results
 from clustr_jax.errors import UserError
 from clustr_jax.files import read_json, write_json
 
@@ -73,6 +73,7 @@ class Workdir:
                         f"{self.root} was trained with another config ({_difference(section, old, new)}); "
                         f"use another --workdir, or delete it to start again"
                     )
+        processes.wait("config.json is read")
         try:
             write_json(path, content)
             write_json(self.root / "environment.json", environment())
@@ -81,8 +82,8 @@ class Workdir:
 
     @contextlib.contextmanager
     def locked(self):
-        """Hold the directory for this process; UserError if another one does."""
-        if fcntl is None:
+        """Hold the directory for this process (the leader of several); UserError if another one does."""
+        if fcntl is None or not processes.leader():
             yield
             return
         path = self.root / "lock"
@@ -107,6 +108,8 @@ class Workdir:
 
     def log(self, record: dict) -> None:
         """Append one record to metrics.jsonl."""
+        if not processes.leader():
+            return
         with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -124,11 +127,12 @@ class Workdir:
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop the records of `stage` after `step`: the run goes on from there and writes them again."""
-        if self.metrics.exists():
+        if self.metrics.exists() and processes.leader():
             kept = [r for r in self.records() if r["stage"] != stage or r["step"] <= step]
             temporary = self.metrics.with_name(self.metrics.name + ".tmp")
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
             temporary.replace(self.metrics)
+        processes.wait("metrics.jsonl is rewound")
 
 
 def training_sha(content: dict) -> str:

@@ -10,7 +10,7 @@ fresh parameters. A finished stage is skipped.
 import jax
 from rich.console import Console
 
-from clustr_jax import certified, data, evaluate, loading, results, settings, train
+from clustr_jax import certified, data, evaluate, loading, mesh, processes, results, settings, train
 from clustr_jax.errors import UserError
 from clustr_jax.objectives import METHODS
 from clustr_jax.progress import Progress
@@ -27,7 +27,7 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
     `stages` None means all that the method has. Raises UserError, before anything is computed, for
     settings that cannot work.
     """
-    console = Console()
+    console = Console(quiet=not processes.leader())
     config = settings.resolve(config)
     method = _method(config)
     wanted = _wanted(stages, method)
@@ -39,7 +39,7 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
     source = _source(config, place, progress, splits[0]) if method.source and WARMUP in wanted else None
     net = loading.build_net(config, splits[0])
     settings.check(config, method, net, splits[0], splits[2])
-    with place.locked(), progress:
+    with mesh.over(jax.devices()), place.locked(), progress:
         place.open(config)
         this = Run(config, place, progress, net, *splits, source=source)
         _introduce(this)

@@ -5,7 +5,7 @@ import time
 import jax
 import numpy as np
 
-from clustr_jax import certified, data, diagnostics, evaluate, loading, preemption, results
+from clustr_jax import certified, data, diagnostics, evaluate, loading, mesh, preemption, processes, results
 from clustr_jax.errors import UserError
 from clustr_jax.progress import duration
 from clustr_jax.stages.context import CERTIFY, EVALUATE, TRAIN, Run
@@ -74,7 +74,7 @@ def _under_test(this: Run, stage: str):
     config, test = this.config, this.test_split
     if this.workdir.finished(TRAIN) is None:
         raise UserError(f"nothing to {stage}: {TRAIN} is not finished in {this.workdir.root}; run it first")
-    clf = loading.load(this.workdir.root)
+    clf = mesh.place(loading.load(this.workdir.root))
     clf = clf.replace(nearest=config.eval.nearest if clf.clusters is not None else 0)
     size = config.eval.n or len(test)
     index = data.stratified(test.labels, size, test.num_classes)
@@ -136,7 +136,8 @@ def certify(this: Run) -> None:
         "versions": results.versions(), "wall_seconds": seconds,
     }  # fmt: skip
     results.save(folder, "certified", result, outcomes)
-    certified.draw(folder / "certified.png", result)
+    if processes.leader():
+        certified.draw(folder / "certified.png", result)
     at = ", ".join(
         f"{results.percent(v['robust'])} / {results.percent(result['sweep'][e])} at {float(e):.4g}"
         for e, v in result["empirical"]["at"].items()

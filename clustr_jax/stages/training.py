@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax import loading, models, preemption, results, train
+from clustr_jax import loading, mesh, models, preemption, processes, results, train
 from clustr_jax.attacks import pgd
 from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.classifier import Classifier, correct
@@ -39,17 +39,17 @@ def run(this: Run, stage: str) -> None:
         method = METHODS[method.warmup]
         this = this.source or this
     recipe = config.warmup if stage == WARMUP else config.train
-    train_set = train.TrainSet(
+    train_set = mesh.place(train.TrainSet(
         jnp.asarray(this.train_split.images),
         jnp.asarray(this.train_split.labels),
         scale=this.train_split.scale,
         augment=config.data.augment,
-    )
+    ))  # fmt: skip
     trainer = train.Trainer(this.net, method, config, recipe, len(this.train_split))
     key = this.key(stage)
     identity = training_sha(config_dict(config))
     checkpoints = Checkpoints(folder / "checkpoints", identity, mend=True, say=progress.line)
-    state = _start(this, stage, trainer, checkpoints, train_set, key)
+    state = mesh.place(_start(this, stage, trainer, checkpoints, train_set, key))
     try:
         reason, epochs = _epochs(this, stage, trainer, checkpoints, state, train_set, key)
         checkpoints.wait()
@@ -62,6 +62,7 @@ def run(this: Run, stage: str) -> None:
         "reason": reason, "epochs": epochs, "step": step,
         "num_classes": this.net.num_classes, "input_shape": list(this.net.input_shape),
     })  # fmt: skip
+    processes.wait(f"{stage} is done")
 
 
 def _start(this, stage, trainer, checkpoints, train_set, key):
@@ -121,13 +122,14 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             totals = _means(state.totals, step - epoch * per_epoch)
             if count == chunk:  # grow, or shrink, towards the wanted length
                 chunk = max(1, min(int(chunk * _CHUNK_SECONDS / max(seconds, 1e-3)), 4 * chunk))
+            chunk, due = processes.agree([chunk, time.monotonic() - saved > _CHECKPOINT_SECONDS])
             speed = (step - start_step) * trainer.batch_size / (time.monotonic() - started)
             left = (recipe.epochs * per_epoch - step) * trainer.batch_size / speed
             this.progress.status(
                 f"{stage} {epoch + 1}/{recipe.epochs}  step {step - epoch * per_epoch}/{per_epoch}  "
                 f"{_metrics(totals)}  {speed:.0f} img/s  at most {duration(left)} left"
             )
-            if time.monotonic() - saved > _CHECKPOINT_SECONDS and step < (epoch + 1) * per_epoch:
+            if due and step < (epoch + 1) * per_epoch:
                 checkpoints.save(state)
                 saved = time.monotonic()
             # at its end an epoch is refitted, logged and saved first: a checkpoint before that would skip it
@@ -187,7 +189,8 @@ def _stop_at_nonfinite(this, stage, trainer, checkpoints, state, train_set, orde
         arrays["x_adv"] = x_adv
     path = this.workdir.stage(stage) / "nonfinite.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **{name: np.asarray(value) for name, value in arrays.items()})  # pyright: ignore[reportArgumentType]
+    if processes.leader():
+        np.savez(path, **{name: np.asarray(value) for name, value in arrays.items()})  # pyright: ignore[reportArgumentType]
     checkpoints.wait()
     step = int(state.step)
     done = step % trainer.steps_per_epoch

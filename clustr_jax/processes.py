@@ -1,0 +1,101 @@
+"""Several processes that work on one run: who writes, and what all of them have to agree on.
+
+Every process runs the same program on the same data and takes the same turns; the work directory is on a
+file system that all of them see. With one process, everything here is free of effects.
+"""
+
+import contextlib
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from clustr_jax.errors import UserError
+
+# A process that has not been heard of for so long is lost; the others then stop.
+_HEARTBEAT_SECONDS = 30
+
+
+class Lost(Exception):
+    """Another process went away; says what to do."""
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None, num_processes: int | None = None, process_id: int | None = None, platform=None
+):
+    """Join the processes of this run, at HOST:PORT or as the cluster says ("auto"); alone without one.
+
+    UserError where they cannot be reached, or where there is no device of this platform; Lost where
+    contact to another one breaks later.
+    """
+    _connect(coordinator, num_processes, process_id)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        wanted = f"--platform={platform}" if platform else "JAX_PLATFORMS"
+        raise UserError(
+            f"{wanted}: JAX finds no such device here ({_first_line(error)}); install what it needs "
+            f"(docs/scaling.md), or leave it out"
+        ) from error
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise Lost(
+            f"stopped: contact to another process is lost ({_first_line(error)}); "
+            f"start all processes again with the same command to go on"
+        ) from error
+
+
+def _connect(coordinator, num_processes, process_id):
+    if coordinator is None:
+        if num_processes is not None or process_id is not None:
+            raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT")
+        return
+    address = None if coordinator == "auto" else coordinator
+    if address is not None:
+        if None in (num_processes, process_id) or not 0 <= process_id < num_processes:
+            raise UserError(
+                f"--coordinator={coordinator} needs --num_processes=N and --process_id=0 to N-1, "
+                f"got {num_processes} and {process_id}"
+            )
+        if not address.rpartition(":")[2].isdigit():
+            raise UserError(f"--coordinator must be HOST:PORT or auto, got {coordinator!r}")
+    try:
+        jax.distributed.initialize(
+            address, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--coordinator={coordinator}: {_first_line(error)}") from error
+
+
+def _first_line(error):
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def leader() -> bool:
+    """Whether this process writes files and speaks."""
+    return jax.process_index() == 0
+
+
+def wait(place: str) -> None:
+    """Go on when all processes have come to `place`, and what the leader wrote before it is there."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(place)
+
+
+def agree(numbers: list[int]) -> list[int]:
+    """The leader's numbers: for what depends on a clock or a disk. All processes call it together."""
+    if jax.process_count() == 1:
+        return numbers
+    found = multihost_utils.broadcast_one_to_all(np.asarray(numbers, np.int32))
+    return [int(number) for number in found]
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set on any process. All processes call it together."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
