@@ -50,8 +50,6 @@ def main(argv: list[str]) -> int:
     if len(rest) > 1:
         return _mistake(f"unexpected argument {rest[1]!r}; options start with --")
 
-    if values.platform:
-        os.environ["JAX_PLATFORMS"] = values.platform
     from clustr_jax import preemption, processes, stages
     from clustr_jax.errors import UserError
 
@@ -102,6 +100,13 @@ def _mistake(text: str) -> int:
     return 2
 
 
+def _several() -> bool:
+    """Whether this process has joined others."""
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
 def _prepare_process() -> None:
     """Settings that must be there before JAX is imported."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
@@ -118,6 +123,11 @@ def _prepare_process() -> None:
 if __name__ == "__main__":
     _prepare_process()
     try:
-        sys.exit(main(sys.argv))
+        code = main(sys.argv)
     except KeyboardInterrupt:  # while modules are still being imported
         sys.exit(130)
+    if code and _several():  # the usual way out would wait for the others, who wait for this one
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -29,24 +29,33 @@ def joined(
     UserError where they cannot be reached, or where there is no device of this platform; Lost where
     contact to another one breaks later.
     """
+    if platform:
+        jax.config.update("jax_platforms", platform)
     _connect(coordinator, num_processes, process_id)
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # it asserts where one platform was asked for
         wanted = f"--platform={platform}" if platform else "JAX_PLATFORMS"
         raise UserError(
-            f"{wanted}: JAX finds no such device here ({_first_line(error)}); install what it needs "
-            f"(docs/scaling.md), or leave it out"
+            f"{wanted}: JAX finds no such device here; install what it needs (docs/scaling.md), or leave it out"
         ) from error
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except Exception as error:
+        broken = _runtime_error(error)
+        if broken is None or jax.process_count() == 1:
             raise
         raise Lost(
-            f"stopped: contact to another process is lost ({_first_line(error)}); "
+            f"stopped: contact to another process is lost ({_first_line(broken)}); "
             f"start all processes again with the same command to go on"
         ) from error
+
+
+def _runtime_error(error: BaseException | None):
+    """The error of the devices behind this one (orbax, for one, raises its own), or None."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _connect(coordinator, num_processes, process_id):

@@ -3,6 +3,7 @@
 import math
 import pathlib
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -10,7 +11,7 @@ from clustr_jax import evaluate, fidelity, train
 from clustr_jax.data import Split
 from clustr_jax.errors import UserError
 from clustr_jax.models import Net
-from clustr_jax.objectives import Method
+from clustr_jax.objectives import METHODS, Method
 
 # Of a setting: counts must fit the device's int32, and no rate or radius is larger.
 _LARGEST = 2**31
@@ -135,6 +136,18 @@ def check(config, method: Method, net: Net, train_split: Split, test_split: Spli
         if recipe.select == "best" and not config.data.val_size:
             raise UserError(f"{name}.select=best needs held-out images; set data.val_size, e.g. 0.02")
         train.optimizer(recipe, 1)
+        stage_method = METHODS[method.warmup] if name == "warmup" and method.warmup else method
+        size = train.Trainer(net, stage_method, config, recipe, len(train_split)).batch_size
+        if size % jax.device_count() and (name == "train" or method.warmup):
+            what = (
+                "magnet.clusters x magnet.samples"
+                if stage_method.sampler == "magnet"
+                else f"{name}.batch_size"
+            )
+            raise UserError(
+                f"a batch of {size} images ({what}) cannot be shared evenly by {jax.device_count()} devices; "
+                f"make it a multiple, or let JAX see fewer devices"
+            )
     for name, known in (("consistency", ("ce", "kl", "mse")), ("attack_bn", ("batch", "eval"))):
         if config.train[name] not in known:
             raise UserError(f"train.{name} must be one of {', '.join(known)}, got {config.train[name]!r}")

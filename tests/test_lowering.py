@@ -1,0 +1,107 @@
+"""Every train step, k-means and attack is lowered for CUDA and TPU, on a machine without."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from clustr_jax import clusters, data, loading, settings, train
+from clustr_jax.attacks import aims, slots
+from clustr_jax.attacks.apgd import APGD
+from clustr_jax.attacks.fab import FAB
+from clustr_jax.attacks.pgd import as_partial, pgd
+from clustr_jax.attacks.square import Square
+from clustr_jax.attacks.steps import PGD
+from clustr_jax.classifier import Classifier
+from clustr_jax.clusters import Clusters
+from clustr_jax.objectives import METHODS
+from configs import cifar10
+
+PLATFORMS = ("cuda", "tpu")
+
+
+def lowered(f, *args):
+    """The exported module; a wrong platform or an operation that one lacks raises."""
+    exported = export.export(jax.jit(f), platforms=PLATFORMS)(*args)
+    assert exported.platforms == PLATFORMS
+    return exported.mlir_module()
+
+
+@functools.cache
+def problem(method, model="resnet8"):
+    config = cifar10.get_config(method)
+    config.model.name = model if config.model.name == "resnet18" else config.model.name
+    config = settings.resolve(config)
+    images, labels = np.zeros((240, 32, 32, 3), np.uint8), (np.arange(240) % 10).astype(np.int32)
+    net = loading.build_net(config, data.Split(images, labels, 10, 255.0, (0.0, 1.0), ""))
+    return config, net, images, labels
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_train_step(method):
+    config, net, images, labels = problem(method)
+    trainer = train.Trainer(net, METHODS[method], config, config.train, len(labels))
+    train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
+    key = jax.random.key(0)
+    variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(net.init, key))
+    state = train.blank(trainer, variables, train_set, key)
+    order = train.epoch_order(key, len(labels), 0)
+    text = lowered(functools.partial(train.run_steps, trainer), state, train_set, order, key, 3)
+    assert "stablehlo.convolution" in text and "stablehlo.while" in text
+
+
+def classifier(cluster_head):
+    _, net, _, _ = problem("clustr")
+    key = jax.random.key(0)
+    variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(net.init, key))
+    head = Clusters(jnp.zeros((10, 2, 64)), jnp.ones(())) if cluster_head else None
+    return Classifier(variables, head, net)
+
+
+def test_resnet18_forward_and_input_gradient():
+    _, net, _, _ = problem("nominal", "resnet18")
+    variables = jax.eval_shape(net.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
+    assert "convolution" in lowered(jax.grad(lambda x, v: net.eval(v, x).logits.sum()), x, variables)
+
+
+def test_kmeans_of_all_classes():
+    z, y = jax.ShapeDtypeStruct((200, 16), jnp.float32), np.arange(200) % 10
+    lowered(lambda z: clusters.fit(jax.random.key(0), z, y, num_classes=10, k=2), z)
+
+
+@pytest.mark.parametrize("cluster_head", [False, True], ids=["linear", "clusters"])
+@pytest.mark.parametrize("name", ["pgd", "apgd", "fab", "square"])
+def test_every_attack(name, cluster_head):
+    """One device call of the scheduler; and `pgd` by itself."""
+    clf, lanes = classifier(cluster_head), 8
+    model = as_partial(clf.view)
+    common = {"eps": jnp.float32(8 / 255), "norm": "linf", "bounds": (0.0, 1.0)}
+    attack = {
+        "pgd": PGD(steps=20, step_size=jnp.float32(2 / 255), aim=aims.one(aims.margin), **common),
+        "apgd": APGD(steps=20, aim=aims.one(aims.dlr_targeted), **common),
+        "fab": FAB(steps=20, **common),
+        "square": Square(steps=20, **common),
+    }[name]
+    x, y = np.zeros((2 * lanes, 32, 32, 3), np.float32), np.zeros(2 * lanes, np.int32)
+    key = jax.random.key(0)
+
+    def call(key, model, x, y):
+        work = slots._work(key, y, y, y, x, y, y + 1)
+        state = slots._empty(attack, jax.tree.map(lambda a: a[:lanes], work))
+        orders = slots._Orders(np.int32(5), np.int32(0), np.array([False]))
+        best = jnp.full(1024, 10, jnp.int32)
+        return slots._advance(attack, model, state, work, np.ones(2 * lanes, bool), best, orders, first=True)
+
+    assert "convolution" in lowered(call, key, model, x, y)
+    if name == "pgd":
+        lowered(
+            lambda key, clf, x, y: pgd(key, clf.logits, x, y, eps=0.03, step_size=0.01, steps=5),
+            key,
+            clf,
+            x,
+            y,
+        )

@@ -1,0 +1,63 @@
+"""Eight virtual devices against one: parameters, messages, clusters, attacks and checkpoints.
+
+The work is done by `on_devices.py` in a process of its own, for the number of devices is fixed at its start.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+METHODS = ("nominal", "free_at", "pgd_at", "trades", "magnet", "clustr_qtrades", "clustr_trades")
+# Training-mode passes of one step, whose batch statistics are sent: the attack's (of train.attack_bn "batch":
+# its target, if there is one, and its steps), then those that are differentiated.
+PASSES = {
+    "nominal": 1,
+    "free_at": 1,
+    "pgd_at": 11,
+    "trades": 2,
+    "magnet": 1,
+    "clustr_qtrades": 4,
+    "clustr_trades": 2,
+}
+
+
+def on_devices(*arguments):
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "on_devices.py"), *arguments],
+        env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "tolerance"), [("float32", 1e-4), ("float64", 1e-9)])
+def test_five_steps_on_eight_devices_are_those_on_one(width, tolerance):
+    """By SGD. (Adam divides tiny gradients by their own size, so that it enlarges what is only rounding.)"""
+    for method, found in on_devices(width, *METHODS).items():
+        assert found["params"] <= tolerance and found["moved"] >= 1e-3, (method, found)
+        assert found.get("centroids", 0.0) <= 1e-6, (method, found)
+        if width == "float32":
+            allowed = found["gradients"] + PASSES[method] * found["statistics"]
+            allowed = 1.05 * (allowed + 4 * found["rows"] * (found["embedding"] + 1))
+            assert found["gradients"] < found["sent"] <= allowed, (method, found, allowed)
+
+
+def test_clusters_and_checkpoints_move_between_one_and_eight_devices(tmp_path):
+    found = on_devices("other", str(tmp_path))
+    assert found["kmeans"] == 0.0
+    assert found["moved"] == {way: {"equal": True, "step": 10} for way in ("8 to 1", "1 to 8")}
+
+
+@pytest.mark.slow
+def test_attacks_on_eight_devices_break_what_they_break_on_one():
+    """At least 99.5 % of the outcomes; on these, neither nothing nor everything is broken."""
+    for attack, found in on_devices("attacks").items():
+        assert found["equal"] >= 0.995 and 0.05 < found["broken"] < 0.95, (attack, found)

@@ -1,0 +1,81 @@
+"""Several processes over loopback: they train, stop together when one is killed, and go on together."""
+
+import json
+import socket
+import time
+
+import pytest
+from runs import TINY, metrics
+
+import clustr_jax
+
+
+def port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def together(start, count, *arguments):
+    """`count` processes of one run."""
+    join = (f"--coordinator=127.0.0.1:{port()}", f"--num_processes={count}", "--platform=cpu")
+    return [start(*arguments, *join, f"--process_id={i}") for i in range(count)]
+
+
+def ends(processes):
+    """(exit codes, what was written to stderr)."""
+    written = [process.communicate(timeout=300)[1] for process in processes]
+    return [process.returncode for process in processes], written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "victim"), [(2, 1), (4, 0)])
+def test_all_stop_when_one_is_killed_and_go_on_together(start, run, tmp_path, count, victim):
+    """One line from each survivor; afterwards another number of processes ends the run."""
+    folder = tmp_path / "run"
+    settings = (*TINY, "--config.warmup.target=0.0", "--config.warmup.epochs=60", f"--workdir={folder}")
+    processes = together(start, count, *settings, "--stages=1_warmup")
+    deadline = time.monotonic() + 240
+    while not list(folder.glob("1_warmup/seals/*.json")):
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes), ends(processes)
+        time.sleep(0.05)
+    processes[victim].kill()
+    killed = time.monotonic()
+    codes, written = ends(processes)
+    assert time.monotonic() - killed < 60
+    for i, (code, text) in enumerate(zip(codes, written, strict=True)):
+        if i == victim:
+            assert code == -9
+        elif code == 75:
+            (line,) = [line for line in text.splitlines() if line.startswith("stopped: ")]
+            assert "start all processes again" in line and "Traceback" not in text
+        else:  # JAX's own watch was faster, and says so
+            assert code == -6 and "another task died" in text, (code, text)
+    done = len(metrics(folder))
+    assert 0 < done < 60 or (folder / "1_warmup/done.json").exists()
+    if count == 4:  # the rest is the same
+        return
+    codes, written = ends(together(start, 2, *settings, "--stages=1_warmup,2_train,evaluate"))
+    assert codes == [0, 0], written
+    epochs = [r["epoch"] for r in metrics(folder) if r["stage"] == "1_warmup"]
+    assert epochs == list(range(1, 61))
+    assert {p.name for p in (folder / "results").glob("*.json")} >= {"clean.json", "paper.json", "sound.json"}
+    run(*settings)  # and one process finds nothing left to do but the certificates
+    assert json.loads((folder / "results/certified.json").read_text())["n"] == 60
+    assert clustr_jax.load(folder).clusters is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--num_processes=2",), "need --coordinator"),
+        (("--coordinator=127.0.0.1:1",), "--num_processes=N"),
+        (("--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=2"), "0 to N-1"),
+        (("--coordinator=nowhere", "--num_processes=2", "--process_id=0"), "HOST:PORT"),
+        (("--platform=cuda",), "--platform=cuda"),
+        (("--platform=gpu",), "platform"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(run, arguments, words):
+    _, stderr = run(*TINY, *arguments, code=2)
+    assert words in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
