@@ -9,6 +9,7 @@ device, they do nothing, and it is the same code.
 """
 
 import contextlib
+import re
 from collections.abc import Callable
 
 import jax
@@ -114,3 +115,17 @@ def numbers(size: int) -> Int[Array, "B"]:
 def whole(size: int) -> int:
     """The size of the whole batch of which this device has `size` rows."""
     return size * _count()
+
+
+def sent(compiled) -> int:
+    """Numbers that one device receives in the collectives of a compiled program, each counted once.
+
+    A train step is the body of one loop, so of `train.run_steps` it is what one step sends.
+    """
+    found = 0
+    for line in compiled.as_text().splitlines():
+        match = re.search(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-\w+|reduce-\w+)\(", line)
+        if match:
+            for shape in re.findall(r"\w\d+\[([\d,]*)\]", match[1]):
+                found += int(np.prod([int(n) for n in shape.split(",") if n]))
+    return found

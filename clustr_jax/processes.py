@@ -37,7 +37,7 @@ def joined(
     except (RuntimeError, AssertionError) as error:  # it asserts where one platform was asked for
         wanted = f"--platform={platform}" if platform else "JAX_PLATFORMS"
         raise UserError(
-            f"{wanted}: JAX finds no such device here; install what it needs (docs/scaling.md), or leave it out"
+            f"{wanted}: JAX finds no such device; install what it needs (docs/scaling.md), or leave it out"
         ) from error
     try:
         yield

@@ -247,7 +247,7 @@ def clustr_trades(c):
         c.train[name] = train[name]
     c.train.epochs = 5
     c.train.consistency = "kl"
-    c.train.lam, c.train.xent_lam, c.magnet.alpha = 28.0, 4.0, 0.0
+    c.train.lam, c.train.xent_lam, c.magnet.alpha = 96.0, 8.0, 0.0
     c.magnet.clusters, c.magnet.samples = 20, 12
 
 
@@ -313,7 +313,7 @@ def cpu(c):
     if c.method in ("at_pretrain", "clustr_trades"):  # the warm-up is the smaller trades, or close to it
         c.warmup.epochs, c.warmup.lr, c.warmup.batch_size, c.warmup.eps_ramp = 8, 1e-2, 64, 3.2
     if c.method == "clustr_trades":
-        c.train.epochs, c.magnet.samples = 2, 8
+        c.train.epochs, c.train.lr, c.magnet.samples = 3, 2e-3, 8
     if c.method == "at_pretrain":
         c.train.epochs = 5
     if c.method == "free_at":

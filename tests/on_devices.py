@@ -1,7 +1,6 @@
 """Prints, as JSON, what eight virtual CPU devices make of what one of them does: see test_mesh.py."""
 
 import json
-import re
 import sys
 
 import jax
@@ -73,17 +72,6 @@ def trained(devices, trainer, variables, train_set, *, folder=None, steps=STEPS)
         return state, compiled
 
 
-def sent(compiled) -> int:
-    """Numbers in the results of all collectives in one step (each occurs once in the loop's body)."""
-    found = 0
-    for line in compiled.as_text().splitlines():
-        match = re.search(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-\w+|reduce-\w+)\(", line)
-        if match:
-            for shape in re.findall(r"\w\d+\[([\d,]*)\]", match[1]):
-                found += int(np.prod([int(n) for n in shape.split(",") if n]))
-    return found
-
-
 def methods(names, wide):
     """For each method: how far parameters and clusters are apart, and what is sent."""
     jax.config.update("jax_enable_x64", wide)
@@ -97,7 +85,7 @@ def methods(names, wide):
             "params": difference(one.params, many.params),
             "moved": difference(variables["params"], one.params),
             "totals": difference(one.totals, many.totals),
-            "sent": sent(compiled),
+            "sent": mesh.sent(compiled),
             "gradients": sum(leaf.size for leaf in jax.tree.leaves(one.params)),
             "statistics": sum(leaf.size for leaf in jax.tree.leaves(one.batch_stats)),
             "rows": train.rows(trainer.config, 10) if trainer.magnet else 0,

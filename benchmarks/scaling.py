@@ -1,0 +1,78 @@
+"""How the work of one training step is shared by devices: read from the compiled program, nothing is run.
+
+    python benchmarks/scaling.py [--method=clustr_qtrades] [--model=resnet18] [--devices=1,2,4,8]
+
+For each number of virtual CPU devices: FLOPs and bytes of one device in one step, as XLA's cost analysis of
+the compiled program has them, and the bytes that it receives from the others. CIFAR-10 shapes.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clustr_jax import data, loading, mesh, settings, train
+from clustr_jax.objectives import METHODS
+from configs import cifar10
+
+SIZE = 2400
+
+
+def measure(method, model, count):
+    config = cifar10.get_config(method)
+    config.model.name = model
+    config = settings.resolve(config)
+    images = np.zeros((SIZE, 32, 32, 3), np.uint8)
+    labels = (np.arange(SIZE) % 10).astype(np.int32)
+    net = loading.build_net(config, data.Split(images, labels, 10, 255.0, (0.0, 1.0), ""))
+    trainer = train.Trainer(net, METHODS[method], config, config.train, SIZE)
+    key = jax.random.key(0)
+    with mesh.over(jax.devices()[:count]):
+        train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
+        train_set = mesh.place(train_set)
+        variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(net.init, key))
+        state = mesh.place(train.blank(trainer, variables, train_set, key))
+        order = train.epoch_order(key, SIZE, 0)
+        compiled = train.run_steps.lower(trainer, state, train_set, order, key, 1).compile()
+    cost = compiled.cost_analysis()
+    return {
+        "devices": count, "images": trainer.batch_size // count, "flops": cost["flops"],
+        "bytes": cost["bytes accessed"], "received": 4 * mesh.sent(compiled),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--method", default="clustr_qtrades")
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--devices", default="1,2,4,8")
+    args = parser.parse_args()
+    counts = [int(count) for count in args.devices.split(",")]
+    if len(jax.devices()) < max(counts):  # their number is read before JAX starts
+        if "FORCED" in os.environ:
+            sys.exit(f"error: JAX has {len(jax.devices())} devices, {max(counts)} are needed")
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={max(counts)}"
+        os.environ |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "FORCED": "1"}
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    print(f"{'devices':>7} {'images':>7} {'GFLOP':>9} {'GB':>8} {'received MB':>12}")
+    rows = []
+    for count in counts:
+        row = measure(args.method, args.model, count)
+        rows.append(row)
+        print(
+            f"{count:7} {row['images']:7} {row['flops'] / 1e9:9.1f} {row['bytes'] / 1e9:8.2f} "
+            f"{row['received'] / 1e6:12.2f}",
+            flush=True,
+        )
+    print(json.dumps({"method": args.method, "model": args.model, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
