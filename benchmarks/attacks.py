@@ -130,11 +130,11 @@ def agreement(net, model, x, y) -> list[dict]:
     tx, ty = torch.tensor(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(y).long()
     rows = []
     for name in ("apgd-ce", "apgd-t", "fab-t", "square", "standard"):
-        theirs = AutoAttack(net, norm="Linf", eps=EPS, version="standard", verbose=False, device="cpu")
+        theirs = AutoAttack(net, norm="Linf", eps=EPS, version="standard", seed=0, device="cpu")
         if name != "standard":
             theirs.attacks_to_run = [name]
         started = time.perf_counter()
-        their_adv = theirs.run_standard_evaluation(tx, ty, bs=250)
+        their_adv = theirs.run_standard_evaluation(tx, ty, batch_size=250)
         seconds = time.perf_counter() - started
         their_adv = their_adv[0] if isinstance(their_adv, tuple) else their_adv
         their_robust = right(net, their_adv.permute(0, 2, 3, 1).numpy(), y)

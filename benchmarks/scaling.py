@@ -8,12 +8,11 @@ the compiled program has them, and the bytes that it receives from the others. C
 
 import argparse
 import json
-import os
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import process
 
 from clustr_jax import data, loading, mesh, settings, train
 from clustr_jax.objectives import METHODS
@@ -46,6 +45,18 @@ def measure(method, model, count):
     }  # fmt: skip
 
 
+def forward(method, model) -> float:
+    """FLOPs of the network's forward pass, per image."""
+    config = cifar10.get_config(method)
+    config.model.name = model
+    images, labels = np.zeros((10, 32, 32, 3), np.uint8), np.arange(10, dtype=np.int32)
+    net = loading.build_net(settings.resolve(config), data.Split(images, labels, 10, 255.0, (0.0, 1.0), ""))
+    variables = jax.eval_shape(net.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((10, 32, 32, 3), jnp.float32)
+    cost = jax.jit(lambda v, x: net.eval(v, x).logits).lower(variables, x).compile().cost_analysis()
+    return cost["flops"] / 10
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -55,12 +66,9 @@ def main():
     parser.add_argument("--devices", default="1,2,4,8")
     args = parser.parse_args()
     counts = [int(count) for count in args.devices.split(",")]
-    if len(jax.devices()) < max(counts):  # their number is read before JAX starts
-        if "FORCED" in os.environ:
-            sys.exit(f"error: JAX has {len(jax.devices())} devices, {max(counts)} are needed")
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={max(counts)}"
-        os.environ |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "FORCED": "1"}
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    process.restart(XLA_FLAGS=f"--xla_force_host_platform_device_count={max(counts)}", JAX_PLATFORMS="cpu")
+    once = forward(args.method, args.model)
+    print(f"{args.model}, forward pass: {once / 1e9:.3f} GFLOP per image; {args.method}, one step:")
     print(f"{'devices':>7} {'images':>7} {'GFLOP':>9} {'GB':>8} {'received MB':>12}")
     rows = []
     for count in counts:
@@ -71,7 +79,11 @@ def main():
             f"{row['received'] / 1e6:12.2f}",
             flush=True,
         )
-    print(json.dumps({"method": args.method, "model": args.model, "rows": rows}, indent=2))
+    print(
+        json.dumps(
+            {"method": args.method, "model": args.model, "forward_flops": once, "rows": rows}, indent=2
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import process
 
 from clustr_jax import data, loading, settings, train
 from clustr_jax.objectives import METHODS
@@ -111,6 +112,7 @@ def main():
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
+    process.restart(GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # as run.py does
     print(
         f"{'method':16} {'batch':>5} {'passes s':>9} {'step s':>8} {'ratio':>6} {'images/s':>9}", flush=True
     )

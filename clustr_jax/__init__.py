@@ -6,6 +6,7 @@
 
 Map, from the bottom up:
     losses, kmeans, convolution, models     arrays in, arrays out; import nothing of ours
+    mesh, processes                         several devices, several processes
     clusters, sampling, attacks             the cluster head, Magnet batches, adversaries
     objectives, train                       one function per method, the train step
     evaluate, sound, diagnostics, quirks    the paper's protocol, the sound ones, can they be believed?

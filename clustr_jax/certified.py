@@ -160,7 +160,7 @@ def draw(path, result: dict) -> None:
     )
     constant = result["lipschitz"]
     axes.set_title(
-        f"{result['method']} on {result['dataset']}: {result['n']} test images, "
+        f"{result['method']} on {result['dataset']}: {result['n']} test images\n"
         f"{constant['lower']:.3g} <= Lipschitz constant <= {constant['upper']:.3g}",
         fontsize="medium",
     )
