@@ -1,7 +1,10 @@
-"""What has to be set before Python starts: the script starts itself again with it."""
+"""The process of a benchmark: where `configs` is found, and what has to be set before Python starts."""
 
 import os
+import pathlib
 import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 
 def restart(**environment: str) -> None:

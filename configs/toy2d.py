@@ -22,4 +22,6 @@ def get_config(method="clustr"):
     c.eval.sweep = (0.05, 0.2)
     c.eval.curve = (0.05, 0.2, 0.4)
     c.certify.radii = (0.1, 0.2, 0.3)
-    return common.configure(c, method)
+    c = common.configure(c, method)
+    c.magnet.clusters = 0  # all, which are two
+    return c

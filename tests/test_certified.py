@@ -140,14 +140,15 @@ def test_clustr_certified_is_magnet_plus_the_worst_cross_entropy(rng):
     config = get_config()
     config.train.radius, config.train.xent_lam = 0.2, 0.7
     config.magnet.sharpness, config.magnet.alpha = 4.0, 0.5
+    heads = heads.replace(variance=heads.variance / 4.0)  # as training hands it over
     loss, aux = objectives.clustr_certified(FixedNet(), variables, batch, None, heads, config)
     magnet = slow_magnet(np.asarray(batch.x).reshape(4, 5, 3), np.arange(4), 0.5, 0.2, 4.0)
     mu, worst = np.float64(heads.centroids), np.float64(heads.log_scores(batch.x))
     for i, y in enumerate(np.asarray(batch.y)):
         for c in range(4):
             if c != y:
-                worst[i, c] += 0.2 * max(np.linalg.norm(a - b) for a in mu[c] for b in mu[y]) / 1.5
-    cross = reference.cross_entropy(4.0 * worst, batch.y)
+                worst[i, c] += 0.2 * max(np.linalg.norm(a - b) for a in mu[c] for b in mu[y]) / (1.5 / 4.0)
+    cross = reference.cross_entropy(worst, batch.y)
     np.testing.assert_allclose(loss, magnet.mean() + 0.7 * cross.mean(), rtol=1e-5)
     np.testing.assert_allclose(aux.per_example, magnet.ravel(), rtol=1e-4, atol=1e-5)
     # the training's own estimate never counts more than the soft certificate grants

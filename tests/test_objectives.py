@@ -70,7 +70,11 @@ LOSSES = {
     "clustr_qtrades": lambda t: (
         t.magnet() + t.c.train.lam * reference.cross_entropy(t.log_scores(t.z_adv), t.probs(t.z))
     ),
-    "clustr_trades": lambda t: t.magnet() + t.c.train.lam * reference.kl(t.log_scores(t.z_adv), t.probs(t.z)),
+    "clustr_trades": lambda t: (
+        t.magnet()
+        + t.c.train.lam * reference.kl(t.log_scores(t.z_adv), t.probs(t.z))
+        + t.c.train.xent_lam * reference.cross_entropy(t.log_scores(t.z), t.y)
+    ),
 }
 
 OPTIONS = [

@@ -243,6 +243,19 @@ def test_embeddings_of_the_whole_set_in_pieces(rng):
     np.testing.assert_allclose(z, numpy_mlp(p.state.params, p.train_set.images)[1], atol=1e-5)
 
 
+def test_sharpness_divides_the_variance_of_the_head(rng):
+    """In what trains and in what is deployed; the centroids are the same."""
+    changes = {"magnet.sharpness": 4.0, "train.ema": 0.9}
+    seed = int(rng.integers(2**31))
+    sharp, plain = (
+        problem("clustr", np.random.default_rng(seed), **c) for c in (changes, {"train.ema": 0.9})
+    )
+    for name in ("clusters", "average_clusters"):
+        a, b = getattr(sharp.state, name), getattr(plain.state, name)
+        np.testing.assert_array_equal(a.centroids, b.centroids)
+        np.testing.assert_allclose(a.variance, b.variance / 4, rtol=1e-6)
+
+
 @pytest.mark.parametrize("k", [(2, 2, 2), (1, 3, 2)], ids=str)
 def test_refit_clusters_are_consistent(k, rng, key):
     """Each example belongs to the nearest centroid of its own class; sigma^2 is that of these distances."""
