@@ -290,7 +290,10 @@ def check_metrics(method, terms, aux):
         own["magnet"] = per_example = terms.magnet()
         own["hinge_active"], weight = per_example > 0, terms.c.train.lam
         own["variance"] = np.full(16, terms.magnet_variance())
-    own["consistency"] = (LOSSES[method](terms) - per_example) / weight
+    rest = LOSSES[method](terms) - per_example
+    if head:
+        rest = rest - terms.c.train.xent_lam * reference.cross_entropy(clean, terms.y)
+    own["consistency"] = rest / weight
     for name in aux.metrics.keys() & own.keys():  # accuracies are float32 even here
         np.testing.assert_allclose(aux.metrics[name], terms.mean(own[name]), rtol=1e-6, err_msg=name)
     np.testing.assert_allclose(aux.per_example, per_example, rtol=1e-10, atol=1e-12)
