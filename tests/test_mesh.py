@@ -42,7 +42,7 @@ def on_devices(*arguments):
 def test_five_steps_on_eight_devices_are_those_on_one(width, tolerance):
     """By SGD. (Adam divides tiny gradients by their own size, so that it enlarges what is only rounding.)"""
     for method, found in on_devices(width, *METHODS).items():
-        assert found["params"] <= tolerance and found["moved"] >= 1e-3, (method, found)
+        assert found["params"] <= tolerance and found["moved"] >= 3e-4, (method, found)
         assert found.get("centroids", 0.0) <= 1e-6, (method, found)
         if width == "float32":
             allowed = found["gradients"] + PASSES[method] * found["statistics"]
