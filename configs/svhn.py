@@ -3,8 +3,9 @@
     python run.py --config=configs/svhn.py:clustr_qtrades
 
 `METHOD,cpu` is the variant for two CPU cores (offline, at_pretrain needs --config.pretrain.name=cifar100).
-Meant for one GPU; not run at this size here. On 8,001 training images and one core, seed 0, 5 to 20 minutes of
-training gave (results/svhn_cropped-cpu; n = 500, sound-2-quick at 8/255, the interval is about 4 points to each side):
+Meant for one GPU; not run at this size here. On 8,001 training images and one core, seed 0, 5 to 20
+minutes of training gave (results/svhn_cropped-cpu; n = 500, sound-2-quick at 8/255, the interval is about
+4 points to each side):
 
     cpu variant    clean   sound       cpu variant    clean   sound
     nominal         85.4     0.0       pgd_at          80.2    36.2
