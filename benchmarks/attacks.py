@@ -25,6 +25,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import process  # noqa: F401  puts clustr_jax on the path
 import torch
 import torch.nn.functional as F
 from jax.tree_util import Partial

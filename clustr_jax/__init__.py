@@ -5,8 +5,8 @@
     x_adv = attacks.pgd(key, clf.logits, x, y, eps=0.2, step_size=0.05, steps=20, restarts=10)
 
 Map, from the bottom up:
-    losses, kmeans, convolution, models     arrays in, arrays out; import nothing of ours
-    mesh, processes                         several devices, several processes
+    mesh, processes                         several devices, several processes; they import nothing of ours
+    losses, kmeans, convolution, models     arrays in, arrays out
     clusters, sampling, attacks             the cluster head, Magnet batches, adversaries
     objectives, train                       one function per method, the train step
     evaluate, sound, diagnostics, quirks    the paper's protocol, the sound ones, can they be believed?

@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from clustr_jax import processes, seals
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
+from clustr_jax.errors import UserError, first_line
 from clustr_jax.sampling import Sampler
 
 # What orbax's threads log, with tracebacks, is raised as well, and told in one line.
@@ -148,7 +148,7 @@ class Checkpoints:
 
     def _unwritable(self, error):
         return UserError(
-            f"cannot write a checkpoint to {self.directory}: {_first_line(error)}; the one before is whole: "
+            f"cannot write a checkpoint to {self.directory}: {first_line(error)}; the one before is whole: "
             f"make room (or the folder writable) and run again"
         )
 
@@ -201,7 +201,7 @@ class Checkpoints:
             loaded = ocp.load_checkpointables(str(self.directory / str(step)), _abstract(items))
         except (ValueError, KeyError, OSError) as error:
             raise UserError(
-                f"checkpoint {step} in {self.directory} does not fit this config: {_first_line(error)}"
+                f"checkpoint {step} in {self.directory} does not fit this config: {first_line(error)}"
             ) from error
         # orbax commits arrays to their device, which would compile every step a second time
         return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), loaded)
@@ -218,10 +218,6 @@ class Checkpoints:
 
 def _score(metrics) -> float:
     return metrics["val_accuracy"]
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _items(state) -> dict:

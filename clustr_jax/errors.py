@@ -3,3 +3,8 @@
 
 class UserError(ValueError):
     """What was given, what was expected and what to do, in one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of its text that says something, else its type."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

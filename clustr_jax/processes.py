@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from clustr_jax.errors import UserError
+from clustr_jax.errors import UserError, first_line
 
 # A process that has not been heard of for so long is lost; the others then stop.
 _HEARTBEAT_SECONDS = 30
@@ -46,7 +46,7 @@ def joined(
         if broken is None or jax.process_count() == 1:
             raise
         raise Lost(
-            f"stopped: contact to another process is lost ({_first_line(broken)}); "
+            f"stopped: contact to another process is lost ({first_line(broken)}); "
             f"start all processes again with the same command to go on"
         ) from error
 
@@ -77,11 +77,7 @@ def _connect(coordinator, num_processes, process_id):
             address, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"--coordinator={coordinator}: {_first_line(error)}") from error
-
-
-def _first_line(error):
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"--coordinator={coordinator}: {first_line(error)}") from error
 
 
 def leader() -> bool:

@@ -1,6 +1,7 @@
 """Several processes over loopback: they train, stop together when one is killed, and go on together."""
 
 import json
+import signal
 import socket
 import time
 
@@ -63,6 +64,24 @@ def test_all_stop_when_one_is_killed_and_go_on_together(start, run, tmp_path, co
     run(*settings)  # and one process finds nothing left to do but the certificates
     assert json.loads((folder / "results/certified.json").read_text())["n"] == 60
     assert clustr_jax.load(folder).clusters is not None
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_with_everything_saved(start, tmp_path):
+    folder = tmp_path / "run"
+    settings = (*TINY, "--config.warmup.target=0.0", "--config.warmup.epochs=2000", f"--workdir={folder}")
+    processes = together(start, 2, *settings, "--stages=1_warmup")
+    deadline = time.monotonic() + 240
+    while not list(folder.glob("1_warmup/seals/*.json")):
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes), ends(processes)
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, written = ends(processes)
+    assert codes == [75, 75], written
+    assert "stopped by a signal to another process: 1_warmup after" in written[0], written
+    assert "stopped by SIGTERM: 1_warmup after" in written[1], written
+    newest = max(int(path.stem) for path in folder.glob("1_warmup/seals/*.json"))
+    assert newest >= metrics(folder)[-1]["step"] > 0
 
 
 @pytest.mark.parametrize(
