@@ -17,6 +17,7 @@ except ImportError:  # not on Windows: no lock there
 
 from clustr_jax import processes, results
 from clustr_jax.errors import UserError
+from clustr_jax.events import Events
 from clustr_jax.files import read_json, write_json
 
 # A work directory belongs to one training; evaluation settings may change from run to run.
@@ -40,6 +41,7 @@ class Workdir:
 
     def __init__(self, root: str | pathlib.Path):
         self.root = pathlib.Path(root).expanduser().resolve()
+        self._events = Events(self.root / "tensorboard", self.records)
 
     @property
     def results(self) -> pathlib.Path:
@@ -107,11 +109,12 @@ class Workdir:
             yield  # closing the file, or the end of the process however it comes, frees it
 
     def log(self, record: dict) -> None:
-        """Append one record to metrics.jsonl."""
+        """Append one record to metrics.jsonl, and to the event files."""
         if not processes.leader():
             return
         with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        self._events.add(record)
 
     def records(self) -> list[dict]:
         """All complete records of metrics.jsonl."""

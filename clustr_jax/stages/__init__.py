@@ -13,6 +13,7 @@ from rich.console import Console
 from clustr_jax import certified, data, evaluate, loading, mesh, processes, results, settings, train
 from clustr_jax.errors import UserError
 from clustr_jax.objectives import METHODS
+from clustr_jax.profiling import Profiler
 from clustr_jax.progress import Progress
 from clustr_jax.stages import evaluation, training
 from clustr_jax.stages.context import CERTIFY, EVALUATE, STAGES, TRAIN, WARMUP, Run, stage_key
@@ -21,13 +22,20 @@ from clustr_jax.workdir import Workdir
 __all__ = ["CERTIFY", "EVALUATE", "STAGES", "TRAIN", "WARMUP", "Run", "run", "stage_key"]
 
 
-def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = None) -> dict[str, dict]:
-    """Run (or resume, or skip) the stages and return the results by name; prints as it goes.
+def run(
+    config,
+    workdir: str | None = None,
+    stages: tuple[str, ...] | None = None,
+    *,
+    quiet: bool = False,
+    profile: bool = False,
+) -> dict[str, dict]:
+    """Run (or resume, or skip) the stages and return the results by name; prints as it goes, unless quiet.
 
     `stages` None means all that the method has. Raises UserError, before anything is computed, for
-    settings that cannot work.
+    settings that cannot work. `profile` writes a trace of a few seconds of each stage to WORKDIR/profile.
     """
-    console = Console(quiet=not processes.leader())
+    console = Console(quiet=quiet or not processes.leader())
     config = settings.resolve(config)
     method = _method(config)
     wanted = _wanted(stages, method)
@@ -41,7 +49,8 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
     settings.check(config, method, net, splits[0], splits[2])
     with mesh.over(jax.devices()), place.locked(), progress:
         place.open(config)
-        this = Run(config, place, progress, net, *splits, source=source)
+        profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)
+        this = Run(config, place, progress, net, *splits, source=source, profiler=profiler)
         _introduce(this)
         if source is not None:
             _introduce_data("pre-training data", source)
@@ -52,6 +61,7 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
                 evaluation.certify(this)
             else:
                 training.run(this, stage)
+            profiler.close()
         # last, for they look at the certificates as well; a new certificate is a new diagnosis
         if {EVALUATE, CERTIFY} & set(wanted) and config.eval.diagnostics:
             evaluation.diagnose(this)

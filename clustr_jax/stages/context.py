@@ -6,6 +6,7 @@ import jax
 from ml_collections import ConfigDict
 
 from clustr_jax import data, models
+from clustr_jax.profiling import Profiler
 from clustr_jax.progress import Progress
 from clustr_jax.workdir import Workdir
 
@@ -25,6 +26,7 @@ class Run:
     val_split: data.Split
     test_split: data.Split
     source: "Run | None" = None  # the same for the data set of at_pretrain's first stage
+    profiler: Profiler = dataclasses.field(default_factory=lambda: Profiler(None))
 
     def key(self, stage: str):
         """A stream of randomness for each stage."""

@@ -26,8 +26,9 @@ def run(this: Run) -> None:
             continue
         started = time.monotonic()
 
-        def report(unbroken, what, started=started):
+        def report(unbroken, what, name=name, started=started):
             spent = duration(time.monotonic() - started)
+            this.profiler.tick(f"evaluate-{name}")
             progress.status(f"evaluate  {what}  unbroken {unbroken:.1%}  {spent}")
             preemption.check(f"evaluate, {what}")  # its records are saved before it reports
 
