@@ -32,6 +32,7 @@ def build_net(config, split: data.Split) -> Net:
         mean=config.model.mean,
         std=config.model.std,
         width=config.model.width,
+        dtype=config.model.dtype,
     )
 
 
@@ -63,6 +64,7 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
         mean=tuple(config.model.mean),
         std=tuple(config.model.std),
         width=config.model.width,
+        dtype=config.model.dtype,
     )
     checkpoints, step = _checkpoints(stage), done["step"]
     try:

@@ -36,6 +36,7 @@ def base(dataset: str) -> ConfigDict:
     c.model.width = 0  # channels of the first stage; 0 = the usual ones
     c.model.mean = (0.0,)
     c.model.std = (1.0,)
+    c.model.dtype = "float32"  # "bfloat16": layers in training mode, for accelerators
 
     c.warmup = _recipe(epochs=90, lr=1e-2, milestones=(30, 60))  # appendix D
     c.warmup.target = 0.0  # stop at this accuracy on the held-out part; 0 = run all epochs
