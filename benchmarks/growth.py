@@ -66,7 +66,6 @@ def epoch(n, k, samples):
 def attack(images, restarts, steps, slots):
     """PGD that never succeeds, as a function."""
     import jax
-
     import jax.numpy as jnp
 
     from clustr_jax import losses, models
