@@ -74,7 +74,8 @@ def compare(name: str, folder: pathlib.Path, seeds: int, eights: int) -> dict:
     result = json.loads((same / "results" / "quick.json").read_text())
     return {
         "set": name, "n": result["n"], "robust": result["robust"], "one_device": one, "eight_devices": eight,
-        "range": [min(one), max(one)], "inside_range": [bool(min(one) <= value <= max(one)) for value in eight],
+        "range": [min(one), max(one)],
+        "inside_range": [bool(min(one) <= value <= max(one)) for value in eight],
         "prediction_interval": [float(mean - half), float(mean + half)],
         "inside_prediction_interval": [bool(abs(value - mean) <= half) for value in eight],
         "p_of_equal_means": float(scipy.stats.ttest_ind(one, eight, equal_var=False).pvalue),
