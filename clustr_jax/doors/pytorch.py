@@ -10,6 +10,7 @@ clustr_jax: `from clustr_torch import load; model = load("model.pt")` (docs/door
 """
 
 import argparse
+import contextlib
 import importlib
 import math
 import pathlib
@@ -27,6 +28,7 @@ import clustr_jax
 from clustr_jax import models
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
+from clustr_jax.doors import description
 from clustr_jax.errors import UserError, first_line
 from clustr_jax.models import unit
 
@@ -71,15 +73,9 @@ def checkpoint(clf: Classifier, **about: Any) -> dict:
     `about` (JSON values) goes into `meta`. `torch.save(checkpoint(clf), "model.pt")` is the file.
     """
     nets = _nets()
-    net, module = clf.net, clf.net.module
-    channels = net.input_shape[-1]
-    meta = {
-        "format": nets.FORMAT, "model": models.name_of(net), "width": module.width,
-        "num_classes": net.num_classes, "input_shape": list(net.input_shape),
-        "mean": _per_channel(module.mean, channels), "std": _per_channel(module.std, channels),
-        "nearest": clf.nearest, "bounds": None if clf.bounds is None else list(clf.bounds), **about,
-    }  # fmt: skip
-    if isinstance(module, models.UnitNet):
+    net = clf.net
+    meta = {"format": nets.FORMAT, **description.describe(clf), **about}
+    if isinstance(net.module, models.UnitNet):
         meta["plan"], state = _folded(clf)
     else:
         state = {}
@@ -150,13 +146,12 @@ def from_torch(
         raise UserError('there are no clusters in this file: give clusters=Clusters(...), or head="linear"')
     if clusters is not None and clusters.centroids.shape[0] != net.num_classes:
         raise UserError(f"clusters of {clusters.centroids.shape[0]} classes, a network of {net.num_classes}")
-    bounds = meta.get("bounds", (0.0, 1.0))
     return Classifier(
         variables,
         clusters if head != "linear" else None,
         net,
         nearest=0 if clusters is None or head == "linear" else nearest or 0,
-        bounds=None if bounds is None else (float(bounds[0]), float(bounds[1])),
+        bounds=description.bounds({"bounds": (0.0, 1.0), **meta}),
     )
 
 
@@ -260,11 +255,6 @@ _KINDS = {
 def _cells(net):
     """Height and width after the CNN's second convolution."""
     return tuple(-(-side // 2) for side in net.input_shape[:2])
-
-
-def _per_channel(values, channels):
-    values = [float(v) for v in values]
-    return values * channels if len(values) == 1 else values
 
 
 def _tensors(arrays):
@@ -441,7 +431,8 @@ def save(clf: Classifier, path: str | pathlib.Path, **about: Any) -> float:
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where it cannot write
         raise UserError(f"cannot write {path}: {first_line(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return apart
 
 
