@@ -68,6 +68,12 @@ class Workdir:
         path = self.root / "config.json"
         if path.exists():
             before = read_json(path)
+            was, now = (c.get("data", {}).get("sha") for c in (before, content))
+            if was and now and was != now:
+                raise UserError(
+                    f"{content['data']['dir']} has changed since {self.root} was trained on it ({was} then, "
+                    f"{now} now); put the images back, or use another --workdir"
+                )
             for section in _TRAINING:
                 old, new = before.get(section), content[section]
                 if old != new:

@@ -279,7 +279,7 @@ class UnitNet(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         x = _normalise(x, self.mean, self.std)
-        for i, (kind, features, size) in enumerate(self._plan(x.shape[1:])):
+        for i, (kind, features, size) in enumerate(self.plan(x.shape[1:])):
             name = f"layer_{i}"
             if kind == "space_to_depth":
                 x = unit.space_to_depth(x)
@@ -297,7 +297,7 @@ class UnitNet(nn.Module):
         embeddings = x.reshape(x.shape[0], -1)
         return Outputs(_head(self.num_classes)(embeddings), embeddings)
 
-    def _plan(self, shape):
+    def plan(self, shape):
         """(kind, features, kernel size) of each step; "reduce" is an AOL convolution without MaxMin."""
         steps, channels, cells = [], shape[-1], math.prod(shape[:-1])
         for i in range(_UNIT_STAGES if len(shape) == 3 else 0):
@@ -317,7 +317,7 @@ class UnitNet(nn.Module):
         """See Net.describe."""
         params = variables["params"]
         layers: list[tuple] = [_scale(self.std)]
-        for i, (kind, _, _) in enumerate(self._plan(input_shape)):
+        for i, (kind, _, _) in enumerate(self.plan(input_shape)):
             if kind in ("space_to_depth", "flatten"):
                 layers.append((kind,))
             elif kind != "pad":
@@ -392,3 +392,12 @@ def build(
         std=tuple(map(float, std)),
     )
     return Net(module, tuple(input_shape), num_classes)
+
+
+def name_of(net: Net) -> str:
+    """The name that `build` knows this network by."""
+    for name, make in _MODULES.items():
+        kind, fixed = (make.func, make.keywords) if isinstance(make, functools.partial) else (make, {})
+        if type(net.module) is kind and all(getattr(net.module, k) == v for k, v in fixed.items()):
+            return name
+    raise UserError(f"{type(net.module).__name__} is not one of the networks {', '.join(_MODULES)}")

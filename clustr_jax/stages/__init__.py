@@ -42,7 +42,8 @@ def run(
     evaluate.check_config(config)
     certified.check_config(config)
     place = Workdir(workdir or settings.default_workdir(config))
-    splits = data.splits(config.data)
+    splits = data.splits(config.data, at_most=config.smoke)
+    config = settings.complete(config, splits[0], splits[2])
     progress = Progress(console)
     source = _source(config, place, progress, splits[0]) if method.source and WARMUP in wanted else None
     net = loading.build_net(config, splits[0])
@@ -81,11 +82,13 @@ def _source(config, place, progress, target):
     """What at_pretrain trains on first: another data set with its own head."""
     if not config.pretrain.name:
         raise UserError(f"{config.method} needs a data set to pre-train on: set pretrain.name, e.g. cifar100")
+    if config.pretrain.name == data.OWN:
+        raise UserError("pretrain.name cannot be own images; name a prepared set, e.g. cifar100")
     splits = data.splits(config.pretrain)
     if splits[0].images.shape[1:] != target.images.shape[1:]:
         raise UserError(
             f"pretrain.name={config.pretrain.name} has inputs of shape {splits[0].images.shape[1:]}, "
-            f"{config.data.name} of {target.images.shape[1:]}; choose a set of the same size"
+            f"{data.label(config.data)} of {target.images.shape[1:]}; choose a set of the same size"
         )
     return Run(config, place, progress, loading.build_net(config, splits[0]), *splits)
 
@@ -110,10 +113,13 @@ def _introduce(this):
     config, progress = this.config, this.progress
     devices = ", ".join(sorted({f"{d.platform} ({d.device_kind})" for d in jax.devices()}))
     count = sum(p.size for p in jax.tree.leaves(jax.eval_shape(this.net.init, jax.random.key(0))["params"]))
-    progress.line(
-        f"{config.method} on {config.data.name}, {config.model.name} with {count:,} parameters, {devices}"
-    )
+    where = data.label(config.data)
+    progress.line(f"{config.method} on {where}, {config.model.name} with {count:,} parameters, {devices}")
     _introduce_data("data", this)
+    names = this.train_split.class_names
+    if names:
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        progress.line(f"{len(names)} classes: {shown}")
     if METHODS[config.method].sampler == "magnet":
         clusters = train.per_class(config, this.net.num_classes)
         progress.line(
