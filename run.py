@@ -11,6 +11,7 @@ machine; on several machines (or processes) start it on each with the same --wor
 import os
 import pathlib
 import re
+import shlex
 import sys
 import traceback
 
@@ -56,7 +57,12 @@ def main(argv: list[str]) -> int:
     joined = processes.joined(values.coordinator, values.num_processes, values.process_id, values.platform)
     try:
         with joined, preemption.guard():
-            stages.run(config, values.workdir, None if values.stages is None else tuple(values.stages))
+            stages.run(
+                config,
+                values.workdir,
+                None if values.stages is None else tuple(values.stages),
+                command=shlex.join(["python", *argv]),
+            )
     except UserError as error:
         return _mistake(_first_line(error))
     except OSError as error:  # a full disk, a file that went away
