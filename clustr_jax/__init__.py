@@ -12,6 +12,7 @@ Map, from the bottom up:
     evaluate, sound, diagnostics, quirks    the paper's protocol, the sound ones, can they be believed?
     checkpoints, seals, workdir, loading, results, files    what is on disk
     preemption                              signals
+    report                                  report.html, figures and MODEL_CARD.md of a work directory
     stages                                  the order of things; run.py calls stages.run
 
 Shape legend: B batch, N train set, Y classes, K clusters per class, M x S Magnet batch, E embedding,

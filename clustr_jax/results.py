@@ -196,6 +196,7 @@ class Row:
 
     label: str
     kind: str
+    eps: float
     n: int
     claim: float | None = None  # what the paper reports
     paper: float | None = None  # its protocol here
@@ -213,29 +214,27 @@ def comparison(results: dict[str, dict]) -> list[Row]:
     rows = []
     if clean:
         said = paper.claim(dataset, method, "clean")
-        rows.append(
-            Row(f"clean, all {clean['n']} test images", "clean", clean["n"], said, clean["clean"])
-        )
+        label = f"clean, all {clean['n']} test images"
+        rows.append(Row(label, "clean", 0.0, clean["n"], said, clean["clean"]))
     for n in dict.fromkeys(r["n"] for r in (claimed, sound) if r):  # one row, unless the numbers differ
         values = (r["clean"] if r and r["n"] == n else None for r in (claimed, sound))
-        rows.append(Row(f"clean, the {n} attacked images", "clean", n, None, *values))
+        rows.append(Row(f"clean, the {n} attacked images", "clean", 0.0, n, None, *values))
 
-    def attacks(found, eps):
+    def attacks(found, eps, n):
         for name, value in found.items():
             said = paper.claim(dataset, method, name, eps)
-            rows.append(Row(f"{name}, eps {radius(eps)}", "attack", claimed["n"], said, value))
+            rows.append(Row(f"{name}, eps {radius(eps)}", "attack", eps, n, said, value))
 
     if claimed:
-        attacks(claimed["attacks"], claimed["eps"])
+        attacks(claimed["attacks"], claimed["eps"], claimed["n"])
     if sound:
         for name, attack in sound["attacks"].items():
-            rows.append(Row(name, "part", sound["n"], sound=attack["robust"]))
-        rows.append(
-            Row(f"worst case, eps {radius(sound['eps'])}", "worst", sound["n"], sound=sound["robust"])
-        )
+            rows.append(Row(name, "part", sound["eps"], sound["n"], sound=attack["robust"]))
+        label = f"worst case, eps {radius(sound['eps'])}"
+        rows.append(Row(label, "worst", sound["eps"], sound["n"], sound=sound["robust"]))
     if claimed:
         for eps, found in claimed["sweep"].items():
-            attacks(found, float(eps))
+            attacks(found, float(eps), claimed["n"])
     return rows
 
 

@@ -79,9 +79,7 @@ class Workdir:
         processes.wait("config.json is read")
         try:
             write_json(path, content)
-            write_json(
-                self.root / "environment.json", {"commands": self._commands(command), **environment()}
-            )
+            write_json(self.root / "environment.json", {"commands": self._commands(command), **environment()})
         except OSError as error:
             raise UserError(f"cannot write to the work directory {self.root}: {error.strerror}") from error
 

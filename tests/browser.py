@@ -69,8 +69,8 @@ class Page:
         self.events.clear()
         phone = width < 600
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1,
-            mobile=phone,
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, mobile=phone,
+            deviceScaleFactor=2 if phone else 1,
         )  # fmt: skip
         theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=theme)

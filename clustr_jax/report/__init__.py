@@ -5,7 +5,7 @@
 
     record     what the directory holds       looks      what is computed of the network: planes, gallery
     words      sentences and table cells      figures    drawings of results; svg  how they enter a page
-    page       templates filled with these
+    page       the page and card of one     compare    the page of several; both fill templates
 
 `read`, then `look` (all processes together), then `write` (the leader).
 """
@@ -13,12 +13,13 @@
 import pathlib
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from clustr_jax import data, loading, mesh
 from clustr_jax.errors import UserError
 from clustr_jax.files import write_bytes
-from clustr_jax.report import looks, page
+from clustr_jax.report import compare, looks, page
 from clustr_jax.report.page import Looks, Report
 from clustr_jax.report.record import VERSION, Record, read
 
@@ -52,7 +53,10 @@ def look(record: Record, key: jax.Array, splits: tuple[data.Split, data.Split, d
         reasons["gallery"] = f"{config.data.name} has points, not images"
     elif "2_train" not in stages:
         reasons["gallery"] = "2_train is not finished"
-    victims = [] if reasons else looks.gallery(jax.random.fold_in(key, 0), last, config, test)
+    victims = []
+    if not reasons:  # of the images that were attacked, if any were
+        attacked = record.outcomes("sound")["ids"] if "sound" in record.results else np.arange(len(test))
+        victims = looks.gallery(jax.random.fold_in(key, 0), last, config, test, attacked)
     planes = looks.embeddings(jax.random.fold_in(key, 1), stages, config, train, test)
     return Looks(planes, victims, count, (len(train), len(held_out), len(test)), reasons)
 
@@ -76,5 +80,5 @@ def write(record: Record, found: Looks) -> pathlib.Path:
 
 def write_comparison(records: list[Record], path: pathlib.Path) -> pathlib.Path:
     """The page that compares them."""
-    write_bytes(path, page.compare(records).html.encode())
+    write_bytes(path, compare.compare(records).encode())
     return path

@@ -5,7 +5,7 @@ import numpy as np
 from clustr_jax import paper, results
 from clustr_jax.report.looks import Plane, Victim, cells, limits
 from clustr_jax.report.record import Record
-from clustr_jax.report.svg import DASHES, INK, LINE, MARKERS, MUTED, SERIES, Drawing, draw
+from clustr_jax.report.svg import DASHES, INK, MARKERS, MUTED, SERIES, Drawing, draw
 
 # Of metrics.jsonl: field -> what the legend calls it.
 _ACCURACIES = {
@@ -16,7 +16,7 @@ _ACCURACIES = {
 _LOSSES = {
     "loss": "loss", "magnet": "Magnet", "natural": "cross entropy", "consistency": "consistency",
 }  # fmt: skip
-_STAGES = {"1_warmup": "warm-up", "2_train": "stage 2"}
+_STAGES = {"1_warmup": "Warm-up", "2_train": "Stage 2"}
 
 
 def _percent(value: float) -> str:
@@ -65,26 +65,44 @@ def over_eps(record: Record) -> Drawing | None:
         return None
     dataset, method = record.config["data"]["name"], record.config["method"]
     radii = sorted({e for _, points, _ in series for e, _ in points})
+    shown = _interesting(series, radii)
     said = [(e, paper.claim(dataset, method, "pgd100", e)) for e in radii if e]
     said = [(e, v) for e, v in said if v is not None]
 
     def paint(figure):
         axes = figure.add_subplot()
         for i, (label, points, n) in enumerate(series):
-            _line(axes, i, points, label, n)
+            _line(axes, i, [(e, v) for e, v in points if e <= shown], label, n)
         if said:
             _line(axes, 3, said, "the paper's PGD^100", linestyle="none", markerfacecolor="none")
         _accuracy_axes(axes, "eps, largest change of a pixel (linf)")
 
     alt = "; ".join(f"{label}, by eps: {_list(points)}" for label, points, _ in series)
     alt += f"; the paper reports: {_list(said)}" if said else ""
-    return draw("eps", "Accuracy over the radius", "Bars are 95 % intervals.", alt, paint, 3.4)
+    caption = "Bars are 95 % intervals."
+    if sound and sound["sweep"]:
+        caption += (
+            f" Sound: all attacks at {results.radius(sound['eps'])}, elsewhere APGD on the margin alone."
+        )
+    if shown < radii[-1]:
+        caption += f" Radii beyond {results.radius(shown)} are in the table: nothing is left there."
+    return draw("eps", "Accuracy over the radius", caption, alt, paint, 3.4)
+
+
+def _interesting(series, radii):
+    """The radius from which on no series has anything left, or the largest one."""
+    for e in radii:
+        if all(v == 0 for _, points, _ in series for at, v in points if at >= e):
+            return e
+    return radii[-1]
 
 
 def over_budget(record: Record, what: str) -> Drawing | None:
     """Accuracy over "restarts" or "steps" of the two plain PGD attacks of the sound protocol."""
     sound = record.results.get("sound")
-    found = {name: c[what] for name, c in (sound or {"curves": {}})["curves"].items() if what in c}
+    if not sound:
+        return None
+    found = {name: c[what] for name, c in sound["curves"].items() if what in c}
     if not found or max(map(len, found.values())) < 2:
         return None
     names = {"ce": "PGD on the cross entropy", "margin": "PGD on the margin"}
@@ -94,11 +112,18 @@ def over_budget(record: Record, what: str) -> Drawing | None:
         for i, (name, points) in enumerate(found.items()):
             _line(axes, i, points, names.get(name, name), sound["n"] if what == "restarts" else None)
         _accuracy_axes(axes, what if what == "restarts" else "steps of the first restart")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if what == "restarts":  # what is left is often little
+            highest = max(
+                results.wilson(round(v * sound["n"]), sound["n"])[1] for p in found.values() for _, v in p
+            )
+            axes.set_ylim(0, min(103, 115 * highest))
 
     alt = "; ".join(f"{names.get(name, name)}, after so many: {_list(p)}" for name, p in found.items())
     caption = {
-        "restarts": "Still falling at the right end: more restarts would find more. Bars are 95 % intervals.",
-        "steps": "Still falling at the right end: more steps would find more.",
+        "restarts": "Where a line still falls at its right end, more restarts would find more. "
+        "Bars are 95 % intervals.",
+        "steps": "Where a line still falls at its right end, more steps would find more.",
     }[what]
     return draw(what, f"Accuracy over {what}", caption, alt, paint)
 
@@ -127,7 +152,8 @@ def attacks(record: Record) -> Drawing | None:
     alt = ", ".join(f"{name} {_percent(v)}" for (name, _), v in zip(order, values, strict=True))
     return draw(
         "attacks", "Each attack alone", "Lower is stronger. Bars are 95 % intervals.",
-        f"Accuracy under each attack of {sound['protocol']}: {alt}; all together {_percent(sound['robust'])}.",
+        f"Accuracy under each attack of {sound['protocol']}: {alt}; all together "
+        f"{_percent(sound['robust'])}.",
         paint, 1.1 + 0.23 * len(order),
     )  # fmt: skip
 
@@ -138,29 +164,35 @@ def _short(name: str, most: int = 24) -> str:
 
 def certified(record: Record) -> Drawing | None:
     """Certified accuracy over the l2 radius, by each sound rule, and what l2-PGD left."""
+    from matplotlib.ticker import MaxNLocator
+
     result = record.results.get("certified")
     if not result:
         return None
-    curve, empirical = result["curve"], result["empirical"]
-    rules = [rule for rule in result["rules"] if rule not in result["unsound_rules"]]
+    radii, empirical = record.outcomes("certified"), result["empirical"]
+    rules = {r: np.sort(radii[f"radius_{r}"]) for r in result["rules"] if r not in result["unsound_rules"]}
     left = [(0.0, empirical["clean"])] + [(float(e), v["robust"]) for e, v in empirical["at"].items()]
-    end = max([r for r, v in zip(curve["radius"], curve[result["rule"]], strict=True) if v > 0], default=0)
-    wide = min(max([1.3 * end, *(1.05 * e for e, _ in left)]), curve["radius"][-1]) or curve["radius"][-1]
+    end = 1.05 * max([*(float(r[-1]) for r in rules.values()), *(e for e, _ in left)]) or 1.0
 
     def paint(figure):
         axes = figure.add_subplot()
-        for i, rule in enumerate(rules):
-            axes.plot(
-                curve["radius"], np.multiply(100, curve[rule]), color=SERIES[i], linestyle=DASHES[i],
-                label=f"certified, {rule}",
-            )  # fmt: skip
+        for i, (rule, ends) in enumerate(rules.items()):
+            at = np.concatenate([[0.0], ends, [end]])
+            kept = np.array([np.mean(ends > r) for r in at])
+            axes.step(
+                at, 100 * kept, where="post", color=SERIES[i], linestyle=DASHES[i], label=f"certified, {rule}"
+            )
         if empirical["at"]:
             _line(axes, 3, left, "left by l2-PGD", empirical["n"], linestyle="none")
         _accuracy_axes(axes, "l2 radius, pixels in [0, 1]")
-        axes.set_xlim(0, wide)
+        axes.set_xlim(0, end)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
 
     table = _list((float(e), v) for e, v in result["sweep"].items())
-    alt = f"Certified by {result['rule']} at clean accuracy {_percent(result['clean'])}, by l2 radius: {table}"
+    alt = (
+        f"Certified by {result['rule']} at clean accuracy {_percent(result['clean'])}, by l2 radius: {table}"
+    )
     alt += f"; half of the images are certified up to {result['median_radius']:.3g}"
     if empirical["at"]:
         alt += f"; l2-PGD leaves, by radius: {_list(left)}"
@@ -214,7 +246,7 @@ def _history(stage, lines, kind, fields):
 
     epochs = f"epoch {lines[0]['epoch']} to {lines[-1]['epoch']}"
     alt = f"From {epochs}: " + "; ".join(f"{label} {ends(points)}" for label, points in series.items()) + "."
-    title = f"{_STAGES.get(stage, stage).capitalize()}: {kind}"
+    title = f"{_STAGES[stage]}: {kind}"
     return draw(f"training-{stage}-{kind}", title, "", alt, paint, 3.4)
 
 
@@ -236,31 +268,38 @@ def _plane(plane: Plane, box) -> Drawing:
                     axes.fill(*cell.T, facecolor="none", edgecolor=MUTED, linewidth=0.7)
         for c in classes:
             points = plane.points[plane.labels == c]
-            axes.plot(*points.T, linestyle="none", marker=f"${c}$", color=SERIES[c % 10], markersize=3.8, markeredgewidth=0.2)  # fmt: skip
+            axes.plot(
+                *points.T, linestyle="none", marker=f"${c}$", color=SERIES[c % 10], markersize=3.8,
+                markeredgewidth=0.2,
+            )  # fmt: skip
         axes.plot(
             *plane.centroids.T, linestyle="none", marker="o", markersize=8, markerfacecolor="#ffffff",
             markeredgecolor=INK, markeredgewidth=1.0,
         )  # fmt: skip
         for owner, (x, y) in zip(plane.owners, plane.centroids, strict=True):
-            axes.text(x, y, str(owner), ha="center", va="center_baseline", fontsize=6, weight="bold", color=SERIES[owner % 10])  # fmt: skip
+            axes.text(
+                x, y, str(owner), ha="center", va="center_baseline", fontsize=6, weight="bold",
+                color=SERIES[owner % 10],
+            )  # fmt: skip
         axes.set(xlim=box[:2], ylim=box[2:], aspect="equal")
         axes.set_xlabel(f"first axis, {100 * plane.share[0]:.0f} % of the variance")
         axes.set_ylabel(f"second axis, {100 * plane.share[1]:.0f} %")
         axes.grid(visible=False)
 
     share = sum(plane.share)
-    spread = [float(np.linalg.norm(plane.points[plane.labels == c].mean(axis=0))) for c in classes if (plane.labels == c).any()]  # fmt: skip
+    means = [plane.points[plane.labels == c].mean(axis=0) for c in np.unique(plane.labels)]
+    spread = np.linalg.norm(means, axis=1)
     alt = (
-        f"{len(plane.points)} test images of {len(classes)} classes as points, each drawn as the number of its "
-        f"class, and {len(plane.centroids)} circles: {plane.source}. The two axes hold {_percent(share)} of the "
-        f"variance of {plane.dimensions} dimensions. The classes' means lie {min(spread):.2f} to "
-        f"{max(spread):.2f} units from the centre."
+        f"{len(plane.points)} test images of {len(means)} classes, each drawn as the number of its class, "
+        f"and {len(plane.centroids)} circles: {plane.source}. The two axes hold {_percent(share)} of the "
+        f"variance of {plane.dimensions} dimensions. The classes' means lie {spread.min():.2f} to "
+        f"{spread.max():.2f} units from the centre."
     )
     ratio = (box[3] - box[2]) / (box[1] - box[0])
     when = {"1_warmup": "Before: after the warm-up", "2_train": "After: the trained network"}
     return draw(
         f"embeddings-{plane.stage}", when.get(plane.stage, plane.stage),
-        f"Circles: {plane.source}.", alt, paint, float(np.clip(0.6 + 3.8 * ratio, 2.6, 6.0)),
+        f"Circles: {plane.source}.", alt, paint, float(np.clip(0.5 + 3.72 * ratio, 2.6, 6.0)),
     )  # fmt: skip
 
 
@@ -276,12 +315,15 @@ def gallery(victims: list[Victim], eps: float) -> Drawing | None:
             images = (victim.x, magnified(victim, eps), victim.x_adv)
             words = (f"class {victim.before}", f"change x {gain:.3g}", f"class {victim.after}")
             for axes, image, text in zip(row, images, words, strict=True):
-                axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")  # fmt: skip
+                shown = image[..., 0] if image.shape[-1] == 1 else image
+                axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
                 axes.set_title(text, fontsize=8)
                 axes.set_axis_off()
 
     changed = sum(victim.after != victim.label for victim in victims)
-    alt = f"{len(victims)} images of as many classes, with the change at most {eps:.4g}; {changed} fool the network."
+    alt = (
+        f"{len(victims)} images of as many classes, changed by at most {eps:.4g}; {changed} fool the network."
+    )
     return draw("gallery", "Adversarial images", "", alt, paint, 1.35 * len(victims))
 
 
@@ -313,11 +355,7 @@ def compared(records: list[Record], names: list[str]) -> Drawing | None:
         figure.legend(loc="outside lower center", ncols=1)
 
     alt = "; ".join(f"{name}, by eps: {_list(points)}" for name, points, _ in found)
-    caption = "Accuracy left by the sound protocol. Bars are 95 % intervals."
+    caption = (
+        "All attacks at a run's main radius, elsewhere APGD on the margin alone. Bars are 95 % intervals."
+    )
     return draw("eps", "Accuracy over the radius", caption, alt, paint, 3.0 + 0.2 * len(found))
-
-
-__all__ = [
-    "LINE", "attacks", "certified", "compared", "gallery", "magnified", "over_budget", "over_eps", "planes",
-    "training",
-]  # fmt: skip

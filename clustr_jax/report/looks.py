@@ -21,6 +21,8 @@ from clustr_jax.sound import pgd_attack
 _POINTS, _FITTED = 600, 2000
 # Classes of the gallery, and of the plane: more than these cannot be told apart.
 CLASSES = 10
+# Images of a class that are tried for the gallery.
+_TRIED = 50
 # The plane reaches this far beyond the outermost point, in units of the embeddings' root mean square.
 _ROOM = 0.15
 
@@ -167,14 +169,14 @@ def _first_clusters(key, clf, config, train):
     return np.asarray(fitted.centroids), np.asarray(fitted.valid), source
 
 
-def gallery(key, clf: Classifier, config, test: data.Split) -> list[Victim]:
-    """The first correctly classified test image of each class, and PGD on the margin from one start.
+def gallery(key, clf: Classifier, config, test: data.Split, ids: Int[np.ndarray, "M"]) -> list[Victim]:
+    """Of the test images `ids` the first correctly classified one of each class, and PGD on the margin.
 
-    The attack is the sound protocol's own, with its steps and its main eps. Where it fails, `x_adv` is
-    where it ended.
+    From one start. The attack is the sound protocol's own, with its steps and its main eps. Where it
+    fails, `x_adv` is where it ended.
     """
     settings, slots = config.eval.attack, config.eval.slots
-    first = [np.flatnonzero(test.labels == c)[:50] for c in range(min(test.num_classes, CLASSES))]
+    first = [ids[test.labels[ids] == c][:_TRIED] for c in range(min(test.num_classes, CLASSES))]
     candidates = np.concatenate(first).astype(np.int32)
     y = test.labels[candidates]
     view = scheduler.forward(as_partial(clf.view), test.pixels(candidates), slots)

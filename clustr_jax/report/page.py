@@ -1,4 +1,4 @@
-"""report.html, the page that compares several runs, and MODEL_CARD.md: templates filled with words and figures."""
+"""report.html and MODEL_CARD.md of one work directory: templates filled with words and figures."""
 
 import base64
 import dataclasses
@@ -9,10 +9,10 @@ import math
 import pathlib
 
 import jinja2
+import markupsafe
 import numpy as np
 
 from clustr_jax import results
-from clustr_jax.errors import UserError
 from clustr_jax.report import figures, words
 from clustr_jax.report.looks import Plane, Victim
 from clustr_jax.report.record import VERSION, Record
@@ -55,13 +55,14 @@ class Report:
 def _environment():
     """Templates that escape what they are given (the card is no HTML) and raise at a name that is missing."""
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), undefined=jinja2.StrictUndefined,
-        autoescape=lambda name: name is None or not name.endswith(".md"), trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(_TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, autoescape=lambda name: name is None or not name.endswith(".md"),
     )  # fmt: skip
 
 
-def _render(template: str, **values) -> str:
-    css = jinja2.utils.markupsafe.Markup((_TEMPLATES / "page.css").read_text())
+def render(template: str, **values) -> str:
+    """A filled template."""
+    css = markupsafe.Markup((_TEMPLATES / "page.css").read_text())
     package = results.versions()["clustr-jax"]
     return _environment().get_template(template).render(css=css, version=VERSION, package=package, **values)
 
@@ -77,13 +78,14 @@ def report(record: Record, looks: Looks) -> Report:
     shared = {
         "record": record, "verdict": words.verdict(record), "accuracy": words.accuracy_table(record),
         "certified": words.certified_table(record), "method": words.method(record),
-        "limits": words.limits(record), "pairs": _pairs(record, looks),
+        "limits": words.limits(record), "pairs": provenance(record, looks),
         "commands": record.environment.get("commands", []),
     }  # fmt: skip
-    html = _render(
+    html = render(
         "report.html", title=f"{record.title}: report", identity=record.identity, sections=_SECTIONS,
         lead=_lead(record), facts=words.facts(record), check_counts=_counts(record),
-        check_value=words.check_value, no_checks=_no_checks(record), attack_rows=words.attack_rows(record),
+        check_value=words.check_value, check_limit=words.check_limit,
+        no_checks=_no_checks(record), attack_rows=words.attack_rows(record),
         curves=[d for d in curves if d], no_curves=_no_curves(record, curves), drawings=single,
         no_certificates=_no_certificates(record), training=training, planes=planes,
         borders=any(p.borders for p in looks.planes), no_planes=_no_planes(record, looks),
@@ -93,7 +95,7 @@ def report(record: Record, looks: Looks) -> Report:
         config=json.dumps(record.config, indent=2),
         packages="\n".join(f"{k} {v}" for k, v in record.environment.get("packages", {}).items()), **shared,
     )  # fmt: skip
-    card = _render(
+    card = render(
         "card.md", parameters=looks.parameters, sizes=_sizes(looks), subset=words.subset(record),
         markdown=_markdown, **shared,
     )  # fmt: skip
@@ -125,11 +127,14 @@ def _no_checks(record):
 def _no_curves(record, curves):
     if "sound" not in record.results:
         return ["The curves over restarts and steps come from the sound protocol, which was not run."]
-    missing = [
-        what for what, curve in zip(("eps", "restarts", "steps"), curves, strict=True) if curve is None
-    ]
-    why = "a quick evaluation has no other radii and may have one restart only"
-    return [f"There is no curve over {' and '.join(missing)}: {why}."] if missing else []
+    reasons = {
+        "eps": "one radius only was attacked", "restarts": "there was one restart only",
+        "steps": "there was one step only",
+    }  # fmt: skip
+    return [
+        f"There is no curve over {what}: {reasons[what]}."
+        for what, curve in zip(reasons, curves, strict=True) if curve is None
+    ]  # fmt: skip
 
 
 def _no_certificates(record):
@@ -186,6 +191,8 @@ def _shown(record, victims, eps):
 def _fate(attack):
     if attack is None:
         return "not attacked"
+    if attack == "smaller-eps":
+        return "broken at a smaller eps"
     return f"broken by {attack}" if attack else "not broken"
 
 
@@ -209,7 +216,7 @@ def _sizes(looks):
     )
 
 
-def _pairs(record, looks=None):
+def provenance(record: Record, looks: Looks | None = None) -> list[tuple[str, str]]:
     """Provenance as (name, value)."""
     environment, config = record.environment, record.config
     first = next(iter(record.results.values()), None)
@@ -217,7 +224,7 @@ def _pairs(record, looks=None):
     protocols = sorted(r["protocol"] for r in record.results.values())
     stages = [f"{name}: {done['epochs']} epochs, {done['reason']}" for name, done in record.stages.items()]
     pairs = [
-        ("data", f"{config['data']['name']}; subset: {words.subset(record)}"),
+        ("data", f"{config['data']['name']}: {words.subset(record)}"),
         ("seed", str(config["seed"])),
         ("stages", "; ".join(stages)),
         ("results", ", ".join(protocols) or "none"),
@@ -240,120 +247,3 @@ def _markdown(cell, kind):
         return "–"
     value = f"**{cell.value}**" if kind == "worst" else cell.value
     return f"{value} {cell.interval}".strip()
-
-
-# Several directories
-
-
-def compare(records: list[Record]) -> Report:
-    """One page for several runs; UserError where they hold different versions of the same result."""
-    _check_versions(records)
-    names = _names(records)
-    drawing = figures.compared(records, names)
-    found = {r["protocol"] for record in records for r in record.results.values()}
-    by_name = {n: next((p for p in found if p.startswith(n)), "not run") for n in ("clean", "paper", "sound")}
-    columns = ["data", "clean, all test images", "eps", "images", f"paper's protocol ({by_name['paper']})"]
-    columns += [f"sound protocol ({by_name['sound']})", "certified (l2 radius)"]
-    rows = [
-        {
-            "name": name, "cells": _cells(record),
-            "tone": words.verdict(record).tone, "status": _status(record),
-        }
-        for name, record in zip(names, records, strict=True)
-    ]  # fmt: skip
-    title = f"{len(records)} runs compared"
-    html = _render(
-        "compare.html", title=title, identity=results.sha([r.identity for r in records]),
-        lead=" · ".join(names), columns=columns, rows=rows, notes=_compare_notes(records, names, drawing),
-        drawing=drawing, attacks=_attack_table(records, names),
-        runs=[
-            {"name": name, "title": record.title, "pairs": [*_pairs(record), *_command(record)]}
-            for name, record in zip(names, records, strict=True)
-        ],
-    )  # fmt: skip
-    return Report(html, "", [drawing] if drawing else [])
-
-
-def _check_versions(records):
-    for name in results.PROTOCOLS:
-        versions = {r.results[name]["protocol"]: r.root for r in records if name in r.results}
-        if len(versions) > 1:
-            (a, at), (b, other), *_ = versions.items()
-            raise UserError(
-                f"{name} is {a} in {at} and {b} in {other}; versions are never mixed in a table: evaluate one of "
-                f"them again, or compare them apart"
-            )
-
-
-def _names(records):
-    """Folder names, or as much of the paths as makes them different."""
-    for depth in range(1, max(len(r.root.parts) for r in records) + 1):
-        names = ["/".join(r.root.parts[-depth:]) for r in records]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError("the same work directory is given twice; give each once")
-
-
-def _cells(record):
-    clean, paper, sound, certified = (
-        record.results.get(n) for n in ("clean", "paper", "sound", "certified")
-    )
-    attacked = [r for r in (paper, sound) if r]
-    eps = " and ".join(dict.fromkeys(results.radius(r["eps"]) for r in attacked))
-    count = " and ".join(dict.fromkeys(str(r["n"]) for r in attacked))
-    certain = words.cell(certified["robust"], certified["n"]) if certified else None
-    if certified and certain:
-        certain = dataclasses.replace(
-            certain, interval=f"{certain.interval} at {results.radius(certified['eps'])}"
-        )
-    return [
-        record.config["data"]["name"],
-        words.cell(clean["clean"], clean["n"]) if clean else None,
-        eps or None, count or None,
-        words.cell(paper["robust"], paper["n"]) if paper else None,
-        words.cell(sound["robust"], sound["n"]) if sound else None,
-        certain,
-    ]  # fmt: skip
-
-
-def _status(record):
-    if record.checks is None:
-        return words.verdict(record).status
-    failed = record.checks["failed"]
-    return f"FAILED: {', '.join(map(str, failed))}" if failed else "NONE FAILED"
-
-
-def _compare_notes(records, names, drawing):
-    notes = []
-    for name in ("paper", "sound"):
-        without = [n for n, r in zip(names, records, strict=True) if name not in r.results]
-        if without:
-            notes.append(f"The {name} protocol was not run in {', '.join(without)}.")
-    if len({r.config["data"]["name"] for r in records}) > 1:
-        notes.append("The runs are on different data: compare within a data set only.")
-    if (
-        len({(r.results["sound"]["eps"], r.results["sound"]["n"]) for r in records if "sound" in r.results})
-        > 1
-    ):
-        notes.append("The runs were attacked at different radii or on different numbers of images.")
-    if drawing is None:
-        notes.append("There are no curves: no run has a sound result at more than one radius.")
-    return notes
-
-
-def _attack_table(records, names):
-    having = [(name, r.results["sound"]) for name, r in zip(names, records, strict=True) if "sound" in r.results]  # fmt: skip
-    attacks = dict.fromkeys(attack for _, sound in having for attack in sound["attacks"])
-    rows = [
-        (a, [words.cell(s["attacks"][a]["robust"], s["n"]) if a in s["attacks"] else None for _, s in having])
-        for a in attacks
-    ]
-    if rows:
-        rows.append(("all together", [words.cell(s["robust"], s["n"]) for _, s in having]))
-    columns = [f"{name}, eps {results.radius(sound['eps'])}" for name, sound in having]
-    return {"columns": columns, "rows": rows}
-
-
-def _command(record):
-    commands = record.environment.get("commands", [])
-    return [("command", commands[-1])] if commands else []

@@ -12,7 +12,10 @@ from markupsafe import Markup
 INK, MUTED, LINE, PAPER = "#1c2128", "#59636e", "#d1d9e0", "#ffffff"
 # Wong 2011 (Okabe and Ito), darkened until each stands out from white by 4.5 : 1. Never the only sign: lines
 # have dashes and markers of their own, points the number of their class.
-SERIES = ("#0068a8", "#b84a00", "#00735a", "#9c3f78", "#6b5b00", "#3f4fb0", "#8f1d1d", "#007088", "#6d4a9c", "#555555")  # fmt: skip
+SERIES = (
+    "#0068a8", "#b84a00", "#00735a", "#9c3f78", "#6b5b00",
+    "#3f4fb0", "#8f1d1d", "#007088", "#6d4a9c", "#555555",
+)  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 3)), (0, (1, 1)))
 _VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--card)"} | {
@@ -49,7 +52,7 @@ def draw(name: str, title: str, caption: str, alt: str, paint: Callable, height:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE):  # pyright: ignore[reportArgumentType]
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         FigureCanvasAgg(figure)
         paint(figure)

@@ -29,8 +29,8 @@ class Cell:
 class Verdict:
     """The first thing that a reader sees. `status`: one word for how far the figure can be trusted."""
 
-    status: str  # "NOT REFUTED", "UPPER BOUND", "UNCHECKED" or "NO EVIDENCE"
-    tone: str  # pass, warn, fail or skip: the look of the status
+    status: str  # "NO CHECK FAILED", "UPPER BOUND ONLY", "UNCHECKED" or "NO EVIDENCE"
+    tone: str  # info, warn, fail or skip: the look of the status, which is about trust, not about robustness
     label: str
     figure: Cell | None
     line: str  # the verdict of diagnostics.json, or why there is none
@@ -63,20 +63,20 @@ def verdict(record: Record) -> Verdict:
         if failed:
             checked = f"check{'s' * (len(checks['failed']) > 1)} {failed} failed"
             text = f"{line}, but {checked}: the attacks may have been misled, and the truth may be far lower."
-            return Verdict("UPPER BOUND", "fail", label, figure, checks["verdict"], text + low)
+            return Verdict("UPPER BOUND ONLY", "fail", label, figure, checks["verdict"], text + low)
         warned = [str(c["number"]) for c in checks["checks"] if c["status"] == "WARN"]
         text = f"{line}, and no check found a reason to distrust the attacks"
         text += f" ({len(warned)} gave a warning: {', '.join(warned)})" if warned else ""
         text += f". A stronger attack can still lower the figure, and none can raise it.{low}"
-        return Verdict("NOT REFUTED", "pass", label, figure, checks["verdict"], text)
+        return Verdict("NO CHECK FAILED", "info", label, figure, checks["verdict"], text)
     quick = found.get("quick")
     if quick:
         label = f"after a quick attack, eps {results.radius(quick['eps'])}"
-        text = "A quick look with three weak attacks: a stronger evaluation will find less. Run the sound protocol."  # fmt: skip
+        text = "A quick look with three attacks of few steps: the sound protocol will find less. Run it."
         line = "No verdict: the sound protocol was not run."
         return Verdict("NO EVIDENCE", "warn", label, cell(quick["robust"], quick["n"]), line, text)
     if "paper" in found:
-        text = "The paper's protocol alone is no evidence of robustness: its attack can fail where others succeed."  # fmt: skip
+        text = "The paper's protocol alone is no evidence: its attack can fail where others succeed."
     elif "clean" in found:
         text = "No attack was run: nothing is known of this network's robustness."
     else:
@@ -96,7 +96,7 @@ def _no_better(record):
     constant, sound = constant_share(record), record.results["sound"]
     if constant is None or sound["robust"] > constant:
         return ""
-    return f" Always answering the commonest class would score {results.percent(constant)} %, no less."
+    return f" Always answering the commonest class would score no less: {results.percent(constant)} %."
 
 
 def constant_share(record: Record) -> float | None:
@@ -107,33 +107,30 @@ def constant_share(record: Record) -> float | None:
     return float(np.bincount(labels).max() / len(labels)) if len(labels) else None
 
 
-def facts(record: Record) -> list[tuple[str, str]]:
-    """A handful of figures beside the verdict: (name, value)."""
+def facts(record: Record) -> list[tuple[str, Cell, str]]:
+    """A handful of figures beside the verdict: (name, value, unit)."""
     found = []
-    clean, paper, sound, certified = (
-        record.results.get(n) for n in ("clean", "paper", "sound", "certified")
-    )
-    if clean:
-        found.append(("clean accuracy", f"{results.percent(clean['clean'], clean)} %"))
+    clean, paper, sound, certified = (record.results.get(n) for n in ("clean", "paper", "sound", "certified"))
+    if clean and (sound or paper):
+        found.append(("clean accuracy", cell(clean["clean"], clean["n"]), "%"))
     if paper:
-        found.append(
-            (f"paper's protocol, eps {results.radius(paper['eps'])}", f"{results.percent(paper['robust'], paper)} %")
-        )  # fmt: skip
+        name = f"paper's protocol, eps {results.radius(paper['eps'])}"
+        found.append((name, cell(paper["robust"], paper["n"]), "%"))
     gap = masking_gap(record)
     if gap is not None:
-        found.append(("masking gap", f"{100 * gap:.2f} points"))
+        found.append(("masking gap", Cell(f"{100 * gap:.2f}"), "points"))
     if certified:
         name = f"certified, l2 radius {results.radius(certified['eps'])}"
-        found.append((name, f"{results.percent(certified['robust'], certified)} %"))
+        found.append((name, cell(certified["robust"], certified["n"]), "%"))
     constant = constant_share(record)
-    if constant is not None and sound:
-        found.append(("best constant answer", f"{results.percent(constant)} %"))
+    if constant is not None:
+        found.append(("best constant answer", cell(constant), "%"))
     if clean and "predicted" in clean:
         top = int(np.argmax(clean["predicted"]))
         share, labelled = clean["predicted"][top], clean["labelled"][top]
         if share > 1.5 * labelled + 0.05:
-            text = f"{results.percent(share)} % of answers ({results.percent(labelled)} % of labels)"
-            found.append((f"class {top} is over-predicted", text))
+            name = f"answers of class {top}, which has {results.percent(labelled)} % of the labels"
+            found.append((name, cell(share), "%"))
     return found
 
 
@@ -145,52 +142,73 @@ def masking_gap(record: Record) -> float | None:
 
 
 def accuracy_table(record: Record) -> dict | None:
-    """{columns, rows, notes}: what the paper reports, its protocol here, the sound (and quick) one here."""
+    """{columns, groups, notes}: what the paper reports, its protocol here, the sound (and quick) one here.
+
+    `groups` are (heading, rows) and rows (label, kind, cells), by radius: none, the main one, others.
+    """
     found = {name: record.results[name] for name in ("clean", "paper", "sound") if name in record.results}
-    quick = record.results.get("quick")
+    paper, sound, quick = (record.results.get(name) for name in ("paper", "sound", "quick"))
     if not found and not quick:
         return None
-    columns = ["paper reports", *(_column(found, n, f"{n} protocol") for n in ("paper", "sound"))]
-    rows = []
-    lines = results.comparison(found) if found else []
-    parts = [row for row in lines if row.kind == "part"]
-    for row in lines:
-        if row.kind == "worst" and parts:
-            strongest = min(parts, key=lambda part: part.sound)
-            rows.append((f"strongest single attack ({strongest.label})", "", [None, None, cell(strongest.sound, row.n)]))  # fmt: skip
-        if row.kind != "part":
-            cells = [cell(row.claim), cell(row.paper, row.n), cell(row.sound, row.n)]
-            rows.append((row.label, row.kind, cells))
-    sound = found.get("sound")
-    for eps, value in (sound["sweep"] if sound else {}).items():
-        label = f"worst case, eps {results.radius(float(eps))}"
-        rows.append((label, "", [None, None, cell(value["robust"], sound["n"] if sound else None)]))
+    groups: dict[float, list] = {}
+    parts = []
+    for row in results.comparison(found) if found else ():
+        cells = [cell(row.claim), cell(row.paper, row.n), cell(row.sound, row.n)]
+        if row.kind == "part":
+            parts.append(row)
+        elif row.kind != "worst":
+            groups.setdefault(row.eps, []).append((row.label.split(", eps")[0], row.kind, cells))
+    if sound and parts:
+        best = min(parts, key=lambda part: part.sound)
+        label = f"strongest single attack ({best.label})"
+        groups.setdefault(sound["eps"], []).append((label, "", [None, None, cell(best.sound, best.n)]))
+    worst = {}  # eps -> cells
+    for column, result in ((1, paper), (2, sound)):
+        if result:
+            worst.setdefault(result["eps"], [None, None, None])[column] = cell(result["robust"], result["n"])
+    main = tuple(dict.fromkeys(r["eps"] for r in (sound, paper, quick) if r))
+    for eps, cells in worst.items():
+        groups.setdefault(eps, []).append(("worst case", "worst", cells))
+    for eps, value in sound["sweep"].items() if sound else ():  # there with one attack alone
+        swept = [None, None, cell(value["robust"], sound["n"] if sound else None)]
+        groups.setdefault(float(eps), []).append(("APGD on the margin", "", swept))
+    columns = ["paper reports", *(_column(found, name) for name in ("paper", "sound"))]
     if quick:
-        columns.append(_column({"quick": quick}, "quick", "quick protocol"))
-        rows = [(label, kind, [*cells, None]) for label, kind, cells in rows]
-        rows.append((f"quick, eps {results.radius(quick['eps'])}", "", [None, None, None, cell(quick["robust"], quick["n"])]))  # fmt: skip
-    return {"columns": columns, "rows": rows, "notes": _accuracy_notes(record, rows)}
+        columns.append(f"quick protocol ({quick['protocol']})")
+        groups = {e: [(*row[:2], [*row[2], None]) for row in rows] for e, rows in groups.items()}
+        last = ("quick attack", "", [None, None, None, cell(quick["robust"], quick["n"])])
+        groups.setdefault(quick["eps"], []).append(last)
+    named = [
+        (f"eps {results.radius(e)}" if e else "no attack", groups[e]) for e in (0.0, *main) if e in groups
+    ]
+    others = [
+        (f"eps {results.radius(e)}, {label}", kind, cells)
+        for e in sorted(groups) if e not in (0.0, *main) for label, kind, cells in groups[e]
+    ]  # fmt: skip
+    named += [("other radii", others)] if others else []
+    return {"columns": columns, "groups": named, "notes": _accuracy_notes(record, named)}
 
 
-def _column(found, name, text):
+def _column(found, name):
+    text = {"paper": "paper's protocol", "sound": "sound protocol"}[name]
     return f"{text} ({found[name]['protocol']})" if name in found else f"{text} (not run)"
 
 
-def _accuracy_notes(record, rows):
+def _accuracy_notes(record, groups):
     notes = [f"{NOT_RUN[name]}." for name in ("paper", "sound") if name not in record.results]
-    if not any(cells[0] for _, _, cells in rows):
+    if not any(cells[0] for _, rows in groups for _, _, cells in rows):
         notes.append(f"The paper reports no figure for {record.title} at these radii.")
     paper, gap = record.results.get("paper"), masking_gap(record)
     if gap is not None:
         sound = record.results["sound"]
         notes.append(
-            f"Masking gap: {100 * gap:.2f} points, paper's protocol minus {sound['protocol']}. It is an error of "
-            f"the evaluation, not robustness."
+            f"Masking gap: {100 * gap:.2f} points, paper's protocol minus {sound['protocol']}. It is an "
+            f"error of the evaluation, not robustness."
         )
         if sound["head"] == "clusters":
             notes.append(
-                "The paper's attack follows the gradient of exp scores, which vanishes; RobustBench lists the "
-                "authors' CIFAR-10 model at 0.00 % under AutoAttack."
+                "The paper's attack follows the gradient of exp scores, which vanishes; RobustBench lists "
+                "the authors' CIFAR-10 model at 0.00 % under AutoAttack."
             )
     if paper and paper.get("successes_lost_by_max_loss_rule"):
         notes.append(
@@ -223,7 +241,10 @@ def certified_table(record: Record) -> dict | None:
         return None
     radii = list(result["sweep"])
     rows = [
-        (f"{rule}{', not sound' if rule in result['unsound_rules'] else ''}", [cell(at[r], result["n"]) for r in radii])
+        (
+            rule + (", not sound" if rule in result["unsound_rules"] else ""),
+            [cell(at[r], result["n"]) for r in radii],
+        )
         for rule, at in result["rules"].items()
     ]  # fmt: skip
     empirical = result["empirical"]
@@ -234,8 +255,19 @@ def certified_table(record: Record) -> dict | None:
 
 
 def check_value(check: dict) -> str:
-    """The number that was compared with the limit."""
-    return "–" if check["value"] is None else f"{check['value']:.3g}"
+    """The number that was compared with the limit, in the limit's unit."""
+    value, limit = check["value"], check["limit"]
+    if value is None:
+        return "–"
+    if "points" in limit:
+        return f"{100 * value:.2f} points"
+    return f"{100 * value:.1f} %" if "%" in limit or "chance" in limit else f"{value:.3g}"
+
+
+def check_limit(check: dict) -> str:
+    """The limit as it is printed in books."""
+    limit = check["limit"].replace("<=", "≤").replace(">=", "≥") or "–"
+    return limit + " points" if limit.endswith("chance + 2") else limit
 
 
 def method(record: Record) -> list[str]:
@@ -250,11 +282,11 @@ def method(record: Record) -> list[str]:
         if known.adversary:
             attack = config["train"]["attack"]
             text += (
-                f" Adversary: {attack['steps']} step{'s' * (attack['steps'] != 1)} of {attack['step_size']:.4g} "
-                f"within eps {results.radius(attack['eps'])}."
+                f" Adversary: {attack['steps']} step{'s' * (attack['steps'] != 1)} of "
+                f"{attack['step_size']:.4g} within eps {results.radius(attack['eps'])}."
             )
         lines.append(text)
-    head = "nearest clusters of the embeddings" if row.head == "clusters" else "a linear layer"
+    head = "the clusters of the embeddings" if row.head == "clusters" else "a linear layer"
     lines.append(f"Predictions come from {head}.")
     return lines
 
@@ -270,35 +302,47 @@ def subset(record: Record) -> str:
     texts = [text for text in found if text]
     if texts:
         return "; ".join(sorted(texts))
-    return "none: the whole splits" if found else "not known before an evaluation"
+    return "the whole splits" if found else "not known before an evaluation"
 
 
 def limits(record: Record) -> list[str]:
     """What the numbers do not say."""
-    found, sound = [], record.results.get("sound")
+    found, sound, certificate = [], record.results.get("sound"), record.results.get("certified")
     if sound:
-        found.append(
-            f"Robust accuracy is what the attacks of {sound['protocol']} left: an upper bound. A stronger attack may "
-            f"lower it."
-        )
-        found.append(f"It is about changes within an linf ball of eps {results.radius(sound['eps'])}; it says nothing of other norms, larger changes, shifts, noise or corruptions.")  # fmt: skip
-        found.append(f"{sound['n']} test images were attacked; the intervals are those of drawing that many images (Wilson, 95 %).")  # fmt: skip
+        found += [
+            f"Robust accuracy is what the attacks of {sound['protocol']} left: an upper bound, which a "
+            f"stronger attack may lower.",
+            f"It is about changes within an linf ball of eps {results.radius(sound['eps'])}; it says nothing "
+            f"of other norms, larger changes, shifts, noise or corruptions.",
+            f"{sound['n']} test images were attacked; the intervals are those of drawing that many images "
+            f"(Wilson, 95 %).",
+        ]
         if record.checks is None:
             found.append("The checks of the sound evaluation were not run on these results.")
         elif record.checks["failed"]:
-            found.append(f"Checks {', '.join(map(str, record.checks['failed']))} failed: the attacks may have been misled.")  # fmt: skip
+            failed = ", ".join(map(str, record.checks["failed"]))
+            found.append(f"Of the checks {failed} failed: the attacks may have been misled.")
         if sound["protocol"].endswith("-quick"):
-            found.append("The sound protocol ran with few steps and queries (quick): the full one finds less.")
+            found.append(
+                "The sound protocol ran with few steps and queries (quick): the full one finds less."
+            )
     else:
         found.append("Its robustness is not known: the sound protocol was not run.")
     if "paper" in record.results:
-        found.append("The figures of the paper's protocol are for comparison with the paper; they are not evidence of robustness.")  # fmt: skip
-    if "certified" in record.results:
-        rule = record.results["certified"]["rule"]
-        found.append(f"Certificates ({rule}) are about l2 changes; a radius of 0 is no statement. They rest on floating-point bounds that are rounded to the safe side.")  # fmt: skip
-    found.append(f"One network from one seed ({record.config['seed']}): other seeds vary, and the intervals do not include that.")  # fmt: skip
+        found.append(
+            "The figures of the paper's protocol are for comparison with the paper; they are not evidence of "
+            "robustness."
+        )
+    if certificate:
+        found.append(
+            f"Certificates ({certificate['rule']}) are about l2 changes; a radius of 0 is no statement."
+        )
+    found.append(
+        f"One network from one seed ({record.config['seed']}): other seeds vary, and the intervals do not "
+        f"include that."
+    )
     texts = subset(record)
-    if not texts.startswith(("none", "not")):
+    if not texts.startswith(("the whole", "not")):
         found.append(f"Not the official data: {texts}. Figures cannot be set beside published ones.")
     if record.config["smoke"]:
         found.append("A smoke run: everything was shrunk to seconds, and no number here means anything.")
