@@ -7,6 +7,7 @@ python run.py --help        and --list, which says what each config, method and 
 import os
 import pathlib
 import re
+import shlex
 import sys
 import traceback
 
@@ -57,8 +58,14 @@ def main(argv: list[str]) -> int:
     joined = processes.joined(values.coordinator, values.num_processes, values.process_id, values.platform)
     try:
         with joined, preemption.guard():
-            wanted = None if values.stages is None else tuple(values.stages)
-            stages.run(config, values.workdir, wanted, quiet=values.quiet, profile=values.profile)
+            stages.run(
+                config,
+                values.workdir,
+                None if values.stages is None else tuple(values.stages),
+                command=shlex.join(["python", *argv]),
+                quiet=values.quiet,
+                profile=values.profile,
+            )
     except UserError as error:
         return _mistake(_first_line(error))
     except OSError as error:  # a full disk, a file that went away

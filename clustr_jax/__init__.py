@@ -13,6 +13,7 @@ Map, from the bottom up:
     checkpoints, seals, workdir, loading, results, files    what is on disk
     events                                  the metrics once more, for TensorBoard
     preemption, profiling, progress         signals, traces, what is seen while work runs
+    report                                  report.html, figures and MODEL_CARD.md of a work directory
     stages, usage                           the order of things; run.py calls stages.run; --help
 
 Shape legend: B batch, N train set, Y classes, K clusters per class, M x S Magnet batch, E embedding,

@@ -62,8 +62,11 @@ class Workdir:
         path = self.stage(name) / "done.json"
         return read_json(path) if path.exists() else None
 
-    def open(self, config) -> None:
-        """Write config.json and environment.json, or check that the directory belongs to this training."""
+    def open(self, config, command: str = "") -> None:
+        """Write config.json and environment.json, or check that the directory belongs to this training.
+
+        environment.json keeps the `commands` that worked on the directory, each once, the newest last.
+        """
         content = config_dict(config)
         path = self.root / "config.json"
         if path.exists():
@@ -84,9 +87,17 @@ class Workdir:
         processes.wait("config.json is read")
         try:
             write_json(path, content)
-            write_json(self.root / "environment.json", environment())
+            write_json(self.root / "environment.json", {"commands": self._commands(command), **environment()})
         except OSError as error:
             raise UserError(f"cannot write to the work directory {self.root}: {error.strerror}") from error
+
+    def _commands(self, command: str) -> list[str]:
+        """Those of environment.json and this one; what cannot be read there is written anew."""
+        try:
+            before = read_json(self.root / "environment.json").get("commands", [])
+        except UserError:
+            before = []
+        return [*(c for c in before if c != command), *([command] if command else [])]
 
     @contextlib.contextmanager
     def locked(self):

@@ -1,6 +1,6 @@
 """The stages of a run, in order, and what is handed from one to the next.
 
-    1_warmup -> 2_train -> evaluate -> certify
+    1_warmup -> 2_train -> evaluate -> certify -> report
 
 A training stage starts from, in this order: its own newest checkpoint (resume); `config.init_from`
 (the first stage only); the previous stage's model (parameters and batch statistics, nothing else);
@@ -15,11 +15,11 @@ from clustr_jax.errors import UserError
 from clustr_jax.objectives import METHODS
 from clustr_jax.profiling import Profiler
 from clustr_jax.progress import Progress
-from clustr_jax.stages import evaluation, training
-from clustr_jax.stages.context import CERTIFY, EVALUATE, STAGES, TRAIN, WARMUP, Run, stage_key
+from clustr_jax.stages import evaluation, reporting, training
+from clustr_jax.stages.context import CERTIFY, EVALUATE, REPORT, STAGES, TRAIN, WARMUP, Run, stage_key
 from clustr_jax.workdir import Workdir
 
-__all__ = ["CERTIFY", "EVALUATE", "STAGES", "TRAIN", "WARMUP", "Run", "run", "stage_key"]
+__all__ = ["CERTIFY", "EVALUATE", "REPORT", "STAGES", "TRAIN", "WARMUP", "Run", "run", "stage_key"]
 
 
 def run(
@@ -27,13 +27,15 @@ def run(
     workdir: str | None = None,
     stages: tuple[str, ...] | None = None,
     *,
+    command: str = "",
     quiet: bool = False,
     profile: bool = False,
 ) -> dict[str, dict]:
     """Run (or resume, or skip) the stages and return the results by name; prints as it goes, unless quiet.
 
-    `stages` None means all that the method has. Raises UserError, before anything is computed, for
-    settings that cannot work. `profile` writes a trace of a few seconds of each stage to WORKDIR/profile.
+    `stages` None means all that the method has; `command` is what the user typed, for the record; `profile`
+    writes a trace of a few seconds of each stage to WORKDIR/profile. Raises UserError, before anything is
+    computed, for settings that cannot work.
     """
     console = Console(quiet=quiet or not processes.leader())
     config = settings.resolve(config)
@@ -49,9 +51,19 @@ def run(
     net = loading.build_net(config, splits[0])
     settings.check(config, method, net, splits[0], splits[2])
     with mesh.over(jax.devices()), place.locked(), progress:
-        place.open(config)
-        profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)
-        this = Run(config, place, progress, net, *splits, source=source, profiler=profiler)
+    config,
+    workdir: str | None = None,
+    stages: tuple[str, ...] | None = None,
+    *,
+    command: str = "",
+    quiet: bool = False,
+    profile: bool = False,
+) -> dict[str, dict]:
+    """Run (or resume, or skip) the stages and return the results by name; prints as it goes, unless quiet.
+
+    `stages` None means all that the method has; `command` is what the user typed, for the record; `profile`
+    writes a trace of a few seconds of each stage to WORKDIR/profile. Raises UserError, before anything is
+    computed, for settings that cannot work.
         _introduce(this)
         if source is not None:
             _introduce_data("pre-training data", source)
@@ -60,12 +72,14 @@ def run(
                 evaluation.run(this)
             elif stage == CERTIFY:
                 evaluation.certify(this)
-            else:
+            elif stage in (WARMUP, TRAIN):
                 training.run(this, stage)
             profiler.close()
         # last, for they look at the certificates as well; a new certificate is a new diagnosis
         if {EVALUATE, CERTIFY} & set(wanted) and config.eval.diagnostics:
             evaluation.diagnose(this)
+        if REPORT in wanted:
+            reporting.run(this)
     found = {name: results.load(place.results, name) for name in ("clean", *config.eval.protocols)}
     found = {name: result for name, result in found.items() if result is not None}
     if EVALUATE in wanted and found:
@@ -75,6 +89,8 @@ def run(
             console.print(results.checks_table(diagnosis))
             console.print(diagnosis["verdict"], highlight=False, soft_wrap=True, style="bold")
         console.print(f"results: {place.results}", highlight=False, soft_wrap=True)
+    if REPORT in wanted:
+        console.print(f"report: {place.root / 'report.html'}", highlight=False, soft_wrap=True)
     return found
 
 

@@ -10,8 +10,8 @@ from clustr_jax.profiling import Profiler
 from clustr_jax.progress import Progress
 from clustr_jax.workdir import Workdir
 
-WARMUP, TRAIN, EVALUATE, CERTIFY = "1_warmup", "2_train", "evaluate", "certify"
-STAGES = (WARMUP, TRAIN, EVALUATE, CERTIFY)
+WARMUP, TRAIN, EVALUATE, CERTIFY, REPORT = "1_warmup", "2_train", "evaluate", "certify", "report"
+STAGES = (WARMUP, TRAIN, EVALUATE, CERTIFY, REPORT)  # at the end only: the place decides the randomness
 
 
 @dataclasses.dataclass

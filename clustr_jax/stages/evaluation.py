@@ -92,7 +92,7 @@ def diagnose(this: Run) -> None:
     sound, paper, certain = (results.load(folder, name) for name in ("sound", "paper", "certified"))
     if sound is None or sound["config_sha"] != _identity(config, "sound"):
         return
-    identity = results.sha([r and r["config_sha"] for r in (sound, paper, certain)] + [results.PROTOCOLS])
+    identity = results.diagnosis_sha(sound, paper, certain)
     before = results.load(folder, "diagnostics")
     if before and before["config_sha"] == identity:
         this.progress.line("evaluate: diagnostics were done before")
