@@ -3,7 +3,7 @@
 # ARGS=... is passed on: make run ARGS="--config=configs/cifar10.py:trades", make test ARGS="-k pgd -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow test-doors faults lint format prepare-tf clean
+.PHONY: help setup run test test-slow test-doors faults lint format docs notebooks prepare-tf clean
 
 ifndef ACCEL
 ACCEL := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda12 || echo cpu)
@@ -25,6 +25,7 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_inf
 # Stamps, so that nothing is installed again until a requirements file changes (or ACCEL does).
 INSTALLED := $(VENV)/.installed-$(ACCEL)
 INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_DOCS := $(VENV)/.installed-docs
 # For the doors to other tools alone.
 VENV_DOORS := .venv-doors
 INSTALLED_DOORS := $(VENV_DOORS)/.installed
@@ -58,6 +59,11 @@ $(INSTALLED): requirements-cpu.txt $(REQUIREMENTS)
 $(INSTALLED_DEV): requirements-dev.txt $(INSTALLED)
 	@echo "$(VENV): installing requirements-dev.txt"
 	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(INSTALLED_DOCS): requirements-docs.txt $(INSTALLED)
+	@echo "$(VENV): installing requirements-docs.txt"
+	@$(PIP) -r requirements-docs.txt
 	@touch $@
 
 run: $(INSTALLED)  ## run.py with its default config (digits, ClusTR+QTRADES), or with ARGS
@@ -94,9 +100,16 @@ format: $(INSTALLED_DEV)  ## what ruff can mend by itself
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+docs: $(INSTALLED_DOCS)  ## the documentation as a site, docs/_build/index.html; warnings are errors
+	$(PY) -m sphinx -W --keep-going -E -q -b html docs docs/_build $(ARGS)
+	@echo "docs/_build/index.html"
+
+notebooks: $(INSTALLED_DEV)  ## examples/*.ipynb with their outputs, from the .py beside them (minutes)
+	$(PY) examples/notebooks.py $(ARGS)
+
 # Only for making data sets: TFDS's CIFAR builder opens its downloads with TensorFlow. Prepared sets are read without.
 prepare-tf: $(INSTALLED)  ## add TensorFlow, for the one time that TFDS has to download and prepare a data set
 	$(PIP) -c requirements-cpu.txt tensorflow-cpu==2.21.0
 
 clean:  ## remove .venv and caches, keep runs/ and data
-	rm -rf $(VENV) $(VENV_DOORS) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_DOORS) build docs/_build docs/tutorials *.egg-info .pytest_cache .ruff_cache .hypothesis

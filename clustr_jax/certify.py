@@ -49,6 +49,11 @@ def radius(
     themselves; 0 certifies exact arithmetic. Ties and misclassified examples get 0. Radii are rounded
     down. Raises UserError for a bound that is not positive and finite, an unknown rule, and shapes
     that do not fit.
+
+    >>> c = Clusters(jnp.array([[[0.0, 0.0]], [[4.0, 0.0]]]), jnp.float32(1.0))  # bisector at z_0 = 2
+    >>> z, y = np.array([[0.5, 0.0], [1.0, 7.0], [3.0, 0.0]]), np.array([0, 0, 0])
+    >>> print(certify.radius(c, z, y, lipschitz=2.0))  # distance to it / 2; the last is misclassified
+    [0.75 0.5  0.  ]
     """
     centroids, variance, valid, z, y = _checked(clusters, z, y, lipschitz, rule, rounding)
     slope = _distances(centroids) / variance
@@ -64,7 +69,11 @@ def radius(
 
 
 def accuracy(radii: Float[np.ndarray, "B"], r: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R"]:
-    """Certified accuracy at each radius: the fraction of examples certified beyond it (r = 0: at all)."""
+    """Certified accuracy at each radius: the fraction of examples certified beyond it (r = 0: at all).
+
+    >>> print(certify.accuracy(np.array([0.0, 0.1, 0.3, 0.4]), np.array([0.0, 0.2, 0.3])))
+    [0.75 0.5  0.25]
+    """
     return np.mean(np.asarray(radii)[None, :] > np.asarray(r)[:, None], axis=1)
 
 

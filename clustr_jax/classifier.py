@@ -20,6 +20,15 @@ class Classifier(struct.PyTreeNode):
 
     `logits` always use all clusters and are finite; `predict` is the deployed rule, which may use the
     `nearest` D clusters only (0 = all). x holds pixels in [0, 1], [B, H, W, C].
+
+    `clustr_jax.load` makes one of a work directory. By hand, here with an untrained network:
+
+    >>> net = models.build("mlp", num_classes=2, input_shape=(2,), mean=(0.0, 0.0), std=(1.0, 1.0))
+    >>> variables = net.init(jax.random.key(0))
+    >>> x, y = data.load("toy2d", "test")  # points in the plane
+    >>> z = net.eval(variables, x).embeddings
+    >>> found = clusters.fit(jax.random.key(1), z, jnp.asarray(y), num_classes=2, k=2)
+    >>> clf = Classifier(variables, found, net, nearest=1, bounds=None)
     """
 
     variables: dict
@@ -29,27 +38,56 @@ class Classifier(struct.PyTreeNode):
     bounds: tuple[float, float] | None = struct.field(pytree_node=False, default=(0.0, 1.0))
 
     def embed(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B E"]:
-        """Embeddings in eval mode."""
+        """Embeddings in eval mode.
+
+        >>> clf.embed(x).shape
+        (500, 20)
+        """
         return _apply(self, x, "embed")
 
     def logits(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B Y"]:
-        """Log-domain logits: logsumexp_j(-|f - mu_cj|^2 / 2 sigma^2) for clusters, else the linear head."""
+        """Log-domain logits: logsumexp_j(-|f - mu_cj|^2 / 2 sigma^2) for clusters, else the linear head.
+
+        >>> z = clf.logits(x)
+        >>> z.shape, bool((z < 10).all())  # logarithms of sums of at most K terms, each at most 1
+        ((500, 2), True)
+        >>> print(jnp.allclose(jax.nn.softmax(z), clf.clusters.probs(clf.embed(x)), atol=1e-4))
+        True
+        """
         return _apply(self, x, "logits")
 
     def scores(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B Y"]:
-        """What the authors attack: exp scores over the D nearest clusters; the logits of a linear head."""
+        """What the authors attack: exp scores over the D nearest clusters; the logits of a linear head.
+
+        >>> scores = clf.scores(x)
+        >>> print(scores.shape, bool((scores >= 0).all()), bool((scores <= 2).all()))  # bounded by K
+        (500, 2) True True
+        """
         return _apply(self, x, "scores")
 
     def deployed(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B Y"]:
-        """What `predict` takes the argmax of: log scores over the D nearest clusters (-inf without one)."""
+        """What `predict` takes the argmax of: log scores over the D nearest clusters (-inf without one).
+
+        >>> print(jnp.isneginf(clf.deployed(x)).any(axis=1).all())  # with D = 1 only one class has a cluster
+        True
+        """
         return _apply(self, x, "deployed")
 
     def view(self, x: Float[Array | np.ndarray, "B ..."]) -> View:
-        """All that an evaluation looks at, from one forward pass: logits, deployed, clusters' exponents."""
+        """All that an evaluation looks at, from one forward pass: logits, deployed, clusters' exponents.
+
+        >>> view = clf.view(x)
+        >>> view.logits.shape, view.exponents.shape  # [B, Y], [B, Y, K]
+        ((500, 2), (500, 2, 2))
+        """
         return _apply(self, x, "view")
 
     def predict(self, x: Float[Array | np.ndarray, "B ..."]) -> Int[Array, "B"]:
-        """Predicted classes; ties go to the first class."""
+        """Predicted classes; ties go to the first class.
+
+        >>> print(bool((clf.predict(x) == clf.deployed(x).argmax(axis=1)).all()))
+        True
+        """
         return jnp.argmax(_apply(self, x, "deployed"), axis=1).astype(jnp.int32)
 
 
@@ -87,5 +125,14 @@ def _apply(clf: Classifier, x, what):
 
 
 def correct(clf: Classifier, x, y) -> Bool[np.ndarray, "N"]:
-    """Which examples the deployed rule classifies correctly."""
+    """Which examples the deployed rule classifies correctly.
+
+    >>> from clustr_jax.classifier import correct
+    >>> net = models.build("mlp", num_classes=2, input_shape=(2,), mean=(0.0, 0.0), std=(1.0, 1.0))
+    >>> clf = Classifier(net.init(jax.random.key(0)), None, net)  # a linear head
+    >>> x, y = data.load("toy2d", "test")
+    >>> right = correct(clf, x, y)
+    >>> right.shape, bool((right == (clf.predict(x) == y)).all())
+    ((500,), True)
+    """
     return np.asarray(clf.predict(x)) == y

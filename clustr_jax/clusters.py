@@ -15,7 +15,12 @@ from clustr_jax.losses import MIN_VARIANCE
 
 
 class Clusters(struct.PyTreeNode):
-    """K centroids for each of Y classes and one variance; `mask` is False where a class has fewer."""
+    """K centroids for each of Y classes and one variance; `mask` is False where a class has fewer.
+
+    >>> centroids = jnp.array([[[0.0, 0.0], [4.0, 0.0]], [[0.0, 3.0], [4.0, 3.0]]])  # [Y=2, K=2, E=2]
+    >>> c = Clusters(centroids, jnp.float32(1.0))
+    >>> z = jnp.array([[0.0, 1.0]])  # [B=1, E=2]: nearest to the first cluster of class 0
+    """
 
     centroids: Float[Array, "Y K E"]
     variance: Float[Array, ""]
@@ -23,15 +28,30 @@ class Clusters(struct.PyTreeNode):
 
     @property
     def valid(self) -> Bool[Array, "Y K"]:
-        """`mask`, with None spelled out."""
+        """`mask`, with None spelled out.
+
+        >>> print(c.valid)
+        [[ True  True]
+         [ True  True]]
+        """
         return jnp.ones(self.centroids.shape[:2], bool) if self.mask is None else self.mask
 
     def squared_distances(self, z: Float[Array, "B E"]) -> Float[Array, "B Y K"]:
-        """|z - mu|^2 from differences (the expanded square would lose the digits an attack needs)."""
+        """|z - mu|^2 from differences (the expanded square would lose the digits an attack needs).
+
+        >>> print(c.squared_distances(z))
+        [[[ 1. 17.]
+          [ 4. 20.]]]
+        """
         return jnp.sum(jnp.square(z[:, None, None, :] - self.centroids[None]), axis=-1)
 
     def exponents(self, z: Float[Array, "B E"]) -> Float[Array, "B Y K"]:
-        """-|z - mu|^2 / 2 sigma^2 of every cluster, -inf where `mask` is False."""
+        """-|z - mu|^2 / 2 sigma^2 of every cluster, -inf where `mask` is False.
+
+        >>> print(c.exponents(z))
+        [[[ -0.5  -8.5]
+          [ -2.  -10. ]]]
+        """
         exponents = -self.squared_distances(z) / (2 * self.variance)
         return jnp.where(self.valid[None], exponents, -jnp.inf)
 
@@ -40,6 +60,14 @@ class Clusters(struct.PyTreeNode):
 
         `nearest` keeps only the D nearest clusters over all classes, as the paper's inference does on
         CIFAR-100; a class that owns none of them gets -inf. Without it every entry is finite.
+
+        >>> print(c.log_scores(z))  # log domain: what attacks should see
+        [[-0.5 -2. ]]
+        >>> print(c.log_scores(z, nearest=1))  # class 1 owns none of the one nearest
+        [[-0.5 -inf]]
+        >>> far = jnp.array([[0.0, 40.0]])
+        >>> print(c.log_scores(far).argmax(axis=1), c.scores(far).argmax(axis=1))  # exp underflows to a tie
+        [1] [0]
         """
         squared = self.squared_distances(z)
         keep = jnp.broadcast_to(self.valid[None], squared.shape)
@@ -57,11 +85,19 @@ class Clusters(struct.PyTreeNode):
         return jnp.where(empty, -jnp.inf, jax.nn.logsumexp(safe, axis=-1))
 
     def scores(self, z: Float[Array, "B E"], nearest: int | None = None) -> Float[Array, "B Y"]:
-        """exp(log_scores), the authors' "logits". They underflow and saturate: only for their protocol."""
+        """exp(log_scores), the authors' "logits". They underflow and saturate: only for their protocol.
+
+        >>> print(c.scores(z))
+        [[0.607 0.135]]
+        """
         return jnp.exp(self.log_scores(z, nearest))
 
     def probs(self, z: Float[Array, "B E"], nearest: int | None = None) -> Float[Array, "B Y"]:
-        """Class probabilities p_c of Eq. 4."""
+        """Class probabilities p_c of Eq. 4.
+
+        >>> print(c.probs(z))
+        [[0.818 0.182]]
+        """
         return jax.nn.softmax(self.log_scores(z, nearest))
 
 
@@ -80,6 +116,11 @@ def fit(
     sigma^2 is the mean squared distance to the nearest own-class centroid, divided by N - 1 (paper
     Eq. 3). Raises UserError where a class has fewer than k members; a class with fewer than k
     *distinct* embeddings gets fewer clusters (`mask`).
+
+    >>> z = jnp.array([[0.0, 0.0], [0.0, 1.0], [5.0, 0.0], [5.0, 1.0]])  # [N=4, E=2]
+    >>> c = clusters.fit(jax.random.key(0), z, jnp.array([0, 0, 1, 1]), num_classes=2, k=1)
+    >>> print(c.centroids.tolist(), f"{c.variance:.3f}")  # [Y=2, K=1, E=2]; 4 x 0.25 / (4 - 1)
+    [[[0.0, 0.5]], [[5.0, 0.5]]] 0.333
     """
     return fit_assign(key, z, y, num_classes=num_classes, k=k, n_init=n_init, max_iter=max_iter)[0]
 
@@ -94,7 +135,14 @@ def fit_assign(
     n_init: int = 1,
     max_iter: int = 20,
 ) -> tuple[Clusters, Int[Array, "N"]]:
-    """As `fit`, with the cluster of each example: class * K + the nearest of its own class."""
+    """As `fit`, with the cluster of each example: class * K + the nearest of its own class.
+
+    >>> z = jnp.array([[0.0, 0.0], [5.0, 1.0], [0.0, 1.0], [5.0, 0.0]])
+    >>> y = jnp.array([0, 1, 0, 1])
+    >>> c, assignments = clusters.fit_assign(jax.random.key(0), z, y, num_classes=2, k=1)
+    >>> print(assignments)
+    [0 1 0 1]
+    """
     per_class = (k,) * num_classes if isinstance(k, int) else tuple(k)
     if len(per_class) != num_classes or min(per_class) < 1:
         raise UserError(f"k must be a positive int or one per class ({num_classes}), got {k}")
@@ -145,7 +193,13 @@ def _fit(key, z, y, blocks, limits, k, n_init, max_iter):
 
 @jax.jit
 def with_variance(clusters: Clusters, z: Float[Array, "N E"], y: Int[Array, "N"]) -> Clusters:
-    """The same centroids with the variance of these embeddings (paper Eq. 3)."""
+    """The same centroids with the variance of these embeddings (paper Eq. 3).
+
+    >>> c = Clusters(jnp.array([[[0.0]], [[5.0]]]), jnp.float32(1.0))
+    >>> z, y = jnp.array([[1.0], [4.0], [7.0]]), jnp.array([0, 1, 1])
+    >>> print(clusters.with_variance(c, z, y).variance)  # (1 + 1 + 4) / (3 - 1)
+    3.0
+    """
     return _with_variance(clusters, z, y)[0]
 
 

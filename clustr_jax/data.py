@@ -39,7 +39,12 @@ _PADDING = 4  # of the random crop
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split: `images` uint8 (or float32 points), `labels` int32, and what it is."""
+    """One split: `images` uint8 (or float32 points), `labels` int32, and what it is.
+
+    >>> split = data.load_split("digits", "test")
+    >>> split.images.dtype, split.images.shape, split.num_classes, len(split)
+    (dtype('uint8'), (359, 8, 8, 1), 10, 359)
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -54,18 +59,31 @@ class Split:
         return len(self.labels)
 
     def take(self, index, what: str) -> "Split":
-        """The examples at `index`; `what` is added to the description of the subset."""
+        """The examples at `index`; `what` is added to the description of the subset.
+
+        >>> split.take(slice(0, 10), "first ten").subset
+        'first ten'
+        """
         subset = f"{self.subset}, {what}" if self.subset else what
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index], subset=subset)
 
     def pixels(self, index: slice | Int[np.ndarray, "N"] = slice(None)) -> Float[np.ndarray, "N ..."]:
-        """float32 pixels in [0, 1] (points in their own units)."""
+        """float32 pixels in [0, 1] (points in their own units).
+
+        >>> x = split.pixels(slice(0, 5))
+        >>> x.dtype, x.shape, float(x.max())
+        (dtype('float32'), (5, 8, 8, 1), 1.0)
+        """
         return self.images[index].astype(np.float32) / np.float32(self.scale)
 
 
 @dataclasses.dataclass
 class Examples:
-    """The test images under attack: pixels, labels, and their indices in the test split."""
+    """The test images under attack: pixels, labels, and their indices in the test split.
+
+    >>> x, y = data.load("digits", "test")
+    >>> examples = data.Examples(x, y, np.arange(len(y)))
+    """
 
     x: Float[np.ndarray, "N ..."]
     y: Int[np.ndarray, "N"]
@@ -75,7 +93,11 @@ class Examples:
         return len(self.y)
 
     def take(self, index) -> "Examples":
-        """Those at `index`, with the ids they have."""
+        """Those at `index`, with the ids they have.
+
+        >>> examples.take([7, 3]).ids.tolist()
+        [7, 3]
+        """
         return Examples(self.x[index], self.y[index], self.ids[index])
 
 
@@ -88,14 +110,23 @@ def load(
     which `data_dir` is a folder of images or an .npz file (clustr_jax.folder). Otherwise it is where
     TFDS keeps its prepared sets ($TFDS_DATA_DIR or ~/tensorflow_datasets).
 
-        x, y = data.load("folder", "test", data_dir="flowers")
+    >>> x, y = data.load("digits", "test")
+    >>> x.shape, x.dtype, float(x.min()), float(x.max())
+    ((359, 8, 8, 1), dtype('float32'), 0.0, 1.0)
+    >>> y.shape, y.dtype
+    ((359,), dtype('int32'))
     """
     read = load_split(name, split, data_dir)
     return read.pixels(), read.labels
 
 
 def load_split(name: str, split: str, data_dir: str | None = None) -> Split:
-    """As `load`, undecoded: uint8 images and what is known of the set."""
+    """As `load`, undecoded: uint8 images and what is known of the set.
+
+    >>> split = data.load_split("digits", "train")
+    >>> len(split), split.images.dtype, split.scale, split.bounds
+    (1438, dtype('uint8'), 16.0, (0.0, 1.0))
+    """
     name = _ALIASES.get(name, name)
     if split not in ("train", "test"):
         raise UserError(f"split must be train or test, got {split!r}")
@@ -181,7 +212,14 @@ def _toy2d(name, split):
 
 
 def default_data_dir() -> pathlib.Path:
-    """Where TFDS looks: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    """Where TFDS looks: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+    >>> import os, pathlib
+    >>> from unittest import mock
+    >>> with mock.patch.dict(os.environ, TFDS_DATA_DIR="~/sets"):
+    ...     data.default_data_dir() == pathlib.Path.home() / "sets"
+    True
+    """
     return pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 
 
@@ -254,6 +292,10 @@ def stratified(labels: Int[np.ndarray, "N"], size: int, num_classes: int) -> Int
 
     Always the same subset for the same size, whatever the run's seed: runs are compared on the same
     images.
+
+    >>> labels = np.array([0, 0, 0, 0, 1, 1])
+    >>> labels[data.stratified(labels, 3, num_classes=2)].tolist()  # two to one, as in the whole
+    [0, 0, 1]
     """
     if not 0 < size <= len(labels):
         raise UserError(f"a subset of {size} was asked for, of {len(labels)} examples")
@@ -272,6 +314,12 @@ def splits(config, at_most: bool = False) -> tuple[Split, Split, Split]:
 
     With `at_most` a subset that is larger than the split is all of it. UserError where own images are
     no longer those that this config was completed with (`settings.complete`).
+
+    >>> from ml_collections import ConfigDict
+    >>> config = ConfigDict({"name": "digits", "dir": "", "train_size": 100, "test_size": 0, "val_size": 0.1})
+    >>> train, val, test = data.splits(config)
+    >>> len(train), len(val), len(test), train.subset
+    (90, 10, 359, '100 train')
     """
     directory = config.dir or None
     if config.name == OWN:
@@ -310,6 +358,11 @@ def crop_flip(
     """Random crop after zero padding by 4 on each side, and a horizontal flip of every second image.
 
     Of a batch that is spread over devices, each image gets what it would get in the whole.
+
+    >>> images = jnp.ones((2, 8, 8, 1), jnp.uint8)
+    >>> moved = data.crop_flip(jax.random.key(0), images)
+    >>> moved.shape, moved.dtype, bool(moved.sum() < images.sum())  # zeros came in at the border
+    ((2, 8, 8, 1), dtype('uint8'), True)
     """
     height, width, channels = images.shape[1:]
     size = mesh.whole(images.shape[0])

@@ -42,6 +42,15 @@ def kmeans(
     Inertia is the sum of squared distances to the assigned centroid. A cluster that loses all its
     members moves to the point that is farthest from its centroid. Masked-out points get
     assignment -1 and count for nothing.
+
+    >>> points = jnp.array([[0.0, 0.0], [0.0, 1.0], [9.0, 0.0], [9.0, 1.0]])  # [N=4, E=2]
+    >>> km = kmeans(jax.random.key(0), points, 2)
+    >>> print(sorted(km.centroids.tolist()), km.inertia)
+    [[0.0, 0.5], [9.0, 0.5]] 1.0
+    >>> print(km.assignments[0] == km.assignments[1], km.assignments[1] == km.assignments[2])
+    True False
+    >>> print(kmeans(jax.random.key(0), points, 2, mask=points[:, 0] < 5).assignments[2:])
+    [-1 -1]
     """
     if mask is None:
         mask = jnp.ones(points.shape[0], bool)

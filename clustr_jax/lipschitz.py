@@ -24,7 +24,12 @@ _UP = 1 + 1e-6
 
 
 def bound(layers: list[tuple], input_shape: tuple[int, ...]) -> float:
-    """Upper bound of the constant of the composed layers, for inputs of this shape ([H, W, C] or [E])."""
+    """Upper bound of the constant of the composed layers, for inputs of this shape ([H, W, C] or [E]).
+
+    >>> layers = [("dense", np.diag([3.0, 1.0])), ("dense", np.diag([0.5, 2.0]))]
+    >>> print(round(lipschitz.bound(layers, (2,)), 3))  # 3 x 2; the product of the matrices has norm 2
+    6.0
+    """
     return _product(layers, tuple(input_shape[:2]) if len(input_shape) == 3 else ())[0] * _UP
 
 
@@ -114,7 +119,11 @@ LAYERS: dict[str, Callable] = {
 
 
 def dense(matrix: Float[np.ndarray, "E F"]) -> float:
-    """Largest singular value."""
+    """Largest singular value.
+
+    >>> print(lipschitz.dense(np.diag([3.0, -4.0])))
+    4.0
+    """
     return float(np.linalg.norm(np.asarray(matrix, np.float64), 2))
 
 
@@ -128,6 +137,10 @@ def conv(
     circular one decomposes over frequencies: with stride 1 its norm is the largest of the O x C
     matrices K(w), with stride s the largest of the matrices [K(w + 2 pi m / s)]_m / s, whose s^2
     frequencies fall together in the output.
+
+    >>> blur = np.full((3, 3, 1, 1), 1 / 9)  # [k, k, C, O]: the mean of 3 x 3 pixels never lengthens
+    >>> print(round(lipschitz.conv(blur, (8, 8), padding=1), 6))
+    1.0
     """
     kernel = np.asarray(kernel, np.float64)
     k = kernel.shape[0]
@@ -157,6 +170,10 @@ def jacobian_norm(
     f maps [B, ...] to [B, E], each example on its own; of a jax.tree_util.Partial the arrays are traced.
     Any u gives a lower bound; more steps only raise it. float32, 1e-5 of the value taken off for its
     rounding.
+
+    >>> matrix = jnp.diag(jnp.array([3.0, 1.0]))
+    >>> print(lipschitz.jacobian_norm(lambda x: x @ matrix, jnp.ones((2, 2))))
+    [3. 3.]
     """
     f = f if isinstance(f, Partial) else Partial(f)
     found = _jacobian_norm(f, jnp.asarray(x, jnp.float32), jax.random.key(seed), steps)
@@ -199,6 +216,13 @@ def planar(
 
     The largest norm of W2 diag(s) W1 over the linear regions s that exist, or that meet the ball: exact
     (up to float64 in telling apart lines that meet in one point).
+
+    >>> first, second = np.array([[1.0, -1.0], [0.0, 0.0]]), np.ones((2, 1))  # relu(x) + relu(-x) = |x|
+    >>> print(lipschitz.planar(first, np.zeros(2), second))
+    1.0
+    >>> layers = [("dense", first), ("dense", second)]
+    >>> print(round(lipschitz.bound(layers, (2,)), 3))  # the product of the norms is twice that
+    2.0
     """
     patterns = regions(first, bias, centre, radius).astype(np.float64)
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
@@ -212,6 +236,12 @@ def regions(first, bias, centre=None, radius: float = math.inf) -> Bool[np.ndarr
     Every region but the one around the centre has a piece of one of the lines w_i x + b_i = 0 inside
     the ball as part of its border; the other lines cut each line into pieces, and the middle of a piece
     tells the two regions beside it.
+
+    >>> on = lipschitz.regions(np.eye(2), np.zeros(2))  # relu(x_0) and relu(x_1): the four quadrants
+    >>> print(on.astype(int).tolist())
+    [[0, 0], [0, 1], [1, 0], [1, 1]]
+    >>> print(len(lipschitz.regions(np.eye(2), np.zeros(2), centre=np.array([3.0, 1.0]), radius=2.0)))
+    2
     """
     w, b = np.asarray(first, np.float64).T, np.asarray(bias, np.float64)
     centre = np.zeros(2) if centre is None else np.asarray(centre, np.float64)

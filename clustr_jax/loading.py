@@ -42,6 +42,21 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
 
     `head` "clusters" or "linear" chooses what predicts; None takes the method's own. Raises UserError
     where there is nothing to load.
+
+    >>> import contextlib, io, tempfile
+    >>> from clustr_jax import stages
+    >>> from configs import toy2d
+    >>> config = toy2d.get_config("nominal")
+    >>> config.smoke = True  # seconds instead of minutes: shows how, trains nothing worth having
+    >>> workdir = tempfile.mkdtemp()
+    >>> with contextlib.redirect_stdout(io.StringIO()):  # as python run.py --stages=2_train does
+    ...     _ = stages.run(config, workdir, ("2_train",))
+    >>> clf = clustr_jax.load(workdir)
+    >>> clf.logits(np.zeros((5, 2), np.float32)).shape, clf.clusters
+    ((5, 2), None)
+    >>> clustr_jax.load(workdir, head="clusters")
+    Traceback (most recent call last):
+    clustr_jax.errors.UserError: ...2_train has no clusters: nominal ends in a linear head there; ...
     """
     if head not in (None, "clusters", "linear"):
         raise UserError(f"head must be clusters, linear or None, got {head!r}")

@@ -16,7 +16,14 @@ MIN_VARIANCE = 1e-12
 
 
 def cross_entropy(logits: Float[Array, "B Y"], y: Int[Array, "B"] | Float[Array, "B Y"]) -> Float[Array, "B"]:
-    """Cross entropy in nats; `y` holds labels [B] or target probabilities [B, Y]."""
+    """Cross entropy in nats; `y` holds labels [B] or target probabilities [B, Y].
+
+    >>> z = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])  # [B=2, Y=3]
+    >>> print(losses.cross_entropy(z, jnp.array([0, 1])))  # one value per example
+    [0.24  1.099]
+    >>> print(losses.cross_entropy(z, jnp.full((2, 3), 1 / 3)))  # the same with soft targets
+    [1.573 1.099]
+    """
     log_probs = jax.nn.log_softmax(logits)
     if y.ndim == 1:
         return -jnp.take_along_axis(log_probs, y[:, None], axis=1)[:, 0]
@@ -24,12 +31,21 @@ def cross_entropy(logits: Float[Array, "B Y"], y: Int[Array, "B"] | Float[Array,
 
 
 def kl(logits: Float[Array, "B Y"], probs: Float[Array, "B Y"]) -> Float[Array, "B"]:
-    """KL(probs || softmax(logits)) in nats, with 0 log 0 = 0."""
+    """KL(probs || softmax(logits)) in nats, with 0 log 0 = 0.
+
+    >>> z = jnp.log(jnp.array([[0.25, 0.75]]))  # log probabilities are logits as well
+    >>> print(losses.kl(z, jnp.array([[0.5, 0.5]])))
+    [0.144]
+    """
     return cross_entropy(logits, probs) + negative_entropy(probs)
 
 
 def negative_entropy(probs: Float[Array, "B Y"]) -> Float[Array, "B"]:
-    """sum_c p_c log p_c in nats, with 0 log 0 = 0 and gradient 0 there."""
+    """sum_c p_c log p_c in nats, with 0 log 0 = 0 and gradient 0 there.
+
+    >>> print(losses.negative_entropy(jnp.array([[0.5, 0.5], [1.0, 0.0]])))
+    [-0.693  0.   ]
+    """
     positive = probs > 0
     # the logarithm of an underflowed probability would put a NaN into the gradient
     return jnp.sum(jnp.where(positive, probs * jnp.log(jnp.where(positive, probs, 1.0)), 0.0), axis=1)
@@ -40,13 +56,22 @@ def margin(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]
 
     For a nearest-centroid head its gradient has no factor that vanishes for confident examples,
     which cross entropy has (docs/fidelity.md, "why the paper's attack is blind").
+
+    >>> z = jnp.array([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+    >>> print(losses.margin(z, jnp.array([0, 0])))  # the first is right by 1, the second wrong by 3
+    [-1.  3.]
     """
     own = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
     return jnp.max(_without(logits, y), axis=1) - own
 
 
 def dlr(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]:
-    """Difference of logits ratio (Croce & Hein 2020, eq. 6): scale-free margin; needs Y >= 3."""
+    """Difference of logits ratio (Croce & Hein 2020, eq. 6): scale-free margin; needs Y >= 3.
+
+    >>> z = jnp.array([[4.0, 3.0, 0.0]])
+    >>> print(losses.dlr(z, jnp.array([0])), losses.dlr(100 * z, jnp.array([0])))  # no scale
+    [-0.25] [-0.25]
+    """
     if logits.shape[1] < 3:
         raise ValueError(f"dlr needs at least 3 classes, got {logits.shape[1]}; use losses.margin")
     top = jax.lax.top_k(logits, 3)[0]
@@ -60,7 +85,11 @@ def _without(logits, y):
 
 
 def distances(a: Float[Array, "N E"], b: Float[Array, "M E"]) -> Float[Array, "N M"]:
-    """Euclidean distances of all pairs, with gradient 0 instead of NaN where two points coincide."""
+    """Euclidean distances of all pairs, with gradient 0 instead of NaN where two points coincide.
+
+    >>> print(losses.distances(jnp.zeros((1, 2)), jnp.array([[3.0, 4.0], [0.0, 0.0]])))
+    [[5. 0.]]
+    """
     squared = jnp.sum(jnp.square(a[:, None, :] - b[None, :, :]), axis=-1)
     apart = squared > 0
     return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0)
@@ -93,6 +122,16 @@ def magnet_loss(
     features of a 1-Lipschitz network would hardly tell clusters apart at 1.
 
     Returns (loss [M, S], variance []).
+
+    Two clusters of two samples with one feature: what is 12.5 nats nearer to its own mean costs nothing.
+
+    >>> z = jnp.array([[[0.0], [2.0]], [[5.0], [7.0]]])  # [M=2, S=2, E=1], means 1 and 6
+    >>> loss, variance = losses.magnet_loss(z, jnp.array([0, 1]))
+    >>> print(loss, f"{variance:.3f}")
+    [[0.    6.875]
+     [6.875 0.   ]] 1.333
+    >>> print(losses.magnet_loss(z, jnp.array([3, 3]))[0].max())  # of one class: nothing to keep away from
+    0.0
     """
     num_rows, num_samples, size = z.shape
     mask = jnp.ones((num_rows, num_samples), bool) if mask is None else mask
@@ -120,6 +159,13 @@ def magnet_loss_of_rows(
 
     They may be a part of the batch, if `total` adds up over all parts: means and variance are then those
     of the whole batch, for the price of M (E + 1) + 1 numbers.
+
+    >>> z, row = jnp.array([[5.0], [0.0], [7.0], [2.0]]), jnp.array([1, 0, 1, 0])  # [B=4, E=1]
+    >>> loss, variance = losses.magnet_loss_of_rows(
+    ...     z, row, jnp.array([0, 1]), jnp.ones(4, bool), alpha=12.5
+    ... )
+    >>> print(loss)
+    [6.875 0.    0.    6.875]
     """
     member = jax.nn.one_hot(row, classes.shape[0], dtype=z.dtype) * mask[:, None]
     # sums and counts of the clusters together: one message between devices

@@ -58,7 +58,14 @@ TARGETED = ("apgd-t", "fab-t")
 
 
 def likely_targets(logits, y, count: int = TARGETS) -> Int[np.ndarray, "T B"]:
-    """For each image the `count` other classes with the largest clean logits, best first (at most Y - 1)."""
+    """For each image the `count` other classes with the largest clean logits, best first (at most Y - 1).
+
+    >>> from clustr_jax.attacks import ensemble
+    >>> z = np.array([[5.0, 1.0, 3.0], [0.0, 2.0, 1.0]])  # [B=2, Y=3]
+    >>> print(ensemble.likely_targets(z, np.array([0, 1])))  # [T=2, B=2]
+    [[2 2]
+     [1 0]]
+    """
     logits = np.array(logits, np.float32)
     logits[np.arange(len(y)), y] = -np.inf
     order = np.argsort(-logits, axis=1, kind="stable")
@@ -82,6 +89,17 @@ def autoattack(
 
     Two and three classes are handled: targets are all other classes, and the targeted loss is the plain
     margin where DLR has too few logits. `logits_fn` as in `pgd`. Raises UserError for bad input.
+
+    >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
+    ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
+    ...     return jnp.concatenate([z, -z], axis=1)
+    >>> x = np.stack([np.full((4, 4, 1), 0.55), np.full((4, 4, 1), 0.9)]).astype(np.float32)
+    >>> y = np.array([0, 0])
+    >>> result = attacks.autoattack(jax.random.key(0), logits, x, y, eps=0.1, slots=2)
+    >>> print(result.robust, result.broken_by.tolist())
+    [False  True] ['apgd-ce', '']
+    >>> print(np.abs(result.x_adv - x).max() <= 0.1 + 1e-6, bool((result.x_adv[1] == x[1]).all()))
+    True True
     """
     unknown = [name for name in attacks if name not in (*_AIMS, "fab-t", "square")]
     if unknown:
@@ -123,7 +141,17 @@ def apgd(
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
 ) -> Float[np.ndarray, "B ..."]:
-    """Auto-PGD on `loss_fn`; targeted=True is APGD-T: DLR towards the 9 likeliest classes, no `loss_fn`."""
+    """Auto-PGD on `loss_fn`; targeted=True is APGD-T: DLR towards the 9 likeliest classes, no `loss_fn`.
+
+    >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
+    ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
+    ...     return jnp.concatenate([z, -z], axis=1)
+    >>> x = np.stack([np.full((4, 4, 1), 0.55), np.full((4, 4, 1), 0.9)]).astype(np.float32)
+    >>> y = np.array([0, 0])
+    >>> x_adv = attacks.apgd(jax.random.key(0), logits, x, y, eps=0.1, steps=10, slots=2)
+    >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
+    [ True False] True
+    """
     aim = aims.one(aims.dlr_targeted if targeted else aims.untargeted(loss_fn))
     attack = APGD(eps=jnp.float32(eps), steps=steps, norm=norm, bounds=bounds, aim=aim)
     return _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots)
@@ -143,7 +171,17 @@ def fab(
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
 ) -> Float[np.ndarray, "B ..."]:
-    """FAB-T: the nearest adversarial point towards the 9 likeliest classes, if within eps."""
+    """FAB-T: the nearest adversarial point towards the 9 likeliest classes, if within eps.
+
+    >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
+    ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
+    ...     return jnp.concatenate([z, -z], axis=1)
+    >>> x = np.stack([np.full((4, 4, 1), 0.55), np.full((4, 4, 1), 0.9)]).astype(np.float32)
+    >>> y = np.array([0, 0])
+    >>> x_adv = attacks.fab(jax.random.key(0), logits, x, y, eps=0.1, steps=10, slots=2)
+    >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
+    [ True False] True
+    """
     attack = FAB(eps=jnp.float32(eps), steps=steps, norm=norm, bounds=bounds, restarts=restarts)
     return _attack(key, attack, logits_fn, x, y, True, ids, restarts, slots)
 
@@ -162,7 +200,17 @@ def square(
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
 ) -> Float[np.ndarray, "B H W C"]:
-    """Square: random search without gradients; `queries` forward passes per image and restart at most."""
+    """Square: random search without gradients; `queries` forward passes per image and restart at most.
+
+    >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
+    ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
+    ...     return jnp.concatenate([z, -z], axis=1)
+    >>> x = np.stack([np.full((4, 4, 1), 0.55), np.full((4, 4, 1), 0.9)]).astype(np.float32)
+    >>> y = np.array([0, 0])
+    >>> x_adv = attacks.square(jax.random.key(0), logits, x, y, eps=0.1, queries=100, slots=2)
+    >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
+    [ True False] True
+    """
     attack = Square(eps=jnp.float32(eps), steps=queries, norm=norm, bounds=bounds)
     return _attack(key, attack, logits_fn, x, y, False, ids, restarts, slots)
 

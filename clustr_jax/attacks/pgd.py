@@ -70,6 +70,17 @@ def pgd(
     `step_size` are traced, everything else is compiled in. Raises UserError for bad settings, and (outside
     jit, where values can be looked at) for pixels outside the box, labels out of range, probabilities
     instead of logits and logits that are not finite; bounded scores are warned about.
+
+    One pixel, two classes: the first image can be fooled within 0.1, the second cannot.
+
+    >>> def logits(x):  # class 0 above one half, class 1 below
+    ...     return jnp.concatenate([x - 0.5, 0.5 - x], axis=1)
+    >>> x, y = jnp.array([[0.55], [0.9]]), jnp.array([0, 0])
+    >>> x_adv = attacks.pgd(jax.random.key(0), logits, x, y, eps=0.1, step_size=0.05, steps=5, restarts=2)
+    >>> print(logits(x_adv).argmax(axis=1) != y)  # success is misclassification, nothing else
+    [ True False]
+    >>> print((jnp.abs(x_adv - x) <= 0.1 + 1e-6).all())
+    True
     """
     check_settings(eps=eps, step_size=step_size, start=start, norm=norm, select=select)
     if steps < 0 or restarts < 1:
@@ -101,7 +112,17 @@ def qtrades(
     step_size: float,
     bounds: tuple[float, float] | None = (0.0, 1.0),
 ) -> Float[Array, "B ..."]:
-    """The adversary of paper Eq. 5: uniform start, one sign step on the cross entropy to `probs`."""
+    """The adversary of paper Eq. 5: uniform start, one sign step on the cross entropy to `probs`.
+
+    >>> def logits(x):
+    ...     return 8 * jnp.concatenate([x - 0.5, 0.5 - x], axis=1)
+    >>> x = jnp.array([[0.55], [0.9]])
+    >>> x_adv = attacks.qtrades(
+    ...     jax.random.key(0), logits, x, jax.nn.softmax(logits(x)), eps=0.1, step_size=0.125
+    ... )
+    >>> print(jnp.abs(x_adv - x)[:, 0])  # away from probs, whichever side it started on, to the border
+    [0.1 0.1]
+    """
     return pgd(key, logits_fn, x, probs, eps=eps, step_size=step_size, steps=1, bounds=bounds)
 
 
@@ -116,7 +137,14 @@ def fgsm(
     norm: str = "linf",
     bounds: tuple[float, float] | None = (0.0, 1.0),
 ) -> Float[Array, "B ..."]:
-    """One step of length eps from x (Goodfellow et al. 2015); the key changes nothing."""
+    """One step of length eps from x (Goodfellow et al. 2015); the key changes nothing.
+
+    >>> def logits(x):  # class 0 above one half, class 1 below
+    ...     return jnp.concatenate([x - 0.5, 0.5 - x], axis=1)
+    >>> x, y = jnp.array([[0.55], [0.9]]), jnp.array([0, 0])
+    >>> print(attacks.fgsm(jax.random.key(0), logits, x, y, eps=0.1)[:, 0])
+    [0.45 0.8 ]
+    """
     return pgd(
         key, logits_fn, x, y, eps=eps, step_size=eps, steps=1, loss_fn=loss_fn, start="zero", norm=norm,
         bounds=bounds,
@@ -138,6 +166,13 @@ def noise(
     """The first of `draws` random points that is misclassified, else the one with the largest cross entropy.
 
     kind "uniform" is uniform in the ball, "gaussian" is N(0, (eps / 2)^2) projected onto it.
+
+    >>> def logits(x):  # class 0 above one half, class 1 below
+    ...     return jnp.concatenate([x - 0.5, 0.5 - x], axis=1)
+    >>> x, y = jnp.array([[0.55], [0.9]]), jnp.array([0, 0])
+    >>> x_adv = attacks.noise(jax.random.key(0), logits, x, y, eps=0.1, draws=50)
+    >>> print(logits(x_adv).argmax(axis=1) != y)
+    [ True False]
     """
     if kind not in ("uniform", "gaussian"):
         raise UserError(f"kind must be uniform or gaussian, got {kind!r}")

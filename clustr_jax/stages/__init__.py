@@ -51,19 +51,9 @@ def run(
     net = loading.build_net(config, splits[0])
     settings.check(config, method, net, splits[0], splits[2])
     with mesh.over(jax.devices()), place.locked(), progress:
-    config,
-    workdir: str | None = None,
-    stages: tuple[str, ...] | None = None,
-    *,
-    command: str = "",
-    quiet: bool = False,
-    profile: bool = False,
-) -> dict[str, dict]:
-    """Run (or resume, or skip) the stages and return the results by name; prints as it goes, unless quiet.
-
-    `stages` None means all that the method has; `command` is what the user typed, for the record; `profile`
-    writes a trace of a few seconds of each stage to WORKDIR/profile. Raises UserError, before anything is
-    computed, for settings that cannot work.
+        place.open(config, command)
+        profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)
+        this = Run(config, place, progress, net, *splits, source=source, profiler=profiler)
         _introduce(this)
         if source is not None:
             _introduce_data("pre-training data", source)

@@ -1,0 +1,84 @@
+"""docs/: what the pages name exists, and conf.py's own conversions."""
+
+import importlib
+import importlib.util
+import re
+
+import pytest
+from runs import ROOT
+
+from clustr_jax import Classifier, Clusters, results
+from configs import common
+
+GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def conf():
+    spec = importlib.util.spec_from_file_location("docs_conf", ROOT / "docs" / "conf.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def exists(name):
+    """Whether `name` is a setting, a method, or an attribute of a module or class of the package."""
+    first, _, rest = name.partition(".")
+    setting = common.base("digits")
+    for part in name.split("."):
+        setting = setting[part] if hasattr(setting, "keys") and part in setting else None
+    if setting is not None:
+        return True
+    if first in ("Classifier", "Clusters"):
+        owner = {"Classifier": Classifier, "Clusters": Clusters}[first]
+        return hasattr(owner, rest) or rest in owner.__dataclass_fields__
+    module = f"clustr_jax.{first}"
+    return importlib.util.find_spec(module) is not None and hasattr(importlib.import_module(module), rest)
+
+
+def test_exists():
+    assert exists("train.attack.eps") and exists("Clusters.variance") and exists("losses.kl")
+    assert not exists("train.attack.epsilon") and not exists("Clusters.sigma") and not exists("losses.magnet")
+
+
+def test_names_of_the_glossary_exist():
+    """Everything with a dot in backticks, files aside."""
+    names = set(re.findall(r"`([A-Za-z]\w*(?:\.\w+)+)`", GLOSSARY))
+    names -= {name for name in names if name.endswith(".py")}
+    assert len(names) > 30
+    assert {name for name in names if not exists(name)} == set()
+    methods = re.findall(r"methods? ((?:`\w+`(?:, )?)+)", GLOSSARY)
+    mentioned = {name for group in methods for name in re.findall(r"`(\w+)`", group)}
+    assert mentioned and mentioned <= set(common.METHODS)
+
+
+def test_versions_are_the_current_ones():
+    for name in ("paper", "sound"):
+        assert f"`{results.PROTOCOLS[name]}`" in GLOSSARY
+
+
+def test_links_of_pages():
+    """Relative links are files, as they have to be on GitHub."""
+    for page in [page for folder in (".", "api") for page in (ROOT / "docs" / folder).glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if "://" in link:
+                continue
+            assert (page.parent / link).resolve().exists(), f"{page.name}: {link}"
+
+
+def test_docstrings_become_restructured_text(conf):
+    lines = ["|a|^2 of `x` and y_", "", "    code = 1 * 2", "    more", "", ">>> f(*x)", "[1 *]", "", "End."]
+    assert conf.restructured(lines) == [
+        r"\|a\|^2 of ``x`` and y\_", "", "::", "", "    code = 1 * 2", "    more", "", ">>> f(*x)",
+        "[1 *]", "", "End.",
+    ]  # fmt: skip
+
+
+def test_links_out_of_docs(conf, monkeypatch):
+    place = conf.pathlib.PurePath("")
+    assert conf.links("[README.md](../README.md)", place) == "`README.md`"
+    assert conf.links("[the glossary](glossary.md)", place) == "[the glossary](glossary.md)"
+    assert conf.links("[n](../examples/certify.ipynb)", place) == "[n](/tutorials/certify.md)"
+    monkeypatch.setattr(conf, "SOURCE", "https://example.org/blob/main")
+    assert conf.links("[a](../README.md)", place) == "[a](https://example.org/blob/main/README.md)"
