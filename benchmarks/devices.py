@@ -24,6 +24,7 @@ import scipy.stats
 
 ROOT = pathlib.Path(process.__file__).resolve().parents[1]
 QUICK = ("--config.eval.protocols=('quick',)", "--config.eval.diagnostics=False")
+CLEAN = ("--config.eval.protocols=()", "--stages=1_warmup,2_train,evaluate")
 SETS = {
     "digits": ("--config=configs/digits.py:clustr_qtrades", *QUICK),
     "cifar10": (
@@ -49,11 +50,10 @@ def clean(workdir: pathlib.Path) -> float:
 def compare(name: str, folder: pathlib.Path, seeds: int, eights: int) -> dict:
     """Train, attack and compare one data set's runs."""
     arguments = SETS[name]
-    train = "--stages=1_warmup,2_train,evaluate"
-    for seed in range(seeds):
-        run(folder / f"{name}-1-{seed}", 1, *arguments, train, f"--config.seed={seed}")
-    for seed in range(eights):
-        run(folder / f"{name}-8-{seed}", 8, *arguments, train, f"--config.seed={seed}")
+    for devices, count in ((1, seeds), (8, eights)):
+        for seed in range(count):
+            run(folder / f"{name}-{devices}-{seed}", devices, *arguments, *CLEAN, f"--config.seed={seed}")
+    run(folder / f"{name}-1-0", 1, *arguments, "--stages=evaluate")
     same = folder / f"{name}-1-0-on-8"
     if not same.exists():
         partial = same.with_name(same.name + ".tmp")
