@@ -11,6 +11,8 @@ Map, from the bottom up:
     objectives, train                       one function per method, the train step
     evaluate, sound, diagnostics, quirks    the paper's protocol, the sound ones, can they be believed?
     checkpoints, seals, workdir, loading, results, files    what is on disk
+    data, folder                            prepared sets, and your own images
+    doors                                   PyTorch, Foolbox, safetensors
     preemption                              signals
     stages                                  the order of things; run.py calls stages.run
 

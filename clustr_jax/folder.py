@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import zipfile
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -56,6 +57,8 @@ def read(path: str | pathlib.Path) -> Folder:
     path = pathlib.Path(path).expanduser()
     if not path.exists():
         raise UserError(f"data.dir: there is no {path}; {_LAYOUT}")
+    if not path.is_dir() and not zipfile.is_zipfile(path):
+        raise UserError(f"cannot read {path} as an .npz file, as np.savez writes it; or {_LAYOUT}")
     train, test, names = _folders(path) if path.is_dir() else _npz(path)
     if test is not None and test.images.shape[1:] != train.images.shape[1:]:
         raise UserError(
@@ -179,8 +182,6 @@ def _npz(path):
     """(train, test, no names) of an .npz file."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise ValueError("a single array")
             missing = [n for n in _ARRAYS if n not in file.files]
             if missing:
                 raise UserError(

@@ -3,6 +3,7 @@
 The images of the tests are random or scikit-learn's digits, written by Pillow and read back by us.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -303,7 +304,9 @@ def test_files_that_are_no_npz(content, tmp_path):
         path = tmp_path / "mine.npy"
     else:
         path.write_bytes(content)
-    with pytest.raises(UserError, match="cannot read .*mine.np. as an .npz file") as caught:
+    with pytest.raises(
+        UserError, match="cannot read .*mine.np. as an .npz file, as np.savez writes it"
+    ) as caught:
         folder.read(path)
     assert "\n" not in str(caught.value)
 
@@ -349,11 +352,13 @@ def test_the_network_goes_by_the_size_of_the_images(size, variant, expected):
     assert settings.complete(c, own(size), own(size)).model.name == expected
 
 
-def test_smoke_fits_a_small_test_split():
-    c = config()
-    c.smoke = True
+def test_eval_n_fits_own_images_and_a_smoke_run():
+    """Elsewhere too many are refused: there the sizes are known."""
+    c, other = config(), dataclasses.replace(own(8), sha="")
     assert settings.complete(c, own(8), own(8, count=9)).eval.n == 9
-    assert settings.complete(config(), own(8), own(8, count=9)).eval.n == 32  # then it is refused
+    assert settings.complete(c, other, own(8, count=9)).eval.n == 32
+    c.smoke = True
+    assert settings.complete(c, other, own(8, count=9)).eval.n == 9
 
 
 def test_the_set_is_called_after_its_folder(tmp_path):
