@@ -19,6 +19,7 @@ from jaxtyping import Int, UInt8
 from clustr_jax.errors import UserError, first_line
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+_ORIENTATION = 274  # EXIF tag; viewers turn the image by it, Pillow and other loaders do not
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _LAYOUT = "expected train/<class>/*.png or *.jpg in it (and test/<class>/...), or a file NAME.npz"
 
@@ -167,6 +168,10 @@ def _image(path) -> np.ndarray:
             if transparent or mode not in ("L", "RGB"):
                 what = f"{image.mode} with transparency" if transparent else image.mode
                 raise UserError(f"{path} is of mode {what}; expected 8-bit grey (L) or RGB: convert it")
+            if image.getexif().get(_ORIENTATION, 1) != 1:
+                raise UserError(
+                    f"{path} is stored rotated (its EXIF says how); rotate its pixels, or take that out"
+                )
             pixels = np.asarray(image.convert(mode))
     except UserError:
         raise

@@ -163,8 +163,14 @@ def _cut(path):
     path.write_bytes(path.read_bytes()[:60])
 
 
-def _save(path, mode):
-    Image.new(mode, (5, 6)).save(path)
+def _save(path, mode, **settings):
+    Image.new(mode, (5, 6)).save(path, **settings)
+
+
+def _turned():
+    exif = Image.Exif()
+    exif[274] = 6  # a quarter turn
+    return exif
 
 
 FOLDERS = {
@@ -220,6 +226,10 @@ FOLDERS = {
         "a.png is of mode I;16; expected 8-bit",
     ),
     "CMYK": (lambda p: _save(p / "train" / "rose" / "a.jpg", "CMYK"), "a.jpg is of mode CMYK"),
+    "a rotation in EXIF": (
+        lambda p: _save(p / "train" / "rose" / "a.jpg", "RGB", exif=_turned()),
+        "a.jpg is stored rotated",
+    ),
     "a test class that is not trained": (
         lambda p: (p / "test" / "rose").rename(p / "test" / "roses"),
         "there is no class 'roses' in",
@@ -393,6 +403,9 @@ def test_a_run_from_a_folder(method, run, start, tmp_path):
     stdout, _ = run(*arguments)
     assert "10 classes: eight, five, four, nine, one" in stdout
     assert f"{method} on pngs, cnn with" in stdout
+    names = folder.read(tmp_path / "pngs").class_names
+    (label, name), *_ = re.findall(r"class (\d) \((\w+)\) is predicted", stdout)
+    assert names[int(label)] == name
     place = tmp_path / "out"
     kept = read(place / "config.json")
     assert kept["model"]["name"] == "cnn" and len(kept["model"]["mean"]) == 1
