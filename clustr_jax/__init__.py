@@ -11,6 +11,8 @@ Map, from the bottom up:
     objectives, train                       one function per method, the train step
     evaluate, sound, diagnostics, quirks    the paper's protocol, the sound ones, can they be believed?
     checkpoints, seals, workdir, loading, results, files    what is on disk
+    data, folder                            prepared sets, and your own images
+    doors                                   PyTorch, Foolbox, safetensors
     events                                  the metrics once more, for TensorBoard
     preemption, profiling, progress         signals, traces, what is seen while work runs
     report                                  report.html, figures and MODEL_CARD.md of a work directory

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import zipfile
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -18,6 +19,7 @@ from jaxtyping import Int, UInt8
 from clustr_jax.errors import UserError, first_line
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+_ORIENTATION = 274  # EXIF tag; viewers turn the image by it, Pillow and other loaders do not
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _LAYOUT = "expected train/<class>/*.png or *.jpg in it (and test/<class>/...), or a file NAME.npz"
 
@@ -56,6 +58,8 @@ def read(path: str | pathlib.Path) -> Folder:
     path = pathlib.Path(path).expanduser()
     if not path.exists():
         raise UserError(f"data.dir: there is no {path}; {_LAYOUT}")
+    if not path.is_dir() and not zipfile.is_zipfile(path):
+        raise UserError(f"cannot read {path} as an .npz file, as np.savez writes it; or {_LAYOUT}")
     train, test, names = _folders(path) if path.is_dir() else _npz(path)
     if test is not None and test.images.shape[1:] != train.images.shape[1:]:
         raise UserError(
@@ -164,6 +168,10 @@ def _image(path) -> np.ndarray:
             if transparent or mode not in ("L", "RGB"):
                 what = f"{image.mode} with transparency" if transparent else image.mode
                 raise UserError(f"{path} is of mode {what}; expected 8-bit grey (L) or RGB: convert it")
+            if image.getexif().get(_ORIENTATION, 1) != 1:
+                raise UserError(
+                    f"{path} is stored rotated (its EXIF says how); rotate its pixels, or take that out"
+                )
             pixels = np.asarray(image.convert(mode))
     except UserError:
         raise
@@ -179,8 +187,6 @@ def _npz(path):
     """(train, test, no names) of an .npz file."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise ValueError("a single array")
             missing = [n for n in _ARRAYS if n not in file.files]
             if missing:
                 raise UserError(

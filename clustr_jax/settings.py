@@ -64,7 +64,7 @@ def complete(config: ConfigDict, train_split: Split, test_split: Split) -> Confi
     """What a config leaves to the data, filled in, so that config.json can be loaded without the data.
 
     An empty mean or std is that of the training images, per channel; the model "auto" is chosen by the
-    size of the images; `data.sha` names the content of own images.
+    size of the images; `data.sha` names the content of own images, whose eval.n is at most all of them.
     """
     config = config.copy_and_resolve_references()
     model = config.model
@@ -77,7 +77,7 @@ def complete(config: ConfigDict, train_split: Split, test_split: Split) -> Confi
     if train_split.sha:
         with config.unlocked():
             config.data.sha = train_split.sha
-    if config.smoke:
+    if config.smoke or train_split.sha:  # these numbers were chosen without knowing the set
         config.eval.n = min(config.eval.n, len(test_split))
     return config
 

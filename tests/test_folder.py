@@ -3,6 +3,7 @@
 The images of the tests are random or scikit-learn's digits, written by Pillow and read back by us.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -162,8 +163,14 @@ def _cut(path):
     path.write_bytes(path.read_bytes()[:60])
 
 
-def _save(path, mode):
-    Image.new(mode, (5, 6)).save(path)
+def _save(path, mode, **settings):
+    Image.new(mode, (5, 6)).save(path, **settings)
+
+
+def _turned():
+    exif = Image.Exif()
+    exif[274] = 6  # a quarter turn
+    return exif
 
 
 FOLDERS = {
@@ -219,6 +226,10 @@ FOLDERS = {
         "a.png is of mode I;16; expected 8-bit",
     ),
     "CMYK": (lambda p: _save(p / "train" / "rose" / "a.jpg", "CMYK"), "a.jpg is of mode CMYK"),
+    "a rotation in EXIF": (
+        lambda p: _save(p / "train" / "rose" / "a.jpg", "RGB", exif=_turned()),
+        "a.jpg is stored rotated",
+    ),
     "a test class that is not trained": (
         lambda p: (p / "test" / "rose").rename(p / "test" / "roses"),
         "there is no class 'roses' in",
@@ -303,7 +314,9 @@ def test_files_that_are_no_npz(content, tmp_path):
         path = tmp_path / "mine.npy"
     else:
         path.write_bytes(content)
-    with pytest.raises(UserError, match="cannot read .*mine.np. as an .npz file") as caught:
+    with pytest.raises(
+        UserError, match="cannot read .*mine.np. as an .npz file, as np.savez writes it"
+    ) as caught:
         folder.read(path)
     assert "\n" not in str(caught.value)
 
@@ -349,11 +362,13 @@ def test_the_network_goes_by_the_size_of_the_images(size, variant, expected):
     assert settings.complete(c, own(size), own(size)).model.name == expected
 
 
-def test_smoke_fits_a_small_test_split():
-    c = config()
-    c.smoke = True
+def test_eval_n_fits_own_images_and_a_smoke_run():
+    """Elsewhere too many are refused: there the sizes are known."""
+    c, other = config(), dataclasses.replace(own(8), sha="")
     assert settings.complete(c, own(8), own(8, count=9)).eval.n == 9
-    assert settings.complete(config(), own(8), own(8, count=9)).eval.n == 32  # then it is refused
+    assert settings.complete(c, other, own(8, count=9)).eval.n == 32
+    c.smoke = True
+    assert settings.complete(c, other, own(8, count=9)).eval.n == 9
 
 
 def test_the_set_is_called_after_its_folder(tmp_path):
@@ -388,6 +403,9 @@ def test_a_run_from_a_folder(method, run, start, tmp_path):
     stdout, _ = run(*arguments)
     assert "10 classes: eight, five, four, nine, one" in stdout
     assert f"{method} on pngs, cnn with" in stdout
+    names = folder.read(tmp_path / "pngs").class_names
+    (label, name), *_ = re.findall(r"class (\d) \((\w+)\) is predicted", stdout)
+    assert names[int(label)] == name
     place = tmp_path / "out"
     kept = read(place / "config.json")
     assert kept["model"]["name"] == "cnn" and len(kept["model"]["mean"]) == 1
