@@ -117,7 +117,7 @@ def over_budget(record: Record, what: str) -> Drawing | None:
             highest = max(
                 results.wilson(round(v * sound["n"]), sound["n"])[1] for p in found.values() for _, v in p
             )
-            axes.set_ylim(0, min(103, 115 * highest))
+            axes.set_ylim(-4 * highest, min(103, 110 * highest))
 
     alt = "; ".join(f"{names.get(name, name)}, after so many: {_list(p)}" for name, p in found.items())
     caption = {
@@ -144,7 +144,9 @@ def attacks(record: Record) -> Drawing | None:
             capsize=2.5, elinewidth=1.2, label="this attack alone",
         )  # fmt: skip
         axes.axvline(100 * sound["robust"], color=SERIES[1], linestyle=DASHES[1], label="all together")
-        axes.set(xlabel="accuracy in %", xlim=(0, None), ylim=(len(order) - 0.4, -0.6))
+        axes.set(xlabel="accuracy in %", ylim=(len(order) - 0.4, -0.6))
+        most = max(results.wilson(round(v * sound["n"]), sound["n"])[1] for v in values)
+        axes.set_xlim(-3 * most, 104 * most)
         axes.set_yticks(places, [_short(name) for name, _ in order])
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside lower center", ncols=2)
