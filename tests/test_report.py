@@ -713,6 +713,10 @@ def test_pages_in_a_browser(width, dark, full, tmp_path):
             )
             assert len(sizes) == text.count("<svg ") + text.count("<img ")
             assert all(w > 40 and h > 40 and left >= 0 and right <= width for w, h, left, right in sizes)
+            edges = tab.run(
+                "[...document.querySelectorAll('h1, h2, p')].map(e => e.getBoundingClientRect().x)"
+            )
+            assert min(x for x in edges if x > 0) >= 15  # words keep away from the edge
             background = tab.run("getComputedStyle(document.body).backgroundColor")
             assert (sum(map(int, re.findall(r"\d+", background))) < 200) == dark
             ink = tab.run("getComputedStyle(document.querySelector('figure svg text')).fill")

@@ -16,6 +16,8 @@ _ACCURACIES = {
 _LOSSES = {
     "loss": "loss", "magnet": "Magnet", "natural": "cross entropy", "consistency": "consistency",
 }  # fmt: skip
+# Losses whose largest is so many times the smallest are drawn on a logarithmic axis.
+_WIDE = 20
 _STAGES = {"1_warmup": "Warm-up", "2_train": "Stage 2"}
 
 
@@ -224,7 +226,7 @@ def _history(stage, lines, kind, fields):
     series = {label: points for label, points in series.items() if points}
     if not series:
         return None
-    scale = 100 if kind == "accuracy" else 1
+    scale, values = 100 if kind == "accuracy" else 1, [y for p in series.values() for _, y in p]
 
     def paint(figure):
         axes = figure.add_subplot()
@@ -238,7 +240,7 @@ def _history(stage, lines, kind, fields):
         axes.xaxis.get_major_locator().set_params(integer=True)
         if kind == "accuracy":
             axes.set_ylim(-3, 103)
-        elif min(y for points in series.values() for _, y in points) > 0 and len(lines) > 1:
+        elif min(values) > 0 and max(values) > _WIDE * min(values):
             axes.set_yscale("log")
         figure.legend(loc="outside lower center", ncols=2)
 
