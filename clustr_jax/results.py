@@ -191,7 +191,8 @@ def percent(value: float | None, result: dict | None = None, key: str = "robust"
 class Row:
     """One accuracy, as a fraction of `n` images, from each source that has it.
 
-    `kind`: "clean", "attack" (one of the paper's), "part" (one of the sound protocol) or "worst".
+    `kind`: "all" (the whole test split, by no protocol), "clean" (what was attacked), "attack" (one of the
+    paper's), "part" (one of the sound protocol) or "worst".
     """
 
     label: str
@@ -215,7 +216,7 @@ def comparison(results: dict[str, dict]) -> list[Row]:
     if clean:
         said = paper.claim(dataset, method, "clean")
         label = f"clean, all {clean['n']} test images"
-        rows.append(Row(label, "clean", 0.0, clean["n"], said, clean["clean"]))
+        rows.append(Row(label, "all", 0.0, clean["n"], said, clean["clean"]))
     for n in dict.fromkeys(r["n"] for r in (claimed, sound) if r):  # one row, unless the numbers differ
         values = (r["clean"] if r and r["n"] == n else None for r in (claimed, sound))
         rows.append(Row(f"clean, the {n} attacked images", "clean", 0.0, n, None, *values))

@@ -11,6 +11,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 
 _BINARIES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome")
@@ -19,6 +20,14 @@ _FLAGS = (
     "--disable-background-networking", "--disable-extensions", "--hide-scrollbars", "--remote-debugging-pipe",
 )  # fmt: skip
 _SECONDS = 60.0
+# The browser reads commands from its file 3 and writes answers to 4; first out of each other's way.
+_START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for end, place in zip(ends, (3, 4)):
+    os.dup2(end, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find() -> str | None:
@@ -112,10 +121,10 @@ def page(folder):
     binary = find()
     assert binary is not None
     (child_in, writing), (reading, child_out) = os.pipe(), os.pipe()
-    command = ["sh", "-c", 'exec "$@" 3<&"$IN" 4>&"$OUT"', "sh", binary, *_FLAGS, f"--user-data-dir={folder}"]
+    start = [sys.executable, "-c", _START, str(child_in), str(child_out)]
     process = subprocess.Popen(
-        command, pass_fds=(child_in, child_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=os.environ | {"IN": str(child_in), "OUT": str(child_out)},
+        [*start, binary, *_FLAGS, f"--user-data-dir={folder}"], pass_fds=(child_in, child_out),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     os.close(child_in)
     os.close(child_out)

@@ -64,7 +64,7 @@ def assert_contract(folder, stdout, protocols=("clean", "paper", "sound")):
         assert {"stage", "epoch", "step", "loss", "val_accuracy", "epoch_seconds"} <= record.keys()
         assert np.isfinite([v for v in record.values() if isinstance(v, float)]).all()
     lines = stdout.splitlines()
-    assert lines[-1] == f"results: {folder / 'results'}"
+    assert lines[-2:] == [f"results: {folder / 'results'}", f"report: {folder / 'report.html'}"]
     if "sound" not in protocols:
         return
     paper, sound = (read(folder / "results" / f"{name}.json") for name in ("paper", "sound"))

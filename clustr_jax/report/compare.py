@@ -1,7 +1,5 @@
 """One page for several work directories: the same figures side by side, and curves in one picture."""
 
-import dataclasses
-
 from clustr_jax import results
 from clustr_jax.errors import UserError
 from clustr_jax.report import figures, page, words
@@ -15,12 +13,11 @@ def compare(records: list[Record]) -> str:
     drawing = figures.compared(records, names)
     found = {r["protocol"] for record in records for r in record.results.values()}
     by_name = {n: next((p for p in found if p.startswith(n)), "not run") for n in ("clean", "paper", "sound")}
-    columns = ["eps", "images attacked", f"clean, all test images ({by_name['clean']})"]
-    columns += [
-        f"paper's protocol ({by_name['paper']})",
-        f"sound protocol ({by_name['sound']})",
-        "certified, l2",
-    ]
+    radii = {results.radius(r.results["certified"]["eps"]) for r in records if "certified" in r.results}
+    radius = radii.pop() if len(radii) == 1 else "of its own"
+    columns = [f"sound protocol ({by_name['sound']})", f"paper's protocol ({by_name['paper']})"]
+    columns += [f"clean, all test images ({by_name['clean']})", f"certified, l2 radius {radius}"]
+    columns += ["eps", "images attacked"]
     rows = [
         {
             "name": name, "data": record.config["data"]["name"], "cells": _cells(record),
@@ -65,18 +62,14 @@ def _cells(record):
     attacked = [r for r in (paper, sound) if r]
     eps = " and ".join(dict.fromkeys(results.radius(r["eps"]) for r in attacked))
     count = " and ".join(dict.fromkeys(str(r["n"]) for r in attacked))
-    certain = words.cell(certified["robust"], certified["n"]) if certified else None
-    if certified and certain:
-        certain = dataclasses.replace(
-            certain, interval=f"{certain.interval} at {results.radius(certified['eps'])}"
-        )
     return [
-        eps or None, count or None,
-        words.cell(clean["clean"], clean["n"]) if clean else None,
-        words.cell(paper["robust"], paper["n"]) if paper else None,
         words.cell(sound["robust"], sound["n"]) if sound else None,
-        certain,
-    ]  # fmt: skip
+        words.cell(paper["robust"], paper["n"]) if paper else None,
+        words.cell(clean["clean"], clean["n"]) if clean else None,
+        words.cell(certified["robust"], certified["n"]) if certified else None,
+        eps or None,
+        count or None,
+    ]
 
 
 def _status(record):
@@ -91,7 +84,7 @@ def _compare_notes(records, names, drawing):
     for name in ("paper", "sound"):
         without = [n for n, r in zip(names, records, strict=True) if name not in r.results]
         if without:
-            notes.append(f"The {name} protocol was not run in {', '.join(without)}.")
+            notes.append(f"The {words.PROTOCOLS[name]} was not run in {', '.join(without)}.")
     if len({r.config["data"]["name"] for r in records}) > 1:
         notes.append("The runs are on different data: compare within a data set only.")
     if (

@@ -16,6 +16,8 @@ _ACCURACIES = {
 _LOSSES = {
     "loss": "loss", "magnet": "Magnet", "natural": "cross entropy", "consistency": "consistency",
 }  # fmt: skip
+# Losses whose largest is so many times the smallest are drawn on a logarithmic axis.
+_WIDE = 20
 _STAGES = {"1_warmup": "Warm-up", "2_train": "Stage 2"}
 
 
@@ -117,7 +119,7 @@ def over_budget(record: Record, what: str) -> Drawing | None:
             highest = max(
                 results.wilson(round(v * sound["n"]), sound["n"])[1] for p in found.values() for _, v in p
             )
-            axes.set_ylim(0, min(103, 115 * highest))
+            axes.set_ylim(-4 * highest, min(103, 110 * highest))
 
     alt = "; ".join(f"{names.get(name, name)}, after so many: {_list(p)}" for name, p in found.items())
     caption = {
@@ -144,7 +146,9 @@ def attacks(record: Record) -> Drawing | None:
             capsize=2.5, elinewidth=1.2, label="this attack alone",
         )  # fmt: skip
         axes.axvline(100 * sound["robust"], color=SERIES[1], linestyle=DASHES[1], label="all together")
-        axes.set(xlabel="accuracy in %", xlim=(0, None), ylim=(len(order) - 0.4, -0.6))
+        axes.set(xlabel="accuracy in %", ylim=(len(order) - 0.4, -0.6))
+        most = max(results.wilson(round(v * sound["n"]), sound["n"])[1] for v in values)
+        axes.set_xlim(-3 * most, 104 * most)
         axes.set_yticks(places, [_short(name) for name, _ in order])
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside lower center", ncols=2)
@@ -222,7 +226,7 @@ def _history(stage, lines, kind, fields):
     series = {label: points for label, points in series.items() if points}
     if not series:
         return None
-    scale = 100 if kind == "accuracy" else 1
+    scale, values = 100 if kind == "accuracy" else 1, [y for p in series.values() for _, y in p]
 
     def paint(figure):
         axes = figure.add_subplot()
@@ -236,7 +240,7 @@ def _history(stage, lines, kind, fields):
         axes.xaxis.get_major_locator().set_params(integer=True)
         if kind == "accuracy":
             axes.set_ylim(-3, 103)
-        elif min(y for points in series.values() for _, y in points) > 0 and len(lines) > 1:
+        elif min(values) > 0 and max(values) > _WIDE * min(values):
             axes.set_yscale("log")
         figure.legend(loc="outside lower center", ncols=2)
 

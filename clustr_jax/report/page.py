@@ -246,4 +246,4 @@ def _markdown(cell, kind):
     if cell is None:
         return "–"
     value = f"**{cell.value}**" if kind == "worst" else cell.value
-    return f"{value} {cell.interval}".strip()
+    return f"{value} {cell.interval}".strip() + " |" * (cell.span - 1)

@@ -8,21 +8,17 @@ from clustr_jax import results
 from clustr_jax.objectives import METHODS
 from clustr_jax.report.record import Record
 
-NOT_RUN = {
-    "clean": "the test images have not been classified",
-    "paper": "the paper's protocol was not run",
-    "sound": "the sound protocol was not run",
-    "diagnostics": "the checks were not run",
-    "certified": "no certificates were computed",
-}
+# What the columns are called.
+PROTOCOLS = {"paper": "paper's protocol", "sound": "sound protocol"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A percentage with its 95 % interval, "" where it has none."""
+    """A percentage with its 95 % interval, "" where it has none; `span` columns wide."""
 
     value: str
     interval: str = ""
+    span: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +150,8 @@ def accuracy_table(record: Record) -> dict | None:
     parts = []
     for row in results.comparison(found) if found else ():
         cells = [cell(row.claim), cell(row.paper, row.n), cell(row.sound, row.n)]
+        if row.kind == "all" and cells[1]:  # of no protocol
+            cells[1:] = [dataclasses.replace(cells[1], span=2)]
         if row.kind == "part":
             parts.append(row)
         elif row.kind != "worst":
@@ -190,20 +188,19 @@ def accuracy_table(record: Record) -> dict | None:
 
 
 def _column(found, name):
-    text = {"paper": "paper's protocol", "sound": "sound protocol"}[name]
-    return f"{text} ({found[name]['protocol']})" if name in found else f"{text} (not run)"
+    return f"{PROTOCOLS[name]} ({found[name]['protocol']})" if name in found else PROTOCOLS[name]
 
 
 def _accuracy_notes(record, groups):
-    notes = [f"{NOT_RUN[name]}." for name in ("paper", "sound") if name not in record.results]
+    notes = [f"The {text} was not run." for name, text in PROTOCOLS.items() if name not in record.results]
     if not any(cells[0] for _, rows in groups for _, _, cells in rows):
         notes.append(f"The paper reports no figure for {record.title} at these radii.")
     paper, gap = record.results.get("paper"), masking_gap(record)
     if gap is not None:
         sound = record.results["sound"]
+        error = " It is an error of the evaluation, not robustness." if gap > 0 else ""
         notes.append(
-            f"Masking gap: {100 * gap:.2f} points, paper's protocol minus {sound['protocol']}. It is an "
-            f"error of the evaluation, not robustness."
+            f"Masking gap: {100 * gap:.2f} points, paper's protocol minus {sound['protocol']}.{error}"
         )
         if sound["head"] == "clusters":
             notes.append(
@@ -215,7 +212,7 @@ def _accuracy_notes(record, groups):
             f"Of the images that count as robust by the paper's protocol, "
             f"{paper['successes_lost_by_max_loss_rule']} had been fooled by another restart."
         )
-    return [note[0].upper() + note[1:] for note in notes]
+    return notes
 
 
 def attack_rows(record: Record) -> list[dict]:
