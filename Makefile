@@ -3,7 +3,7 @@
 # ARGS=... is passed on: make run ARGS="--config=configs/cifar10.py:trades", make test ARGS="-k pgd -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow faults lint format docs notebooks prepare-tf clean
+.PHONY: help setup run test test-slow test-doors faults lint format docs notebooks prepare-tf clean
 
 ifndef ACCEL
 ACCEL := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda12 || echo cpu)
@@ -26,6 +26,9 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_inf
 INSTALLED := $(VENV)/.installed-$(ACCEL)
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_DOCS := $(VENV)/.installed-docs
+# For the doors to other tools alone.
+VENV_DOORS := .venv-doors
+INSTALLED_DOORS := $(VENV_DOORS)/.installed
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile | awk -F: '{printf "%-12s%s\n", $$1, $$2}'
@@ -74,6 +77,17 @@ test: $(INSTALLED_DEV)  ## every test that is not marked slow
 test-slow: $(INSTALLED_DEV)  ## the tests marked slow, but for those marked long
 	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not long" $(ARGS) || { [ $$? -eq 5 ] && echo "no test is marked slow"; }
 
+# PyTorch and Foolbox stay out of .venv, whose versions are exact: CUDA's wheels of PyTorch and of JAX disagree.
+$(INSTALLED_DOORS): requirements-doors.txt requirements-cpu.txt requirements-dev.txt $(INSTALLED)
+	@echo "$(VENV_DOORS): installing requirements-doors.txt"
+	@$(PY) -m venv --clear $(VENV_DOORS)
+	@$(VENV_DOORS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-doors.txt
+	@touch $@
+
+test-doors: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
+test-doors: $(INSTALLED_DOORS)  ## the doors to PyTorch and Foolbox, in .venv-doors
+	$(VENV_DOORS)/bin/python -m pytest -n 2 --dist worksteal tests/test_doors*.py $(ARGS)
+
 faults: $(INSTALLED_DEV)  ## all faults of docs/reliability.md, whose table it writes (about ten minutes)
 	FAULTS=all $(PY) -m pytest -q tests/test_faults.py $(ARGS)
 
@@ -98,4 +112,4 @@ prepare-tf: $(INSTALLED)  ## add TensorFlow, for the one time that TFDS has to d
 	$(PIP) -c requirements-cpu.txt tensorflow-cpu==2.21.0
 
 clean:  ## remove .venv and caches, keep runs/ and data
-	rm -rf $(VENV) build docs/_build docs/tutorials *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_DOORS) build docs/_build docs/tutorials *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,16 +1,13 @@
-"""Train, evaluate and report: python run.py [--config=configs/cifar10.py:clustr_qtrades] [--workdir=DIR].
+"""Train, evaluate and report on one work directory. Run again, it resumes.
 
-Without --config it runs configs/digits.py:clustr_qtrades. Run again, it resumes. It uses all devices of the
-machine; on several machines (or processes) start it on each with the same --workdir and
-
-    --coordinator=HOST:PORT --num_processes=N --process_id=I     (or --coordinator=auto under SLURM, GKE, ...)
-
---platform=cpu, cuda or tpu insists on that kind of device.
+python run.py --config=configs/cifar10.py:clustr_qtrades [--workdir=DIR]
+python run.py --help        and --list, which says what each config, method and variant is
 """
 
 import os
 import pathlib
 import re
+import shlex
 import sys
 import traceback
 
@@ -37,16 +34,21 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "with --coordinator", flag_values=values)
     flags.DEFINE_integer("process_id", None, "0 to num_processes - 1", flag_values=values)
-    flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
+    flags.DEFINE_bool("profile", False, "write profiler traces to WORKDIR/profile", flag_values=values)
+    flags.DEFINE_bool("quiet", False, "print mistakes and nothing else", flag_values=values)
+    if {"--help", "-h", "--list"} & set(argv):
+        from clustr_jax import usage
+        from configs.common import METHODS, VARIANTS
+
+        text = usage.listing if "--list" in argv else usage.screen
+        print(text(HERE / "configs", METHODS, VARIANTS))
+        return 0
     try:
         rest = values(argv)
         config = values.config
         config.method  # noqa: B018  a file that cannot be read is noticed at the first look only
     except Exception as error:  # the config file is code, and absl raises many types for a mistyped flag
         return _mistake(_first_line(error) + _place(error))
-    if values.help:
-        print(__doc__)
-        return 0
     if len(rest) > 1:
         return _mistake(f"unexpected argument {rest[1]!r}; options start with --")
 
@@ -56,7 +58,14 @@ def main(argv: list[str]) -> int:
     joined = processes.joined(values.coordinator, values.num_processes, values.process_id, values.platform)
     try:
         with joined, preemption.guard():
-            stages.run(config, values.workdir, None if values.stages is None else tuple(values.stages))
+            stages.run(
+                config,
+                values.workdir,
+                None if values.stages is None else tuple(values.stages),
+                command=shlex.join(["python", *argv]),
+                quiet=values.quiet,
+                profile=values.profile,
+            )
     except UserError as error:
         return _mistake(_first_line(error))
     except OSError as error:  # a full disk, a file that went away
@@ -115,7 +124,7 @@ def _prepare_process() -> None:
         os.execv(sys.executable, [sys.executable, *sys.argv])
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "clustr_jax" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.path.insert(0, str(HERE))  # configs are found from any folder
 

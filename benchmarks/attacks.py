@@ -36,6 +36,7 @@ from clustr_jax.attacks import slots as scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.steps import PGD
 from clustr_jax.convolution import conv2d
+from clustr_jax.doors.pytorch import as_jax
 
 EPS, STEPS, RESTARTS = 8 / 255, 20, 10
 
@@ -62,11 +63,7 @@ class Net(torch.nn.Module):
 
 def to_jax(net: Net) -> Partial:
     """The same function in JAX, NHWC."""
-    p = {name: jnp.asarray(value.detach().numpy()) for name, value in net.state_dict().items()}
-    p = {
-        name: jnp.transpose(v, (2, 3, 1, 0)) if v.ndim == 4 else v.T if v.ndim == 2 else v
-        for name, v in p.items()
-    }
+    p = {name: as_jax(value) for name, value in net.state_dict().items()}
 
     def logits(p, x):
         x = (x - 0.473) / 0.251

@@ -1,10 +1,12 @@
-"""The process of a benchmark: where `configs` is found, and what has to be set before Python starts."""
+"""The process of a benchmark: where `configs` is found, what is set before Python starts, and its JSON."""
 
+import json
 import os
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 
 def restart(**environment: str) -> None:
@@ -12,3 +14,14 @@ def restart(**environment: str) -> None:
     if any(os.environ.get(name) != value for name, value in environment.items()):
         os.environ |= environment
         os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def finish(name: str, content, save: bool) -> None:
+    """Print the result as JSON, and with `save` keep it as results/benchmarks/NAME.json."""
+    from clustr_jax import results
+
+    content = {"benchmark": name, "cores": os.cpu_count(), "versions": results.versions(), **content}
+    text = json.dumps(content, indent=2)
+    print(text)
+    if save:
+        (ROOT / "results" / "benchmarks" / f"{name}.json").write_text(text + "\n")

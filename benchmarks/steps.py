@@ -3,12 +3,14 @@
     python benchmarks/steps.py [--methods=nominal,trades,...] [--model=resnet8] [--width=16] [--runs=5]
 
 For each method: its passes (forward, input gradient, parameter gradient, each timed alone at the same
-batch size), the sum of their times, the measured step, and the ratio. Random pixels, CIFAR-10 shapes;
-refits excluded. The passes and the step are timed in turns, medians are compared.
+batch size), the sum of their times, the measured step, and the ratio. `rest` is the step of a network that
+costs nothing (its embeddings are pixels), as a share of the sum: sampling, gathering, augmentation, losses,
+clusters, the attack's own arithmetic. Random pixels, CIFAR-10 shapes; refits excluded. Passes and steps
+are timed in turns, medians are compared.
 """
 
 import argparse
-import json
+import dataclasses
 import statistics
 import time
 
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import process
 
-from clustr_jax import data, loading, settings, train
+from clustr_jax import data, loading, models, settings, train
 from clustr_jax.objectives import METHODS
 from configs import cifar10
 
@@ -58,6 +60,36 @@ def bare(net, variables, x, y):
     return {name: lambda f=f: f(params, x) for name, f in functions.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class FreeNet:
+    """A network whose embeddings are the first pixels, moved by a parameter."""
+
+    input_shape: tuple[int, ...]
+    num_classes: int
+    size: int
+
+    def init(self, key):
+        return {"params": {"z": jnp.zeros(self.size)}, "batch_stats": {}}
+
+    def eval(self, variables, x):
+        z = x.reshape(x.shape[0], -1)[:, : self.size] + variables["params"]["z"]
+        return models.Outputs(z[:, : self.num_classes], z)
+
+    def train(self, variables, x):
+        return self.eval(variables, x), {}
+
+
+def stepping(net, method, config, train_set, key):
+    """(trainer, function that makes three steps in one call, as training runs them, and its state)."""
+    trainer = train.Trainer(net, METHODS[method], config, config.train, SIZE)
+    state = train.create(trainer, net.init(key))
+    if trainer.magnet:
+        state = train.refit(trainer, state, train_set, key)
+    state = train.reset_totals(trainer, state, train_set, key)
+    order = train.epoch_order(key, SIZE, 0)
+    return trainer, (lambda: train.run_steps(trainer, state, train_set, order, key, 3).step), state
+
+
 def seconds(f, repeat=3):
     jax.block_until_ready(f())
     started = time.perf_counter()
@@ -76,29 +108,27 @@ def measure(method, args):
     labels = (np.arange(SIZE) % 10).astype(np.int32)
     net = loading.build_net(config, data.Split(images, labels, 10, 255.0, (0.0, 1.0), ""))
     train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
-    trainer = train.Trainer(net, METHODS[method], config, config.train, SIZE)
     key = jax.random.key(0)
-    state = train.create(trainer, net.init(key))
-    if trainer.magnet:
-        state = train.refit(trainer, state, train_set, key)
-    state = train.reset_totals(trainer, state, train_set, key)
-    order = train.epoch_order(key, SIZE, 0)
+    trainer, step, state = stepping(net, method, config, train_set, key)
+    embedding = jax.eval_shape(net.eval, state.variables, jax.ShapeDtypeStruct((1, 32, 32, 3), "float32"))
+    free = FreeNet((32, 32, 3), 10, embedding.embeddings.shape[-1])
+    _, rest, _ = stepping(free, method, config, train_set, key)
     batch = trainer.batch_size
     x = jnp.asarray(images[:batch], jnp.float32) / 255
     needed = {name: n for name, n in passes(method, config).items() if n}
     functions = bare(net, state.variables, x, jnp.asarray(labels[:batch]))
-    taken = {name: [] for name in (*needed, "step")}
+    taken = {name: [] for name in (*needed, "step", "rest")}
     for _ in range(args.runs):
         for name in needed:
             taken[name].append(seconds(functions[name]))
-        # three steps in one call, as training runs them
-        whole = seconds(lambda: train.run_steps(trainer, state, train_set, order, key, 3).step, 1) / 3
-        taken["step"].append(whole)
+        for name, function in (("step", step), ("rest", rest)):
+            taken[name].append(seconds(function, 1) / 3)
     median = {name: statistics.median(values) for name, values in taken.items()}
     total = sum(needed[name] * median[name] for name in needed)
     return {
         "method": method, "batch": batch, "passes": needed, "pass_seconds": {n: median[n] for n in needed},
         "sum_seconds": total, "step_seconds": median["step"], "ratio": median["step"] / total,
+        "rest_seconds": median["rest"], "rest": median["rest"] / total,
         "images_per_second": batch / median["step"],
     }  # fmt: skip
 
@@ -111,21 +141,24 @@ def main():
     parser.add_argument("--model", default="resnet8")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--save", help="write results/benchmarks/SAVE.json")
     args = parser.parse_args()
     process.restart(GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # as run.py does
     print(
-        f"{'method':16} {'batch':>5} {'passes s':>9} {'step s':>8} {'ratio':>6} {'images/s':>9}", flush=True
+        f"{'method':17} {'batch':>5} {'passes s':>9} {'step s':>8} {'ratio':>6} {'rest':>7} {'images/s':>9}",
+        flush=True,
     )
     rows = []
     for method in args.methods.split(","):
         row = measure(method, args)
         rows.append(row)
         print(
-            f"{method:16} {row['batch']:5} {row['sum_seconds']:9.3f} {row['step_seconds']:8.3f} "
-            f"{row['ratio']:6.2f} {row['images_per_second']:9.0f}",
+            f"{method:17} {row['batch']:5} {row['sum_seconds']:9.3f} {row['step_seconds']:8.3f} "
+            f"{row['ratio']:6.2f} {row['rest']:7.2%} {row['images_per_second']:9.0f}",
             flush=True,
         )
-    print(json.dumps({"model": args.model, "width": args.width, "runs": args.runs, "rows": rows}, indent=2))
+    content = {"model": args.model, "width": args.width, "runs": args.runs, "rows": rows}
+    process.finish(args.save or "steps", content, bool(args.save))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ Map, from the bottom up:
     objectives, train                       one function per method, the train step
     evaluate, sound, diagnostics, quirks    the paper's protocol, the sound ones, can they be believed?
     checkpoints, seals, workdir, loading, results, files    what is on disk
-    preemption                              signals
-    stages                                  the order of things; run.py calls stages.run
+    events                                  the metrics once more, for TensorBoard
+    preemption, profiling, progress         signals, traces, what is seen while work runs
+    report                                  report.html, figures and MODEL_CARD.md of a work directory
+    stages, usage                           the order of things; run.py calls stages.run; --help
 
 Shape legend: B batch, N train set, Y classes, K clusters per class, M x S Magnet batch, E embedding,
 R restarts. Pixels are float32 NHWC in [0, 1]; normalisation is inside the model.

@@ -78,6 +78,7 @@ def _kernel_gradient(x, dy, k, stride, padding):
     batch, channels = x.shape[0], x.shape[-1]
     rows, columns, features = dy.shape[1:]
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    precise = jnp.promote_types(x.dtype, jnp.float32)  # bfloat16 sums of many terms would be coarse
     block = next(b for b in range(min(_BLOCK, batch), 0, -1) if batch % b == 0)
 
     def add(total, xy):
@@ -87,9 +88,12 @@ def _kernel_gradient(x, dy, k, stride, padding):
             image[:, i : i + height : stride, j : j + width : stride] for i in range(k) for j in range(k)
         ]
         patches = jnp.concatenate(patches, axis=-1).reshape(-1, k * k * channels)
-        product = lax.dot_general(patches, gradient.reshape(-1, features), (((0,), (0,)), ((), ())))
+        product = lax.dot_general(
+            patches, gradient.reshape(-1, features), (((0,), (0,)), ((), ())),
+            preferred_element_type=precise,
+        )  # fmt: skip
         return total + product, None
 
     blocks = (x.reshape(-1, block, *x.shape[1:]), dy.reshape(-1, block, *dy.shape[1:]))
-    total, _ = lax.scan(add, jnp.zeros((k * k * channels, features), x.dtype), blocks)
-    return total.reshape(k, k, channels, features)
+    total, _ = lax.scan(add, jnp.zeros((k * k * channels, features), precise), blocks)
+    return total.reshape(k, k, channels, features).astype(x.dtype)

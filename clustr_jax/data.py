@@ -2,6 +2,7 @@
 
 Images are kept as uint8 (pixels = uint8 / scale); `load` gives them as float32 in [0, 1].
 Prepared TFDS sets are read without TensorFlow; `python -m clustr_jax.data NAME` prepares one.
+Own images are the data set "folder": `clustr_jax.folder` reads them.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from clustr_jax import mesh
+from clustr_jax import folder, mesh
 from clustr_jax.errors import UserError
 
 # Published sizes of the splits, and per-channel statistics of the pixels in [0, 1] that the authors'
@@ -29,7 +30,10 @@ _TFDS = {
     "imagenet_resized/32x32": dict(sizes=(1_281_167, 50_000), num_classes=1000, test="validation"),
 }
 _ALIASES = {"svhn": "svhn_cropped"}
-NAMES = (*_TFDS, "digits", "toy2d")
+OWN = "folder"
+NAMES = (*_TFDS, "digits", "toy2d", OWN)
+# Share of an image folder's training images that is its test split where it has none.
+_TEST_SHARE = 0.2
 _PADDING = 4  # of the random crop
 
 
@@ -48,6 +52,8 @@ class Split:
     scale: float  # pixel in [0, 1] = image / scale; 1 for points
     bounds: tuple[float, float] | None  # None: no box (points)
     subset: str  # "" for the official split, else what it is instead
+    class_names: tuple[str, ...] = ()  # of an image folder; others have numbers
+    sha: str = ""  # of an own data set: names the content of both splits
 
     def __len__(self):
         return len(self.labels)
@@ -100,8 +106,9 @@ def load(
 ) -> tuple[Float[np.ndarray, "N ..."], Int[np.ndarray, "N"]]:
     """x float32 [N, H, W, C] in [0, 1] and y int32 [N] of the whole split, "train" or "test".
 
-    Names: cifar10, cifar100, svhn_cropped (= svhn), digits, toy2d (x [N, 2], no box). `data_dir` is
-    where TFDS keeps its prepared sets ($TFDS_DATA_DIR or ~/tensorflow_datasets).
+    Names: cifar10, cifar100, svhn_cropped (= svhn), digits, toy2d (x [N, 2], no box), and folder, for
+    which `data_dir` is a folder of images or an .npz file (clustr_jax.folder). Otherwise it is where
+    TFDS keeps its prepared sets ($TFDS_DATA_DIR or ~/tensorflow_datasets).
 
     >>> x, y = data.load("digits", "test")
     >>> x.shape, x.dtype, float(x.min()), float(x.max())
@@ -129,7 +136,44 @@ def load_split(name: str, split: str, data_dir: str | None = None) -> Split:
         return _toy2d(name, split)
     if name in _TFDS:
         return _tfds_split(name, split, data_dir)
+    if name == OWN:
+        return _own(data_dir)[("train", "test").index(split)]
     raise UserError(f"unknown data set {name!r}; known: {', '.join(NAMES)}")
+
+
+def label(config) -> str:
+    """What the set of this config section is called: its name; an own set by its folder or file."""
+    return folder.name(config.dir) if config.name == OWN and config.dir else config.name
+
+
+def _own(data_dir):
+    """(train, test) of own images; without a test folder a part of the training images, and it says so."""
+    found = folder.read(data_dir or "")
+
+    def split(part, subset=""):
+        return Split(
+            part.images,
+            part.labels,
+            found.num_classes,
+            255.0,
+            (0.0, 1.0),
+            subset,
+            found.class_names,
+            found.sha,
+        )
+
+    train = split(found.train)
+    if found.test is not None:
+        return train, split(found.test)
+    size = max(1, round(_TEST_SHARE * len(train)))
+    index = stratified(train.labels, size, train.num_classes)
+    rest = np.setdiff1d(np.arange(len(train)), index)
+    left = np.bincount(train.labels[rest], minlength=train.num_classes)
+    if not left.all():
+        who = found.class_names[int(np.argmin(left))]
+        raise UserError(f"class {who!r} in {data_dir} has too few images to hold some out: add a test folder")
+    what = f"{_TEST_SHARE:.0%} of the train folder, held out, as there is no test folder"
+    return train.take(rest, f"without the {size} test images"), train.take(index, what)
 
 
 def _digits(split):
@@ -265,8 +309,11 @@ def stratified(labels: Int[np.ndarray, "N"], size: int, num_classes: int) -> Int
     return np.sort(np.concatenate(chosen))
 
 
-def splits(config) -> tuple[Split, Split, Split]:
+def splits(config, at_most: bool = False) -> tuple[Split, Split, Split]:
     """(train, val, test) as the config asks: subsets, and the held-out part of the training split.
+
+    With `at_most` a subset that is larger than the split is all of it. UserError where own images are
+    no longer those that this config was completed with (`settings.complete`).
 
     >>> from ml_collections import ConfigDict
     >>> config = ConfigDict({"name": "digits", "dir": "", "train_size": 100, "test_size": 0, "val_size": 0.1})
@@ -275,20 +322,24 @@ def splits(config) -> tuple[Split, Split, Split]:
     (90, 10, 359, '100 train')
     """
     directory = config.dir or None
-    train, test = (load_split(config.name, split, directory) for split in ("train", "test"))
+    if config.name == OWN:
+        train, test = _own(directory)
+        if config.get("sha") and config.sha != train.sha:
+            raise UserError(f"{config.dir} has changed: {train.sha} now, {config.sha} when this was trained")
+    else:
+        train, test = (load_split(config.name, split, directory) for split in ("train", "test"))
     for name in ("train_size", "test_size"):
         if config[name] < 0:
             raise UserError(f"data.{name} must be >= 0 (0 = all), got {config[name]}")
     if not 0 <= config.val_size < 1:
         raise UserError(f"data.val_size is a fraction of the training split in [0, 1), got {config.val_size}")
-    if config.train_size:
-        train = train.take(
-            stratified(train.labels, config.train_size, train.num_classes), f"{config.train_size} train"
-        )
-    if config.test_size:
-        test = test.take(
-            stratified(test.labels, config.test_size, test.num_classes), f"{config.test_size} test"
-        )
+
+    def subset(split, size, what):
+        if not size or (at_most and size >= len(split)):
+            return split
+        return split.take(stratified(split.labels, size, split.num_classes), f"{size} {what}")
+
+    train, test = subset(train, config.train_size, "train"), subset(test, config.test_size, "test")
     held_out = round(config.val_size * len(train))
     if not held_out:
         return train, train.take(slice(0, 0), "none"), test

@@ -23,9 +23,14 @@ def write_json(path: pathlib.Path, content: dict) -> None:
 
     Of several processes the leader writes.
     """
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """As `write_json`, any content."""
     if not processes.leader():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_bytes(content)
     temporary.replace(path)

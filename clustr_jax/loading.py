@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from clustr_jax import data, models
 from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.classifier import Classifier
+from clustr_jax.doors import safetensors_file
 from clustr_jax.errors import UserError
 from clustr_jax.files import read_json
 from clustr_jax.models import Net
@@ -32,11 +33,12 @@ def build_net(config, split: data.Split) -> Net:
         mean=config.model.mean,
         std=config.model.std,
         width=config.model.width,
+        dtype=config.model.dtype,
     )
 
 
 def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
-    """The classifier of a work directory (its newest finished stage) or of a stage's folder.
+    """The classifier of a work directory (its newest finished stage), of a stage, or of a .safetensors file.
 
     `head` "clusters" or "linear" chooses what predicts; None takes the method's own. Raises UserError
     where there is nothing to load.
@@ -56,6 +58,13 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
     Traceback (most recent call last):
     clustr_jax.errors.UserError: ...2_train has no clusters: nominal ends in a linear head there; ...
     """
+    if head not in (None, "clusters", "linear"):
+        raise UserError(f"head must be clusters, linear or None, got {head!r}")
+    if pathlib.Path(path).suffix == ".safetensors":
+        clf = safetensors_file.load(path)
+        if head == "clusters" and clf.clusters is None:
+            raise UserError(f"{path} has no clusters; fit some with clusters.fit")
+        return clf.replace(clusters=None, nearest=0) if head == "linear" else clf
     stage = find_stage(path)
     config = ConfigDict(read_json(stage.parent / "config.json"))
     done = read_json(stage / "done.json")
@@ -64,8 +73,6 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
         assert method.warmup is not None  # else there is no such stage
         method = METHODS[method.warmup]
     own = method.head
-    if head not in (None, "clusters", "linear"):
-        raise UserError(f"head must be clusters, linear or None, got {head!r}")
     if head == "clusters" and own == "linear":
         raise UserError(
             f"{stage} has no clusters: {config.method} ends in a linear head there; "
@@ -78,6 +85,7 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
         mean=tuple(config.model.mean),
         std=tuple(config.model.std),
         width=config.model.width,
+        dtype=config.model.dtype,
     )
     checkpoints, step = _checkpoints(stage), done["step"]
     try:

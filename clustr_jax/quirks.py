@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
         if args.n < 1 or args.steps < 1 or args.restarts < 1:
             raise UserError("--n, --steps and --restarts must be at least 1")
         clf = clf.replace(nearest=config.eval.nearest)
-        test = data.splits(config.data)[2]
+        test = data.splits(config.data, at_most=config.smoke)[2]
         count = min(args.n, len(test))
         index = data.stratified(test.labels, count, test.num_classes)
     except UserError as error:
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> int:
         status.update("quirks: the adaptive attack")
         magnet = adaptive(key, clf, examples, config, **budget)
     shown = Table(
-        title=f"{config.method} on {config.data.name}, PGD^{args.steps} x {args.restarts}, n = {count}"
+        title=f"{config.method} on {data.label(config.data)}, PGD^{args.steps} x {args.restarts}, n = {count}"
     )
     for column in ("switched off", "instead", "accuracy %", "points"):
         shown.add_column(column)
@@ -137,7 +137,7 @@ def main(argv: list[str]) -> int:
         shown.add_row(f"adaptive, {name}", _ADAPTIVE[name], results.percent(robust, {"n": count}), "")
     console.print(shown)
     results.save(pathlib.Path(args.workdir) / "results", "quirks", {
-        "dataset": config.data.name, "subset": test.subset, "n": count, "method": config.method,
+        "dataset": data.label(config.data), "subset": test.subset, "n": count, "method": config.method,
         "protocol": "quirks-1", "eps": config.eval.attack.eps, "clean": results.fraction(
             np.asarray(clf.predict(examples.x)) == examples.y),
         "robust": rows[-1]["robust"], "attack": budget,

@@ -1,5 +1,6 @@
 """Result files (one JSON each, per-example outcomes beside it), intervals, and the side-by-side table."""
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -186,43 +187,69 @@ def percent(value: float | None, result: dict | None = None, key: str = "robust"
     return text
 
 
-def side_by_side(results: dict[str, dict]) -> Table:
-    """The paper's figure, its protocol here, and the sound protocol here, in one table."""
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One accuracy, as a fraction of `n` images, from each source that has it.
+
+    `kind`: "clean", "attack" (one of the paper's), "part" (one of the sound protocol) or "worst".
+    """
+
+    label: str
+    kind: str
+    eps: float
+    n: int
+    claim: float | None = None  # what the paper reports
+    paper: float | None = None  # its protocol here
+    sound: float | None = None
+
+
+def comparison(results: dict[str, dict]) -> list[Row]:
+    """The rows of the side-by-side table: the paper's figure, its protocol here, the sound protocol here.
+
+    A figure of the paper stands only beside the radius that it was reported for.
+    """
     any_result = next(iter(results.values()))
     dataset, method = any_result["dataset"], any_result["method"]
     clean, claimed, sound = (results.get(name) for name in ("clean", "paper", "sound"))
-    table = Table(title=_title(any_result), caption=_caption(results), caption_justify="left")
+    rows = []
+    if clean:
+        said = paper.claim(dataset, method, "clean")
+        label = f"clean, all {clean['n']} test images"
+        rows.append(Row(label, "clean", 0.0, clean["n"], said, clean["clean"]))
+    for n in dict.fromkeys(r["n"] for r in (claimed, sound) if r):  # one row, unless the numbers differ
+        values = (r["clean"] if r and r["n"] == n else None for r in (claimed, sound))
+        rows.append(Row(f"clean, the {n} attacked images", "clean", 0.0, n, None, *values))
+
+    def attacks(found, eps, n):
+        for name, value in found.items():
+            said = paper.claim(dataset, method, name, eps)
+            rows.append(Row(f"{name}, eps {radius(eps)}", "attack", eps, n, said, value))
+
+    if claimed:
+        attacks(claimed["attacks"], claimed["eps"], claimed["n"])
+    if sound:
+        for name, attack in sound["attacks"].items():
+            rows.append(Row(name, "part", sound["eps"], sound["n"], sound=attack["robust"]))
+        label = f"worst case, eps {radius(sound['eps'])}"
+        rows.append(Row(label, "worst", sound["eps"], sound["n"], sound=sound["robust"]))
+    if claimed:
+        for eps, found in claimed["sweep"].items():
+            attacks(found, float(eps), claimed["n"])
+    return rows
+
+
+def side_by_side(results: dict[str, dict]) -> Table:
+    """`comparison` as a table for the terminal."""
+    table = Table(
+        title=_title(next(iter(results.values()))), caption=_caption(results), caption_justify="left"
+    )
     table.add_column("accuracy in % [95 %]")
     for column in ("paper says", "paper's protocol", "sound protocol"):
         table.add_column(column, justify="right")
-    if clean:
-        table.add_row(
-            f"clean, all {clean['n']} test images",
-            percent(paper.claim(dataset, method, "clean")), percent(clean["clean"], clean), "",
-        )  # fmt: skip
-    attacked = claimed or sound
-    if attacked:
-        table.add_row(
-            f"clean, the {attacked['n']} attacked images", "",
-            percent(claimed["clean"], claimed) if claimed else "",
-            percent(sound["clean"], sound) if sound else "",
-        )  # fmt: skip
-    if claimed:
-        for name, value in claimed["attacks"].items():
-            table.add_row(
-                f"{name}, eps {radius(claimed['eps'])}",
-                percent(paper.claim(dataset, method, name)), percent(value, claimed), "",
-            )  # fmt: skip
-    if sound:
-        for name, attack in sound["attacks"].items():
-            table.add_row(f"  {name}", "", "", percent(attack["robust"], sound))
-        table.add_row(f"worst case, eps {radius(sound['eps'])}", "", "", percent(sound["robust"], sound))
-    for eps, attacks in (claimed or {"sweep": {}})["sweep"].items():
-        for name, value in attacks.items():
-            table.add_row(
-                f"{name}, eps {radius(float(eps))}",
-                percent(paper.claim(dataset, method, name, float(eps))), percent(value, claimed), "",
-            )  # fmt: skip
+    for row in comparison(results):
+        cells = ("" if v is None else percent(v, {"n": row.n}) for v in (row.paper, row.sound))
+        indent = "  " if row.kind == "part" else ""
+        table.add_row(indent + row.label, "" if row.claim is None else percent(row.claim), *cells)
     return table
 
 
@@ -243,6 +270,11 @@ def radius(eps: float) -> str:
     """8/255 for the radii that are quoted so (up to 32/255), else the number."""
     scaled = eps * 255
     return f"{scaled:.3g}/255" if abs(scaled - round(scaled)) < 1e-3 and scaled < 33 else f"{eps:.4g}"
+
+
+def diagnosis_sha(sound: dict | None, paper: dict | None, certified: dict | None) -> str:
+    """Which results a diagnosis was made of; its `config_sha`."""
+    return sha([r and r["config_sha"] for r in (sound, paper, certified)] + [PROTOCOLS])
 
 
 def _title(result):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from clustr_jax import evaluate, fidelity, train
+from clustr_jax import data, evaluate, fidelity, train
 from clustr_jax.data import Split
 from clustr_jax.errors import UserError
 from clustr_jax.models import Net
@@ -23,6 +23,9 @@ _ENTRIES = {
     "eval": {"protocols": str, "transfer": str, "paper_steps": int, "sweep": float, "curve": float},
     "certify": {"radii": float},
 }  # fmt: skip
+# The network of "auto" up to this side is cnn, whose hidden layer sees every pixel.
+_SMALL = 16
+_CHUNK = 1000  # images turned into float64 at a time
 _KINDS = {int: "whole numbers", float: "numbers", str: "words in quotes"}
 
 
@@ -57,9 +60,44 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return fidelity.apply(shrink(config) if config.smoke else config.copy_and_resolve_references())
 
 
+def complete(config: ConfigDict, train_split: Split, test_split: Split) -> ConfigDict:
+    """What a config leaves to the data, filled in, so that config.json can be loaded without the data.
+
+    An empty mean or std is that of the training images, per channel; the model "auto" is chosen by the
+    size of the images; `data.sha` names the content of own images.
+    """
+    config = config.copy_and_resolve_references()
+    model = config.model
+    if model.name == "auto":
+        small, cheap = max(train_split.images.shape[1:3]) <= _SMALL, config.variant == "cpu"
+        model.name = "cnn" if small else "resnet8" if cheap else "resnet18"
+    if not model.mean or not model.std:
+        mean, std = statistics(train_split)
+        model.mean, model.std = model.mean or mean, model.std or std
+    if train_split.sha:
+        with config.unlocked():
+            config.data.sha = train_split.sha
+    if config.smoke:
+        config.eval.n = min(config.eval.n, len(test_split))
+    return config
+
+
+def statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of each channel's pixels in [0, 1], six digits; a channel of one colour has std 1."""
+    total, squares, axes = 0.0, 0.0, tuple(range(split.images.ndim - 1))
+    for start in range(0, len(split), _CHUNK):
+        pixels = split.pixels(slice(start, start + _CHUNK)).astype(np.float64)
+        total, squares = total + pixels.sum(axis=axes), squares + np.square(pixels).sum(axis=axes)
+    count = split.images.size / split.images.shape[-1]
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
+    std = np.where(std < 1e-6, 1.0, std)
+    return tuple(round(float(v), 6) for v in mean), tuple(round(float(v), 6) for v in std)
+
+
 def default_workdir(config: ConfigDict) -> pathlib.Path:
     """runs/<dataset>-<method>[-<variant>]"""
-    name = "-".join(part for part in (config.data.name, config.method, config.variant) if part)
+    name = "-".join(part for part in (data.label(config.data), config.method, config.variant) if part)
     if pathlib.PurePath(name).name != name:
         raise UserError(f"variant may not contain path separators, got {config.variant!r}")
     return pathlib.Path("runs") / (name + ("-smoke" if config.smoke else ""))

@@ -17,6 +17,7 @@ except ImportError:  # not on Windows: no lock there
 
 from clustr_jax import processes, results
 from clustr_jax.errors import UserError
+from clustr_jax.events import Events
 from clustr_jax.files import read_json, write_json
 
 # A work directory belongs to one training; evaluation settings may change from run to run.
@@ -40,6 +41,7 @@ class Workdir:
 
     def __init__(self, root: str | pathlib.Path):
         self.root = pathlib.Path(root).expanduser().resolve()
+        self._events = Events(self.root / "tensorboard", self.records)
 
     @property
     def results(self) -> pathlib.Path:
@@ -60,12 +62,21 @@ class Workdir:
         path = self.stage(name) / "done.json"
         return read_json(path) if path.exists() else None
 
-    def open(self, config) -> None:
-        """Write config.json and environment.json, or check that the directory belongs to this training."""
+    def open(self, config, command: str = "") -> None:
+        """Write config.json and environment.json, or check that the directory belongs to this training.
+
+        environment.json keeps the `commands` that worked on the directory, each once, the newest last.
+        """
         content = config_dict(config)
         path = self.root / "config.json"
         if path.exists():
             before = read_json(path)
+            was, now = (c.get("data", {}).get("sha") for c in (before, content))
+            if was and now and was != now:
+                raise UserError(
+                    f"{content['data']['dir']} has changed since {self.root} was trained on it ({was} then, "
+                    f"{now} now); put the images back, or use another --workdir"
+                )
             for section in _TRAINING:
                 old, new = before.get(section), content[section]
                 if old != new:
@@ -76,9 +87,17 @@ class Workdir:
         processes.wait("config.json is read")
         try:
             write_json(path, content)
-            write_json(self.root / "environment.json", environment())
+            write_json(self.root / "environment.json", {"commands": self._commands(command), **environment()})
         except OSError as error:
             raise UserError(f"cannot write to the work directory {self.root}: {error.strerror}") from error
+
+    def _commands(self, command: str) -> list[str]:
+        """Those of environment.json and this one; what cannot be read there is written anew."""
+        try:
+            before = read_json(self.root / "environment.json").get("commands", [])
+        except UserError:
+            before = []
+        return [*(c for c in before if c != command), *([command] if command else [])]
 
     @contextlib.contextmanager
     def locked(self):
@@ -107,11 +126,12 @@ class Workdir:
             yield  # closing the file, or the end of the process however it comes, frees it
 
     def log(self, record: dict) -> None:
-        """Append one record to metrics.jsonl."""
+        """Append one record to metrics.jsonl, and to the event files."""
         if not processes.leader():
             return
         with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        self._events.add(record)
 
     def records(self) -> list[dict]:
         """All complete records of metrics.jsonl."""

@@ -25,17 +25,18 @@ def base(dataset: str) -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.name = dataset
-    c.data.dir = ""  # "" = $TFDS_DATA_DIR or ~/tensorflow_datasets
+    c.data.dir = ""  # "" = $TFDS_DATA_DIR or ~/tensorflow_datasets; of "folder": your images
     c.data.train_size = 0  # stratified subset; 0 = all
     c.data.test_size = 0
     c.data.val_size = 0.02  # share of the training split held out for stopping and selection
     c.data.augment = "none"  # "crop_flip", "crop", "flip" or "none"
 
     c.model = ConfigDict()
-    c.model.name = "resnet18"
+    c.model.name = "resnet18"  # "auto": by the size of the images
     c.model.width = 0  # channels of the first stage; 0 = the usual ones
-    c.model.mean = (0.0,)
+    c.model.mean = (0.0,)  # () = of the training images, as std
     c.model.std = (1.0,)
+    c.model.dtype = "float32"  # "bfloat16": layers in training mode, for accelerators
 
     c.warmup = _recipe(epochs=90, lr=1e-2, milestones=(30, 60))  # appendix D
     c.warmup.target = 0.0  # stop at this accuracy on the held-out part; 0 = run all epochs
@@ -294,7 +295,7 @@ def cpu(c):
     instead of eight. Their radius grows over the first epochs: from the full radius on, a small network
     predicts one class only for many epochs.
     """
-    if c.model.name == "resnet18":
+    if c.model.name == "resnet18":  # "auto" looks at the variant itself
         c.model.name = "resnet8"
     c.warmup.epochs, c.warmup.lr, c.warmup.schedule, c.warmup.target = 12, 5e-3, "onecycle", 0.0
     c.warmup.optimizer, c.warmup.weight_decay, c.warmup.milestones = "adam", 1e-4, ()

@@ -28,6 +28,7 @@ DATA = {
     "svhn": ((32, 32, 3), 10, 73_257),
     "digits": ((8, 8, 1), 10, 1_438),
     "toy2d": ((2,), 2, 1_000),
+    "folder": ((32, 32, 3), 10, 1_000),  # whatever the user has
 }
 METHODS = tuple(objectives.METHODS)
 VARIANTS = ("cpu",)
@@ -74,6 +75,7 @@ def one_step_of_each_stage(name, method, smoke):
     own = objectives.METHODS[method]
     size = config.data.train_size or DATA[name][2]
     split = fake_split(*DATA[name][:2], size)
+    config = settings.complete(config, split, split)
     net = loading.build_net(config, split)
     evaluate.check_config(config)
     settings.check(config, own, net, split, split)
@@ -121,7 +123,7 @@ def test_train_step_at_full_size(method):
 @pytest.mark.slow
 @pytest.mark.parametrize("smoke", [False, True], ids=["full", "smoke"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "folder"])
 def test_train_step_of_the_large_configs(name, method, smoke):
     one_step_of_each_stage(name, method, smoke)
 
@@ -148,8 +150,8 @@ def test_an_unknown_variant_is_refused_with_the_known_ones():
 @pytest.mark.parametrize("name", DATA)
 def test_magnet_batches_are_those_of_appendix_d(name):
     """12 clusters of 20 images (or all clusters, if fewer), and as many batches as fill the set."""
-    config = get_config(name, "clustr")
     split = fake_split(*DATA[name])
+    config = settings.complete(get_config(name, "clustr"), split, split)
     clusters = config.magnet.k * DATA[name][1]
     trainer = train.Trainer(
         loading.build_net(config, split), objectives.METHODS["clustr"], config, config.train, len(split)

@@ -31,26 +31,37 @@ def lowered(f, *args):
 
 
 @functools.cache
-def problem(method, model="resnet8"):
+def problem(method, model="resnet8", dtype="float32"):
     config = cifar10.get_config(method)
     config.model.name = model if config.model.name == "resnet18" else config.model.name
+    config.model.dtype = dtype
     config = settings.resolve(config)
     images, labels = np.zeros((240, 32, 32, 3), np.uint8), (np.arange(240) % 10).astype(np.int32)
     net = loading.build_net(config, data.Split(images, labels, 10, 255.0, (0.0, 1.0), ""))
     return config, net, images, labels
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_train_step(method):
-    config, net, images, labels = problem(method)
+def lowered_steps(method, **model):
+    config, net, images, labels = problem(method, **model)
     trainer = train.Trainer(net, METHODS[method], config, config.train, len(labels))
     train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
     key = jax.random.key(0)
     variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(net.init, key))
     state = train.blank(trainer, variables, train_set, key)
     order = train.epoch_order(key, len(labels), 0)
-    text = lowered(functools.partial(train.run_steps, trainer), state, train_set, order, key, 3)
+    return lowered(functools.partial(train.run_steps, trainer), state, train_set, order, key, 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_train_step(method):
+    text = lowered_steps(method)
     assert "stablehlo.convolution" in text and "stablehlo.while" in text
+
+
+def test_a_step_in_bfloat16():
+    text = lowered_steps("clustr_qtrades", dtype="bfloat16")
+    convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+    assert convolutions and all("bf16" in line for line in convolutions)
 
 
 def classifier(cluster_head):

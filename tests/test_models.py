@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from clustr_jax import models
+from clustr_jax.errors import UserError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 IMAGES = dict(num_classes=5, width=4, input_shape=(8, 8, 3), mean=MEAN, std=STD)
@@ -161,3 +162,32 @@ def test_an_unknown_name_is_a_value_error():
     """One line that names the culprit."""
     with pytest.raises(ValueError, match="resnet19"):
         models.build("resnet19", **IMAGES)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "cnn"])
+def test_bfloat16_computes_layers_in_training_mode_only(name):
+    """Its training passes are near float32's and not equal; eval mode, outputs and statistics are float32."""
+    net, variables, x = setup(name)
+    mixed = models.build(name, **SETTINGS[name], dtype="bfloat16")
+    assert mixed != net
+
+    def loss(params, net):
+        outputs, stats = net.train({**variables, "params": params}, x)
+        return jnp.mean(jnp.square(outputs.embeddings - 1.0)), (outputs, stats)
+
+    graded = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    full, (outputs, _) = graded(variables["params"], net)
+    reduced, (rough, stats) = graded(variables["params"], mixed)
+    assert all(a.dtype == jnp.float32 for a in jax.tree.leaves((reduced, rough, stats)))
+    spread = float(jnp.std(outputs.embeddings))
+    error = float(jnp.max(jnp.abs(outputs.embeddings - rough.embeddings)))
+    assert 1e-5 * spread < error < 0.3 * spread
+    flat, near = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for g in (full, reduced))
+    assert float(flat @ near / jnp.linalg.norm(flat) / jnp.linalg.norm(near)) > 0.98
+    np.testing.assert_array_equal(evaluate(mixed, variables, x).logits, evaluate(net, variables, x).logits)
+
+
+@pytest.mark.parametrize("name, dtype", [("resnet8", "float16"), ("mlp", "bfloat16")])
+def test_dtypes_that_are_refused(name, dtype):
+    with pytest.raises(UserError, match="float32"):
+        models.build(name, **SETTINGS[name], dtype=dtype)

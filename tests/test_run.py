@@ -494,9 +494,3 @@ def test_mistakes_at_the_command_line(arguments, run):
     stdout, stderr = run(*arguments, code=2)
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
     assert "Traceback" not in stdout + stderr
-
-
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help(flag, run):
-    stdout, stderr = run(flag)
-    assert "python run.py" in stdout and "--workdir" in stdout and stderr == ""

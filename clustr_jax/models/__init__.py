@@ -70,9 +70,21 @@ def _linear_init(key, shape, dtype=jnp.float32):
 _BATCH_NORM_EPSILON = 1e-5  # flax's default, which the modules here keep
 
 
-def _batch_norm(train):
-    """Statistics are those of the whole batch, also where a device has a part of it."""
-    return functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, axis_name=mesh.axis())
+def _batch_norm(train, dtype=None):
+    """Statistics are those of the whole batch, also where a device has a part of it; never in bfloat16."""
+    return functools.partial(
+        nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=dtype, axis_name=mesh.axis()
+    )
+
+
+def _reduced(x, dtype, train):
+    """x as bfloat16 where the layers compute so; else as it is (float64 in some checks)."""
+    return x.astype(dtype) if train and dtype == "bfloat16" else x
+
+
+def _full(x):
+    """x with at least float32's digits."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 # The parameters of the linear head: what is replaced when the classes change.
@@ -116,7 +128,8 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = (self.size, self.size, x.shape[-1], self.features)
-        return conv2d(x, self.param("kernel", _kernel_init, shape), self.stride, self.size // 2)
+        kernel = self.param("kernel", _kernel_init, shape).astype(x.dtype)
+        return conv2d(x, kernel, self.stride, self.size // 2)
 
 
 class Block(nn.Module):
@@ -147,25 +160,28 @@ def _describe_block(params, stats, stride):
 
 
 class ResNet(nn.Module):
-    """ResNet for 32x32 images: 3x3 stem, no stem pooling, global average pool after the last ReLU."""
+    """ResNet for 32x32 images: 3x3 stem, no stem pooling, global average pool after the last ReLU.
+
+    `dtype` is that of the layers in training mode; embeddings, logits and eval mode are float32.
+    """
 
     num_classes: int
     stages: tuple[int, ...]
     width: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x, *, train):
         x = _normalise(x, self.mean, self.std)
-        norm = functools.partial(
-            nn.BatchNorm, use_running_average=not train, momentum=0.9, axis_name=mesh.axis()
-        )
+        x = _reduced(x, self.dtype, train)
+        norm = _batch_norm(train, x.dtype)
         x = nn.relu(norm()(Conv(self.width)(x)))
         for i, blocks in enumerate(self.stages):
             for j in range(blocks):
                 x = Block(self.width * 2**i, 2 if i > 0 and j == 0 else 1)(x, norm)
-        embeddings = jnp.mean(x, axis=(1, 2))
+        embeddings = jnp.mean(_full(x), axis=(1, 2))
         return Outputs(_head(self.num_classes)(embeddings), embeddings)
 
     def describe(self, variables, input_shape):
@@ -181,23 +197,23 @@ class ResNet(nn.Module):
 
 
 class CNN(nn.Module):
-    """Two convolutions and a hidden layer, for the 8x8 digits."""
+    """Two convolutions and a hidden layer, for the 8x8 digits; `dtype` as in ResNet."""
 
     num_classes: int
     width: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x, *, train):
         x = _normalise(x, self.mean, self.std)
-        norm = functools.partial(
-            nn.BatchNorm, use_running_average=not train, momentum=0.9, axis_name=mesh.axis()
-        )
+        x = _reduced(x, self.dtype, train)
+        norm = _batch_norm(train, x.dtype)
         x = nn.relu(norm()(Conv(self.width)(x)))
         x = nn.relu(norm()(Conv(2 * self.width, stride=2)(x)))
-        x = nn.Dense(4 * self.width, kernel_init=_linear_init)(x.reshape(x.shape[0], -1))
-        embeddings = nn.relu(norm()(x))
+        x = nn.Dense(4 * self.width, kernel_init=_linear_init, dtype=x.dtype)(x.reshape(x.shape[0], -1))
+        embeddings = _full(nn.relu(norm()(x)))
         return Outputs(_head(self.num_classes)(embeddings), embeddings)
 
     def describe(self, variables, input_shape):
@@ -263,7 +279,7 @@ class UnitNet(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         x = _normalise(x, self.mean, self.std)
-        for i, (kind, features, size) in enumerate(self._plan(x.shape[1:])):
+        for i, (kind, features, size) in enumerate(self.plan(x.shape[1:])):
             name = f"layer_{i}"
             if kind == "space_to_depth":
                 x = unit.space_to_depth(x)
@@ -281,7 +297,7 @@ class UnitNet(nn.Module):
         embeddings = x.reshape(x.shape[0], -1)
         return Outputs(_head(self.num_classes)(embeddings), embeddings)
 
-    def _plan(self, shape):
+    def plan(self, shape):
         """(kind, features, kernel size) of each step; "reduce" is an AOL convolution without MaxMin."""
         steps, channels, cells = [], shape[-1], math.prod(shape[:-1])
         for i in range(_UNIT_STAGES if len(shape) == 3 else 0):
@@ -301,7 +317,7 @@ class UnitNet(nn.Module):
         """See Net.describe."""
         params = variables["params"]
         layers: list[tuple] = [_scale(self.std)]
-        for i, (kind, _, _) in enumerate(self._plan(input_shape)):
+        for i, (kind, _, _) in enumerate(self.plan(input_shape)):
             if kind in ("space_to_depth", "flatten"):
                 layers.append((kind,))
             elif kind != "pad":
@@ -321,6 +337,8 @@ _MODULES = {
 }
 # Networks that are 1-Lipschitz by construction (times 1 / min(std)): their certificates are not vacuous.
 UNIT = ("lip_sll", "lip_aol", "lip_cpl")
+# Networks that can compute in bfloat16.
+_MIXED = ("resnet18", "resnet8", "cnn")
 # `width` 0 in a config means the usual one.
 DEFAULT_WIDTH = {
     "resnet18": 64,
@@ -341,8 +359,12 @@ def build(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     width: int = 0,
+    dtype: str = "float32",
 ) -> Net:
-    """The network called `name` for inputs of this shape; mean and std are per channel, in [0, 1] units."""
+    """The network called `name` for inputs of this shape; mean and std are per channel, in [0, 1] units.
+
+    `dtype` "bfloat16" computes the layers so in training mode (resnet18, resnet8, cnn), for accelerators.
+    """
     if name not in _MODULES:
         raise UserError(f"unknown model {name!r}; known: {', '.join(_MODULES)}")
     if width < 0:
@@ -358,10 +380,24 @@ def build(
             f"model {name} halves the image {_UNIT_STAGES} times: its sides must be multiples of "
             f"{2**_UNIT_STAGES}, got {input_shape}"
         )
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"model.dtype must be float32 or bfloat16, got {dtype!r}")
+    if dtype != "float32" and name not in _MIXED:
+        raise UserError(f"model {name} computes in float32 only; choose one of {', '.join(_MIXED)}")
     module = _MODULES[name](
+        **({"dtype": dtype} if name in _MIXED else {}),
         num_classes=num_classes,
         width=width or DEFAULT_WIDTH[name],
         mean=tuple(map(float, mean)),
         std=tuple(map(float, std)),
     )
     return Net(module, tuple(input_shape), num_classes)
+
+
+def name_of(net: Net) -> str:
+    """The name that `build` knows this network by."""
+    for name, make in _MODULES.items():
+        kind, fixed = (make.func, make.keywords) if isinstance(make, functools.partial) else (make, {})
+        if type(net.module) is kind and all(getattr(net.module, k) == v for k, v in fixed.items()):
+            return name
+    raise UserError(f"{type(net.module).__name__} is not one of the networks {', '.join(_MODULES)}")

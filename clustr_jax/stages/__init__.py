@@ -1,6 +1,6 @@
 """The stages of a run, in order, and what is handed from one to the next.
 
-    1_warmup -> 2_train -> evaluate -> certify
+    1_warmup -> 2_train -> evaluate -> certify -> report
 
 A training stage starts from, in this order: its own newest checkpoint (resume); `config.init_from`
 (the first stage only); the previous stage's model (parameters and batch statistics, nothing else);
@@ -13,35 +13,47 @@ from rich.console import Console
 from clustr_jax import certified, data, evaluate, loading, mesh, processes, results, settings, train
 from clustr_jax.errors import UserError
 from clustr_jax.objectives import METHODS
+from clustr_jax.profiling import Profiler
 from clustr_jax.progress import Progress
-from clustr_jax.stages import evaluation, training
-from clustr_jax.stages.context import CERTIFY, EVALUATE, STAGES, TRAIN, WARMUP, Run, stage_key
+from clustr_jax.stages import evaluation, reporting, training
+from clustr_jax.stages.context import CERTIFY, EVALUATE, REPORT, STAGES, TRAIN, WARMUP, Run, stage_key
 from clustr_jax.workdir import Workdir
 
-__all__ = ["CERTIFY", "EVALUATE", "STAGES", "TRAIN", "WARMUP", "Run", "run", "stage_key"]
+__all__ = ["CERTIFY", "EVALUATE", "REPORT", "STAGES", "TRAIN", "WARMUP", "Run", "run", "stage_key"]
 
 
-def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = None) -> dict[str, dict]:
-    """Run (or resume, or skip) the stages and return the results by name; prints as it goes.
+def run(
+    config,
+    workdir: str | None = None,
+    stages: tuple[str, ...] | None = None,
+    *,
+    command: str = "",
+    quiet: bool = False,
+    profile: bool = False,
+) -> dict[str, dict]:
+    """Run (or resume, or skip) the stages and return the results by name; prints as it goes, unless quiet.
 
-    `stages` None means all that the method has. Raises UserError, before anything is computed, for
-    settings that cannot work.
+    `stages` None means all that the method has; `command` is what the user typed, for the record; `profile`
+    writes a trace of a few seconds of each stage to WORKDIR/profile. Raises UserError, before anything is
+    computed, for settings that cannot work.
     """
-    console = Console(quiet=not processes.leader())
+    console = Console(quiet=quiet or not processes.leader())
     config = settings.resolve(config)
     method = _method(config)
     wanted = _wanted(stages, method)
     evaluate.check_config(config)
     certified.check_config(config)
     place = Workdir(workdir or settings.default_workdir(config))
-    splits = data.splits(config.data)
+    splits = data.splits(config.data, at_most=config.smoke)
+    config = settings.complete(config, splits[0], splits[2])
     progress = Progress(console)
     source = _source(config, place, progress, splits[0]) if method.source and WARMUP in wanted else None
     net = loading.build_net(config, splits[0])
     settings.check(config, method, net, splits[0], splits[2])
     with mesh.over(jax.devices()), place.locked(), progress:
-        place.open(config)
-        this = Run(config, place, progress, net, *splits, source=source)
+        place.open(config, command)
+        profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)
+        this = Run(config, place, progress, net, *splits, source=source, profiler=profiler)
         _introduce(this)
         if source is not None:
             _introduce_data("pre-training data", source)
@@ -50,11 +62,14 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
                 evaluation.run(this)
             elif stage == CERTIFY:
                 evaluation.certify(this)
-            else:
+            elif stage in (WARMUP, TRAIN):
                 training.run(this, stage)
+            profiler.close()
         # last, for they look at the certificates as well; a new certificate is a new diagnosis
         if {EVALUATE, CERTIFY} & set(wanted) and config.eval.diagnostics:
             evaluation.diagnose(this)
+        if REPORT in wanted:
+            reporting.run(this)
     found = {name: results.load(place.results, name) for name in ("clean", *config.eval.protocols)}
     found = {name: result for name, result in found.items() if result is not None}
     if EVALUATE in wanted and found:
@@ -64,6 +79,8 @@ def run(config, workdir: str | None = None, stages: tuple[str, ...] | None = Non
             console.print(results.checks_table(diagnosis))
             console.print(diagnosis["verdict"], highlight=False, soft_wrap=True, style="bold")
         console.print(f"results: {place.results}", highlight=False, soft_wrap=True)
+    if REPORT in wanted:
+        console.print(f"report: {place.root / 'report.html'}", highlight=False, soft_wrap=True)
     return found
 
 
@@ -71,11 +88,13 @@ def _source(config, place, progress, target):
     """What at_pretrain trains on first: another data set with its own head."""
     if not config.pretrain.name:
         raise UserError(f"{config.method} needs a data set to pre-train on: set pretrain.name, e.g. cifar100")
+    if config.pretrain.name == data.OWN:
+        raise UserError("pretrain.name cannot be own images; name a prepared set, e.g. cifar100")
     splits = data.splits(config.pretrain)
     if splits[0].images.shape[1:] != target.images.shape[1:]:
         raise UserError(
             f"pretrain.name={config.pretrain.name} has inputs of shape {splits[0].images.shape[1:]}, "
-            f"{config.data.name} of {target.images.shape[1:]}; choose a set of the same size"
+            f"{data.label(config.data)} of {target.images.shape[1:]}; choose a set of the same size"
         )
     return Run(config, place, progress, loading.build_net(config, splits[0]), *splits)
 
@@ -100,10 +119,13 @@ def _introduce(this):
     config, progress = this.config, this.progress
     devices = ", ".join(sorted({f"{d.platform} ({d.device_kind})" for d in jax.devices()}))
     count = sum(p.size for p in jax.tree.leaves(jax.eval_shape(this.net.init, jax.random.key(0))["params"]))
-    progress.line(
-        f"{config.method} on {config.data.name}, {config.model.name} with {count:,} parameters, {devices}"
-    )
+    where = data.label(config.data)
+    progress.line(f"{config.method} on {where}, {config.model.name} with {count:,} parameters, {devices}")
     _introduce_data("data", this)
+    names = this.train_split.class_names
+    if names:
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        progress.line(f"{len(names)} classes: {shown}")
     if METHODS[config.method].sampler == "magnet":
         clusters = train.per_class(config, this.net.num_classes)
         progress.line(

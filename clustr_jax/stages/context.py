@@ -6,11 +6,12 @@ import jax
 from ml_collections import ConfigDict
 
 from clustr_jax import data, models
+from clustr_jax.profiling import Profiler
 from clustr_jax.progress import Progress
 from clustr_jax.workdir import Workdir
 
-WARMUP, TRAIN, EVALUATE, CERTIFY = "1_warmup", "2_train", "evaluate", "certify"
-STAGES = (WARMUP, TRAIN, EVALUATE, CERTIFY)
+WARMUP, TRAIN, EVALUATE, CERTIFY, REPORT = "1_warmup", "2_train", "evaluate", "certify", "report"
+STAGES = (WARMUP, TRAIN, EVALUATE, CERTIFY, REPORT)  # at the end only: the place decides the randomness
 
 
 @dataclasses.dataclass
@@ -25,6 +26,7 @@ class Run:
     val_split: data.Split
     test_split: data.Split
     source: "Run | None" = None  # the same for the data set of at_pretrain's first stage
+    profiler: Profiler = dataclasses.field(default_factory=lambda: Profiler(None))
 
     def key(self, stage: str):
         """A stream of randomness for each stage."""

@@ -26,19 +26,23 @@ def run(this: Run) -> None:
             continue
         started = time.monotonic()
 
-        def report(unbroken, what, started=started):
+        def report(unbroken, what, name=name, started=started):
             spent = duration(time.monotonic() - started)
+            this.profiler.tick(f"evaluate-{name}")
             progress.status(f"evaluate  {what}  unbroken {unbroken:.1%}  {spent}")
             preemption.check(f"evaluate, {what}")  # its records are saved before it reports
 
         key = this.key(EVALUATE)
         if name == "clean":
             result, outcomes, seconds = evaluate.run_clean(clf, test.pixels(), test.labels)
+            if test.class_names:
+                result["class_names"] = list(test.class_names)
         else:
             records = results.Records(folder, identity)
             result, outcomes, seconds = evaluate.run(name, key, clf, examples, config, report, records)
         header = {
-            "dataset": config.data.name, "subset": subset, "n": result.pop("n"), "method": config.method,
+            "dataset": data.label(config.data), "subset": subset, "n": result.pop("n"),
+            "method": config.method,
             "protocol": results.PROTOCOLS[name] + ("-quick" if config.eval.quick and name != "clean" else ""),
         }  # fmt: skip
         footer = {
@@ -54,7 +58,8 @@ def run(this: Run) -> None:
         if name == "clean":
             top = int(np.argmax(result["predicted"]))
             predicted, labelled = (100 * result[shares][top] for shares in ("predicted", "labelled"))
-            most = f"; class {top} is predicted on {predicted:.1f} % (of the labels: {labelled:.1f} %)"
+            who = f"class {top}" + (f" ({test.class_names[top]})" if test.class_names else "")
+            most = f"; {who} is predicted on {predicted:.1f} % (of the labels: {labelled:.1f} %)"
         progress.line(f"evaluate: {name} {100 * result['robust']:.2f} %{most} ({duration(seconds)})")
 
 
@@ -87,7 +92,7 @@ def diagnose(this: Run) -> None:
     sound, paper, certain = (results.load(folder, name) for name in ("sound", "paper", "certified"))
     if sound is None or sound["config_sha"] != _identity(config, "sound"):
         return
-    identity = results.sha([r and r["config_sha"] for r in (sound, paper, certain)] + [results.PROTOCOLS])
+    identity = results.diagnosis_sha(sound, paper, certain)
     before = results.load(folder, "diagnostics")
     if before and before["config_sha"] == identity:
         this.progress.line("evaluate: diagnostics were done before")
@@ -129,7 +134,7 @@ def certify(this: Run) -> None:
         this.key(CERTIFY), clf, test.pixels(), test.labels, examples, config, report
     )
     result = {
-        "dataset": config.data.name,
+        "dataset": data.label(config.data),
         "subset": "; ".join(s.subset for s in (this.train_split, test) if s.subset),
         "n": result.pop("n"), "method": config.method, "protocol": results.PROTOCOLS["certified"], **result,
         "head": "clusters", "nearest": clf.nearest, "seed": config.seed, "config_sha": identity,

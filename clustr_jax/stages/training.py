@@ -116,6 +116,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             before = time.monotonic()
             state = jax.block_until_ready(train.run_steps(trainer, state, train_set, order, key, count))
             seconds = time.monotonic() - before
+            this.profiler.tick(stage)
             step += count
             if int(state.step) < step:
                 _stop_at_nonfinite(this, stage, trainer, checkpoints, state, train_set, order, key)

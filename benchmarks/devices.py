@@ -1,0 +1,115 @@
+"""One device against eight: final accuracies beside those of other seeds, and attacks on one checkpoint.
+
+    python benchmarks/devices.py [--folder=runs/devices] [--seeds=5] [--eight=3] [--only=digits] [--save]
+
+Trains digits and resnet8 on CIFAR-10 (5,000 images) by ClusTR+QTRADES with several seeds on one device, and
+with the first of them on eight virtual CPU devices; then attacks the first network once more on eight
+devices. Every run is one of run.py and resumes. Prints a table and a JSON: whether each accuracy on eight
+devices lies where one more seed would (95 % prediction interval), and between the lowest and the highest
+of the seeds (which one more seed on one device does with probability 1 - 2 / (seeds + 1)); and the share of
+attack outcomes that are equal.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import process
+import scipy.stats
+
+ROOT = pathlib.Path(process.__file__).resolve().parents[1]
+QUICK = ("--config.eval.protocols=('quick',)", "--config.eval.diagnostics=False")
+SETS = {
+    "digits": ("--config=configs/digits.py:clustr_qtrades", *QUICK),
+    "cifar10": (
+        "--config=configs/cifar10.py:clustr_qtrades,cpu", *QUICK, "--config.data.train_size=5000",
+        "--config.warmup.epochs=6", "--config.train.epochs=2", "--config.eval.n=500",
+    ),
+}  # fmt: skip
+
+
+def run(workdir: pathlib.Path, devices: int, *arguments: str) -> None:
+    """run.py with that many virtual devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    subprocess.run(
+        [sys.executable, "run.py", "--platform=cpu", f"--workdir={workdir}", *arguments],
+        cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, check=True, stdout=sys.stderr,
+    )  # fmt: skip
+
+
+def clean(workdir: pathlib.Path) -> float:
+    return json.loads((workdir / "results" / "clean.json").read_text())["clean"]
+
+
+def compare(name: str, folder: pathlib.Path, seeds: int, eights: int) -> dict:
+    """Train, attack and compare one data set's runs."""
+    arguments = SETS[name]
+    train = "--stages=1_warmup,2_train,evaluate"
+    for seed in range(seeds):
+        run(folder / f"{name}-1-{seed}", 1, *arguments, train, f"--config.seed={seed}")
+    for seed in range(eights):
+        run(folder / f"{name}-8-{seed}", 8, *arguments, train, f"--config.seed={seed}")
+    same = folder / f"{name}-1-0-on-8"
+    if not same.exists():
+        partial = same.with_name(same.name + ".tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(folder / f"{name}-1-0", partial)
+        shutil.rmtree(partial / "results")
+        partial.rename(same)
+    run(same, 8, *arguments, "--stages=evaluate")
+
+    one = [clean(folder / f"{name}-1-{seed}") for seed in range(seeds)]
+    eight = [clean(folder / f"{name}-8-{seed}") for seed in range(eights)]
+    # where one more run of the same distribution lies with probability 95 %
+    mean, spread = np.mean(one), np.std(one, ddof=1)
+    half = scipy.stats.t.ppf(0.975, seeds - 1) * spread * np.sqrt(1 + 1 / seeds)
+    outcomes = [dict(np.load(w / "results" / "quick.npz")) for w in (folder / f"{name}-1-0", same)]
+    attacks = [key for key in outcomes[0] if outcomes[0][key].dtype == bool]
+    equal = {key: float(np.mean(outcomes[0][key] == outcomes[1][key])) for key in attacks}
+    result = json.loads((same / "results" / "quick.json").read_text())
+    return {
+        "set": name, "n": result["n"], "robust": result["robust"], "one_device": one, "eight_devices": eight,
+        "range": [min(one), max(one)],
+        "inside_range": [bool(min(one) <= value <= max(one)) for value in eight],
+        "prediction_interval": [float(mean - half), float(mean + half)],
+        "inside_prediction_interval": [bool(abs(value - mean) <= half) for value in eight],
+        "p_of_equal_means": float(scipy.stats.ttest_ind(one, eight, equal_var=False).pvalue),
+        "equal_outcomes": equal,
+        "arguments": list(arguments), "config_sha": result["config_sha"], "versions": result["versions"],
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "devices")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--eight", type=int, default=3)
+    parser.add_argument("--only", choices=SETS)
+    parser.add_argument("--save", action="store_true", help="write results/benchmarks/devices.json")
+    args = parser.parse_args()
+    names = [args.only] if args.only else SETS
+    rows = [compare(name, args.folder.resolve(), args.seeds, args.eight) for name in names]
+    print("| set | on 8 devices, by seed | on 1 | interval for one more seed | p | equal attack outcomes |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        low, high = row["prediction_interval"]
+        equal = min(row["equal_outcomes"].values())
+        one, eight = (
+            ", ".join(f"{100 * value:.2f}" for value in row[key]) for key in ("one_device", "eight_devices")
+        )
+        print(
+            f"| {row['set']} | {eight} | {one} | {100 * low:.1f} to {100 * high:.1f} "
+            f"| {row['p_of_equal_means']:.2f} | {100 * equal:.2f} % of {row['n']} |"
+        )
+    process.finish("devices", {"rows": rows}, args.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""metrics.jsonl once more, as TensorBoard event files: `tensorboard --logdir runs`."""
+
+import pathlib
+import shutil
+from collections.abc import Callable
+
+from tensorboardX import SummaryWriter
+
+# A killed process loses what it had not flushed; the next one writes all again.
+_FLUSH_SECONDS = 10
+
+
+class Events:
+    """One folder of event files per stage under `root`, one scalar per number of a record.
+
+    A new process writes the stage's folder again from `records` (those of metrics.jsonl): a resumed run
+    leaves one curve, without gaps or steps that were taken twice.
+    """
+
+    def __init__(self, root: pathlib.Path, records: Callable[[], list[dict]]):
+        self._root, self._records = root, records
+        self._writers: dict[str, SummaryWriter] = {}
+
+    def add(self, record: dict) -> None:
+        """Write a record that is the last one of metrics.jsonl."""
+        stage = record["stage"]
+        if stage in self._writers:
+            self._write(record)
+            return
+        shutil.rmtree(self._root / stage, ignore_errors=True)
+        self._writers[stage] = SummaryWriter(str(self._root / stage), flush_secs=_FLUSH_SECONDS)
+        for earlier in self._records():
+            if earlier["stage"] == stage:
+                self._write(earlier)
+
+    def _write(self, record):
+        for name, value in record.items():
+            if name not in ("stage", "step"):
+                self._writers[record["stage"]].add_scalar(name, value, record["step"])

@@ -1,0 +1,84 @@
+"""A page about a work directory: report.html, its figures, and MODEL_CARD.md.
+
+    python -m clustr_jax.report runs/digits-clustr_qtrades               # the page of one run, again
+    python -m clustr_jax.report runs/a runs/b --out=compare.html         # one page about several
+
+    record     what the directory holds       looks      what is computed of the network: planes, gallery
+    words      sentences and table cells      figures    drawings of results; svg  how they enter a page
+    page       the page and card of one     compare    the page of several; both fill templates
+
+`read`, then `look` (all processes together), then `write` (the leader).
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from clustr_jax import data, loading, mesh
+from clustr_jax.errors import UserError
+from clustr_jax.files import write_bytes
+from clustr_jax.report import compare, looks, page
+from clustr_jax.report.page import Looks, Report
+from clustr_jax.report.record import VERSION, Record, read
+
+__all__ = ["Looks", "Record", "Report", "current", "look", "read", "write", "write_comparison"]
+
+
+def current(record: Record) -> bool:
+    """Whether report.html and MODEL_CARD.md are there, and were made of just these results."""
+    path = record.root / "report.html"
+    if not (path.exists() and (record.root / "MODEL_CARD.md").exists()):
+        return False
+    with path.open(errors="replace") as file:
+        return f'content="clustr_jax {VERSION} {record.identity}"' in file.read(2000)
+
+
+def look(record: Record, key: jax.Array, splits: tuple[data.Split, data.Split, data.Split] | None) -> Looks:
+    """Embeddings of each finished stage, and a few adversarial images; `splits` None reads the data.
+
+    Without the data there is a report all the same, which says so.
+    """
+    config = ConfigDict(record.config)
+    stages = {name: mesh.place(loading.load(record.root / name)) for name in record.stages}
+    last = next(reversed(stages.values()))
+    reasons, count = {}, looks.parameters(last)
+    try:
+        train, held_out, test = splits or data.splits(config.data)
+    except UserError as error:
+        why = f"the data could not be read ({error})"
+        return Looks(parameters=count, reasons={"embeddings": why, "gallery": why})
+    if len(test.images.shape) != 4:
+        reasons["gallery"] = f"{config.data.name} has points, not images"
+    elif "2_train" not in stages:
+        reasons["gallery"] = "2_train is not finished"
+    victims = []
+    if not reasons:  # of the images that were attacked, if any were
+        attacked = record.outcomes("sound")["ids"] if "sound" in record.results else np.arange(len(test))
+        victims = looks.gallery(jax.random.fold_in(key, 0), last, config, test, attacked)
+    planes = looks.embeddings(jax.random.fold_in(key, 1), stages, config, train, test)
+    return Looks(planes, victims, count, (len(train), len(held_out), len(test)), reasons)
+
+
+def write(record: Record, found: Looks) -> pathlib.Path:
+    """report.html, figures/ and MODEL_CARD.md; returns the first. Figures of an earlier report go."""
+    made = page.report(record, found)
+    folder = record.root / "figures"
+    names = {f"{d.name}.{kind}" for d in made.drawings for kind in ("svg", "png")}
+    for path in folder.glob("*"):
+        if path.suffix in (".svg", ".png") and path.name not in names:
+            path.unlink()
+    for drawing in made.drawings:
+        write_bytes(folder / f"{drawing.name}.svg", drawing.svg)
+        write_bytes(folder / f"{drawing.name}.png", drawing.png)
+    write_bytes(record.root / "MODEL_CARD.md", made.card.encode())
+    path = record.root / "report.html"
+    write_bytes(path, made.html.encode())  # last: it says that the rest is there
+    return path
+
+
+def write_comparison(records: list[Record], path: pathlib.Path) -> pathlib.Path:
+    """The page that compares them."""
+    write_bytes(path, compare.compare(records).encode())
+    return path

@@ -1,0 +1,41 @@
+"""python -m clustr_jax.report DIR [DIR ...] [--out=compare.html]"""
+
+import argparse
+import pathlib
+import sys
+
+from clustr_jax import report
+from clustr_jax.errors import UserError
+from clustr_jax.stages import REPORT, stage_key
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0 done, 2 a mistake that the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m clustr_jax.report", description=report.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("workdirs", nargs="+", metavar="DIR")
+    parser.add_argument("--out", metavar="FILE", help="of several directories; default: compare.html")
+    args = parser.parse_args(argv)
+    try:
+        records = [report.read(path) for path in args.workdirs]
+        if len(records) > 1:
+            path = report.write_comparison(records, pathlib.Path(args.out or "compare.html"))
+        elif args.out:
+            raise UserError("--out is for several directories; the page of one is DIR/report.html")
+        else:
+            key = stage_key(records[0].config["seed"], REPORT)
+            path = report.write(records[0], report.look(records[0], key, None))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or 'a file'}", file=sys.stderr)
+        return 2
+    print(f"report: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,123 @@
+"""One page for several work directories: the same figures side by side, and curves in one picture."""
+
+import dataclasses
+
+from clustr_jax import results
+from clustr_jax.errors import UserError
+from clustr_jax.report import figures, page, words
+from clustr_jax.report.record import Record
+
+
+def compare(records: list[Record]) -> str:
+    """One page for several runs; UserError where they hold different versions of the same result."""
+    _check_versions(records)
+    names = _names(records)
+    drawing = figures.compared(records, names)
+    found = {r["protocol"] for record in records for r in record.results.values()}
+    by_name = {n: next((p for p in found if p.startswith(n)), "not run") for n in ("clean", "paper", "sound")}
+    columns = ["eps", "images attacked", f"clean, all test images ({by_name['clean']})"]
+    columns += [
+        f"paper's protocol ({by_name['paper']})",
+        f"sound protocol ({by_name['sound']})",
+        "certified, l2",
+    ]
+    rows = [
+        {
+            "name": name, "data": record.config["data"]["name"], "cells": _cells(record),
+            "tone": words.verdict(record).tone, "status": _status(record),
+        }
+        for name, record in zip(names, records, strict=True)
+    ]  # fmt: skip
+    title = f"{len(records)} runs compared"
+    return page.render(
+        "compare.html", title=title, identity=results.sha([r.identity for r in records]),
+        lead=" · ".join(names), columns=columns, rows=rows, notes=_compare_notes(records, names, drawing),
+        drawing=drawing, attacks=_attack_table(records, names),
+        runs=[
+            {"name": name, "title": record.title, "pairs": [*page.provenance(record), *_command(record)]}
+            for name, record in zip(names, records, strict=True)
+        ],
+    )  # fmt: skip
+
+
+def _check_versions(records):
+    for name in results.PROTOCOLS:
+        versions = {r.results[name]["protocol"]: r.root for r in records if name in r.results}
+        if len(versions) > 1:
+            (a, at), (b, other), *_ = versions.items()
+            raise UserError(
+                f"{name} is {a} in {at} and {b} in {other}; versions are never mixed in a table: evaluate "
+                f"one of them again, or compare them apart"
+            )
+
+
+def _names(records):
+    """Folder names, or as much of the paths as makes them different."""
+    for depth in range(1, max(len(r.root.parts) for r in records) + 1):
+        names = ["/".join(r.root.parts[-depth:]) for r in records]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError("the same work directory is given twice; give each once")
+
+
+def _cells(record):
+    clean, paper, sound, certified = (record.results.get(n) for n in ("clean", "paper", "sound", "certified"))
+    attacked = [r for r in (paper, sound) if r]
+    eps = " and ".join(dict.fromkeys(results.radius(r["eps"]) for r in attacked))
+    count = " and ".join(dict.fromkeys(str(r["n"]) for r in attacked))
+    certain = words.cell(certified["robust"], certified["n"]) if certified else None
+    if certified and certain:
+        certain = dataclasses.replace(
+            certain, interval=f"{certain.interval} at {results.radius(certified['eps'])}"
+        )
+    return [
+        eps or None, count or None,
+        words.cell(clean["clean"], clean["n"]) if clean else None,
+        words.cell(paper["robust"], paper["n"]) if paper else None,
+        words.cell(sound["robust"], sound["n"]) if sound else None,
+        certain,
+    ]  # fmt: skip
+
+
+def _status(record):
+    if record.checks is None:
+        return words.verdict(record).status
+    failed = record.checks["failed"]
+    return f"FAILED: {', '.join(map(str, failed))}" if failed else "NONE FAILED"
+
+
+def _compare_notes(records, names, drawing):
+    notes = []
+    for name in ("paper", "sound"):
+        without = [n for n, r in zip(names, records, strict=True) if name not in r.results]
+        if without:
+            notes.append(f"The {name} protocol was not run in {', '.join(without)}.")
+    if len({r.config["data"]["name"] for r in records}) > 1:
+        notes.append("The runs are on different data: compare within a data set only.")
+    if (
+        len({(r.results["sound"]["eps"], r.results["sound"]["n"]) for r in records if "sound" in r.results})
+        > 1
+    ):
+        notes.append("The runs were attacked at different radii or on different numbers of images.")
+    if drawing is None:
+        notes.append("There are no curves: no run has a sound result at more than one radius.")
+    return notes
+
+
+def _attack_table(records, names):
+    pairs = zip(names, records, strict=True)
+    having = [(name, record.results["sound"]) for name, record in pairs if "sound" in record.results]
+    attacks = dict.fromkeys(attack for _, sound in having for attack in sound["attacks"])
+    rows = [
+        (a, [words.cell(s["attacks"][a]["robust"], s["n"]) if a in s["attacks"] else None for _, s in having])
+        for a in attacks
+    ]
+    if rows:
+        rows.append(("all together", [words.cell(s["robust"], s["n"]) for _, s in having]))
+    columns = [f"{name}, eps {results.radius(sound['eps'])}" for name, sound in having]
+    return {"columns": columns, "rows": rows}
+
+
+def _command(record):
+    commands = record.environment.get("commands", [])
+    return [("command", commands[-1])] if commands else []

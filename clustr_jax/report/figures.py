@@ -1,0 +1,361 @@
+"""The figures of a report, each from values that are in the results; None where there are none."""
+
+import numpy as np
+
+from clustr_jax import paper, results
+from clustr_jax.report.looks import Plane, Victim, cells, limits
+from clustr_jax.report.record import Record
+from clustr_jax.report.svg import DASHES, INK, MARKERS, MUTED, SERIES, Drawing, draw
+
+# Of metrics.jsonl: field -> what the legend calls it.
+_ACCURACIES = {
+    "accuracy": "training images", "val_accuracy": "held-out images",
+    "adversarial_accuracy": "training adversary", "single_step_accuracy": "held out, one step",
+    "multi_step_accuracy": "held out, many steps", "certified": "certified",
+}  # fmt: skip
+_LOSSES = {
+    "loss": "loss", "magnet": "Magnet", "natural": "cross entropy", "consistency": "consistency",
+}  # fmt: skip
+_STAGES = {"1_warmup": "Warm-up", "2_train": "Stage 2"}
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _list(points, unit="") -> str:
+    """ "1: 11.7 %, 2: 8.9 %"."""
+    return ", ".join(f"{x:.4g}{unit}: {_percent(y)}" for x, y in points)
+
+
+def _errors(values, n):
+    """[2, len] distances to the ends of the Wilson intervals, in percent."""
+    ends = np.array([results.wilson(round(v * n), n) for v in values])
+    return np.maximum(100 * np.abs(ends - np.asarray(values)[:, None]).T, 0)
+
+
+def _line(axes, i, points, label, n=None, **more):
+    """One series: its own colour, marker and dash; intervals where `n` is given."""
+    x, y = np.array(points, float).T
+    style = dict(color=SERIES[i % 10], marker=MARKERS[i % 10], linestyle=DASHES[i % 6], label=label) | more
+    if n is None:
+        axes.plot(x, 100 * y, **style)
+    else:
+        axes.errorbar(x, 100 * y, yerr=_errors(y, n), capsize=2.5, elinewidth=0.9, **style)
+
+
+def _accuracy_axes(axes, xlabel, legend=True):
+    axes.set(xlabel=xlabel, ylabel="accuracy in %", ylim=(-3, 103))
+    if legend:
+        axes.figure.legend(loc="outside lower center", ncols=2)
+
+
+def over_eps(record: Record) -> Drawing | None:
+    """Accuracy over the radius: sound, by the paper's protocol, and as the paper reports it."""
+    sound, claimed = record.results.get("sound"), record.results.get("paper")
+    series = []
+    if sound and sound["curves"].get("eps"):
+        series.append((f"sound ({sound['protocol']})", sound["curves"]["eps"], sound["n"]))
+    if claimed and claimed["sweep"]:
+        for name, value in claimed["attacks"].items():
+            points = {0.0: claimed["clean"], claimed["eps"]: value}
+            points |= {float(e): at[name] for e, at in claimed["sweep"].items() if name in at}
+            series.append((f"{name} ({claimed['protocol']})", sorted(points.items()), claimed["n"]))
+    if not series:
+        return None
+    dataset, method = record.config["data"]["name"], record.config["method"]
+    radii = sorted({e for _, points, _ in series for e, _ in points})
+    shown = _interesting(series, radii)
+    said = [(e, paper.claim(dataset, method, "pgd100", e)) for e in radii if e]
+    said = [(e, v) for e, v in said if v is not None]
+
+    def paint(figure):
+        axes = figure.add_subplot()
+        for i, (label, points, n) in enumerate(series):
+            _line(axes, i, [(e, v) for e, v in points if e <= shown], label, n)
+        if said:
+            _line(axes, 3, said, "the paper's PGD^100", linestyle="none", markerfacecolor="none")
+        _accuracy_axes(axes, "eps, largest change of a pixel (linf)")
+
+    alt = "; ".join(f"{label}, by eps: {_list(points)}" for label, points, _ in series)
+    alt += f"; the paper reports: {_list(said)}" if said else ""
+    caption = "Bars are 95 % intervals."
+    if sound and sound["sweep"]:
+        caption += (
+            f" Sound: all attacks at {results.radius(sound['eps'])}, elsewhere APGD on the margin alone."
+        )
+    if shown < radii[-1]:
+        caption += f" Radii beyond {results.radius(shown)} are in the table: nothing is left there."
+    return draw("eps", "Accuracy over the radius", caption, alt, paint, 3.4)
+
+
+def _interesting(series, radii):
+    """The radius from which on no series has anything left, or the largest one."""
+    for e in radii:
+        if all(v == 0 for _, points, _ in series for at, v in points if at >= e):
+            return e
+    return radii[-1]
+
+
+def over_budget(record: Record, what: str) -> Drawing | None:
+    """Accuracy over "restarts" or "steps" of the two plain PGD attacks of the sound protocol."""
+    sound = record.results.get("sound")
+    if not sound:
+        return None
+    found = {name: c[what] for name, c in sound["curves"].items() if what in c}
+    if not found or max(map(len, found.values())) < 2:
+        return None
+    names = {"ce": "PGD on the cross entropy", "margin": "PGD on the margin"}
+
+    def paint(figure):
+        axes = figure.add_subplot()
+        for i, (name, points) in enumerate(found.items()):
+            _line(axes, i, points, names.get(name, name), sound["n"] if what == "restarts" else None)
+        _accuracy_axes(axes, what if what == "restarts" else "steps of the first restart")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if what == "restarts":  # what is left is often little
+            highest = max(
+                results.wilson(round(v * sound["n"]), sound["n"])[1] for p in found.values() for _, v in p
+            )
+            axes.set_ylim(0, min(103, 115 * highest))
+
+    alt = "; ".join(f"{names.get(name, name)}, after so many: {_list(p)}" for name, p in found.items())
+    caption = {
+        "restarts": "Where a line still falls at its right end, more restarts would find more. "
+        "Bars are 95 % intervals.",
+        "steps": "Where a line still falls at its right end, more steps would find more.",
+    }[what]
+    return draw(what, f"Accuracy over {what}", caption, alt, paint)
+
+
+def attacks(record: Record) -> Drawing | None:
+    """Each attack's own accuracy, the strongest at the top, and the worst case of all together."""
+    sound = record.results.get("sound")
+    if not sound or not sound["attacks"]:
+        return None
+    order = sorted(sound["attacks"].items(), key=lambda item: item[1]["robust"])
+    values = [attack["robust"] for _, attack in order]
+
+    def paint(figure):
+        axes = figure.add_subplot()
+        places = np.arange(len(order))
+        axes.errorbar(
+            np.multiply(100, values), places, xerr=_errors(values, sound["n"]), fmt="o", color=SERIES[0],
+            capsize=2.5, elinewidth=1.2, label="this attack alone",
+        )  # fmt: skip
+        axes.axvline(100 * sound["robust"], color=SERIES[1], linestyle=DASHES[1], label="all together")
+        axes.set(xlabel="accuracy in %", xlim=(0, None), ylim=(len(order) - 0.4, -0.6))
+        axes.set_yticks(places, [_short(name) for name, _ in order])
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside lower center", ncols=2)
+
+    alt = ", ".join(f"{name} {_percent(v)}" for (name, _), v in zip(order, values, strict=True))
+    return draw(
+        "attacks", "Each attack alone", "Lower is stronger. Bars are 95 % intervals.",
+        f"Accuracy under each attack of {sound['protocol']}: {alt}; all together "
+        f"{_percent(sound['robust'])}.",
+        paint, 1.1 + 0.23 * len(order),
+    )  # fmt: skip
+
+
+def _short(name: str, most: int = 24) -> str:
+    return name if len(name) <= most else "…" + name[1 - most :]
+
+
+def certified(record: Record) -> Drawing | None:
+    """Certified accuracy over the l2 radius, by each sound rule, and what l2-PGD left."""
+    from matplotlib.ticker import MaxNLocator
+
+    result = record.results.get("certified")
+    if not result:
+        return None
+    radii, empirical = record.outcomes("certified"), result["empirical"]
+    rules = {r: np.sort(radii[f"radius_{r}"]) for r in result["rules"] if r not in result["unsound_rules"]}
+    left = [(0.0, empirical["clean"])] + [(float(e), v["robust"]) for e, v in empirical["at"].items()]
+    end = 1.05 * max([*(float(r[-1]) for r in rules.values()), *(e for e, _ in left)]) or 1.0
+
+    def paint(figure):
+        axes = figure.add_subplot()
+        for i, (rule, ends) in enumerate(rules.items()):
+            at = np.concatenate([[0.0], ends, [end]])
+            kept = np.array([np.mean(ends > r) for r in at])
+            axes.step(
+                at, 100 * kept, where="post", color=SERIES[i], linestyle=DASHES[i], label=f"certified, {rule}"
+            )
+        if empirical["at"]:
+            _line(axes, 3, left, "left by l2-PGD", empirical["n"], linestyle="none")
+        _accuracy_axes(axes, "l2 radius, pixels in [0, 1]")
+        axes.set_xlim(0, end)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+
+    table = _list((float(e), v) for e, v in result["sweep"].items())
+    alt = (
+        f"Certified by {result['rule']} at clean accuracy {_percent(result['clean'])}, by l2 radius: {table}"
+    )
+    alt += f"; half of the images are certified up to {result['median_radius']:.3g}"
+    if empirical["at"]:
+        alt += f"; l2-PGD leaves, by radius: {_list(left)}"
+    caption = "Below the lines nothing can change the prediction; above the markers something did."
+    return draw(
+        "certified", "Certified accuracy", caption if empirical["at"] else caption.split(";")[0] + ".",
+        alt + ".", paint, 3.3,
+    )  # fmt: skip
+
+
+def training(record: Record) -> list[Drawing]:
+    """Accuracies and losses of each stage over its epochs."""
+    found = []
+    for stage in dict.fromkeys(r["stage"] for r in record.metrics):
+        lines = [r for r in record.metrics if r["stage"] == stage]
+        for kind, fields in (("accuracy", _ACCURACIES), ("loss", _LOSSES)):
+            drawing = _history(stage, lines, kind, fields)
+            found += [drawing] if drawing else []
+    return found
+
+
+def _history(stage, lines, kind, fields):
+    series = {
+        label: [(r["epoch"], r[field]) for r in lines if r.get(field) is not None]
+        for field, label in fields.items()
+    }
+    series = {label: points for label, points in series.items() if points}
+    if not series:
+        return None
+    scale = 100 if kind == "accuracy" else 1
+
+    def paint(figure):
+        axes = figure.add_subplot()
+        for i, (label, points) in enumerate(series.items()):
+            x, y = np.array(points, float).T
+            axes.plot(
+                x, scale * y, color=SERIES[i], linestyle=DASHES[i], marker=MARKERS[i], label=label,
+                markevery=max(len(x) // 8, 1), markersize=4,
+            )  # fmt: skip
+        axes.set(xlabel="epoch", ylabel="accuracy in %" if kind == "accuracy" else "loss, in nats")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if kind == "accuracy":
+            axes.set_ylim(-3, 103)
+        elif min(y for points in series.values() for _, y in points) > 0 and len(lines) > 1:
+            axes.set_yscale("log")
+        figure.legend(loc="outside lower center", ncols=2)
+
+    def ends(points):
+        (_, a), (_, b) = points[0], points[-1]
+        return f"{_percent(a)} to {_percent(b)}" if kind == "accuracy" else f"{a:.3g} to {b:.3g}"
+
+    epochs = f"epoch {lines[0]['epoch']} to {lines[-1]['epoch']}"
+    alt = f"From {epochs}: " + "; ".join(f"{label} {ends(points)}" for label, points in series.items()) + "."
+    title = f"{_STAGES[stage]}: {kind}"
+    return draw(f"training-{stage}-{kind}", title, "", alt, paint, 3.4)
+
+
+def planes(found: list[Plane]) -> list[Drawing]:
+    """Embeddings with centroids and the borders between their cells, one drawing per stage, same limits."""
+    box = limits(found) if found else None
+    return [_plane(plane, box) for plane in found]
+
+
+def _plane(plane: Plane, box) -> Drawing:
+    classes = np.unique(np.concatenate([plane.labels, plane.owners]))
+
+    def paint(figure):
+        axes = figure.add_subplot()
+        if plane.borders:
+            for owner, cell in zip(plane.owners, cells(plane.centroids, box), strict=True):
+                if len(cell) > 2:
+                    axes.fill(*cell.T, facecolor=SERIES[owner % 10], alpha=0.1, linewidth=0)
+                    axes.fill(*cell.T, facecolor="none", edgecolor=MUTED, linewidth=0.7)
+        for c in classes:
+            points = plane.points[plane.labels == c]
+            axes.plot(
+                *points.T, linestyle="none", marker=f"${c}$", color=SERIES[c % 10], markersize=3.8,
+                markeredgewidth=0.2,
+            )  # fmt: skip
+        axes.plot(
+            *plane.centroids.T, linestyle="none", marker="o", markersize=8, markerfacecolor="#ffffff",
+            markeredgecolor=INK, markeredgewidth=1.0,
+        )  # fmt: skip
+        for owner, (x, y) in zip(plane.owners, plane.centroids, strict=True):
+            axes.text(
+                x, y, str(owner), ha="center", va="center_baseline", fontsize=6, weight="bold",
+                color=SERIES[owner % 10],
+            )  # fmt: skip
+        axes.set(xlim=box[:2], ylim=box[2:], aspect="equal")
+        axes.set_xlabel(f"first axis, {100 * plane.share[0]:.0f} % of the variance")
+        axes.set_ylabel(f"second axis, {100 * plane.share[1]:.0f} %")
+        axes.grid(visible=False)
+
+    share = sum(plane.share)
+    means = [plane.points[plane.labels == c].mean(axis=0) for c in np.unique(plane.labels)]
+    spread = np.linalg.norm(means, axis=1)
+    alt = (
+        f"{len(plane.points)} test images of {len(means)} classes, each drawn as the number of its class, "
+        f"and {len(plane.centroids)} circles: {plane.source}. The two axes hold {_percent(share)} of the "
+        f"variance of {plane.dimensions} dimensions. The classes' means lie {spread.min():.2f} to "
+        f"{spread.max():.2f} units from the centre."
+    )
+    ratio = (box[3] - box[2]) / (box[1] - box[0])
+    when = {"1_warmup": "Before: after the warm-up", "2_train": "After: the trained network"}
+    return draw(
+        f"embeddings-{plane.stage}", when.get(plane.stage, plane.stage),
+        f"Circles: {plane.source}.", alt, paint, float(np.clip(0.5 + 3.72 * ratio, 2.6, 6.0)),
+    )  # fmt: skip
+
+
+def gallery(victims: list[Victim], eps: float) -> Drawing | None:
+    """The gallery as one picture, for the figures' folder: clean, perturbation, adversarial."""
+    if not victims:
+        return None
+    gain = magnification(eps)
+
+    def paint(figure):
+        grid = figure.subplots(len(victims), 3, squeeze=False)
+        for row, victim in zip(grid, victims, strict=True):
+            images = (victim.x, magnified(victim, eps), victim.x_adv)
+            words = (f"class {victim.before}", f"change x {gain:.3g}", f"class {victim.after}")
+            for axes, image, text in zip(row, images, words, strict=True):
+                shown = image[..., 0] if image.shape[-1] == 1 else image
+                axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                axes.set_title(text, fontsize=8)
+                axes.set_axis_off()
+
+    changed = sum(victim.after != victim.label for victim in victims)
+    alt = (
+        f"{len(victims)} images of as many classes, changed by at most {eps:.4g}; {changed} fool the network."
+    )
+    return draw("gallery", "Adversarial images", "", alt, paint, 1.35 * len(victims))
+
+
+def magnification(eps: float) -> float:
+    """How often the change is enlarged: eps becomes half of the range."""
+    return 0.5 / eps if eps else 1.0
+
+
+def magnified(victim: Victim, eps: float) -> np.ndarray:
+    """The change about mid-grey, which stands for none; at eps it is black or white."""
+    return np.clip(0.5 + magnification(eps) * (victim.x_adv - victim.x), 0, 1)
+
+
+def compared(records: list[Record], names: list[str]) -> Drawing | None:
+    """The sound curves over eps of several directories."""
+    found = [
+        (name, r.results["sound"]["curves"]["eps"], r.results["sound"]["n"])
+        for name, r in zip(names, records, strict=True)
+        if r.results.get("sound", {"curves": {}})["curves"].get("eps")
+    ]
+    if not found:
+        return None
+
+    def paint(figure):
+        axes = figure.add_subplot()
+        for i, (name, points, n) in enumerate(found):
+            _line(axes, i, points, _short(name, 40), n)
+        _accuracy_axes(axes, "eps, largest change of a pixel (linf)", legend=False)
+        figure.legend(loc="outside lower center", ncols=1)
+
+    alt = "; ".join(f"{name}, by eps: {_list(points)}" for name, points, _ in found)
+    caption = (
+        "All attacks at a run's main radius, elsewhere APGD on the margin alone. Bars are 95 % intervals."
+    )
+    return draw("eps", "Accuracy over the radius", caption, alt, paint, 3.0 + 0.2 * len(found))

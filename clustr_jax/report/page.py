@@ -1,0 +1,249 @@
+"""report.html and MODEL_CARD.md of one work directory: templates filled with words and figures."""
+
+import base64
+import dataclasses
+import functools
+import io
+import json
+import math
+import pathlib
+
+import jinja2
+import markupsafe
+import numpy as np
+
+from clustr_jax import results
+from clustr_jax.report import figures, words
+from clustr_jax.report.looks import Plane, Victim
+from clustr_jax.report.record import VERSION, Record
+from clustr_jax.report.svg import Drawing
+
+_TEMPLATES = pathlib.Path(__file__).parent / "templates"
+_SECTIONS = (
+    ("verdict", "Verdict"), ("accuracy", "Accuracy"), ("checks", "Checks"), ("attacks", "Attacks"),
+    ("curves", "Curves"), ("certified", "Certified"), ("training", "Training"), ("embeddings", "Embeddings"),
+    ("gallery", "Images"), ("limits", "Limits"), ("record", "Record"),
+)  # fmt: skip
+# Images of the gallery are enlarged to about this many pixels, so that print does not blur them.
+_SIDE = 96
+_CIFAR10 = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Looks:
+    """What was computed of the network and its data for this report; `reasons` say what could not be."""
+
+    planes: list[Plane] = dataclasses.field(default_factory=list)
+    victims: list[Victim] = dataclasses.field(default_factory=list)
+    parameters: int | None = None
+    sizes: tuple[int, int, int] | None = None  # train, held out, test
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)  # "embeddings" or "gallery" -> why not
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Everything that is written for one directory."""
+
+    html: str
+    card: str
+    drawings: list[Drawing]
+
+
+@functools.cache
+def _environment():
+    """Templates that escape what they are given (the card is no HTML) and raise at a name that is missing."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, autoescape=lambda name: name is None or not name.endswith(".md"),
+    )  # fmt: skip
+
+
+def render(template: str, **values) -> str:
+    """A filled template."""
+    css = markupsafe.Markup((_TEMPLATES / "page.css").read_text())
+    package = results.versions()["clustr-jax"]
+    return _environment().get_template(template).render(css=css, version=VERSION, package=package, **values)
+
+
+def report(record: Record, looks: Looks) -> Report:
+    """The page, the card and the figures of one work directory."""
+    curves = [figures.over_eps(record), *(figures.over_budget(record, w) for w in ("restarts", "steps"))]
+    single = {"attacks": figures.attacks(record), "certified": figures.certified(record)}
+    training, planes = figures.training(record), figures.planes(looks.planes)
+    eps = record.config["eval"]["attack"]["eps"]
+    gallery = figures.gallery(looks.victims, eps)
+    drawings = [*curves, *single.values(), *training, *planes, gallery]
+    shared = {
+        "record": record, "verdict": words.verdict(record), "accuracy": words.accuracy_table(record),
+        "certified": words.certified_table(record), "method": words.method(record),
+        "limits": words.limits(record), "pairs": provenance(record, looks),
+        "commands": record.environment.get("commands", []),
+    }  # fmt: skip
+    html = render(
+        "report.html", title=f"{record.title}: report", identity=record.identity, sections=_SECTIONS,
+        lead=_lead(record), facts=words.facts(record), check_counts=_counts(record),
+        check_value=words.check_value, check_limit=words.check_limit,
+        no_checks=_no_checks(record), attack_rows=words.attack_rows(record),
+        curves=[d for d in curves if d], no_curves=_no_curves(record, curves), drawings=single,
+        no_certificates=_no_certificates(record), training=training, planes=planes,
+        borders=any(p.borders for p in looks.planes), no_planes=_no_planes(record, looks),
+        victims=_shown(record, looks.victims, eps), clustered=_clustered(looks.victims),
+        eps=results.radius(eps), gain=f"{figures.magnification(eps):.3g}",
+        no_gallery=f"No images: {looks.reasons.get('gallery', 'no image is classified correctly')}.",
+        config=json.dumps(record.config, indent=2),
+        packages="\n".join(f"{k} {v}" for k, v in record.environment.get("packages", {}).items()), **shared,
+    )  # fmt: skip
+    card = render(
+        "card.md", parameters=looks.parameters, sizes=_sizes(looks), subset=words.subset(record),
+        markdown=_markdown, **shared,
+    )  # fmt: skip
+    return Report(html, card, [d for d in drawings if d])
+
+
+def _lead(record):
+    parts = [record.config["model"]["name"], f"seed {record.config['seed']}"]
+    parts += [f"variant {record.config['variant']}"] if record.config["variant"] else []
+    parts += ["smoke run: its numbers mean nothing"] if record.config["smoke"] else []
+    return f"{', '.join(parts)} · {record.root.name}"
+
+
+def _counts(record):
+    if record.checks is None:
+        return ""
+    statuses = [check["status"] for check in record.checks["checks"]]
+    return ", ".join(f"{statuses.count(s)} {s}" for s in ("PASS", "WARN", "FAIL", "SKIP") if s in statuses)
+
+
+def _no_checks(record):
+    if "sound" not in record.results:
+        return "The checks judge the sound protocol, which was not run."
+    if "diagnostics" in record.results:
+        return "The checks that are there belong to earlier results and are left out: evaluate again."
+    return "The checks were not run (eval.diagnostics)."
+
+
+def _no_curves(record, curves):
+    if "sound" not in record.results:
+        return ["The curves over restarts and steps come from the sound protocol, which was not run."]
+    reasons = {
+        "eps": "one radius only was attacked", "restarts": "there was one restart only",
+        "steps": "there was one step only",
+    }  # fmt: skip
+    return [
+        f"There is no curve over {what}: {reasons[what]}."
+        for what, curve in zip(reasons, curves, strict=True) if curve is None
+    ]  # fmt: skip
+
+
+def _no_certificates(record):
+    if record.results.get("sound", record.results.get("clean", {})).get("head") == "linear":
+        return "A linear head has no certificate here: the rules are about distances to centroids."
+    return "No certificates were computed (the certify stage)."
+
+
+def _no_planes(record, looks):
+    if not looks.planes:
+        return [f"No embeddings: {looks.reasons.get('embeddings', 'there are none')}."]
+    texts = []
+    if len(looks.planes) == 1:
+        shown = looks.planes[0].stage
+        if shown == "2_train":
+            texts.append("There is no picture from before: this method has no warm-up stage here.")
+        else:
+            texts.append("There is no picture of stage 2, which is not finished.")
+    if not any(p.borders for p in looks.planes):
+        texts.append(
+            "A linear head has no clusters, so there are no borders; circles are the classes' means."
+        )
+    return texts
+
+
+def class_name(record: Record, label: int) -> str:
+    """A word where the data set has words for its classes, else the number."""
+    return _CIFAR10[label] if record.config["data"]["name"] == "cifar10" else str(label)
+
+
+def _clustered(victims):
+    return any(math.isfinite(v.own[0]) for v in victims)
+
+
+def _shown(record, victims, eps):
+    """The gallery's entries: images as data, names for classes, and what the sound protocol says of each."""
+    broken_by = {}
+    if victims and "sound" in record.results:
+        outcomes = record.outcomes("sound")
+        broken_by = dict(zip(outcomes["ids"].tolist(), outcomes["broken_by"].tolist(), strict=True))
+        same = record.results["sound"]["eps"] == eps
+    return [
+        {
+            "index": v.index, "fooled": v.after != v.label, "linf": v.linf, "l2": v.l2, "own": v.own,
+            "other": v.other, "label": class_name(record, v.label), "before": class_name(record, v.before),
+            "after": class_name(record, v.after), "clean": _png(v.x), "adversarial": _png(v.x_adv),
+            "change": _png(figures.magnified(v, eps)),
+            "sound": _fate(broken_by.get(v.index)) if broken_by and same else "",
+        }
+        for v in victims
+    ]  # fmt: skip
+
+
+def _fate(attack):
+    if attack is None:
+        return "not attacked"
+    if attack == "smaller-eps":
+        return "broken at a smaller eps"
+    return f"broken by {attack}" if attack else "not broken"
+
+
+def _png(image: np.ndarray) -> str:
+    """A data URI of an image with values in [0, 1], [H, W, 1 or 3], enlarged without smoothing."""
+    import PIL.Image
+
+    factor = max(1, _SIDE // image.shape[0])
+    pixels = np.clip(np.rint(255 * image), 0, 255).astype(np.uint8)
+    pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _sizes(looks):
+    if looks.sizes is None:
+        return ""
+    return ", ".join(
+        f"{n:,} {what}" for n, what in zip(looks.sizes, ("training", "held out", "test"), strict=True)
+    )
+
+
+def provenance(record: Record, looks: Looks | None = None) -> list[tuple[str, str]]:
+    """Provenance as (name, value)."""
+    environment, config = record.environment, record.config
+    first = next(iter(record.results.values()), None)
+    versions = first["versions"] if first else environment.get("versions", {})
+    protocols = sorted(r["protocol"] for r in record.results.values())
+    stages = [f"{name}: {done['epochs']} epochs, {done['reason']}" for name, done in record.stages.items()]
+    pairs = [
+        ("data", f"{config['data']['name']}: {words.subset(record)}"),
+        ("seed", str(config["seed"])),
+        ("stages", "; ".join(stages)),
+        ("results", ", ".join(protocols) or "none"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
+    ]
+    if looks is not None:
+        pairs.insert(1, ("sizes", _sizes(looks)))
+        pairs.insert(2, ("parameters", f"{looks.parameters:,}" if looks.parameters else ""))
+    if environment:
+        pairs += [
+            ("commit", environment.get("commit", "")),
+            ("Python", environment.get("python", "")),
+            ("machine", f"{', '.join(environment.get('devices', []))} on {environment.get('platform', '')}"),
+        ]
+    return [(name, value) for name, value in pairs if value]
+
+
+def _markdown(cell, kind):
+    if cell is None:
+        return "–"
+    value = f"**{cell.value}**" if kind == "worst" else cell.value
+    return f"{value} {cell.interval}".strip()

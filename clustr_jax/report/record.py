@@ -1,0 +1,70 @@
+"""What a work directory holds, read and checked: all that a report is made of, but for the network itself."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from clustr_jax import results
+from clustr_jax.errors import UserError
+from clustr_jax.files import read_json
+from clustr_jax.loading import find_stage
+from clustr_jax.workdir import Workdir
+
+# Bumped when a report says something else about the same results.
+VERSION = "report-1"
+STAGE_NAMES = ("1_warmup", "2_train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Config, environment, results by name, metrics and finished stages of one work directory."""
+
+    root: pathlib.Path
+    config: dict
+    environment: dict  # {} where it is missing
+    results: dict[str, dict]  # those of results.PROTOCOLS that are there
+    metrics: list[dict]
+    stages: dict[str, dict]  # done.json of each finished stage
+
+    @property
+    def title(self) -> str:
+        """ "clustr_qtrades on digits"."""
+        return f"{self.config['method']} on {self.config['data']['name']}"
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that a report of this directory depends on."""
+        shown = {name: result["config_sha"] for name, result in self.results.items()}
+        outcomes = {name: result["outcomes_sha"] for name, result in self.results.items()}
+        last = self.metrics[-1:] and {k: self.metrics[-1][k] for k in ("stage", "step")}
+        return results.sha([VERSION, shown, outcomes, self.stages, last])
+
+    @property
+    def checks(self) -> dict | None:
+        """diagnostics.json, if it was made of the results that are there now."""
+        found = self.results.get("diagnostics")
+        sources = (self.results.get(name) for name in ("sound", "paper", "certified"))
+        return found if found and found["config_sha"] == results.diagnosis_sha(*sources) else None
+
+    def outcomes(self, name: str) -> dict[str, np.ndarray]:
+        """Per-example arrays of a result that is there."""
+        return results.load_outcomes(self.root / "results", name)
+
+
+def read(path: str | pathlib.Path) -> Record:
+    """The record of a work directory; UserError where there is no finished stage, or a file is damaged."""
+    place = Workdir(path)
+    if find_stage(place.root).parent != place.root:
+        raise UserError(f"{place.root} is a stage; expected the work directory, {place.root.parent}")
+    environment = place.root / "environment.json"
+    found = {name: results.load(place.results, name) for name in results.PROTOCOLS}
+    stages = {name: place.finished(name) for name in STAGE_NAMES}
+    return Record(
+        place.root,
+        read_json(place.root / "config.json"),
+        read_json(environment) if environment.exists() else {},
+        {name: result for name, result in found.items() if result is not None},
+        place.records(),
+        {name: done for name, done in stages.items() if done is not None},
+    )

@@ -1,0 +1,349 @@
+"""What a report says in words and in table cells: pure functions of a record; every number comes from it."""
+
+import dataclasses
+
+import numpy as np
+
+from clustr_jax import results
+from clustr_jax.objectives import METHODS
+from clustr_jax.report.record import Record
+
+NOT_RUN = {
+    "clean": "the test images have not been classified",
+    "paper": "the paper's protocol was not run",
+    "sound": "the sound protocol was not run",
+    "diagnostics": "the checks were not run",
+    "certified": "no certificates were computed",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A percentage with its 95 % interval, "" where it has none."""
+
+    value: str
+    interval: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The first thing that a reader sees. `status`: one word for how far the figure can be trusted."""
+
+    status: str  # "NO CHECK FAILED", "UPPER BOUND ONLY", "UNCHECKED" or "NO EVIDENCE"
+    tone: str  # info, warn, fail or skip: the look of the status, which is about trust, not about robustness
+    label: str
+    figure: Cell | None
+    line: str  # the verdict of diagnostics.json, or why there is none
+    meaning: str
+
+
+def cell(value: float | None, n: int | None = None) -> Cell | None:
+    """None stays None: no figure, no zero."""
+    if value is None:
+        return None
+    text, _, interval = results.percent(value, None if n is None else {"n": n}).partition(" ")
+    return Cell(text, interval)
+
+
+def verdict(record: Record) -> Verdict:
+    """From diagnostics.json where it is about these results; else what is known, and what is not."""
+    found, checks = record.results, record.checks
+    sound = found.get("sound")
+    if sound:
+        kept, n, eps = round(sound["robust"] * sound["n"]), sound["n"], results.radius(sound["eps"])
+        line = f"{kept} of {n} test images are classified correctly under every attack that was tried"
+        line += f" (changes of at most {eps} in each pixel)" if _images(record) else f" (eps {eps})"
+        label, figure = f"robust accuracy, linf, eps {eps}", cell(sound["robust"], n)
+        low = _no_better(record)
+        if checks is None:
+            why = "belong to earlier results" if "diagnostics" in found else "were not run"
+            text = f"{line}. The checks {why}, so nothing says yet whether the attacks can be believed.{low}"
+            return Verdict("UNCHECKED", "warn", label, figure, f"No verdict: the checks {why}.", text)
+        failed = ", ".join(map(str, checks["failed"]))
+        if failed:
+            checked = f"check{'s' * (len(checks['failed']) > 1)} {failed} failed"
+            text = f"{line}, but {checked}: the attacks may have been misled, and the truth may be far lower."
+            return Verdict("UPPER BOUND ONLY", "fail", label, figure, checks["verdict"], text + low)
+        warned = [str(c["number"]) for c in checks["checks"] if c["status"] == "WARN"]
+        text = f"{line}, and no check found a reason to distrust the attacks"
+        text += f" ({len(warned)} gave a warning: {', '.join(warned)})" if warned else ""
+        text += f". A stronger attack can still lower the figure, and none can raise it.{low}"
+        return Verdict("NO CHECK FAILED", "info", label, figure, checks["verdict"], text)
+    quick = found.get("quick")
+    if quick:
+        label = f"after a quick attack, eps {results.radius(quick['eps'])}"
+        text = "A quick look with three attacks of few steps: the sound protocol will find less. Run it."
+        line = "No verdict: the sound protocol was not run."
+        return Verdict("NO EVIDENCE", "warn", label, cell(quick["robust"], quick["n"]), line, text)
+    if "paper" in found:
+        text = "The paper's protocol alone is no evidence: its attack can fail where others succeed."
+    elif "clean" in found:
+        text = "No attack was run: nothing is known of this network's robustness."
+    else:
+        text = "This network was trained and not evaluated: nothing is known of its accuracy."
+    clean = found.get("clean")
+    figure = cell(clean["clean"], clean["n"]) if clean else None
+    label = f"clean accuracy, {clean['n']} test images" if clean else "not evaluated"
+    return Verdict("NO EVIDENCE", "skip", label, figure, "No verdict: the sound protocol was not run.", text)
+
+
+def _images(record):
+    return not record.config["data"]["name"].startswith("toy2d")
+
+
+def _no_better(record):
+    """A sentence where answering one class only would do as well."""
+    constant, sound = constant_share(record), record.results["sound"]
+    if constant is None or sound["robust"] > constant:
+        return ""
+    return f" Always answering the commonest class would score no less: {results.percent(constant)} %."
+
+
+def constant_share(record: Record) -> float | None:
+    """The accuracy of the best constant answer on the attacked images."""
+    if "sound" not in record.results:
+        return None
+    labels = record.outcomes("sound")["y"]
+    return float(np.bincount(labels).max() / len(labels)) if len(labels) else None
+
+
+def facts(record: Record) -> list[tuple[str, Cell, str]]:
+    """A handful of figures beside the verdict: (name, value, unit)."""
+    found = []
+    clean, paper, sound, certified = (record.results.get(n) for n in ("clean", "paper", "sound", "certified"))
+    if clean and (sound or paper):
+        found.append(("clean accuracy", cell(clean["clean"], clean["n"]), "%"))
+    if paper:
+        name = f"paper's protocol, eps {results.radius(paper['eps'])}"
+        found.append((name, cell(paper["robust"], paper["n"]), "%"))
+    gap = masking_gap(record)
+    if gap is not None:
+        found.append(("masking gap", Cell(f"{100 * gap:.2f}"), "points"))
+    if certified:
+        name = f"certified, l2 radius {results.radius(certified['eps'])}"
+        found.append((name, cell(certified["robust"], certified["n"]), "%"))
+    constant = constant_share(record)
+    if constant is not None:
+        found.append(("best constant answer", cell(constant), "%"))
+    if clean and "predicted" in clean:
+        top = int(np.argmax(clean["predicted"]))
+        share, labelled = clean["predicted"][top], clean["labelled"][top]
+        if share > 1.5 * labelled + 0.05:
+            name = f"answers of class {top}, which has {results.percent(labelled)} % of the labels"
+            found.append((name, cell(share), "%"))
+    return found
+
+
+def masking_gap(record: Record) -> float | None:
+    """Paper's protocol minus sound, where both are about the same images and radius."""
+    paper, sound = record.results.get("paper"), record.results.get("sound")
+    same = paper and sound and (paper["n"], paper["eps"]) == (sound["n"], sound["eps"])
+    return paper["robust"] - sound["robust"] if paper and sound and same else None
+
+
+def accuracy_table(record: Record) -> dict | None:
+    """{columns, groups, notes}: what the paper reports, its protocol here, the sound (and quick) one here.
+
+    `groups` are (heading, rows) and rows (label, kind, cells), by radius: none, the main one, others.
+    """
+    found = {name: record.results[name] for name in ("clean", "paper", "sound") if name in record.results}
+    paper, sound, quick = (record.results.get(name) for name in ("paper", "sound", "quick"))
+    if not found and not quick:
+        return None
+    groups: dict[float, list] = {}
+    parts = []
+    for row in results.comparison(found) if found else ():
+        cells = [cell(row.claim), cell(row.paper, row.n), cell(row.sound, row.n)]
+        if row.kind == "part":
+            parts.append(row)
+        elif row.kind != "worst":
+            groups.setdefault(row.eps, []).append((row.label.split(", eps")[0], row.kind, cells))
+    if sound and parts:
+        best = min(parts, key=lambda part: part.sound)
+        label = f"strongest single attack ({best.label})"
+        groups.setdefault(sound["eps"], []).append((label, "", [None, None, cell(best.sound, best.n)]))
+    worst = {}  # eps -> cells
+    for column, result in ((1, paper), (2, sound)):
+        if result:
+            worst.setdefault(result["eps"], [None, None, None])[column] = cell(result["robust"], result["n"])
+    main = tuple(dict.fromkeys(r["eps"] for r in (sound, paper, quick) if r))
+    for eps, cells in worst.items():
+        groups.setdefault(eps, []).append(("worst case", "worst", cells))
+    for eps, value in sound["sweep"].items() if sound else ():  # there with one attack alone
+        swept = [None, None, cell(value["robust"], sound["n"] if sound else None)]
+        groups.setdefault(float(eps), []).append(("APGD on the margin", "", swept))
+    columns = ["paper reports", *(_column(found, name) for name in ("paper", "sound"))]
+    if quick:
+        columns.append(f"quick protocol ({quick['protocol']})")
+        groups = {e: [(*row[:2], [*row[2], None]) for row in rows] for e, rows in groups.items()}
+        last = ("quick attack", "", [None, None, None, cell(quick["robust"], quick["n"])])
+        groups.setdefault(quick["eps"], []).append(last)
+    named = [
+        (f"eps {results.radius(e)}" if e else "no attack", groups[e]) for e in (0.0, *main) if e in groups
+    ]
+    others = [
+        (f"eps {results.radius(e)}, {label}", kind, cells)
+        for e in sorted(groups) if e not in (0.0, *main) for label, kind, cells in groups[e]
+    ]  # fmt: skip
+    named += [("other radii", others)] if others else []
+    return {"columns": columns, "groups": named, "notes": _accuracy_notes(record, named)}
+
+
+def _column(found, name):
+    text = {"paper": "paper's protocol", "sound": "sound protocol"}[name]
+    return f"{text} ({found[name]['protocol']})" if name in found else f"{text} (not run)"
+
+
+def _accuracy_notes(record, groups):
+    notes = [f"{NOT_RUN[name]}." for name in ("paper", "sound") if name not in record.results]
+    if not any(cells[0] for _, rows in groups for _, _, cells in rows):
+        notes.append(f"The paper reports no figure for {record.title} at these radii.")
+    paper, gap = record.results.get("paper"), masking_gap(record)
+    if gap is not None:
+        sound = record.results["sound"]
+        notes.append(
+            f"Masking gap: {100 * gap:.2f} points, paper's protocol minus {sound['protocol']}. It is an "
+            f"error of the evaluation, not robustness."
+        )
+        if sound["head"] == "clusters":
+            notes.append(
+                "The paper's attack follows the gradient of exp scores, which vanishes; RobustBench lists "
+                "the authors' CIFAR-10 model at 0.00 % under AutoAttack."
+            )
+    if paper and paper.get("successes_lost_by_max_loss_rule"):
+        notes.append(
+            f"Of the images that count as robust by the paper's protocol, "
+            f"{paper['successes_lost_by_max_loss_rule']} had been fooled by another restart."
+        )
+    return [note[0].upper() + note[1:] for note in notes]
+
+
+def attack_rows(record: Record) -> list[dict]:
+    """Each attack of the sound protocol: accuracy, unique kills and cost, the strongest first."""
+    sound = record.results.get("sound")
+    if not sound:
+        return []
+    rows = [
+        {
+            "name": name, "cell": cell(attack["robust"], sound["n"]), "kills": attack["unique_kills"],
+            "gradients": attack.get("gradient_evaluations"), "forwards": attack.get("forward_evaluations"),
+            "seconds": attack["wall_seconds"], "robust": attack["robust"],
+        }
+        for name, attack in sound["attacks"].items()
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: row["robust"])
+
+
+def certified_table(record: Record) -> dict | None:
+    """Certified accuracy by rule and radius, and what l2-PGD left."""
+    result = record.results.get("certified")
+    if not result:
+        return None
+    radii = list(result["sweep"])
+    rows = [
+        (
+            rule + (", not sound" if rule in result["unsound_rules"] else ""),
+            [cell(at[r], result["n"]) for r in radii],
+        )
+        for rule, at in result["rules"].items()
+    ]  # fmt: skip
+    empirical = result["empirical"]
+    if empirical["at"]:
+        left = [empirical["at"].get(r) for r in radii]
+        rows.append(("left by l2-PGD", [at and cell(at["robust"], empirical["n"]) for at in left]))
+    return {"radii": [results.radius(float(r)) for r in radii], "rows": rows, "result": result}
+
+
+def check_value(check: dict) -> str:
+    """The number that was compared with the limit, in the limit's unit."""
+    value, limit = check["value"], check["limit"]
+    if value is None:
+        return "–"
+    if "points" in limit:
+        return f"{100 * value:.2f} points"
+    return f"{100 * value:.1f} %" if "%" in limit or "chance" in limit else f"{value:.3g}"
+
+
+def check_limit(check: dict) -> str:
+    """The limit as it is printed in books."""
+    limit = check["limit"].replace("<=", "≤").replace(">=", "≥") or "–"
+    return limit + " points" if limit.endswith("chance + 2") else limit
+
+
+def method(record: Record) -> list[str]:
+    """What was trained, stage by stage, in the words of the objectives' docstrings."""
+    row, config = METHODS[record.config["method"]], record.config
+    stages = [("1_warmup", row.warmup, config["warmup"])] if row.warmup else []
+    lines = []
+    for stage, name, recipe in [*stages, ("2_train", record.config["method"], config["train"])]:
+        known = METHODS[name]
+        text = f"{stage} ({name}): {first_sentence(known.objective)}"
+        text += f" {recipe['epochs']} epochs of {recipe['optimizer']}, rate {recipe['lr']:g}."
+        if known.adversary:
+            attack = config["train"]["attack"]
+            text += (
+                f" Adversary: {attack['steps']} step{'s' * (attack['steps'] != 1)} of "
+                f"{attack['step_size']:.4g} within eps {results.radius(attack['eps'])}."
+            )
+        lines.append(text)
+    head = "the clusters of the embeddings" if row.head == "clusters" else "a linear layer"
+    lines.append(f"Predictions come from {head}.")
+    return lines
+
+
+def first_sentence(function) -> str:
+    """The first line of a docstring."""
+    return (function.__doc__ or "").strip().splitlines()[0]
+
+
+def subset(record: Record) -> str:
+    """What the data are instead of the official splits, or that they are those."""
+    found = {r["subset"] for name, r in record.results.items() if name != "diagnostics"}
+    texts = [text for text in found if text]
+    if texts:
+        return "; ".join(sorted(texts))
+    return "the whole splits" if found else "not known before an evaluation"
+
+
+def limits(record: Record) -> list[str]:
+    """What the numbers do not say."""
+    found, sound, certificate = [], record.results.get("sound"), record.results.get("certified")
+    if sound:
+        found += [
+            f"Robust accuracy is what the attacks of {sound['protocol']} left: an upper bound, which a "
+            f"stronger attack may lower.",
+            f"It is about changes within an linf ball of eps {results.radius(sound['eps'])}; it says nothing "
+            f"of other norms, larger changes, shifts, noise or corruptions.",
+            f"{sound['n']} test images were attacked; the intervals are those of drawing that many images "
+            f"(Wilson, 95 %).",
+        ]
+        if record.checks is None:
+            found.append("The checks of the sound evaluation were not run on these results.")
+        elif record.checks["failed"]:
+            failed = ", ".join(map(str, record.checks["failed"]))
+            found.append(f"Of the checks {failed} failed: the attacks may have been misled.")
+        if sound["protocol"].endswith("-quick"):
+            found.append(
+                "The sound protocol ran with few steps and queries (quick): the full one finds less."
+            )
+    else:
+        found.append("Its robustness is not known: the sound protocol was not run.")
+    if "paper" in record.results:
+        found.append(
+            "The figures of the paper's protocol are for comparison with the paper; they are not evidence of "
+            "robustness."
+        )
+    if certificate:
+        found.append(
+            f"Certificates ({certificate['rule']}) are about l2 changes; a radius of 0 is no statement."
+        )
+    found.append(
+        f"One network from one seed ({record.config['seed']}): other seeds vary, and the intervals do not "
+        f"include that."
+    )
+    texts = subset(record)
+    if not texts.startswith(("the whole", "not")):
+        found.append(f"Not the official data: {texts}. Figures cannot be set beside published ones.")
+    if record.config["smoke"]:
+        found.append("A smoke run: everything was shrunk to seconds, and no number here means anything.")
+    return found

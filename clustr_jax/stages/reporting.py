@@ -1,0 +1,24 @@
+"""report.html, figures and MODEL_CARD.md: made when they are missing, or of other results."""
+
+import time
+
+from clustr_jax import processes, report
+from clustr_jax.progress import duration
+from clustr_jax.stages.context import REPORT, Run
+
+
+def run(this: Run) -> None:
+    """All processes look at the network together; the leader writes."""
+    record = report.read(this.workdir.root)
+    (current,) = processes.agree([int(report.current(record))])
+    if current:
+        this.progress.line("report: was made before")
+        return
+    started = time.monotonic()
+    this.progress.status("report  embeddings and adversarial images")
+    found = report.look(record, this.key(REPORT), (this.train_split, this.val_split, this.test_split))
+    if processes.leader():
+        this.progress.status("report  figures and page")
+        report.write(record, found)
+    processes.wait("report.html")
+    this.progress.line(f"report: made ({duration(time.monotonic() - started)})")

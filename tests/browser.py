@@ -1,0 +1,132 @@
+"""A headless Chromium, driven through its DevTools protocol over a pipe: no package is needed for it.
+
+CHROMIUM names another binary than the first of those on the PATH.
+"""
+
+import base64
+import contextlib
+import itertools
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+
+_BINARIES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome")
+_FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+    "--disable-background-networking", "--disable-extensions", "--hide-scrollbars", "--remote-debugging-pipe",
+)  # fmt: skip
+_SECONDS = 60.0
+
+
+def find() -> str | None:
+    """The path of a Chromium or Chrome, or None."""
+    named = os.environ.get("CHROMIUM")
+    return shutil.which(named) if named else next(filter(None, map(shutil.which, _BINARIES)), None)
+
+
+class Page:
+    """One tab. `events` holds all that the browser has told of itself, requests and console included."""
+
+    def __init__(self, reading: int, writing: int):
+        self._reading, self._writing, self._buffer = reading, writing, b""
+        self._numbers, self._session = itertools.count(1), None
+        self.events: list[dict] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def _message(self) -> dict:
+        deadline = time.monotonic() + _SECONDS
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._reading], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"the browser said nothing for {_SECONDS} s"
+            part = os.read(self._reading, 1 << 20)
+            assert part, "the browser went away"
+            self._buffer += part
+        line, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(line)
+
+    def call(self, method: str, **params) -> dict:
+        """The result of a DevTools command; AssertionError where it fails."""
+        number = next(self._numbers)
+        message = {"id": number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._writing, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._message()
+            if answer.get("id") == number:
+                assert "error" not in answer, (method, answer)
+                return answer["result"]
+            self.events.append(answer)
+
+    def show(self, url: str, *, width: int, height: int = 900, dark: bool = False) -> None:
+        """Load `url` in a window of this width, in a light or dark theme; back when it has loaded."""
+        self.events.clear()
+        phone = width < 600
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, mobile=phone,
+            deviceScaleFactor=2 if phone else 1,
+        )  # fmt: skip
+        theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.call("Emulation.setEmulatedMedia", features=theme)
+        self.call("Page.navigate", url=url)
+        while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
+            self.events.append(self._message())
+
+    def run(self, expression: str):
+        """The value of a JavaScript expression."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def complaints(self) -> list[str]:
+        """What was written to the console or its log since the page was asked for, exceptions included."""
+        self.run("0")  # what has happened has been told by now
+        kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+        return [json.dumps(e["params"]) for e in self.events if e.get("method") in kinds]
+
+    def requests(self) -> list[str]:
+        """The URLs that were asked for."""
+        sent = (e["params"] for e in self.events if e.get("method") == "Network.requestWillBeSent")
+        return [params["request"]["url"] for params in sent]
+
+    def screenshot(self, whole: bool = True) -> bytes:
+        """The page as a PNG."""
+        answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        return base64.b64decode(answer["data"])
+
+    def pdf(self) -> bytes:
+        """The page as it is printed, A4."""
+        answer = self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, preferCSSPageSize=False)
+        return base64.b64decode(answer["data"])
+
+
+@contextlib.contextmanager
+def page(folder):
+    """A `Page` of a browser of its own, whose profile lies in `folder`; it ends with the block."""
+    binary = find()
+    assert binary is not None
+    (child_in, writing), (reading, child_out) = os.pipe(), os.pipe()
+    command = ["sh", "-c", 'exec "$@" 3<&"$IN" 4>&"$OUT"', "sh", binary, *_FLAGS, f"--user-data-dir={folder}"]
+    process = subprocess.Popen(
+        command, pass_fds=(child_in, child_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"IN": str(child_in), "OUT": str(child_out)},
+    )  # fmt: skip
+    os.close(child_in)
+    os.close(child_out)
+    try:
+        yield Page(reading, writing)
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        os.close(reading)
+        os.close(writing)
