@@ -142,7 +142,14 @@ def load_split(name: str, split: str, data_dir: str | None = None) -> Split:
 
 
 def label(config) -> str:
-    """What the set of this config section is called: its name; an own set by its folder or file."""
+    """What the set of this config section is called: its name; an own set by its folder or file.
+
+    >>> from ml_collections import ConfigDict
+    >>> data.label(ConfigDict({"name": "digits", "dir": ""}))
+    'digits'
+    >>> data.label(ConfigDict({"name": "folder", "dir": "/sets/birds"}))
+    'birds'
+    """
     return folder.name(config.dir) if config.name == OWN and config.dir else config.name
 
 

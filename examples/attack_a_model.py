@@ -10,7 +10,7 @@
 # # Attack a model
 #
 # Load a ClusTR network, attack it in five lines, and see why the paper's own attack found it robust.
-# On a CPU this takes about a minute; most of it is the training, which is done once and kept in `runs/`.
+# A minute or two on a CPU; the training is done once and kept in `runs/`.
 
 # %%
 import os

@@ -11,7 +11,7 @@
 #
 # The stages of `run.py`, one at a time, on scikit-learn's 8x8 digits: a warm-up with cross entropy, then the
 # Magnet loss on k-means++ clusters of the network's own features together with a one-step adversary (ClusTR +
-# QTRADES). In between we look at the features. Under a minute on a CPU.
+# QTRADES). In between we look at the features. A minute or two on a CPU.
 
 # %%
 import json
