@@ -14,7 +14,7 @@ import numpy as np
 
 from clustr_jax import results
 from clustr_jax.report import figures, pictures, tables, words
-from clustr_jax.report.looks import Plane, Victim
+from clustr_jax.report.looks import CLASSES, Plane, Victim
 from clustr_jax.report.record import VERSION, Record
 from clustr_jax.report.svg import Drawing
 
@@ -88,6 +88,7 @@ def report(record: Record, looks: Looks) -> Report:
         no_checks=_no_checks(record), attack_rows=tables.attack_rows(record),
         curves=[d for d in curves if d], no_curves=_no_curves(record, curves), drawings=single,
         no_certificates=_no_certificates(record), training=training, planes=planes,
+        many=CLASSES if any(d["num_classes"] > CLASSES for d in record.stages.values()) else 0,
         borders=any(p.borders for p in looks.planes), no_planes=_no_planes(record, looks),
         victims=_shown(record, looks.victims, eps), clustered=_clustered(looks.victims),
         eps=results.radius(eps), gain=f"{pictures.magnification(eps):.3g}",
