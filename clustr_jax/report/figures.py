@@ -237,6 +237,8 @@ def _history(stage, lines, kind, fields):
             )  # fmt: skip
         axes.set(xlabel="epoch", ylabel="accuracy in %" if kind == "accuracy" else "loss, in nats")
         axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(lines) == 1:
+            axes.set_xlim(lines[0]["epoch"] - 1, lines[0]["epoch"] + 1)
         if kind == "accuracy":
             axes.set_ylim(-3, 103)
         elif min(values) > 0 and max(values) > _WIDE * min(values):

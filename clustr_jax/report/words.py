@@ -33,8 +33,9 @@ def verdict(record: Record) -> Verdict:
         line += f" (changes of at most {eps} in each pixel)" if _images(record) else f" (eps {eps})"
         label, figure = f"robust accuracy, linf, eps {eps}", cell(sound["robust"], n)
         low = _no_better(record)
-        if checks is None:
-            why = "belong to earlier results" if "diagnostics" in found else "were not run"
+        if checks is None or all(c["status"] == "SKIP" for c in checks["checks"]):
+            stale = "belong to earlier results" if "diagnostics" in found else "were not run"
+            why = stale if checks is None else "had nothing to look at"
             text = f"{line}. The checks {why}, so nothing says yet whether the attacks can be believed.{low}"
             return Verdict("UNCHECKED", "warn", label, figure, f"No verdict: the checks {why}.", text)
         failed = ", ".join(map(str, checks["failed"]))
@@ -120,7 +121,8 @@ def method(record: Record) -> list[str]:
     for stage, name, recipe in [*stages, ("2_train", record.config["method"], config["train"])]:
         known = METHODS[name]
         text = f"{stage} ({name}): {first_sentence(known.objective)}"
-        text += f" {recipe['epochs']} epochs of {recipe['optimizer']}, rate {recipe['lr']:g}."
+        count = f"{recipe['epochs']} epoch{'s' * (recipe['epochs'] != 1)}"
+        text += f" {count} of {recipe['optimizer']}, rate {recipe['lr']:g}."
         if known.adversary:
             attack = config["train"]["attack"]
             text += (
