@@ -374,6 +374,14 @@ def test_a_quick_evaluation_has_no_curve_over_eps(tmp_path):
     assert "sound protocol (sound-2-quick)" in document.text and "the full one finds less" in made.card
 
 
+def test_of_many_classes_it_says_which_are_shown(tmp_path):
+    root = make(tmp_path / "run", ("clean",))
+    done = read(root / "2_train" / "done.json") | {"num_classes": 100}
+    (root / "2_train" / "done.json").write_text(json.dumps(done))
+    text = Document(page.report(report.read(root), page.Looks(planes(), victims())).html).text
+    assert "Only the first 10 classes are shown." in text and "each of the first 10 classes" in text
+
+
 def test_a_run_of_one_epoch_and_a_colour_gallery(tmp_path):
     root = make(tmp_path / "run", ("clean",), dataset="cifar10")
     first = (root / "metrics.jsonl").read_text().splitlines()[0]
@@ -399,6 +407,9 @@ def test_the_verdict_follows_the_checks(tmp_path):
     failed = {"diagnostics": {"failed": [4, 12], "verdict": "upper bound only"}}
     bad = words.verdict(report.read(make(tmp_path / "bad", changes=failed)))
     assert bad.status == "UPPER BOUND ONLY" and "checks 4, 12 failed" in bad.meaning and bad.tone == "fail"
+    idle = {"diagnostics": {"checks": [{**c, "status": "SKIP"} for c in OWN["diagnostics"]["checks"]]}}
+    none = words.verdict(report.read(make(tmp_path / "none", changes=idle)))
+    assert none.status == "UNCHECKED" and "had nothing to look at" in none.meaning
     low = {"sound": {"robust": 0.1}}
     assert "commonest class would score no less: 10.00 %" in words.verdict(
         report.read(make(tmp_path / "low", changes=low))

@@ -3,9 +3,9 @@
     python -m clustr_jax.report runs/digits-clustr_qtrades               # the page of one run, again
     python -m clustr_jax.report runs/a runs/b --out=compare.html         # one page about several
 
-    record     what the directory holds       looks      what is computed of the network: planes, gallery
-    words      sentences and table cells      figures    drawings of results; svg  how they enter a page
-    page       the page and card of one     compare    the page of several; both fill templates
+    record     what the directory holds            looks      what is computed of the network for it
+    tables     cells; words  sentences             figures    results drawn; pictures  the network drawn
+    svg        how a drawing enters a page         page, compare   one run, several: they fill templates/
 
 `read`, then `look` (all processes together), then `write` (the leader).
 """

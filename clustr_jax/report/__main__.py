@@ -12,7 +12,7 @@ from clustr_jax.stages import REPORT, stage_key
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 2 a mistake that the user can mend."""
     parser = argparse.ArgumentParser(
-        prog="python -m clustr_jax.report", description=report.__doc__,
+        prog="python -m clustr_jax.report", description=(report.__doc__ or "").split("\n\n    record")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("workdirs", nargs="+", metavar="DIR")

@@ -2,7 +2,7 @@
 
 from clustr_jax import results
 from clustr_jax.errors import UserError
-from clustr_jax.report import figures, page, words
+from clustr_jax.report import figures, page, tables, words
 from clustr_jax.report.record import Record
 
 
@@ -63,10 +63,10 @@ def _cells(record):
     eps = " and ".join(dict.fromkeys(results.radius(r["eps"]) for r in attacked))
     count = " and ".join(dict.fromkeys(str(r["n"]) for r in attacked))
     return [
-        words.cell(sound["robust"], sound["n"]) if sound else None,
-        words.cell(paper["robust"], paper["n"]) if paper else None,
-        words.cell(clean["clean"], clean["n"]) if clean else None,
-        words.cell(certified["robust"], certified["n"]) if certified else None,
+        tables.cell(sound["robust"], sound["n"]) if sound else None,
+        tables.cell(paper["robust"], paper["n"]) if paper else None,
+        tables.cell(clean["clean"], clean["n"]) if clean else None,
+        tables.cell(certified["robust"], certified["n"]) if certified else None,
         eps or None,
         count or None,
     ]
@@ -84,7 +84,7 @@ def _compare_notes(records, names, drawing):
     for name in ("paper", "sound"):
         without = [n for n, r in zip(names, records, strict=True) if name not in r.results]
         if without:
-            notes.append(f"The {words.PROTOCOLS[name]} was not run in {', '.join(without)}.")
+            notes.append(f"The {tables.PROTOCOLS[name]} was not run in {', '.join(without)}.")
     if len({r.config["data"]["name"] for r in records}) > 1:
         notes.append("The runs are on different data: compare within a data set only.")
     if (
@@ -102,11 +102,17 @@ def _attack_table(records, names):
     having = [(name, record.results["sound"]) for name, record in pairs if "sound" in record.results]
     attacks = dict.fromkeys(attack for _, sound in having for attack in sound["attacks"])
     rows = [
-        (a, [words.cell(s["attacks"][a]["robust"], s["n"]) if a in s["attacks"] else None for _, s in having])
+        (
+            a,
+            [
+                tables.cell(s["attacks"][a]["robust"], s["n"]) if a in s["attacks"] else None
+                for _, s in having
+            ],
+        )
         for a in attacks
     ]
     if rows:
-        rows.append(("all together", [words.cell(s["robust"], s["n"]) for _, s in having]))
+        rows.append(("all together", [tables.cell(s["robust"], s["n"]) for _, s in having]))
     columns = [f"{name}, eps {results.radius(sound['eps'])}" for name, sound in having]
     return {"columns": columns, "rows": rows}
 

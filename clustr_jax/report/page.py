@@ -13,8 +13,8 @@ import markupsafe
 import numpy as np
 
 from clustr_jax import results
-from clustr_jax.report import figures, words
-from clustr_jax.report.looks import Plane, Victim
+from clustr_jax.report import figures, pictures, tables, words
+from clustr_jax.report.looks import CLASSES, Plane, Victim
 from clustr_jax.report.record import VERSION, Record
 from clustr_jax.report.svg import Drawing
 
@@ -71,26 +71,27 @@ def report(record: Record, looks: Looks) -> Report:
     """The page, the card and the figures of one work directory."""
     curves = [figures.over_eps(record), *(figures.over_budget(record, w) for w in ("restarts", "steps"))]
     single = {"attacks": figures.attacks(record), "certified": figures.certified(record)}
-    training, planes = figures.training(record), figures.planes(looks.planes)
+    training, planes = figures.training(record), pictures.planes(looks.planes)
     eps = record.config["eval"]["attack"]["eps"]
-    gallery = figures.gallery(looks.victims, eps)
+    gallery = pictures.gallery(looks.victims, eps)
     drawings = [*curves, *single.values(), *training, *planes, gallery]
     shared = {
-        "record": record, "verdict": words.verdict(record), "accuracy": words.accuracy_table(record),
-        "certified": words.certified_table(record), "method": words.method(record),
+        "record": record, "verdict": words.verdict(record), "accuracy": tables.accuracy_table(record),
+        "certified": tables.certified_table(record), "method": words.method(record),
         "limits": words.limits(record), "pairs": provenance(record, looks),
         "commands": record.environment.get("commands", []),
     }  # fmt: skip
     html = render(
         "report.html", title=f"{record.title}: report", identity=record.identity, sections=_SECTIONS,
         lead=_lead(record), facts=words.facts(record), check_counts=_counts(record),
-        check_value=words.check_value, check_limit=words.check_limit,
-        no_checks=_no_checks(record), attack_rows=words.attack_rows(record),
+        check_value=tables.check_value, check_limit=tables.check_limit,
+        no_checks=_no_checks(record), attack_rows=tables.attack_rows(record),
         curves=[d for d in curves if d], no_curves=_no_curves(record, curves), drawings=single,
         no_certificates=_no_certificates(record), training=training, planes=planes,
+        many=CLASSES if any(d["num_classes"] > CLASSES for d in record.stages.values()) else 0,
         borders=any(p.borders for p in looks.planes), no_planes=_no_planes(record, looks),
         victims=_shown(record, looks.victims, eps), clustered=_clustered(looks.victims),
-        eps=results.radius(eps), gain=f"{figures.magnification(eps):.3g}",
+        eps=results.radius(eps), gain=f"{pictures.magnification(eps):.3g}",
         no_gallery=f"No images: {looks.reasons.get('gallery', 'no image is classified correctly')}.",
         config=json.dumps(record.config, indent=2),
         packages="\n".join(f"{k} {v}" for k, v in record.environment.get("packages", {}).items()), **shared,
@@ -181,7 +182,7 @@ def _shown(record, victims, eps):
             "index": v.index, "fooled": v.after != v.label, "linf": v.linf, "l2": v.l2, "own": v.own,
             "other": v.other, "label": class_name(record, v.label), "before": class_name(record, v.before),
             "after": class_name(record, v.after), "clean": _png(v.x), "adversarial": _png(v.x_adv),
-            "change": _png(figures.magnified(v, eps)),
+            "change": _png(pictures.magnified(v, eps)),
             "sound": _fate(broken_by.get(v.index)) if broken_by and same else "",
         }
         for v in victims
