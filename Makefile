@@ -78,9 +78,12 @@ test-slow: $(INSTALLED_DEV)  ## the tests marked slow, but for those marked long
 	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not long" $(ARGS) || { [ $$? -eq 5 ] && echo "no test is marked slow"; }
 
 # PyTorch and Foolbox stay out of .venv, whose versions are exact: CUDA's wheels of PyTorch and of JAX disagree.
-$(INSTALLED_DOORS): requirements-doors.txt requirements-cpu.txt requirements-dev.txt $(INSTALLED)
+# Their environment sees .venv's packages through a .pth file and installs the rest.
+$(INSTALLED_DOORS): requirements-doors.txt $(INSTALLED_DEV)
 	@echo "$(VENV_DOORS): installing requirements-doors.txt"
 	@$(PY) -m venv --clear $(VENV_DOORS)
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(VENV_DOORS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
 	@$(VENV_DOORS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-doors.txt
 	@touch $@
 

@@ -2,7 +2,7 @@
 
     python benchmarks/attacks.py [--n=500] [--parts=agreement,bare,speed] [--speed_eps=3] [--output=FILE]
 
-Needs benchmarks/requirements-attacks.txt and a prepared TFDS CIFAR-10. A small CNN is trained in PyTorch,
+Needs benchmarks/requirements-bench.txt and a prepared TFDS CIFAR-10. A small CNN is trained in PyTorch,
 once with a PGD-5 adversary and once without, and kept under --cache; its weights are carried over to JAX.
 
 agreement: APGD-CE, APGD-T, FAB-T and Square each alone, and the standard ensemble, ours against those

@@ -77,7 +77,7 @@ def test_a_description_gives_back_the_network(name):
 
 def test_the_pins_are_those_that_the_messages_name():
     pins = (ROOT / "requirements-doors.txt").read_text()
-    benchmarks = (ROOT / "benchmarks" / "requirements-attacks.txt").read_text()
+    benchmarks = (ROOT / "benchmarks" / "requirements-bench.txt").read_text()
     for file, package in ((pytorch, "torch"), (foolbox_model, "foolbox")):
         line = next(line for line in pins.splitlines() if line.startswith(f"{package}=="))
         source = (ROOT / "clustr_jax" / "doors" / f"{file.__name__.split('.')[-1]}.py").read_text()
