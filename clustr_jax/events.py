@@ -3,8 +3,7 @@
 import pathlib
 import shutil
 from collections.abc import Callable
-
-from tensorboardX import SummaryWriter
+from typing import Any
 
 # A killed process loses what it had not flushed; the next one writes all again.
 _FLUSH_SECONDS = 10
@@ -19,7 +18,7 @@ class Events:
 
     def __init__(self, root: pathlib.Path, records: Callable[[], list[dict]]):
         self._root, self._records = root, records
-        self._writers: dict[str, SummaryWriter] = {}
+        self._writers: dict[str, Any] = {}
 
     def add(self, record: dict) -> None:
         """Write a record that is the last one of metrics.jsonl."""
@@ -27,6 +26,8 @@ class Events:
         if stage in self._writers:
             self._write(record)
             return
+        from tensorboardX import SummaryWriter  # here, for it imports PyTorch where that is installed
+
         shutil.rmtree(self._root / stage, ignore_errors=True)
         self._writers[stage] = SummaryWriter(str(self._root / stage), flush_secs=_FLUSH_SECONDS)
         for earlier in self._records():
