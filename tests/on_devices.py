@@ -86,6 +86,7 @@ def methods(names, wide):
             "params": difference(one.params, many.params),
             "moved": difference(variables["params"], one.params),
             "totals": difference(one.totals, many.totals),
+            "batch_stats": difference(one.batch_stats, many.batch_stats),
             "sent": mesh.sent(compiled),
             "gradients": sum(leaf.size for leaf in jax.tree.leaves(one.params)),
             "statistics": sum(leaf.size for leaf in jax.tree.leaves(one.batch_stats)),
@@ -94,6 +95,7 @@ def methods(names, wide):
         }
         if one.clusters is not None:
             row["centroids"] = difference(one.clusters.centroids, many.clusters.centroids)
+            row["losses"] = difference(one.sampler.losses, many.sampler.losses)
         yield name, row
 
 
