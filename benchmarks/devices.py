@@ -23,7 +23,6 @@ import numpy as np
 import process
 import scipy.stats
 
-ROOT = pathlib.Path(process.__file__).resolve().parents[1]
 QUICK = ("--config.eval.protocols=('quick',)", "--config.eval.diagnostics=False")
 CLEAN = ("--config.eval.protocols=()", "--stages=1_warmup,2_train,evaluate")
 SETS = {
@@ -40,7 +39,7 @@ def run(workdir: pathlib.Path, devices: int, *arguments: str) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     subprocess.run(
         [sys.executable, "run.py", "--platform=cpu", f"--workdir={workdir}", *arguments],
-        cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, check=True, stdout=sys.stderr,
+        cwd=process.ROOT, env={**os.environ, "XLA_FLAGS": flags}, check=True, stdout=sys.stderr,
     )  # fmt: skip
 
 
@@ -97,7 +96,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "devices")
+    parser.add_argument("--folder", type=pathlib.Path, default=process.ROOT / "runs" / "devices")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--eight", type=int, default=8)
     parser.add_argument("--continued", type=int, default=3)
@@ -106,17 +105,18 @@ def main():
     args = parser.parse_args()
     names = [args.only] if args.only else SETS
     rows = [compare(name, args.folder.resolve(), args.seeds, args.eight, args.continued) for name in names]
-    print("| set | on 8 devices, by seed | on 1 | interval for one more seed | p | equal attack outcomes |")
-    print("|---|---|---|---|---|---|")
+    print("| set | on 8 devices, by seed | on 1 | one more seed | p | stage 2 on 8 | equal attack outcomes |")
+    print("|---|---|---|---|---|---|---|")
     for row in rows:
         low, high = row["prediction_interval"]
         equal = min(row["equal_outcomes"].values())
-        one, eight = (
-            ", ".join(f"{100 * value:.2f}" for value in row[key]) for key in ("one_device", "eight_devices")
+        one, eight, stage_2 = (
+            ", ".join(f"{100 * value:.2f}" for value in row[key])
+            for key in ("one_device", "eight_devices", "stage_2_on_eight_devices")
         )
         print(
             f"| {row['set']} | {eight} | {one} | {100 * low:.1f} to {100 * high:.1f} "
-            f"| {row['p_of_equal_means']:.2f} | {100 * equal:.2f} % of {row['n']} |"
+            f"| {row['p_of_equal_means']:.2f} | {stage_2} | {100 * equal:.2f} % of {row['n']} |"
         )
     process.finish("devices", {"rows": rows}, args.save)
 

@@ -105,7 +105,7 @@ def theirs(args):
     def gradient():
         clustr.net.train()
         clustr.net.zero_grad(set_to_none=True)
-        torch.mean(clustr.net(pixels) ** 2).backward()
+        torch.mean(clustr.embed(pixels) ** 2).backward()
 
     return {"epoch": clustr.epoch, "batch": batch, "gradient": gradient}
 

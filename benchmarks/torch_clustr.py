@@ -8,43 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
-from torch import nn
 
-
-class Block(nn.Module):
-    def __init__(self, channels, features, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, features, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(features)
-        self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(features)
-        self.shortcut = nn.Identity()
-        if stride != 1 or channels != features:
-            convolution = nn.Conv2d(channels, features, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(features))
-
-    def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x), inplace=True)
-
-
-class ResNet(nn.Module):
-    """The ResNet of clustr_jax.models: 3x3 stem, `stages` blocks, average pool; returns embeddings."""
-
-    def __init__(self, stages, width, mean, std):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        blocks, channels = [], width
-        for i, count in enumerate(stages):
-            for j in range(count):
-                blocks.append(Block(channels, width * 2**i, 2 if i > 0 and j == 0 else 1))
-                channels = width * 2**i
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x):
-        return self.blocks(self.stem((x - self.mean) / self.std)).mean((2, 3))
+from clustr_jax.doors.clustr_torch import ResNet
 
 
 class Images(torch.utils.data.Dataset):
@@ -89,7 +54,8 @@ class Clustr:
     def __init__(self, images, labels, *, stages, width, mean, std, workers, settings):
         torch.manual_seed(0)
         self.s, self.k = settings, settings["k"]
-        self.net = ResNet(stages, width, mean, std).to(memory_format=torch.channels_last)
+        self.net = ResNet(3, width, stages, 10).to(memory_format=torch.channels_last)
+        self.mean, self.std = (torch.tensor(value).view(1, 3, 1, 1) for value in (mean, std))
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-4)
         self.labels, self.set = labels, Images(images, labels)
         self.pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -104,7 +70,7 @@ class Clustr:
         self.net.eval()
         with torch.inference_mode():
             pieces = [self._pixels(self.pixels[i : i + 500]) for i in range(0, len(self.pixels), 500)]
-            z = torch.cat([self.net(piece) for piece in pieces]).numpy()
+            z = torch.cat([self.embed(piece) for piece in pieces]).numpy()
         self.members, centroids, squares = [], [], 0.0
         for c in range(10):
             index = np.flatnonzero(self.labels == c)
@@ -115,6 +81,9 @@ class Clustr:
         self.centroids = np.concatenate(centroids)
         self.means = torch.from_numpy(self.centroids)
         self.variance = squares / (len(z) - 1)
+
+    def embed(self, x):
+        return self.net((x - self.mean) / self.std)[1]
 
     def _pixels(self, images):
         return (images.float() / 255).contiguous(memory_format=torch.channels_last)
@@ -141,13 +110,13 @@ class Clustr:
         x, self.classes = self._pixels(images), labels
         self.net.train()
         with torch.no_grad():
-            target = self.logits(self.net(x)).softmax(1)
+            target = self.logits(self.embed(x)).softmax(1)
         x_adv = (x + torch.empty_like(x).uniform_(-s["eps"], s["eps"])).requires_grad_()
-        (gradient,) = torch.autograd.grad(F.cross_entropy(self.logits(self.net(x_adv)), target), x_adv)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(self.logits(self.embed(x_adv)), target), x_adv)
         x_adv = x_adv.detach() + s["step_size"] * gradient.sign()
         x_adv = torch.clamp(torch.minimum(torch.maximum(x_adv, x - s["eps"]), x + s["eps"]), 0, 1)
-        clean = self.net(x)
-        adversarial = self.net(x_adv)
+        clean = self.embed(x)
+        adversarial = self.embed(x_adv)
         magnet = self.magnet(clean)
         consistency = F.cross_entropy(self.logits(adversarial), self.logits(clean).softmax(1))
         loss = magnet.mean() + s["lam"] * consistency

@@ -9,7 +9,7 @@ class Profiler:
     """Traces the second piece of each kind of work (the first one compiles), nothing without a folder.
 
     Work is done in pieces of a few seconds, a call of the device each; `tick` is called after each of them.
-    The traces are read by XProf or https://ui.perfetto.dev (docs/performance.md).
+    XProf and https://ui.perfetto.dev show the traces.
     """
 
     def __init__(self, folder: pathlib.Path | None):

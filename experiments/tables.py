@@ -41,13 +41,15 @@ def devices() -> str:
         equal = 100 * min(row["equal_outcomes"].values())
         rows.append(
             [
-                row["set"], one, f"{100 * low:.1f} to {100 * high:.1f}", eight, stage_2,
-                f"{equal:.2f} % of {row['n']}",
+                row["set"], one, f"{100 * low:.1f} to {100 * high:.1f}", eight,
+                f"{sum(row['inside_prediction_interval'])} of {len(row['eight_devices'])}",
+                f"{row['p_of_equal_means']:.2f}", stage_2,
+                f"{equal:.2f} % of {row['n']}", f"{100 * row['robust']:.1f} %",
             ]
         )  # fmt: skip
     header = [
         "clean accuracy, %", "1 device, by seed", "where one more seed lies (95 %)", "8 devices, by seed",
-        "stage 2 alone on 8", "equal attack outcomes",
+        "inside", "p of equal means (Welch)", "stage 2 alone on 8", "equal attack outcomes", "withstand",
     ]  # fmt: skip
     return markdown(header, rows)
 

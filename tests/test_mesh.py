@@ -24,6 +24,9 @@ PASSES = {
     "clustr_qtrades": 4,
     "clustr_trades": 2,
 }
+# Their adversaries start where the divergence is flat: in float32 some signs of the first step are rounding, other
+# images are seen, and with them go the batch statistics.
+FOLLOWS_ROUNDING = ("trades", "clustr_qtrades", "clustr_trades")
 
 
 def on_devices(*arguments):
@@ -43,6 +46,9 @@ def test_five_steps_on_eight_devices_are_those_on_one(width, tolerance):
     """By SGD. (Adam divides tiny gradients by their own size, so that it enlarges what is only rounding.)"""
     for method, found in on_devices(width, *METHODS).items():
         assert found["params"] <= tolerance and found["moved"] >= 3e-4, (method, found)
+        assert found.get("losses", 0.0) <= tolerance, (method, found)
+        if width == "float64" or method not in FOLLOWS_ROUNDING:
+            assert found["batch_stats"] <= tolerance, (method, found)
         assert found.get("centroids", 0.0) <= 1e-6, (method, found)
         if width == "float32":
             allowed = found["gradients"] + PASSES[method] * found["statistics"]
