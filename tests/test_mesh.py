@@ -24,8 +24,8 @@ PASSES = {
     "clustr_qtrades": 4,
     "clustr_trades": 2,
 }
-# Their adversaries start where the divergence is flat: in float32 some signs of the first step are rounding, other
-# images are seen, and with them go the batch statistics.
+# Their adversaries start where the divergence is flat: in float32 some signs of the first step are rounding,
+# other images are seen, and with them go the batch statistics.
 FOLLOWS_ROUNDING = ("trades", "clustr_qtrades", "clustr_trades")
 
 
