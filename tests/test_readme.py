@@ -6,6 +6,7 @@ to relative paths, with the work directory where README.md has it.
 """
 
 import importlib.util
+import os
 import pathlib
 import re
 import shlex
@@ -42,8 +43,11 @@ def dataset(command):
 
 def make(*arguments):
     """What make would do: the words of the last command."""
+    # The tests are themselves started by make, and by a make of a make in CI: a nested one adds
+    # "Entering directory" and "Leaving directory".
+    inherited = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}}
     printed = subprocess.run(
-        ["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "-n", *arguments], cwd=ROOT, env=inherited, capture_output=True, text=True, check=True
     ).stdout
     return shlex.split(printed.splitlines()[-1])
 
