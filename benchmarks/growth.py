@@ -118,7 +118,8 @@ def main():
     process.restart(GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # as run.py does
     if args.child:
         what, settings = json.loads(args.child)
-        print(json.dumps(measure(what, settings, args.runs)))
+        with process.on_cores():
+            print(json.dumps(measure(what, settings, args.runs)))
         return
     rows = []
     print("| what grows | values | seconds | exponent | peak memory, MB |")

@@ -16,6 +16,16 @@ def restart(**environment: str) -> None:
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
+def on_cores():
+    """A context with the devices that run.py has: one for each core."""
+    import jax
+
+    from clustr_jax import mesh, processes
+
+    processes.use_cores()
+    return mesh.over(jax.devices())
+
+
 def finish(name: str, content, save: bool) -> None:
     """Print the result as JSON, and with `save` keep it as results/benchmarks/NAME.json."""
     from clustr_jax import results

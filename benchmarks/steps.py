@@ -11,6 +11,7 @@ are timed in turns, medians are compared.
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import process
 
-from clustr_jax import data, loading, models, settings, train
+from clustr_jax import data, loading, mesh, models, settings, train
 from clustr_jax.objectives import METHODS
 from configs import cifar10
 
@@ -46,18 +47,30 @@ def passes(method: str, config) -> dict[str, int]:
 def bare(net, variables, x, y):
     """The passes on their own, each as one compiled function."""
 
-    def loss(params, x, mode):
+    def loss(params, x, y, mode):
         full = {**variables, "params": params}
         outputs = net.train(full, x)[0] if mode == "train" else net.eval(full, x)
         return -jnp.mean(jax.nn.log_softmax(outputs.logits)[jnp.arange(len(y)), y])
 
-    params = variables["params"]
-    functions = {"parameter_gradient": jax.jit(lambda p, x: jax.grad(loss)(p, x, "train"))}
-    functions["both_gradients"] = jax.jit(lambda p, x: jax.grad(loss, (0, 1))(p, x, "train"))
+    def gradients(which, mode):
+        def part(params, x, y):
+            found = jax.grad(loss, which)(params, x, y, mode)
+            return (mesh.average(found[0]), *found[1:]) if which != (1,) else found
+
+        specs = tuple(mesh.ROWS if i else mesh.SAME for i in which)
+        return jax.jit(mesh.spread(part, (mesh.SAME, mesh.ROWS, mesh.ROWS), specs))
+
+    functions = {"parameter_gradient": gradients((0,), "train"), "both_gradients": gradients((0, 1), "train")}
     for mode in ("train", "eval"):
-        functions[f"forward_{mode}"] = jax.jit(lambda p, x, mode=mode: loss(p, x, mode))
-        functions[f"input_gradient_{mode}"] = jax.jit(lambda p, x, mode=mode: jax.grad(loss, 1)(p, x, mode))
-    return {name: lambda f=f: f(params, x) for name, f in functions.items()}
+        forward = functools.partial(loss, mode=mode)
+        functions[f"forward_{mode}"] = jax.jit(
+            mesh.spread(
+                lambda *args, forward=forward: mesh.average(forward(*args)),
+                (mesh.SAME, mesh.ROWS, mesh.ROWS), mesh.SAME,
+            )
+        )  # fmt: skip
+        functions[f"input_gradient_{mode}"] = gradients((1,), mode)
+    return {name: lambda f=f: f(variables["params"], x, y) for name, f in functions.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +95,7 @@ class FreeNet:
 def stepping(net, method, config, train_set, key):
     """(trainer, function that makes three steps in one call, as training runs them, and its state)."""
     trainer = train.Trainer(net, METHODS[method], config, config.train, SIZE)
-    state = train.create(trainer, net.init(key))
+    state = mesh.place(train.create(trainer, net.init(key)))
     if trainer.magnet:
         state = train.refit(trainer, state, train_set, key)
     state = train.reset_totals(trainer, state, train_set, key)
@@ -108,6 +121,7 @@ def measure(method, args):
     labels = (np.arange(SIZE) % 10).astype(np.int32)
     net = loading.build_net(config, data.Split(images, labels, 10, 255.0, (0.0, 1.0), ""))
     train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
+    train_set = mesh.place(train_set)
     key = jax.random.key(0)
     trainer, step, state = stepping(net, method, config, train_set, key)
     embedding = jax.eval_shape(net.eval, state.variables, jax.ShapeDtypeStruct((1, 32, 32, 3), "float32"))
@@ -116,7 +130,8 @@ def measure(method, args):
     batch = trainer.batch_size
     x = jnp.asarray(images[:batch], jnp.float32) / 255
     needed = {name: n for name, n in passes(method, config).items() if n}
-    functions = bare(net, state.variables, x, jnp.asarray(labels[:batch]))
+    x, y = mesh.place((x, jnp.asarray(labels[:batch])))
+    functions = bare(net, state.variables, x, y)
     taken = {name: [] for name in (*needed, "step", "rest")}
     for _ in range(args.runs):
         for name in needed:
@@ -150,7 +165,8 @@ def main():
     )
     rows = []
     for method in args.methods.split(","):
-        row = measure(method, args)
+        with process.on_cores():
+            row = measure(method, args)
         rows.append(row)
         print(
             f"{method:17} {row['batch']:5} {row['sum_seconds']:9.3f} {row['step_seconds']:8.3f} "

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
-# Images of one im2col block of the kernel gradient: small enough to stay in the cache.
+# Images of one block of the kernel gradient: small enough to stay in the cache.
 _BLOCK = 8
 
 
@@ -57,10 +57,10 @@ conv2d.defvjp(_forward, _backward)
 def _input_gradient(dy, kernel, size, stride, padding):
     """d loss / d x as an ordinary convolution of dy with the flipped kernel."""
     k = kernel.shape[0]
-    flipped = jnp.transpose(kernel[::-1, ::-1], (0, 1, 3, 2))
     if k == 1 and padding == 0:  # the product first, then the zeros between the pixels
-        return _spread(_convolve(dy, flipped, 1, 0), size, stride, before=0, after=0)
-    # A convolution with dilated input runs on the slow path: put the zeros in by hand.
+        return _spread(dy @ kernel[0, 0].T, size, stride, before=0, after=0)
+    flipped = jnp.transpose(kernel[::-1, ::-1], (0, 1, 3, 2))
+    # XLA sees from these zeros that it need not multiply with them; it does not where it derives them.
     before, after = k - 1 - padding, padding
     return _convolve(_spread(dy, size, stride, before, after), flipped, 1, 0)
 
@@ -74,26 +74,35 @@ def _spread(dy, size, stride, before, after):
 
 
 def _kernel_gradient(x, dy, k, stride, padding):
-    """d loss / d kernel: im2col of a block of images times dy, summed over blocks."""
-    batch, channels = x.shape[0], x.shape[-1]
-    rows, columns, features = dy.shape[1:]
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    """d loss / d kernel: x, its channels as batch, convolved with dy as the kernel; summed over blocks."""
+    if k == 1 and padding == 0:
+        x, stride = x[:, ::stride, ::stride], 1
     precise = jnp.promote_types(x.dtype, jnp.float32)  # bfloat16 sums of many terms would be coarse
-    block = next(b for b in range(min(_BLOCK, batch), 0, -1) if batch % b == 0)
+    block = min(_BLOCK, x.shape[0])
+    x, dy = (_blocks(a, block) for a in (x, dy))
+    # the last tap ends where the padded image ends, or before
+    pads = [
+        (padding, (m - 1) * stride + k - n - padding)
+        for n, m in zip(x.shape[2:4], dy.shape[2:4], strict=True)
+    ]
 
     def add(total, xy):
-        image, gradient = xy
-        height, width = (rows - 1) * stride + 1, (columns - 1) * stride + 1
-        patches = [
-            image[:, i : i + height : stride, j : j + width : stride] for i in range(k) for j in range(k)
-        ]
-        patches = jnp.concatenate(patches, axis=-1).reshape(-1, k * k * channels)
-        product = lax.dot_general(
-            patches, gradient.reshape(-1, features), (((0,), (0,)), ((), ())),
-            preferred_element_type=precise,
+        images, gradient = xy
+        if k == 1 and padding == 0:
+            product = jnp.einsum("nhwc,nhwo->co", images, gradient, preferred_element_type=precise)
+            return total + product[:, None, None], None
+        product = lax.conv_general_dilated(
+            images.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), (1, 1), pads,
+            rhs_dilation=(stride, stride), dimension_numbers=_NHWC, preferred_element_type=precise,
         )  # fmt: skip
         return total + product, None
 
-    blocks = (x.reshape(-1, block, *x.shape[1:]), dy.reshape(-1, block, *dy.shape[1:]))
-    total, _ = lax.scan(add, jnp.zeros((k * k * channels, features), precise), blocks)
-    return total.reshape(k, k, channels, features).astype(x.dtype)
+    total, _ = lax.scan(add, jnp.zeros((x.shape[-1], k, k, dy.shape[-1]), precise), (x, dy))
+    return total.transpose(1, 2, 0, 3).astype(x.dtype)
+
+
+def _blocks(a, block):
+    """[blocks, block, ...]: images of zeros, which add nothing, fill the last one."""
+    count = -(-a.shape[0] // block)
+    a = jnp.pad(a, ((0, count * block - a.shape[0]), (0, 0), (0, 0), (0, 0)))
+    return a.reshape(count, block, *a.shape[1:])

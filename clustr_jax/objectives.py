@@ -88,11 +88,15 @@ def towards_labels(net, variables, batch, clusters, key, config, strength=1.0):
     return _adversary(net, variables, batch, clusters, key, config, strength, batch.y)
 
 
-def towards_clean(net, variables, batch, clusters, key, config, strength=1.0):
-    """Steps on the divergence from the clean prediction (TRADES; one step: QTRADES, Eq. 5)."""
-    outputs = (
-        net.eval(variables, batch.x) if config.train.attack_bn == "eval" else net.train(variables, batch.x)[0]
-    )
+def towards_clean(net, variables, batch, clusters, key, config, strength=1.0, outputs=None):
+    """Steps on the divergence from the clean prediction (TRADES; one step: QTRADES, Eq. 5).
+
+    `outputs`: those of the clean images where they are known (`shares_clean`).
+    """
+    if config.train.attack_bn == "eval":
+        outputs = net.eval(variables, batch.x)
+    elif outputs is None:
+        outputs = net.train(variables, batch.x)[0]
     probs = head_probs(outputs, clusters, config)
     return _adversary(net, variables, batch, clusters, key, config, strength, probs)
 
@@ -125,7 +129,23 @@ def _adversary(net, variables, batch, clusters, key, config, strength, target):
     return jax.lax.stop_gradient(x_adv), jax.lax.stop_gradient(stats)
 
 
-# Objectives.
+def shares_clean(method, config) -> bool:
+    """Whether the adversary's target is the clean forward pass that the objective makes anyway.
+
+    The adversary then runs inside the objective, from those outputs: on a mesh the compiler does not see
+    that two passes with batch statistics are the same one.
+    """
+    frozen_statistics = config.train.attack_bn == "eval" or config.fidelity.attack_statistics == "update"
+    return method.adversary is towards_clean and not frozen_statistics
+
+
+def _seen(x_adv, outputs):
+    """The adversary's images, made now from these clean outputs if they are not there yet."""
+    return x_adv(outputs=jax.lax.stop_gradient(outputs))[0] if callable(x_adv) else x_adv
+
+
+# Objectives. x_adv: images, None without an adversary, or (`shares_clean`) what makes them from the clean
+# outputs.
 
 
 def nominal(net, variables, batch, x_adv, clusters, config):
@@ -160,7 +180,7 @@ def _authors_kl(logits, probs):
 
 def _consistent(net, variables, batch, x_adv, config, weight, term):
     clean, stats = net.train(variables, batch.x)
-    adv, stats = net.train({**variables, "batch_stats": stats}, x_adv)
+    adv, stats = net.train({**variables, "batch_stats": stats}, _seen(x_adv, clean))
     natural = losses.cross_entropy(clean.logits, batch.y)
     consistency = term(adv.logits, jax.nn.softmax(clean.logits))
     metrics = {
@@ -188,7 +208,7 @@ def clustr_qtrades(net, variables, batch, x_adv, clusters, config):
     """
     outputs, stats = net.train(variables, batch.x)
     magnet, metrics = _magnet(outputs, batch, clusters, config)
-    adv, stats = net.train({**variables, "batch_stats": stats}, x_adv)
+    adv, stats = net.train({**variables, "batch_stats": stats}, _seen(x_adv, outputs))
     logits = head_logits(adv, clusters, config)
     target = head_probs(outputs, clusters, config)
     embeddings = outputs.embeddings

@@ -3,7 +3,6 @@
 import math
 import pathlib
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -131,7 +130,25 @@ def shrink(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def check(config, method: Method, net: Net, train_split: Split, test_split: Split) -> None:
+def _batches(config, method: Method, net: Net, train_split: Split) -> dict[str, int]:
+    """Images in a batch of each training stage, by the setting that decides it."""
+    found = {}
+    for name in ("warmup", "train") if method.warmup else ("train",):
+        own = METHODS[method.warmup] if name == "warmup" and method.warmup else method
+        what = "magnet.clusters x magnet.samples" if own.sampler == "magnet" else f"{name}.batch_size"
+        found[what] = train.Trainer(net, own, config, config[name], len(train_split)).batch_size
+    return found
+
+
+def cores(most: int, config, method: Method, net: Net, train_split: Split) -> int:
+    """The largest number of devices up to `most` that share every batch evenly."""
+    sizes = _batches(config, method, net, train_split).values()
+    return next(n for n in range(most, 0, -1) if not any(size % n for size in sizes))
+
+
+def check(
+    config, method: Method, net: Net, train_split: Split, test_split: Split, *, devices: int = 1
+) -> None:
     """UserError now for what would fail after the warm-up."""
     magnet = config.magnet
     if config.eval.n > len(test_split):
@@ -174,16 +191,10 @@ def check(config, method: Method, net: Net, train_split: Split, test_split: Spli
         if recipe.select == "best" and not config.data.val_size:
             raise UserError(f"{name}.select=best needs held-out images; set data.val_size, e.g. 0.02")
         train.optimizer(recipe, 1)
-        stage_method = METHODS[method.warmup] if name == "warmup" and method.warmup else method
-        size = train.Trainer(net, stage_method, config, recipe, len(train_split)).batch_size
-        if size % jax.device_count() and (name == "train" or method.warmup):
-            what = (
-                "magnet.clusters x magnet.samples"
-                if stage_method.sampler == "magnet"
-                else f"{name}.batch_size"
-            )
+    for what, size in _batches(config, method, net, train_split).items():
+        if size % devices:
             raise UserError(
-                f"a batch of {size} images ({what}) cannot be shared evenly by {jax.device_count()} devices; "
+                f"a batch of {size} images ({what}) cannot be shared evenly by {devices} devices; "
                 f"make it a multiple, or let JAX see fewer devices"
             )
     for name, known in (("consistency", ("ce", "kl", "mse")), ("attack_bn", ("batch", "eval"))):

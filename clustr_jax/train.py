@@ -17,7 +17,7 @@ from clustr_jax.attacks.geometry import ascend, project
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
 from clustr_jax.models import Net
-from clustr_jax.objectives import Batch, Method, box
+from clustr_jax.objectives import Batch, Method, box, shares_clean
 from clustr_jax.sampling import Sampler
 
 # Images per pass where nothing is learnt: embedding the training set, accuracy on the held-out part.
@@ -225,16 +225,24 @@ def _head_clusters(trainer, state):
 
 
 def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key):
-    """What a step differentiates at: (batch, ids [B], x_adv or None, batch statistics after the attack)."""
+    """What a step differentiates at: (batch, ids [B], x_adv or None, batch statistics after the attack).
+
+    x_adv can be a function of the clean outputs (`objectives.shares_clean`).
+    """
     key = jax.random.fold_in(key, _STEPS)
     draw_key, attack_key = jax.random.split(jax.random.fold_in(key, state.step // trainer.replays))
     batch, ids = draw_batch(trainer, state, train_set, order, draw_key)
     x_adv, stats = None, state.batch_stats
     if trainer.method.adversary is not None:
-        x_adv, stats = trainer.method.adversary(
-            trainer.net, state.variables, batch, _head_clusters(trainer, state), attack_key, trainer.config,
-            strength(trainer, state.step),
+        adversary = functools.partial(
+            trainer.method.adversary, trainer.net, state.variables, batch, _head_clusters(trainer, state),
+            attack_key, trainer.config, strength(trainer, state.step),
         )  # fmt: skip
+        # adversarial weights need the same images at two places
+        if shares_clean(trainer.method, trainer.config) and not trainer.recipe.awp:
+            x_adv = adversary
+        else:
+            x_adv, stats = adversary()
     return batch, ids, x_adv, stats
 
 

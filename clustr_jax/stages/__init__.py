@@ -49,8 +49,11 @@ def run(
     progress = Progress(console)
     source = _source(config, place, progress, splits[0]) if method.source and WARMUP in wanted else None
     net = loading.build_net(config, splits[0])
-    settings.check(config, method, net, splits[0], splits[2])
-    with mesh.over(jax.devices()), place.locked(), progress:
+    devices = jax.devices()
+    if processes.cores():  # a core left idle is no mistake to report
+        devices = devices[: settings.cores(len(devices), config, method, net, splits[0])]
+    settings.check(config, method, net, splits[0], splits[2], devices=len(devices))
+    with mesh.over(devices), place.locked(), progress:
         place.open(config, command)
         profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)
         this = Run(config, place, progress, net, *splits, source=source, profiler=profiler)
@@ -117,7 +120,8 @@ def _wanted(stages, method):
 def _introduce(this):
     """What is about to be trained, on what."""
     config, progress = this.config, this.progress
-    devices = ", ".join(sorted({f"{d.platform} ({d.device_kind})" for d in jax.devices()}))
+    kinds = ", ".join(sorted({f"{d.platform} ({d.device_kind})" for d in jax.devices()}))
+    devices = f"{mesh.devices()} x {kinds}" if mesh.devices() > 1 else kinds
     count = sum(p.size for p in jax.tree.leaves(jax.eval_shape(this.net.init, jax.random.key(0))["params"]))
     where = data.label(config.data)
     progress.line(f"{config.method} on {where}, {config.model.name} with {count:,} parameters, {devices}")
