@@ -79,30 +79,29 @@ def _kernel_gradient(x, dy, k, stride, padding):
         x, stride = x[:, ::stride, ::stride], 1
     precise = jnp.promote_types(x.dtype, jnp.float32)  # bfloat16 sums of many terms would be coarse
     block = min(_BLOCK, x.shape[0])
-    x, dy = (_blocks(a, block) for a in (x, dy))
+    blocks = -(-x.shape[0] // block)
+    x, dy = (_filled(a, blocks * block) for a in (x, dy))
     # the last tap ends where the padded image ends, or before
     pads = [
         (padding, (m - 1) * stride + k - n - padding)
-        for n, m in zip(x.shape[2:4], dy.shape[2:4], strict=True)
+        for n, m in zip(x.shape[1:3], dy.shape[1:3], strict=True)
     ]
 
-    def add(total, xy):
-        images, gradient = xy
+    def add(i, total):
+        # slices of the arrays as they are: given as blocks, the compiler makes them a second time
+        images, gradient = (lax.dynamic_slice_in_dim(a, i * block, block) for a in (x, dy))
         if k == 1 and padding == 0:
             product = jnp.einsum("nhwc,nhwo->co", images, gradient, preferred_element_type=precise)
-            return total + product[:, None, None], None
-        product = lax.conv_general_dilated(
+            return total + product[:, None, None]
+        return total + lax.conv_general_dilated(
             images.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), (1, 1), pads,
             rhs_dilation=(stride, stride), dimension_numbers=_NHWC, preferred_element_type=precise,
         )  # fmt: skip
-        return total + product, None
 
-    total, _ = lax.scan(add, jnp.zeros((x.shape[-1], k, k, dy.shape[-1]), precise), (x, dy))
-    return total.transpose(1, 2, 0, 3).astype(x.dtype)
+    start = jnp.zeros((x.shape[-1], k, k, dy.shape[-1]), precise)
+    return lax.fori_loop(0, blocks, add, start).transpose(1, 2, 0, 3).astype(x.dtype)
 
 
-def _blocks(a, block):
-    """[blocks, block, ...]: images of zeros, which add nothing, fill the last one."""
-    count = -(-a.shape[0] // block)
-    a = jnp.pad(a, ((0, count * block - a.shape[0]), (0, 0), (0, 0), (0, 0)))
-    return a.reshape(count, block, *a.shape[1:])
+def _filled(a, size):
+    """`size` images: those of zeros at the end add nothing."""
+    return jnp.pad(a, ((0, size - a.shape[0]), (0, 0), (0, 0), (0, 0)))

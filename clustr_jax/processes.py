@@ -64,7 +64,9 @@ def use_cores() -> None:
     """
     if not _chosen():
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", min(count, _MOST_CORES))
+        # JAX that has looked already keeps its devices
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", min(count, _MOST_CORES))
 
 
 def _chosen() -> bool:

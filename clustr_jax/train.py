@@ -21,7 +21,9 @@ from clustr_jax.objectives import Batch, Method, box, shares_clean
 from clustr_jax.sampling import Sampler
 
 # Images per pass where nothing is learnt: embedding the training set, accuracy on the held-out part.
-_EVAL_BATCH = 500
+_EVAL_BATCH = 200
+# Where batch statistics are those of the embedded images (`fidelity`).
+_TRAIN_MODE_BATCH = 500
 # k-means++ seeds, permutations and steps draw from separate streams of the stage's key.
 _STEPS, _ORDER, _REFIT = 0, 1, 2
 # Beside the metrics of an epoch where recipe.nonfinite is "skip": how many steps were.
@@ -379,8 +381,8 @@ def embed_all(
     size = train_set.labels.shape[0]
 
     def part(variables, train_set, key, ids):
-        count = ids.shape[0]
-        whole = count // _EVAL_BATCH * _EVAL_BATCH
+        count, batch = ids.shape[0], _TRAIN_MODE_BATCH if train_mode else _EVAL_BATCH
+        whole = count // batch * batch
 
         def embed(i):
             x = train_set.batch(i, None if key is None else jax.random.fold_in(key, i[0]))[0]
@@ -390,7 +392,7 @@ def embed_all(
         # the rest is a batch of its own: filled up, it would change the statistics of train mode
         pieces = [embed(ids[whole:])] if whole < count else []
         if whole:
-            z = jax.lax.map(embed, ids[:whole].reshape(-1, _EVAL_BATCH))
+            z = jax.lax.map(embed, ids[:whole].reshape(-1, batch))
             pieces.insert(0, z.reshape(whole, -1))
         return mesh.gather(jnp.concatenate(pieces))
 

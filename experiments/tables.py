@@ -1,4 +1,4 @@
-"""Every table of figures in docs/ that comes from results/: written again, or compared.
+"""Every table of figures in docs/ and README.md that comes from results/: written again, or compared.
 
     python experiments/tables.py [--check]
 
@@ -29,6 +29,86 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def steps() -> str:
+    """Step against bare passes, resnet8 and ResNet-18."""
+    rows = []
+    for name in ("steps", "steps-resnet18"):
+        measured = read(f"benchmarks/{name}.json")
+        for row in measured["rows"]:
+            passes = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in row["passes"].items())
+            rows.append(
+                [
+                    f"{measured['model']} {row['method']}", str(row["batch"]), passes,
+                    f"{row['ratio']:.2f}", f"{100 * row['rest']:.1f} %",
+                ]
+            )  # fmt: skip
+    return markdown(["network, method", "batch", "bare passes", "step / passes", "all but the network"], rows)
+
+
+def epochs() -> str:
+    """An epoch of ClusTR+QTRADES and its parts against PyTorch."""
+    rows = []
+    for name in ("epoch-resnet8-32", "epoch-resnet8-16", "epoch-resnet18-64"):
+        measured = read(f"benchmarks/{name}.json")
+        ratios = [f"{measured['rows'][what]['ratio']:.2f}" for what in ("epoch", "gradient", "batch")]
+        label = f"{measured['model']}, width {measured['width'] or 64}, {measured['n']} images"
+        rows.append([label, *ratios, str(measured["workers"])])
+    header = [
+        "PyTorch's time / ours", "whole epoch", "parameter gradient alone", "drawing a batch alone",
+        "PyTorch's best number of workers",
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
+def kmeans() -> str:
+    """k-means++ against scikit-learn."""
+    rows = []
+    for name in ("kmeans-10x2", "kmeans-100x2"):
+        measured = read(f"benchmarks/{name}.json")
+        points, size = measured["points"]
+        rows.append(
+            [
+                f"{points} x {size}, {measured['classes']} x {measured['k']} clusters",
+                f"{measured['speedup']:.1f}", f"{measured['inertia_ratio_max']:.5f}",
+            ]
+        )  # fmt: skip
+    return markdown(["", "scikit-learn's time / ours", "our inertia / scikit-learn's, at most"], rows)
+
+
+def startup() -> str:
+    """Time to the first record, empty and full cache."""
+    measured = read("benchmarks/startup.json")
+    rows = [
+        [
+            label, f"{row['first_record_seconds']:.1f}", f"{row['trained_seconds']:.1f}",
+            f"{row['programs_seconds']:.1f}", f"{row['new_in_cache']:.0f}",
+        ]
+        for label, row in (("empty cache", measured["empty"]), ("full cache", measured["full_median"]))
+    ]  # fmt: skip
+    header = ["digits", "first epoch, s", "trained, s", "getting programs, s", "programs new to the cache"]
+    return markdown(header, rows)
+
+
+def growth() -> str:
+    """Exponents of time, and memory."""
+    rows = []
+    for row in read("benchmarks/growth.json")["rows"]:
+        seconds = ", ".join(f"{found['seconds']:.1f}" for found in row["measured"])
+        memory = ", ".join(f"{found['peak_bytes'] / 1e6:.0f}" for found in row["measured"])
+        values = ", ".join(map(str, row["values"]))
+        rows.append([row["series"], values, seconds, f"{row['exponent']:.2f}", memory])
+    return markdown(["what grows", "values", "seconds", "exponent", "peak memory, MB"], rows)
+
+
+def certificates() -> str:
+    """Radii per second."""
+    rows = [
+        [f"{row['classes']} x {row['k']}", row["rule"], f"{row['per_second']:.0f}"]
+        for row in read("benchmarks/certificates.json")["rows"]
+    ]
+    return markdown(["classes x clusters", "rule", "radii per second"], rows)
+
+
 def devices() -> str:
     """Accuracies on eight devices and on one."""
     rows = []
@@ -54,7 +134,24 @@ def devices() -> str:
     return markdown(header, rows)
 
 
-TABLES = {f.__name__: f for f in (devices,)}
+def speed() -> str:
+    """The README's ratios."""
+    rows = []
+    for name in ("resnet8-32", "resnet18-64"):
+        measured = read(f"benchmarks/epoch-{name}.json")
+        network = f"{measured['model']}, width {measured['width'] or 64}"
+        label = f"an epoch of ClusTR+QTRADES, everything included, {network}"
+        rows.append([label, "PyTorch", f"{measured['rows']['epoch']['ratio']:.2f}"])
+    for name in ("10x2", "100x2"):
+        measured = read(f"benchmarks/kmeans-{name}.json")
+        points, size = measured["points"]
+        label = f"k-means++ of {points:,} x {size}, {measured['classes']} classes x {measured['k']}"
+        rows.append([label, "scikit-learn", f"{measured['speedup']:.1f}"])
+    return markdown(["two CPU cores", "against", "times faster"], rows)
+
+
+TABLES = {f.__name__: f for f in (steps, epochs, kmeans, startup, growth, certificates, devices, speed)}
+DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
 def rendered(text: str) -> str:
@@ -69,7 +166,7 @@ def main():
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     stale = []
-    for path in sorted(DOCS.glob("*.md")):
+    for path in DOCUMENTS:
         text = path.read_text()
         new = rendered(text)
         if new != text:

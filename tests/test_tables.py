@@ -1,4 +1,4 @@
-"""The tables of docs/ say what results/ says."""
+"""The tables of docs/ and of the README say what results/ says."""
 
 import importlib.util
 import pathlib
@@ -7,7 +7,7 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture(scope="module")

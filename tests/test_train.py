@@ -150,12 +150,33 @@ def spy(p):
     objective = p.trainer.method.objective
 
     def record(net, variables, batch, x_adv, clusters, config):
+        if callable(x_adv):  # made from the objective's own clean pass
+            x_adv, _ = x_adv()
         loss, aux = objective(net, variables, batch, x_adv, clusters, config)
         return loss, aux.replace(metrics={**aux.metrics, "batch": batch, "x_adv": x_adv})
 
     method = dataclasses.replace(p.trainer.method, objective=record)
     p = dataclasses.replace(p, trainer=dataclasses.replace(p.trainer, method=method))
     return p, jax.jit(lambda state: p.step(state))
+
+
+@pytest.mark.parametrize("method", ["trades", "qtrades", "clustr_qtrades", "clustr_trades"])
+@pytest.mark.parametrize("attack_bn", ["batch", "eval"])
+def test_a_shared_clean_pass_changes_nothing(method, attack_bn, rng):
+    """The adversary that starts from the objective's clean outputs is the one that makes its own."""
+    p = problem(method, rng, **{"train.attack_bn": attack_bn, "train.lr": 0.1})
+    assert objectives.shares_clean(p.trainer.method, p.trainer.config) == (attack_bn == "batch")
+    own, step = spy(p)
+    expected = step(own.state)[0].params
+    after = jax.jit(p.step)(p.state)[0].params
+    assert_close(after, expected)
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), after, p.state.params)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def assert_close(tree, expected):
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def ids_of(p, x):
