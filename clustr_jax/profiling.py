@@ -9,7 +9,7 @@ class Profiler:
     """Traces the second piece of each kind of work (the first one compiles), nothing without a folder.
 
     Work is done in pieces of a few seconds, a call of the device each; `tick` is called after each of them.
-    XProf and https://ui.perfetto.dev show the traces.
+    XProf and https://ui.perfetto.dev show the traces (docs/performance.md).
     """
 
     def __init__(self, folder: pathlib.Path | None):
