@@ -82,7 +82,8 @@ class FreeNet:
     size: int
 
     def init(self, key):
-        return {"params": {"z": jnp.zeros(self.size)}, "batch_stats": {}}
+        head = {"kernel": jnp.zeros((self.size, self.num_classes))}  # some objectives look at it
+        return {"params": {"z": jnp.zeros(self.size), models.HEAD: head}, "batch_stats": {}}
 
     def eval(self, variables, x):
         z = x.reshape(x.shape[0], -1)[:, : self.size] + variables["params"]["z"]

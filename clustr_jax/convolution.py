@@ -75,7 +75,8 @@ def _spread(dy, size, stride, before, after):
 
 def _kernel_gradient(x, dy, k, stride, padding):
     """d loss / d kernel: x, its channels as batch, convolved with dy as the kernel; summed over blocks."""
-    if k == 1 and padding == 0:
+    pointwise = k == 1 and padding == 0  # then it is a matrix product
+    if pointwise:
         x, stride = x[:, ::stride, ::stride], 1
     precise = jnp.promote_types(x.dtype, jnp.float32)  # bfloat16 sums of many terms would be coarse
     block = min(_BLOCK, x.shape[0])
@@ -90,7 +91,7 @@ def _kernel_gradient(x, dy, k, stride, padding):
     def add(i, total):
         # slices of the arrays as they are: given as blocks, the compiler makes them a second time
         images, gradient = (lax.dynamic_slice_in_dim(a, i * block, block) for a in (x, dy))
-        if k == 1 and padding == 0:
+        if pointwise:
             product = jnp.einsum("nhwc,nhwo->co", images, gradient, preferred_element_type=precise)
             return total + product[:, None, None]
         return total + lax.conv_general_dilated(

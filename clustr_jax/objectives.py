@@ -135,8 +135,8 @@ def shares_clean(method, config) -> bool:
     The adversary then runs inside the objective, from those outputs: on a mesh the compiler does not see
     that two passes with batch statistics are the same one.
     """
-    frozen_statistics = config.train.attack_bn == "eval" or config.fidelity.attack_statistics == "update"
-    return method.adversary is towards_clean and not frozen_statistics
+    other_pass = config.train.attack_bn == "eval" or config.fidelity.attack_statistics == "update"
+    return method.adversary is towards_clean and not other_pass
 
 
 def _seen(x_adv, outputs):

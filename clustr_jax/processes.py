@@ -75,7 +75,7 @@ def _chosen() -> bool:
     return "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in flags
 
 
-def cores() -> bool:
+def on_cores() -> bool:
     """Whether the devices are this CPU's cores, because nobody has asked for another number."""
     return jax.process_count() == 1 and jax.default_backend() == "cpu" and not _chosen()
 

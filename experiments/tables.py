@@ -32,7 +32,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def steps() -> str:
     """Step against bare passes, resnet8 and ResNet-18."""
     rows = []
-    for name in ("steps-resnet18",):
+    for name in ("steps", "steps-resnet18"):
         measured = read(f"benchmarks/{name}.json")
         for row in measured["rows"]:
             passes = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in row["passes"].items())
@@ -45,13 +45,18 @@ def steps() -> str:
     return markdown(["network, method", "batch", "bare passes", "step / passes", "all but the network"], rows)
 
 
+def network(measured: dict) -> str:
+    """The network of benchmarks/epoch.py; width 0 is ResNet-18's usual one."""
+    return f"{measured['model']}, width {measured['width'] or 64}"
+
+
 def epochs() -> str:
     """An epoch of ClusTR+QTRADES and its parts against PyTorch."""
     rows = []
     for name in ("epoch-resnet8-32", "epoch-resnet8-16", "epoch-resnet18-64"):
         measured = read(f"benchmarks/{name}.json")
         ratios = [f"{measured['rows'][what]['ratio']:.2f}" for what in ("epoch", "gradient", "batch")]
-        label = f"{measured['model']}, width {measured['width'] or 64}, {measured['n']} images"
+        label = f"{network(measured)}, {measured['n']} images"
         rows.append([label, *ratios, str(measured["workers"])])
     header = [
         "PyTorch's time / ours", "whole epoch", "parameter gradient alone", "drawing a batch alone",
@@ -139,8 +144,7 @@ def speed() -> str:
     rows = []
     for name in ("resnet8-32", "resnet18-64"):
         measured = read(f"benchmarks/epoch-{name}.json")
-        network = f"{measured['model']}, width {measured['width'] or 64}"
-        label = f"an epoch of ClusTR+QTRADES, everything included, {network}"
+        label = f"an epoch of ClusTR+QTRADES, everything included, {network(measured)}"
         rows.append([label, "PyTorch", f"{measured['rows']['epoch']['ratio']:.2f}"])
     for name in ("10x2", "100x2"):
         measured = read(f"benchmarks/kmeans-{name}.json")
@@ -150,8 +154,7 @@ def speed() -> str:
     return markdown(["two CPU cores", "against", "times faster"], rows)
 
 
-TABLES = {f.__name__: f for f in (epochs, kmeans, startup, growth, certificates, devices, speed)}
-TABLES["steps-resnet18"] = steps
+TABLES = {f.__name__: f for f in (steps, epochs, kmeans, startup, growth, certificates, devices, speed)}
 DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 

@@ -50,8 +50,8 @@ def run(
     source = _source(config, place, progress, splits[0]) if method.source and WARMUP in wanted else None
     net = loading.build_net(config, splits[0])
     devices = jax.devices()
-    if processes.cores():  # a core left idle is no mistake to report
-        devices = devices[: settings.cores(len(devices), config, method, net, splits[0])]
+    if processes.on_cores():  # a core left idle is no mistake to report
+        devices = devices[: settings.divisor(len(devices), config, method, net, splits[0])]
     settings.check(config, method, net, splits[0], splits[2], devices=len(devices))
     with mesh.over(devices), place.locked(), progress:
         place.open(config, command)
