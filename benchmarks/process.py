@@ -17,12 +17,13 @@ def restart(**environment: str) -> None:
 
 
 def on_cores():
-    """A context with the devices that run.py has: one for each core."""
+    """A context with a device for each core, as `JAX_NUM_CPU_DEVICES` makes them for run.py."""
     import jax
 
-    from clustr_jax import mesh, processes
+    from clustr_jax import mesh
 
-    processes.use_cores()
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())
     return mesh.over(jax.devices())
 
 

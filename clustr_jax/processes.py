@@ -5,7 +5,6 @@ file system that all of them see. With one process, everything here is free of e
 """
 
 import contextlib
-import os
 
 import jax
 import numpy as np
@@ -13,8 +12,6 @@ from jax.experimental import multihost_utils
 
 from clustr_jax.errors import UserError, first_line
 
-# A batch is worth sharing by so many cores.
-_MOST_CORES = 8
 # A process that has not been heard of for so long is lost; the others then stop.
 _HEARTBEAT_SECONDS = 30
 
@@ -35,8 +32,6 @@ def joined(
     if platform:
         jax.config.update("jax_platforms", platform)
     _connect(coordinator, num_processes, process_id)
-    if coordinator is None:
-        use_cores()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # it asserts where one platform was asked for
@@ -54,30 +49,6 @@ def joined(
             f"stopped: contact to another process is lost ({first_line(broken)}); "
             f"start all processes again with the same command to go on"
         ) from error
-
-
-def use_cores() -> None:
-    """Make a device of every core that this process may use, unless the user has chosen a number.
-
-    To be called before JAX looks for devices. XLA shares a convolution badly between the threads of one
-    device (docs/performance.md); one device per core shares the batch instead.
-    """
-    if not _chosen():
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # JAX that has looked already keeps its devices
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", min(count, _MOST_CORES))
-
-
-def _chosen() -> bool:
-    """Whether the user has said how many devices the CPU is."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    return "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in flags
-
-
-def on_cores() -> bool:
-    """Whether the devices are this CPU's cores, because nobody has asked for another number."""
-    return jax.process_count() == 1 and jax.default_backend() == "cpu" and not _chosen()
 
 
 def _runtime_error(error: BaseException | None):
