@@ -139,9 +139,11 @@ def shares_clean(method, config) -> bool:
     return method.adversary is towards_clean and not other_pass
 
 
-def _seen(x_adv, outputs):
+def _seen(x_adv: Array | Callable[..., tuple[Array, dict]] | None, outputs):
     """The adversary's images, made now from these clean outputs if they are not there yet."""
-    return x_adv(outputs=jax.lax.stop_gradient(outputs))[0] if callable(x_adv) else x_adv
+    if isinstance(x_adv, Callable):
+        return x_adv(outputs=jax.lax.stop_gradient(outputs))[0]
+    return x_adv
 
 
 # Objectives. x_adv: images, None without an adversary, or (`shares_clean`) what makes them from the clean
