@@ -20,28 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import process
 
-from clustr_jax import data, loading, mesh, models, settings, train
+from clustr_jax import cost, data, loading, mesh, models, settings, train
 from clustr_jax.objectives import METHODS
 from configs import cifar10
 
 SIZE = 2400
-
-
-def passes(method: str, config) -> dict[str, int]:
-    """How often each bare pass occurs in one step, by the definition of the method."""
-    steps = config.train.attack.steps
-    adversarial = METHODS[method].adversary is not None
-    count = {"forward_train": 0, "forward_eval": 0, "input_gradient_train": 0, "input_gradient_eval": 0}
-    count |= {"parameter_gradient": 1, "both_gradients": 0}
-    if config.train.replays > 1:
-        return count | {"parameter_gradient": 0, "both_gradients": 1}
-    if adversarial:
-        count[f"input_gradient_{'eval' if config.train.attack_bn == 'eval' else 'train'}"] = steps
-    if method in ("trades", "qtrades", "clustr_qtrades", "clustr_trades"):
-        count["parameter_gradient"] = 2  # clean and adversarial images
-        if config.train.attack_bn == "eval":
-            count["forward_eval"] = 1  # the attack's target, another network than the one that is trained
-    return count
 
 
 def bare(net, variables, x, y):
@@ -130,7 +113,7 @@ def measure(method, args):
     _, rest, _ = stepping(free, method, config, train_set, key)
     batch = trainer.batch_size
     x = jnp.asarray(images[:batch], jnp.float32) / 255
-    needed = {name: n for name, n in passes(method, config).items() if n}
+    needed = {name: n for name, n in cost.passes(method, config).items() if n}
     x, y = mesh.place((x, jnp.asarray(labels[:batch])))
     functions = bare(net, state.variables, x, y)
     taken = {name: [] for name in (*needed, "step", "rest")}

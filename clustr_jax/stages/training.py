@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax import loading, mesh, models, preemption, processes, results, train
+from clustr_jax import cost, loading, mesh, models, preemption, processes, results, train
 from clustr_jax.attacks import pgd
 from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.classifier import Classifier, correct
@@ -33,10 +33,10 @@ def run(this: Run, stage: str) -> None:
     if done:
         progress.line(f"{stage}: finished before ({done['reason']} after {done['epochs']} epochs)")
         return
-    method = METHODS[config.method]
+    name = config.method
     if stage == WARMUP:
-        assert method.warmup is not None  # else the stage is not wanted
-        method = METHODS[method.warmup]
+        name = METHODS[name].warmup
+        assert name is not None  # else the stage is not wanted
         this = this.source or this
     recipe = config.warmup if stage == WARMUP else config.train
     train_set = mesh.place(train.TrainSet(
@@ -45,7 +45,7 @@ def run(this: Run, stage: str) -> None:
         scale=this.train_split.scale,
         augment=config.data.augment,
     ))  # fmt: skip
-    trainer = train.Trainer(this.net, method, config, recipe, len(this.train_split))
+    trainer = train.Trainer(this.net, METHODS[name], config, recipe, len(this.train_split))
     key = this.key(stage)
     identity = training_sha(config_dict(config))
     checkpoints = Checkpoints(folder / "checkpoints", identity, mend=True, say=progress.line)
@@ -58,8 +58,10 @@ def run(this: Run, stage: str) -> None:
         checkpoints.close()
     if recipe.select == "best":
         progress.line(f"{stage}: keeping the model of step {step}, the best on the held-out images")
+    images = epochs * trainer.steps_per_epoch * trainer.batch_size
     write_json(folder / "done.json", {
         "reason": reason, "epochs": epochs, "step": step,
+        "gradient_passes": images * cost.gradients(name, config),
         "num_classes": this.net.num_classes, "input_shape": list(this.net.input_shape),
     })  # fmt: skip
     processes.wait(f"{stage} is done")
