@@ -17,13 +17,12 @@ def restart(**environment: str) -> None:
 
 
 def on_cores():
-    """A context with a device for each core, as `JAX_NUM_CPU_DEVICES` makes them for run.py."""
+    """A context with the devices that run.py has: one for each core."""
     import jax
 
-    from clustr_jax import mesh
+    from clustr_jax import mesh, processes
 
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    processes.use_cores()
     return mesh.over(jax.devices())
 
 

@@ -5,6 +5,8 @@ file system that all of them see. With one process, everything here is free of e
 """
 
 import contextlib
+import os
+import re
 
 import jax
 import numpy as np
@@ -12,6 +14,11 @@ from jax.experimental import multihost_utils
 
 from clustr_jax.errors import UserError, first_line
 
+# A batch is worth sharing by so many cores.
+_MOST_CORES = 8
+# XLA's threads for each device of the CPU. With one each, two collectives that wait for each other's devices
+# can hold them all, and what they wait for never runs (tests/test_mesh.py has a program that does so).
+_THREADS = 4
 # A process that has not been heard of for so long is lost; the others then stop.
 _HEARTBEAT_SECONDS = 30
 
@@ -32,6 +39,7 @@ def joined(
     if platform:
         jax.config.update("jax_platforms", platform)
     _connect(coordinator, num_processes, process_id)
+    use_cores(all_of_them=coordinator is None)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # it asserts where one platform was asked for
@@ -49,6 +57,35 @@ def joined(
             f"stopped: contact to another process is lost ({first_line(broken)}); "
             f"start all processes again with the same command to go on"
         ) from error
+
+
+def use_cores(all_of_them: bool = True) -> None:
+    """Make a device of every core that this process may use, unless the user has chosen a number.
+
+    To be called before JAX looks for devices. XLA shares a convolution badly between the threads of one
+    device (docs/performance.md); one device per core shares the batch instead.
+    """
+    count = _chosen()
+    if count is None and all_of_them:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = min(cores, _MOST_CORES)
+        # JAX that has looked already keeps its devices
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
+    if count is not None and count > 1:
+        os.environ.setdefault("NPROC", str(_THREADS * count))  # XLA reads it when it makes the devices
+
+
+def _chosen() -> int | None:
+    """How many devices of the CPU the user has asked for."""
+    said = os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    flags = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    return int(said) if said.isdigit() else int(flags[1]) if flags else None
+
+
+def on_cores() -> bool:
+    """Whether the devices are this CPU's cores, because nobody has asked for another number."""
+    return jax.process_count() == 1 and jax.default_backend() == "cpu" and _chosen() is None
 
 
 def _runtime_error(error: BaseException | None):

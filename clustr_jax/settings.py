@@ -140,6 +140,12 @@ def _batches(config, method: Method, net: Net, train_split: Split) -> dict[str, 
     return found
 
 
+def divisor(most: int, config, method: Method, net: Net, train_split: Split) -> int:
+    """The largest number of devices, up to `most`, that divides the batch of every stage."""
+    sizes = _batches(config, method, net, train_split).values()
+    return next(n for n in range(most, 0, -1) if not any(size % n for size in sizes))
+
+
 def check(
     config, method: Method, net: Net, train_split: Split, test_split: Split, *, devices: int = 1
 ) -> None:

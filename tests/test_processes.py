@@ -1,6 +1,7 @@
 """Several processes over loopback: they train, stop together when one is killed, and go on together."""
 
 import json
+import os
 import signal
 import socket
 import time
@@ -9,6 +10,7 @@ import pytest
 from runs import TINY, metrics
 
 import clustr_jax
+from clustr_jax import processes
 
 
 def port() -> int:
@@ -98,3 +100,24 @@ def test_a_signal_to_one_stops_all_with_everything_saved(start, tmp_path):
 def test_mistakes_are_told_in_one_line(run, arguments, words):
     _, stderr = run(*TINY, *arguments, code=2)
     assert words in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "threads"),
+    [
+        ("JAX_NUM_CPU_DEVICES", "3", "12"),
+        ("XLA_FLAGS", "--xla_force_host_platform_device_count=8", "32"),
+        ("JAX_NUM_CPU_DEVICES", "1", None),
+    ],
+)
+def test_devices_that_the_user_asked_for_have_threads_enough(monkeypatch, variable, value, threads):
+    for name in ("NPROC", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, value)
+    processes.use_cores()
+    assert os.environ.get("NPROC") == threads
+    assert not processes.on_cores()  # a number that was asked for is used as it is
+    monkeypatch.setenv("NPROC", "5")
+    processes.use_cores()
+    assert os.environ["NPROC"] == "5"

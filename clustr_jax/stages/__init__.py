@@ -49,8 +49,11 @@ def run(
     progress = Progress(console)
     source = _source(config, place, progress, splits[0]) if method.source and WARMUP in wanted else None
     net = loading.build_net(config, splits[0])
-    settings.check(config, method, net, splits[0], splits[2], devices=jax.device_count())
-    with mesh.over(jax.devices()), place.locked(), progress:
+    devices = jax.devices()
+    if processes.on_cores():  # a core left idle is no mistake to report
+        devices = devices[: settings.divisor(len(devices), config, method, net, splits[0])]
+    settings.check(config, method, net, splits[0], splits[2], devices=len(devices))
+    with mesh.over(devices), place.locked(), progress:
         place.open(config, command)
         profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)
         this = Run(config, place, progress, net, *splits, source=source, profiler=profiler)
