@@ -110,7 +110,9 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
 
 
 def model_variables(path: str | pathlib.Path, net: Net) -> dict:
-    """{params, batch_stats} for `net` that a finished stage ended with."""
+    """{params, batch_stats} for `net` that a finished stage ended with, or of a .safetensors file."""
+    if pathlib.Path(path).suffix == ".safetensors":
+        return _variables_of_file(path, net)
     stage = find_stage(path)
     checkpoints = _checkpoints(stage)
     try:
@@ -119,6 +121,18 @@ def model_variables(path: str | pathlib.Path, net: Net) -> dict:
         )
     finally:
         checkpoints.close()
+
+
+def _variables_of_file(path, net):
+    found = safetensors_file.load(path).variables
+    shapes = [
+        {jax.tree_util.keystr(place): leaf.shape for place, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (found, jax.eval_shape(net.init, jax.random.key(0)))
+    ]
+    different = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
+    if different:
+        raise UserError(f"{path} holds another network than this config's: they differ in {different[0]}")
+    return found
 
 
 def _checkpoints(stage):

@@ -21,7 +21,7 @@ def base(dataset: str) -> ConfigDict:
     c.variant = ""  # names the default work directory: runs/<dataset>-<method>[-<variant>]
     c.seed = 0
     c.smoke = False  # True shrinks everything to seconds
-    c.init_from = ""  # a work directory or stage folder: start the first stage from its model
+    c.init_from = ""  # a work directory, stage folder or .safetensors file to start the first stage from
 
     c.data = ConfigDict()
     c.data.name = dataset

@@ -1,94 +1,210 @@
 """The runs behind docs/results.md: every method at a scale that two CPU cores train, one after the other.
 
-    python experiments/campaign.py --dataset=cifar10 --seed=0 [--methods=nominal,trades] [--list]
+    python experiments/campaign.py --dataset=svhn_cropped --seed=0 [--runs=nominal,trades] [--list]
 
-One call per data set and seed (two calls side by side fill two cores). Every run is one of run.py, so a
-call that was broken off goes on where it was; results are copied to results/<dataset>/<method>-<seed>/.
+Two calls side by side, each on a core of its own (taskset -c 0 ...), fill two cores. Every run is one of
+run.py, so a call that was broken off goes on where it was, and what is in results/campaign/ already is not
+run again (of `nominal` the weights are kept there too, for others start from them).
 
-The budget: 12 gradient passes per training image, parameter gradients and input gradients alike (a step of
-TRADES with three inner steps is five). TRADES uses 4/5 of the images so that three epochs are exactly that.
-The Magnet methods start from the nominal network of the same seed and come on top of it;
-`clustr_trades` spends two of the three TRADES epochs and one of its own.
+The budget of a data set is so many gradient passes per training image, of parameters and of inputs alike: a
+step of TRADES with three inner steps is five. ClusTR and QTRADES start from the nominal network of the same
+seed and come on top of it; `magnet` starts from scratch.
 """
 
 import argparse
+import dataclasses
+import json
 import pathlib
 import shutil
 import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-RUNS, RESULTS = ROOT / "runs" / "campaign", ROOT / "results"
-# What is kept of a run; per-example outcomes stay in the work directory.
-KEPT = ("clean", "paper", "sound", "diagnostics", "certified")
+# Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
+RUNS, RESULTS = pathlib.Path("runs", "campaign"), pathlib.Path("results", "campaign")
+# Outcomes of single images are kept where two methods are compared image by image.
+PAIRED = ("trades", "clustr_trades")
+MODEL = "model.safetensors"
 
-# Training images; TRADES, with its five passes, takes 4/5 of them.
-SIZES = {"cifar10": (50000, 40000)}
-FROM_NOMINAL = ("--config.init_from={runs}/nominal-{seed}", "--config.warmup.epochs=0")
-METHODS = {
-    "nominal": ("--config.train.epochs=12",),
-    "trades": ("--config.train.epochs=3", "--config.train.eps_ramp=1.2"),
-    "clustr_qtrades": (*FROM_NOMINAL, "--config.train.epochs=2"),
-    "qtrades": ("--config.train.epochs=4", "--config.train.eps_ramp=1.6"),
-    "clustr_trades": (
-        "--config.warmup.epochs=2", "--config.warmup.eps_ramp=0.8", "--config.train.epochs=1",
-    ),
-    "clustr": (*FROM_NOMINAL, "--config.train.epochs=3"),
-    "fast_at": ("--config.train.epochs=6", "--config.train.eps_ramp=2.4"),
-    "pgd_at": ("--config.train.epochs=3", "--config.train.eps_ramp=1.8"),
-    "free_at": ("--config.train.epochs=3", "--config.train.eps_ramp=1.2"),
-    "magnet": ("--config.train.epochs=12",),
-    "at_pretrain": (
-        "--config.warmup.epochs=2", "--config.warmup.eps_ramp=0.8", "--config.train.epochs=1",
-        "--config.pretrain.name={source}",
-    ),
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What one data set is run at."""
+
+    config: str
+    passes: int  # gradient passes per image of the training set
+    fine_tuning: int  # further ones, of what starts from `nominal`
+    settings: tuple[str, ...] = ()
+    source: str = "cifar100"  # of at_pretrain
+
+
+SCALES = {
+    "svhn_cropped": Scale("svhn", 24, 12),
+    "cifar10": Scale("cifar10", 15, 9, ("--config.data.train_size=20000",)),
+}
+# Gradient passes of a step, by the cpu variants; of at_pretrain and clustr_trades those of the first stage.
+PASSES = {
+    "nominal": 1, "magnet": 1, "clustr": 1, "fast_at": 2, "qtrades": 3, "clustr_qtrades": 3, "free_at": 4,
+    "pgd_at": 4, "at_pretrain": 4, "trades": 5, "clustr_trades": 5,
 }  # fmt: skip
-SOURCE = {"cifar10": "cifar100"}  # of at_pretrain
+# What each takes beside the number of epochs.
+SETTINGS = {
+    "magnet": ("--config.magnet.samples=8", "--config.train.lr=2e-3"),
+    "clustr": ("--config.magnet.samples=8", "--config.train.lr=2e-3"),
+    "clustr_qtrades": ("--config.magnet.samples=8", "--config.train.lr=2e-3"),
+    "qtrades": ("--config.train.lr=2e-3",),
+}
 
 
-def arguments(dataset: str, method: str, seed: int) -> list[str]:
-    """The command line of one run."""
-    runs = RUNS / dataset
-    size = SIZES[dataset][method in ("trades", "clustr_trades")]
-    values = {"runs": runs, "seed": seed, "source": SOURCE[dataset]}
+def run(dataset: str, name: str, seed: int) -> list[str]:
+    """The command line of one run; METHOD+VARIANT: with a fidelity preset, or k-means and nothing more."""
+    scale = SCALES[dataset]
+    method, _, variant = name.partition("+")
+    tuned = method in ("clustr", "clustr_qtrades", "qtrades")
+    epochs = round((scale.fine_tuning if tuned else scale.passes) / PASSES[method])
+    more = list(SETTINGS.get(method, ()))
+    stages = "2_train,evaluate"
+    if method in ("clustr_trades", "at_pretrain"):  # the last of the epochs is the second stage
+        stages = f"1_warmup,{stages}"
+        more += [f"--config.warmup.epochs={epochs - 1}", f"--config.warmup.eps_ramp={0.4 * (epochs - 1):.1f}"]
+        more += ["--config.train.epochs=1"]
+    else:
+        more += [f"--config.train.epochs={0 if variant == 'kmeans' else epochs}"]
+    if method in ("fast_at", "pgd_at", "trades", "free_at"):
+        more += [f"--config.train.eps_ramp={0.4 * epochs:.1f}"]
+    if tuned:
+        more += [f"--config.init_from={RESULTS / dataset / f'nominal-{seed}' / MODEL}"]
+    if method in ("clustr", "clustr_qtrades"):  # an empty first stage: its model is the nominal one
+        stages = f"1_warmup,{stages}"
+        more += ["--config.warmup.epochs=0"]
+    if method == "at_pretrain":
+        more += [f"--config.pretrain.name={scale.source}"]
+    if variant == "paper_code":
+        more += ["--config.fidelity.preset=paper_code"]
     return [
-        f"--config=configs/{dataset}.py:{method},cpu", f"--workdir={runs}/{method}-{seed}",
-        f"--config.seed={seed}", f"--config.data.train_size={size}", "--config.eval.quick=True",
-        *(argument.format(**values) for argument in METHODS[method]),
+        f"--config=configs/{scale.config}.py:{method},cpu",
+        f"--workdir={RUNS / dataset / f'{name}-{seed}'}",
+        f"--stages={stages}", f"--config.seed={seed}", *scale.settings, *more,
     ]  # fmt: skip
 
 
-def keep(dataset: str, method: str, seed: int) -> None:
-    """Copy the result files of a finished run."""
-    target = RESULTS / dataset / f"{method}-{seed}"
+NAMES = (
+    "nominal", "trades", "clustr_trades", "qtrades", "clustr", "clustr_qtrades", "clustr_qtrades+paper_code",
+    "clustr+kmeans", "magnet", "fast_at", "free_at", "pgd_at", "at_pretrain",
+)  # fmt: skip
+# What is asked of a run: name of the result -> (its protocol, settings).
+MAIN = {
+    "clean": ("clean", ()),
+    "paper": ("paper", ("--config.eval.quick=True",)),
+    "sound": ("sound", ("--config.eval.quick=True",)),
+}
+LONG = {"pgd100": ("paper", ("--config.eval.paper_steps=(20,100)", "--config.eval.sweep=()"))}
+RADII, NEAREST = (2, 16, 25.5), (1, 2, 4, 10)
+
+
+def others() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Table 4 (other radii) and Fig. 4 (other D), by both protocols."""
+    found = {}
+    for radius in RADII:
+        eps = f"--config.eval.attack.eps={radius / 255}"
+        step = f"--config.eval.attack.step_size={radius / 255 / 4}"
+        found[f"paper-eps{radius}"] = ("paper", (eps, "--config.eval.quick=True"))
+        found[f"quick-eps{radius}"] = ("quick", (eps, step))
+    for d in NEAREST:
+        found[f"paper-nearest{d}"] = ("paper", (f"--config.eval.nearest={d}", "--config.eval.quick=True"))
+        found[f"quick-nearest{d}"] = ("quick", (f"--config.eval.nearest={d}",))
+    return found
+
+
+def wanted(name: str, seed: int) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """All that is asked of one run."""
+    if seed != 0 or name not in ("nominal", "qtrades", "magnet", "clustr", "clustr_qtrades"):
+        return MAIN
+    return MAIN | LONG | (others() if name == "clustr_qtrades" else {})
+
+
+def trained(workdir: pathlib.Path) -> dict:
+    """What the training of a finished run took, and where it ended."""
+    config, done = (
+        read(workdir / "config.json"),
+        {p.parent.name: read(p) for p in workdir.glob("*/done.json")},
+    )
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {
+        "seed": config["seed"], "config_sha": read(workdir / "results" / "clean.json")["config_sha"],
+        "versions": read(workdir / "results" / "clean.json")["versions"],
+        "stages": {
+            stage: {
+                "epochs": done[stage]["epochs"], "gradient_passes": done[stage]["gradient_passes"],
+                "seconds": sum(r["epoch_seconds"] for r in records if r["stage"] == stage),
+                "epoch_seconds": [r["epoch_seconds"] for r in records if r["stage"] == stage],
+                "val_accuracy": [r["val_accuracy"] for r in records if r["stage"] == stage],
+                "last": [r for r in records if r["stage"] == stage][-1:],
+            }
+            for stage in sorted(done)
+        },
+    }  # fmt: skip
+
+
+def read(path: pathlib.Path) -> dict:
+    """A JSON."""
+    return json.loads(path.read_text())
+
+
+def start(command: list[str]) -> bool:
+    """Whether it ended well; leaves with 75 where it was stopped, so that the same call goes on."""
+    print("python", *command, flush=True)
+    code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    if code == 75:
+        sys.exit(75)
+    if code:
+        print(f"exit code {code}", flush=True)
+    return code == 0
+
+
+def perform(dataset: str, name: str, seed: int) -> None:
+    """One run: what is not in results/campaign/ yet."""
+    target, workdir = (ROOT / place / dataset / f"{name}-{seed}" for place in (RESULTS, RUNS))
     target.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        path = RUNS / dataset / f"{method}-{seed}" / "results" / f"{name}.json"
-        if path.exists():
-            shutil.copy(path, target)
+    for what, (protocol, settings) in wanted(name, seed).items():
+        if (target / f"{what}.json").exists():
+            continue
+        only = f"--config.eval.protocols={(protocol,) if protocol != 'clean' else ()}"
+        if not start(
+            ["run.py", *run(dataset, name, seed), *settings, only, "--config.eval.diagnostics=False"]
+        ):
+            return
+        shutil.copy(workdir / "results" / f"{protocol}.json", target / f"{what}.json")
+        if what == "sound" and name in PAIRED:
+            shutil.copy(workdir / "results" / "sound.npz", target)
+        if what == "clean":
+            (target / "training.json").write_text(json.dumps(trained(workdir), indent=2) + "\n")
+            if name == "nominal":
+                save = (
+                    "import sys, clustr_jax; from clustr_jax.doors import safetensors_file as file; "
+                    "file.save(clustr_jax.load(sys.argv[1]), sys.argv[2])"
+                )
+                subprocess.run([sys.executable, "-c", save, workdir, target / MODEL], cwd=ROOT, check=True)
+    if name.startswith("clustr_qtrades") and not (target / "quirks.json").exists():
+        if start(["-m", "clustr_jax.quirks", str(workdir), "--n=1000"]):
+            shutil.copy(workdir / "results" / "quirks.json", target)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", choices=SIZES, default="cifar10")
+    parser.add_argument("--dataset", choices=SCALES, default="svhn_cropped")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    parser.add_argument("--runs", default=",".join(NAMES))
+    parser.add_argument("--list", action="store_true", help="print the trainings and run nothing")
     args = parser.parse_args()
-    for method in args.methods.split(","):
-        command = ["run.py", *arguments(args.dataset, method, args.seed)]
-        print("python", *command, flush=True)
+    for name in args.runs.split(","):
         if args.list:
-            continue
-        code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
-        if code == 75:
-            sys.exit(75)  # stopped: the same call goes on
-        if code == 0:
-            keep(args.dataset, method, args.seed)
+            print("python run.py", *run(args.dataset, name, args.seed))
         else:
-            print(f"{method} failed with exit code {code}", flush=True)
+            perform(args.dataset, name, args.seed)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import safetensors
 import safetensors.numpy
 
 import clustr_jax
-from clustr_jax import models
+from clustr_jax import loading, models
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
 from clustr_jax.doors import safetensors_file as door
@@ -149,3 +149,13 @@ def test_foreign_and_missing_files_are_named(tmp_path):
         clustr_jax.load(path)
     with pytest.raises(UserError, match="cannot write .*other.safetensors/x.safetensors"):
         door.save(classifier("mlp"), path / "x.safetensors")
+
+
+def test_training_can_start_from_a_file(tmp_path):
+    """config.init_from; a file of another network is refused, and says where they differ."""
+    clf = classifier("cnn", clustered=False)
+    door.save(clf, tmp_path / "model.safetensors")
+    assert bits(loading.model_variables(tmp_path / "model.safetensors", clf.net)) == bits(clf.variables)
+    other = models.build("cnn", **SETTINGS["cnn"] | {"width": 8})
+    with pytest.raises(UserError, match="another network.*BatchNorm"):
+        loading.model_variables(tmp_path / "model.safetensors", other)
