@@ -44,6 +44,14 @@ def again(**settings) -> tuple[str, dict]:
     return clustr_trades(**{"warmup.epochs": 0, "init_from": f"{RUNS / WARM / '1_warmup'}"} | settings)
 
 
+def longer(first: int, **settings) -> tuple[str, dict]:
+    """`first` epochs of TRADES, and the rest by the clusters, one for each class, in small batches."""
+    small = {"magnet.k": 1, "magnet.clusters": 10, "magnet.samples": 8, "train.lr": 0.005}
+    weights = {"train.lam": 48.0, "train.xent_lam": 8.0}
+    epochs = {"warmup.epochs": first, "warmup.eps_ramp": 2.0, "train.epochs": 6 - first}
+    return clustr_trades(**small | weights | epochs | settings)
+
+
 SETTINGS = {
     "trades-1": trades(),
     "clustr_trades-1": clustr_trades(),
@@ -51,6 +59,8 @@ SETTINGS = {
     "clustr_trades-3": again(**{"magnet.k": 1, "magnet.clusters": 10, "magnet.samples": 16}),
     "clustr_trades-4": again(**{"train.lr": 5e-4}),
     "clustr_trades-5": again(**{"train.lr": 5e-4, "train.lam": 160.0, "magnet.k": 1, "magnet.clusters": 10}),
+    "clustr_trades-6": longer(2),
+    "clustr_trades-7": longer(3, **{"magnet.sharpness": 4.0}),
     "trades-2": trades(**{"train.lr": 0.02}),
     "trades-3": trades(**{"train.beta": 10.0}),
     "trades-4": trades(**{"train.beta": 3.0}),
@@ -80,7 +90,8 @@ def measure(name: str) -> dict:
     result, _ = sound.run_quick(stage_key(config.seed, EVALUATE), clf, examples, config, lambda *_: None)
     done = [read_json(path) for path in root.glob("2_train/done.json")]
     if METHODS[config.method].warmup:
-        done.append(read_json(RUNS / WARM / "1_warmup" / "done.json"))
+        own = root / "1_warmup" / "done.json"
+        done.append(read_json(RUNS / WARM / "1_warmup" / "done.json" if config.init_from else own))
     return {
         "dataset": config.data.name, "subset": held_out.subset, "settings": SETTINGS[name][1],
         "method": config.method, "protocol": "quick-1", "images": f"{ATTACKED} held out from training",
