@@ -39,7 +39,7 @@ class Scale:
 
 
 SCALES = {
-    "svhn_cropped": Scale("svhn", 24, 12),
+    "svhn_cropped": Scale("svhn", 24, 18),
     "cifar10": Scale("cifar10", 15, 9, ("--config.data.train_size=20000",)),
 }
 # Gradient passes of a step, by the cpu variants; of at_pretrain and clustr_trades those of the first stage.
@@ -89,8 +89,8 @@ def run(dataset: str, name: str, seed: int) -> list[str]:
 
 
 NAMES = (
-    "nominal", "trades", "clustr_trades", "qtrades", "clustr", "clustr_qtrades", "clustr_qtrades+paper_code",
-    "clustr+kmeans", "magnet", "fast_at", "free_at", "pgd_at", "at_pretrain",
+    "nominal", "clustr_qtrades", "clustr_qtrades+paper_code", "clustr", "clustr+kmeans", "qtrades",
+    "qtrades+paper_code", "trades", "clustr_trades", "magnet", "fast_at", "free_at", "pgd_at", "at_pretrain",
 )  # fmt: skip
 # What is asked of a run: name of the result -> (its protocol, settings).
 MAIN = {
@@ -118,7 +118,14 @@ def others() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 def wanted(name: str, seed: int) -> dict[str, tuple[str, tuple[str, ...]]]:
     """All that is asked of one run."""
-    if seed != 0 or name not in ("nominal", "qtrades", "magnet", "clustr", "clustr_qtrades"):
+    if seed != 0 or name not in (
+        "nominal",
+        "qtrades",
+        "qtrades+paper_code",
+        "magnet",
+        "clustr",
+        "clustr_qtrades",
+    ):
         return MAIN
     return MAIN | LONG | (others() if name == "clustr_qtrades" else {})
 

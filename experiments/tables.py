@@ -8,12 +8,18 @@ something else than the JSONs do.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import result_tables  # noqa: E402
+from result_tables import markdown  # noqa: E402
+
 RESULTS, DOCS = ROOT / "results", ROOT / "docs"
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -21,12 +27,6 @@ _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL
 def read(path: str) -> dict:
     """A JSON under results/."""
     return json.loads((RESULTS / path).read_text())
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table; the first column is left-aligned, the others are right-aligned."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def steps() -> str:
@@ -155,6 +155,11 @@ def speed() -> str:
 
 
 TABLES = {f.__name__: f for f in (steps, epochs, kmeans, startup, growth, certificates, devices, speed)}
+for _table in (result_tables.quirks, result_tables.search, result_tables.paired, result_tables.fullsize):
+    TABLES[_table.__name__] = _table
+for _dataset in ("svhn_cropped", "cifar10"):
+    for _of in ("accuracies", "times", "radii", "nearest", "warm_start"):
+        TABLES[f"{_of}-{_dataset}"] = functools.partial(getattr(result_tables, _of), _dataset)
 DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 

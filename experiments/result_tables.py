@@ -1,0 +1,287 @@
+"""The tables of docs/results.md: pure functions of the JSONs under results/."""
+
+import json
+import pathlib
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+# Rows in the order of the paper's Table 1, ours after them; "METHOD+VARIANT" as experiments/campaign.py has them.
+LABELS = {
+    "nominal": "nominal", "free_at": "Free AT", "at_pretrain": "AT, pretrained", "trades": "TRADES",
+    "magnet": "Magnet", "clustr": "ClusTR", "qtrades": "QTRADES",
+    "qtrades+paper_code": "QTRADES, authors' code", "clustr_qtrades": "ClusTR+QTRADES",
+    "clustr_qtrades+paper_code": "ClusTR+QTRADES, authors' code", "clustr+kmeans": "k-means on nominal (E.1)",
+    "pgd_at": "PGD-AT", "fast_at": "Fast AT", "clustr_trades": "clustr_trades (ours)",
+}  # fmt: skip
+DATASETS = {"svhn_cropped": "svhn-10k", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+MINUTES = {  # the paper's Tables 2 and 5, GTX 1080Ti
+    "cifar10": {"free_at": 147, "trades": 534, "qtrades": 42, "magnet": 106, "clustr": 83, "clustr_qtrades": 115},
+    "svhn_cropped": {
+        "free_at": 25, "trades": 763, "qtrades": 12, "magnet": 150, "clustr": 52, "clustr_qtrades": 192,
+    },
+}  # fmt: skip
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table; the first column is left-aligned, the others are right-aligned."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def read(path: pathlib.Path) -> dict | None:
+    """A JSON, or None where it is not there."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def seeds(dataset: str, name: str, what: str) -> list[dict]:
+    """That result of every seed that has it."""
+    paths = sorted((RESULTS / "campaign" / dataset).glob(f"{name}-[0-9]/{what}.json"))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def percent(value: float) -> str:
+    """One decimal."""
+    return f"{100 * value:.1f}"
+
+
+def figure(result: dict, key: str = "robust") -> str:
+    """An accuracy with its 95 % interval."""
+    low, high = result[f"{key}_interval"]
+    return f"{percent(result[key])} [{percent(low)}, {percent(high)}]"
+
+
+def by_seed(found: list[dict], show) -> str:
+    """One line for each seed."""
+    return "<br>".join(show(result) for result in found) or "not run"
+
+
+def claimed(dataset: str, name: str) -> str:
+    """Clean and PGD^20 accuracy as the paper has them."""
+    from clustr_jax import paper
+
+    row = paper.CLAIMS.get(dataset, {}).get(name)
+    return f"{row[0]:.1f}, {row[1]:.1f}" if row else ""
+
+
+def accuracies(dataset: str) -> str:
+    """Tables 1 and 3: every method, both protocols."""
+    rows = []
+    for name, label in LABELS.items():
+        clean, paper, long, sound = (seeds(dataset, name, w) for w in ("clean", "paper", "pgd100", "sound"))
+        if not clean:
+            continue
+        gaps = [100 * (p["robust"] - s["robust"]) for p, s in zip(paper, sound, strict=False)]
+        rows.append(
+            [
+                label, by_seed(clean, figure), by_seed(paper, figure),
+                by_seed(long, lambda r: percent(r["attacks"]["pgd100"])) if long else "",
+                by_seed(sound, figure), "<br>".join(f"{gap:+.1f}" for gap in gaps), claimed(dataset, name),
+            ]
+        )  # fmt: skip
+    header = [
+        "%",
+        "clean",
+        "paper's protocol, PGD^20",
+        "PGD^100",
+        "sound protocol",
+        "gap",
+        "paper claims: clean, PGD^20",
+    ]
+    return markdown(header, rows)
+
+
+def times(dataset: str) -> str:
+    """Tables 2 and 5: training time, of one core, as multiples of ClusTR's."""
+    measured = {}
+    for name in LABELS:
+        found = seeds(dataset, name, "training")
+        if found:
+            stages = [stage for run in found for stage in run["stages"].values()]
+            measured[name] = [
+                sum(s[key] for s in stages) / len(found) for key in ("gradient_passes", "seconds")
+            ]
+    for name in ("clustr", "qtrades", "clustr_qtrades", "clustr_qtrades+paper_code", "qtrades+paper_code"):
+        if name in measured:  # they start from the nominal network
+            measured[name] = [a + b for a, b in zip(measured[name], measured["nominal"], strict=True)]
+    base, minutes = measured.get("clustr"), MINUTES[dataset]
+    rows = [
+        [
+            LABELS[name], f"{passes / 1000:.0f}", f"{seconds / 60:.1f}",
+            f"{seconds / base[1]:.2f}" if base else "",
+            f"{minutes[name] / minutes['clustr']:.2f}" if name in minutes else "",
+        ]
+        for name, (passes, seconds) in measured.items() if name != "clustr+kmeans"
+    ]  # fmt: skip
+    return markdown(
+        ["", "gradient passes, thousands", "minutes", "minutes / ClusTR's", "the same in the paper"], rows
+    )
+
+
+def radii(dataset: str) -> str:
+    """Table 4: other radii."""
+    from clustr_jax import paper
+
+    rows = []
+    for radius in (2, 8, 16, 25.5):
+        ours = seeds(dataset, "clustr_qtrades", "paper" if radius == 8 else f"paper-eps{radius}")
+        true = seeds(dataset, "clustr_qtrades", "sound" if radius == 8 else f"quick-eps{radius}")
+        claim = paper.claim(dataset, "clustr_qtrades", "pgd20", radius / 255)
+        rows.append(
+            [
+                f"{radius}/255", by_seed(ours, figure), by_seed(true, figure),
+                true[0]["protocol"] if true else "", percent(claim) if claim is not None else "",
+            ]
+        )  # fmt: skip
+    return markdown(["eps", "paper's protocol, PGD^20", "sound attacks", "which", "paper claims"], rows)
+
+
+def nearest(dataset: str) -> str:
+    """Fig. 4: the D nearest clusters at inference."""
+    rows = []
+    for d in (1, 2, 4, 10, 0):
+        ours = seeds(dataset, "clustr_qtrades", f"paper-nearest{d}" if d else "paper")
+        true = seeds(dataset, "clustr_qtrades", f"quick-nearest{d}" if d else "sound")
+        if ours and true:
+            rows.append(
+                [
+                    str(d or "all"), percent(ours[0]["clean"]), figure(ours[0]), figure(true[0]),
+                    true[0]["protocol"],
+                ]
+            )  # fmt: skip
+    return markdown(["D", "clean", "paper's protocol, PGD^20", "sound attacks", "which"], rows)
+
+
+_QUIRKS = {
+    "none": "the paper's protocol", "exp_scores": "log scores instead of exp scores",
+    "mean_loss": "each image's own loss, not the mean over 64",
+    "max_loss": "any restart that succeeds, not the one with the largest loss",
+    "start_outside": "a start inside the box", "all": "all four",
+}  # fmt: skip
+
+
+def quirks() -> str:
+    """What each departure of the official protocol is worth."""
+    columns, header = [], [""]
+    for dataset, label in DATASETS.items():
+        for name in ("clustr_qtrades", "clustr_qtrades+paper_code"):
+            for found in seeds(dataset, name, "quirks"):
+                columns.append(found)
+                header.append(f"{label}, {LABELS[name].partition(', ')[2] or 'ours'}, seed {found['seed']}")
+    rows = []
+    for i, (off, what) in enumerate(_QUIRKS.items()):
+        cells = [f"{percent(c['rows'][i]['robust'])} ({c['rows'][i]['points']:+.1f})" for c in columns]
+        assert all(c["rows"][i]["off"] == off for c in columns)
+        rows.append([what, *cells])
+    for kind in ("hinged", "unhinged"):
+        what = f"adaptive attack: PGD on the Magnet loss, {kind}"
+        rows.append([what, *(percent(c["adaptive"][kind]) for c in columns)])
+    return markdown(header, rows)
+
+
+def _reached(accuracies: list[float], seconds: list[float], target: float) -> tuple[int, float] | None:
+    """(epochs, seconds) until the target; None where it was never reached."""
+    for epoch, value in enumerate(accuracies):
+        if value >= target:
+            return epoch + 1, sum(seconds[: epoch + 1])
+    return None
+
+
+def warm_start(dataset: str) -> str:
+    """Held-out accuracy: when Magnet from scratch reaches it, and when ClusTR does, warm-up included."""
+    rows = []
+    runs = {name: seeds(dataset, name, "training") for name in ("magnet", "nominal", "clustr")}
+    if not all(runs.values()):
+        return ""
+    best = max(max(run["stages"]["2_train"]["val_accuracy"]) for run in runs["magnet"])
+    for share in (0.9, 1.0):
+        target = share * best
+        cells = [f"{100 * target:.1f} ({'best of Magnet' if share == 1 else f'{share:.0%} of it'})"]
+        scratch, warm = [], []
+        for i in range(min(map(len, runs.values()))):
+            curve = {
+                n: [runs[n][i]["stages"]["2_train"][k] for k in ("val_accuracy", "epoch_seconds")]
+                for n in runs
+            }
+            scratch.append(_reached(*curve["magnet"], target))
+            first = _reached(*curve["nominal"], 2.0) or (len(curve["nominal"][0]), sum(curve["nominal"][1]))
+            then = _reached(*curve["clustr"], target)
+            warm.append(then and (first[0] + then[0], first[1] + then[1]))
+        for found in (scratch, warm):
+            cells.append("<br>".join(f"{f[0]} epochs, {f[1]:.0f} s" if f else "never" for f in found))
+        rows.append(cells)
+    return markdown(
+        ["held-out accuracy, %", "Magnet from scratch", "ClusTR, all of its warm-up included"], rows
+    )
+
+
+def search() -> str:
+    """TRADES and clustr_trades on held-out images."""
+    rows = []
+    for path in sorted((RESULTS / "search").glob("*.json")):
+        found = json.loads(path.read_text())
+        settings = ", ".join(
+            f"{k}={v:g}" if not isinstance(v, str) else "" for k, v in found["settings"].items()
+        )
+        passes = f"{found['gradient_passes'] / 1000:.0f}"
+        rows.append([path.stem, settings, passes, percent(found["clean"]), figure(found)])
+    return markdown(["held out", "settings", "passes, thousands", "clean", "robust (quick-1)"], rows)
+
+
+def paired() -> str:
+    """clustr_trades minus TRADES, image by image."""
+    rows = []
+    for dataset, label in DATASETS.items():
+        differences, passes = [], {}
+        for folder in sorted((RESULTS / "campaign" / dataset).glob("clustr_trades-[0-9]")):
+            other = folder.with_name(folder.name.removeprefix("clustr_"))
+            if not (other / "sound.npz").exists() or not (folder / "sound.npz").exists():
+                continue
+            ours, theirs = (np.load(f / "sound.npz") for f in (folder, other))
+            assert np.array_equal(ours["ids"], theirs["ids"])
+            differences.append(ours["robust"].astype(float) - theirs["robust"].astype(float))
+            for key, f in (("clustr_trades", folder), ("trades", other)):
+                stages = json.loads((f / "training.json").read_text())["stages"]
+                passes.setdefault(key, []).append(sum(s["gradient_passes"] for s in stages.values()))
+        if not differences:
+            continue
+        pooled = np.concatenate(differences)
+        half = 1.96 * pooled.std(ddof=1) / np.sqrt(len(pooled))
+        mean = pooled.mean()
+        ratio = sum(passes["clustr_trades"]) / sum(passes["trades"])
+        rows.append(
+            [
+                label, ", ".join(f"{100 * d.mean():+.1f}" for d in differences),
+                f"{100 * mean:+.1f} [{100 * (mean - half):+.1f}, {100 * (mean + half):+.1f}]",
+                str(len(pooled)), f"{ratio:.2f}",
+            ]
+        )  # fmt: skip
+    header = [
+        "clustr_trades minus TRADES, points",
+        "by seed",
+        "all, with 95 % interval",
+        "pairs",
+        "passes / passes",
+    ]
+    return markdown(header, rows)
+
+
+def fullsize() -> str:
+    """The paper's own size: commands and estimates."""
+    from clustr_jax import paper
+
+    found = read(RESULTS / "fullsize.json")
+    assert found is not None
+    rows = []
+    for row in found["rows"]:
+        name = {"svhn": "svhn_cropped"}.get(row["dataset"], row["dataset"])
+        claim = paper.CLAIMS.get(name, {}).get(row["method"])
+        rows.append(
+            [
+                f"`{row['command']}`", f"{row['gradient_passes'] / 1e6:.1f}", f"{row['gpu_hours']:.1f}",
+                ", ".join(f"{value:.1f}" for value in claim) if claim else "none",
+            ]
+        )  # fmt: skip
+    header = ["command", "gradient passes, millions", "GPU hours, estimated", "paper: clean, PGD^20, PGD^100"]
+    return markdown(header, rows)
