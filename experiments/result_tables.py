@@ -7,7 +7,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-# Rows in the order of the paper's Table 1, ours after them; "METHOD+VARIANT" as experiments/campaign.py has them.
+# Rows as in the paper's Table 1, ours after them; METHOD+VARIANT as in experiments/campaign.py.
 LABELS = {
     "nominal": "nominal", "free_at": "Free AT", "at_pretrain": "AT, pretrained", "trades": "TRADES",
     "magnet": "Magnet", "clustr": "ClusTR", "qtrades": "QTRADES",
@@ -17,7 +17,9 @@ LABELS = {
 }  # fmt: skip
 DATASETS = {"svhn_cropped": "svhn-10k", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 MINUTES = {  # the paper's Tables 2 and 5, GTX 1080Ti
-    "cifar10": {"free_at": 147, "trades": 534, "qtrades": 42, "magnet": 106, "clustr": 83, "clustr_qtrades": 115},
+    "cifar10": {
+        "free_at": 147, "trades": 534, "qtrades": 42, "magnet": 106, "clustr": 83, "clustr_qtrades": 115,
+    },
     "svhn_cropped": {
         "free_at": 25, "trades": 763, "qtrades": 12, "magnet": 150, "clustr": 52, "clustr_qtrades": 192,
     },
