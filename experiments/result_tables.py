@@ -218,10 +218,10 @@ def warm_start(dataset: str) -> str:
     )
 
 
-def search() -> str:
+def search(dataset: str) -> str:
     """TRADES and clustr_trades on held-out images."""
     rows = []
-    for path in sorted((RESULTS / "search").glob("*.json")):
+    for path in sorted((RESULTS / "search" / dataset).glob("*.json")):
         found = json.loads(path.read_text())
         settings = ", ".join(
             f"{k}={v:g}" if not isinstance(v, str) else "" for k, v in found["settings"].items()

@@ -155,8 +155,10 @@ def speed() -> str:
 
 
 TABLES = {f.__name__: f for f in (steps, epochs, kmeans, startup, growth, certificates, devices, speed)}
-for _table in (result_tables.quirks, result_tables.search, result_tables.paired, result_tables.fullsize):
+for _table in (result_tables.quirks, result_tables.paired, result_tables.fullsize):
     TABLES[_table.__name__] = _table
+for _dataset in ("svhn", "cifar10"):
+    TABLES[f"search-{_dataset}"] = functools.partial(result_tables.search, _dataset)
 for _dataset in ("svhn_cropped", "cifar10"):
     for _of in ("accuracies", "times", "radii", "nearest", "warm_start"):
         TABLES[f"{_of}-{_dataset}"] = functools.partial(getattr(result_tables, _of), _dataset)
