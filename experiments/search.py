@@ -3,7 +3,7 @@
     python experiments/search.py [--dataset=cifar10] [--only=NAME,...] [--list]
 
 Every setting of a data set trains on the same images with the same number of gradient passes (CIFAR-10:
-10,000 images, 15 passes each; svhn-10k: 7,001 and 30) and is then attacked on 500 of 1,000 images that were held
+10,000 images, 15 passes each; svhn-10k: 7,001 and 30) and is then attacked on 500 of 1,000 images held
 out: sound.run_quick, one restart. The test images are not looked at. Writes results/search/DATASET/NAME.json.
 """
 
