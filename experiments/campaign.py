@@ -13,6 +13,7 @@ seed and come on top of it; `magnet` starts from scratch.
 
 import argparse
 import dataclasses
+import importlib
 import json
 import pathlib
 import shutil
@@ -20,6 +21,10 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from clustr_jax import cost  # noqa: E402
+
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
 RUNS, RESULTS = pathlib.Path("runs", "campaign"), pathlib.Path("results", "campaign")
 # Outcomes of single images are kept where two methods are compared image by image.
@@ -42,11 +47,8 @@ SCALES = {
     "svhn_cropped": Scale("svhn", 24, 18),
     "cifar10": Scale("cifar10", 15, 9, ("--config.data.train_size=20000",)),
 }
-# Gradient passes of a step, by the cpu variants; of at_pretrain and clustr_trades those of the first stage.
-PASSES = {
-    "nominal": 1, "magnet": 1, "clustr": 1, "fast_at": 2, "qtrades": 3, "clustr_qtrades": 3, "free_at": 4,
-    "pgd_at": 4, "at_pretrain": 4, "trades": 5, "clustr_trades": 5,
-}  # fmt: skip
+# What trains adversarially in its first stage already.
+TWO_STAGES = {"clustr_trades": "trades", "at_pretrain": "pgd_at"}
 # What each takes beside the number of epochs.
 SETTINGS = {
     "magnet": ("--config.magnet.samples=8", "--config.train.lr=2e-3"),
@@ -56,15 +58,21 @@ SETTINGS = {
 }
 
 
+def passes(module: str, method: str) -> int:
+    """Gradient passes per image and epoch, cpu variant; of two adversarial stages those of the first."""
+    config = importlib.import_module(f"configs.{module}").get_config(f"{method},cpu")
+    return cost.gradients(TWO_STAGES.get(method, method), config) * config.train.replays
+
+
 def run(dataset: str, name: str, seed: int) -> list[str]:
     """The command line of one run; METHOD+VARIANT: with a fidelity preset, or k-means and nothing more."""
     scale = SCALES[dataset]
     method, _, variant = name.partition("+")
     tuned = method in ("clustr", "clustr_qtrades", "qtrades")
-    epochs = round((scale.fine_tuning if tuned else scale.passes) / PASSES[method])
+    epochs = round((scale.fine_tuning if tuned else scale.passes) / passes(scale.config, method))
     more = list(SETTINGS.get(method, ()))
     stages = "2_train,evaluate"
-    if method in ("clustr_trades", "at_pretrain"):  # the last of the epochs is the second stage
+    if method in TWO_STAGES:  # the last of the epochs is the second stage
         stages = f"1_warmup,{stages}"
         more += [f"--config.warmup.epochs={epochs - 1}", f"--config.warmup.eps_ramp={0.4 * (epochs - 1):.1f}"]
         more += ["--config.train.epochs=1"]

@@ -1,0 +1,66 @@
+"""The commands of experiments/campaign.py: configs that exist, methods at equal passes."""
+
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from clustr_jax import cost, settings
+from clustr_jax.objectives import METHODS
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Between ClusTR with its warm-up and the rest no budget is shared: that is what it starts from.
+COMPARED = ("trades", "clustr_trades", "fast_at", "free_at", "pgd_at", "nominal", "magnet")
+
+
+@pytest.fixture(scope="module")
+def campaign():
+    spec = importlib.util.spec_from_file_location("campaign", ROOT / "experiments" / "campaign.py")
+    module = sys.modules["campaign"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config_of(monkeypatch):
+    """The config that a command line makes."""
+
+    def config_of(arguments):
+        argv = ["run.py", *(argument for argument in arguments if argument.startswith("--config"))]
+        argv[1] = argv[1].replace("--config=", f"--config={ROOT}/")
+        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for the overrides
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
+        values(argv)
+        return settings.resolve(values.config)
+
+    return config_of
+
+
+def passes(config):
+    """Gradient passes per training image, all stages."""
+    count = config.train.epochs * config.train.replays * cost.gradients(config.method, config)
+    warmup = METHODS[config.method].warmup
+    return count + (config.warmup.epochs * cost.gradients(warmup, config) if warmup else 0)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
+@pytest.mark.parametrize("dataset", ["svhn_cropped", "cifar10"])
+def test_methods_take_equal_passes(dataset, campaign, config_of):
+    budget = campaign.SCALES[dataset].passes
+    for name in campaign.NAMES:
+        config = config_of(campaign.run(dataset, name, 1))
+        assert config.seed == 1 and config.data.name == dataset, name
+        if name in COMPARED:
+            assert 0.85 * budget <= passes(config) <= 1.1 * budget, (name, passes(config))
+    pair = [passes(config_of(campaign.run(dataset, name, 0))) for name in ("trades", "clustr_trades")]
+    assert pair[0] == pair[1]
+
+
+def test_other_results_have_names_and_settings_of_their_own(campaign):
+    found = campaign.wanted("clustr_qtrades", 0)
+    assert set(campaign.MAIN) < set(found) and len(set(map(str, found.values()))) == len(found)
+    assert campaign.wanted("clustr_qtrades", 1) == campaign.MAIN
