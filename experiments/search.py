@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT))
 
 from clustr_jax import data, loading, results, sound  # noqa: E402
 from clustr_jax.files import read_json, write_json  # noqa: E402
-from clustr_jax.objectives import METHODS  # noqa: E402
 from clustr_jax.stages import EVALUATE, stage_key  # noqa: E402
 
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
@@ -53,6 +52,12 @@ def again(dataset: str, **settings) -> tuple[str, dict]:
     return clustr_trades(dataset, **start | settings)
 
 
+def head(dataset: str, **settings) -> tuple[str, dict]:
+    """All epochs of TRADES, then k-means on its features and no more: those of trades-1."""
+    start = {"init_from": f"{RUNS / dataset / 'trades-1' / '2_train'}"}
+    return again(dataset, **start | {"train.epochs": 0} | settings)
+
+
 _ONE = {"magnet.k": 1, "magnet.clusters": 10, "magnet.samples": 8}
 _SVHN = {
     "trades-1": trades("svhn"),
@@ -70,6 +75,8 @@ _CIFAR10 = {
     "clustr_trades-2": again("cifar10", **_ONE),
     "clustr_trades-3": again("cifar10", **_ONE | {"train.lam": 48.0}),
     "clustr_trades-4": again("cifar10", **_ONE | {"train.lam": 160.0}),
+    "clustr_trades-5": head("cifar10", **_ONE),
+    "clustr_trades-6": head("cifar10"),
     "trades-2": trades("cifar10", **{"train.lr": 0.02}),
     "trades-3": trades("cifar10", **{"train.beta": 3.0}),
     "trades-4": trades("cifar10", **{"train.lr": 0.005}),
@@ -97,10 +104,9 @@ def measure(dataset: str, name: str) -> dict:
     index = data.stratified(held_out.labels, ATTACKED, held_out.num_classes)
     examples = data.Examples(held_out.pixels(index), held_out.labels[index], index.astype(np.int32))
     result, _ = sound.run_quick(stage_key(config.seed, EVALUATE), clf, examples, config, lambda *_: None)
-    done = [read_json(path) for path in root.glob("2_train/done.json")]
-    if METHODS[config.method].warmup:
-        own = root / "1_warmup" / "done.json"
-        done.append(read_json(root.with_name(WARM) / "1_warmup" / "done.json" if config.init_from else own))
+    done = [read_json(path) for path in root.glob("*/done.json")]
+    if config.init_from:  # the stage that it started from
+        done.append(read_json(ROOT / config.init_from / "done.json"))
     return {
         "dataset": config.data.name, "subset": held_out.subset, "settings": SETTINGS[dataset][name][1],
         "method": config.method, "protocol": "quick-1", "images": f"{ATTACKED} held out from training",
