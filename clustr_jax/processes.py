@@ -19,6 +19,8 @@ _MOST_CORES = 8
 # XLA's threads for each device of the CPU. With one each, two collectives that wait for each other's devices
 # can hold them all, and what they wait for never runs (tests/test_mesh.py has a program that does so).
 _THREADS = 4
+# Devices are the parallelism: pieces of a convolution in other threads would only get in their way.
+_FLAG = "--xla_cpu_multi_thread_eigen"
 # A process that has not been heard of for so long is lost; the others then stop.
 _HEARTBEAT_SECONDS = 30
 
@@ -72,8 +74,11 @@ def use_cores(all_of_them: bool = True) -> None:
         # JAX that has looked already keeps its devices
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
-    if count is not None and count > 1:
-        os.environ.setdefault("NPROC", str(_THREADS * count))  # XLA reads it when it makes the devices
+    if count is not None and count > 1:  # XLA reads both when it makes the devices
+        os.environ.setdefault("NPROC", str(_THREADS * count))
+        flags = os.environ.get("XLA_FLAGS", "")
+        if _FLAG not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}=false".strip()
 
 
 def _chosen() -> int | None:

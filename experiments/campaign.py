@@ -4,11 +4,12 @@
 
 Two calls side by side, each on a core of its own (taskset -c 0 ...), fill two cores. Every run is one of
 run.py, so a call that was broken off goes on where it was, and what is in results/campaign/ already is not
-run again (of `nominal` the weights are kept there too, for others start from them).
+run again (there are also the weights of `nominal` and `trades`: others start from them).
 
 The budget of a data set is so many gradient passes per training image, of parameters and of inputs alike: a
 step of TRADES with three inner steps is five. ClusTR and QTRADES start from the nominal network of the same
-seed and come on top of it; `magnet` starts from scratch.
+seed and come on top of it, `magnet` starts from scratch; `clustr_trades` is what search.py found:
+clusters of the features of TRADES, with no training after it.
 """
 
 import argparse
@@ -47,8 +48,8 @@ SCALES = {
     "svhn_cropped": Scale("svhn", 24, 18),
     "cifar10": Scale("cifar10", 15, 9, ("--config.data.train_size=20000",)),
 }
-# What trains adversarially in its first stage already.
-TWO_STAGES = {"clustr_trades": "trades", "at_pretrain": "pgd_at"}
+# What starts from another run of the same seed, whose weights are kept.
+SOURCES = {"clustr": "nominal", "qtrades": "nominal", "clustr_qtrades": "nominal", "clustr_trades": "trades"}
 # What each takes beside the number of epochs.
 SETTINGS = {
     "magnet": ("--config.magnet.samples=8", "--config.train.lr=2e-3"),
@@ -59,34 +60,34 @@ SETTINGS = {
 
 
 def passes(module: str, method: str) -> int:
-    """Gradient passes per image and epoch, cpu variant; of two adversarial stages those of the first."""
+    """Gradient passes per image and epoch of the cpu variant; of at_pretrain those of its first stage."""
     config = importlib.import_module(f"configs.{module}").get_config(f"{method},cpu")
-    return cost.gradients(TWO_STAGES.get(method, method), config) * config.train.replays
+    return cost.gradients("pgd_at" if method == "at_pretrain" else method, config) * config.train.replays
 
 
 def run(dataset: str, name: str, seed: int) -> list[str]:
     """The command line of one run; METHOD+VARIANT: with a fidelity preset, or k-means and nothing more."""
     scale = SCALES[dataset]
     method, _, variant = name.partition("+")
-    tuned = method in ("clustr", "clustr_qtrades", "qtrades")
-    epochs = round((scale.fine_tuning if tuned else scale.passes) / passes(scale.config, method))
+    source = SOURCES.get(method)
+    epochs = round((scale.fine_tuning if source else scale.passes) / passes(scale.config, method))
     more = list(SETTINGS.get(method, ()))
     stages = "2_train,evaluate"
-    if method in TWO_STAGES:  # the last of the epochs is the second stage
+    if method == "at_pretrain":  # the last of the epochs is the second stage
         stages = f"1_warmup,{stages}"
         more += [f"--config.warmup.epochs={epochs - 1}", f"--config.warmup.eps_ramp={0.4 * (epochs - 1):.1f}"]
-        more += ["--config.train.epochs=1"]
+        more += ["--config.train.epochs=1", f"--config.pretrain.name={scale.source}"]
+    elif variant == "kmeans" or method == "clustr_trades":  # the clusters of the source as they are
+        more += ["--config.train.epochs=0"]
     else:
-        more += [f"--config.train.epochs={0 if variant == 'kmeans' else epochs}"]
+        more += [f"--config.train.epochs={epochs}"]
     if method in ("fast_at", "pgd_at", "trades", "free_at"):
         more += [f"--config.train.eps_ramp={0.4 * epochs:.1f}"]
-    if tuned:
-        more += [f"--config.init_from={RESULTS / dataset / f'nominal-{seed}' / MODEL}"]
-    if method in ("clustr", "clustr_qtrades"):  # an empty first stage: its model is the nominal one
+    if source:
+        more += [f"--config.init_from={RESULTS / dataset / f'{source}-{seed}' / MODEL}"]
+    if method.startswith("clustr"):  # an empty first stage: its model is the source's
         stages = f"1_warmup,{stages}"
         more += ["--config.warmup.epochs=0"]
-    if method == "at_pretrain":
-        more += [f"--config.pretrain.name={scale.source}"]
     if variant == "paper_code":
         more += ["--config.fidelity.preset=paper_code"]
     return [
@@ -97,8 +98,8 @@ def run(dataset: str, name: str, seed: int) -> list[str]:
 
 
 NAMES = (
-    "nominal", "clustr_qtrades", "clustr_qtrades+paper_code", "clustr", "clustr+kmeans", "qtrades",
-    "qtrades+paper_code", "trades", "clustr_trades", "magnet", "fast_at", "free_at", "pgd_at", "at_pretrain",
+    "nominal", "trades", "clustr_trades", "clustr_qtrades", "clustr_qtrades+paper_code", "clustr",
+    "clustr+kmeans", "qtrades", "qtrades+paper_code", "magnet", "fast_at", "free_at", "pgd_at", "at_pretrain",
 )  # fmt: skip
 # What is asked of a run: name of the result -> (its protocol, settings).
 MAIN = {
@@ -195,7 +196,7 @@ def perform(dataset: str, name: str, seed: int) -> None:
             shutil.copy(workdir / "results" / "sound.npz", target)
         if what == "clean":
             (target / "training.json").write_text(json.dumps(trained(workdir), indent=2) + "\n")
-            if name == "nominal":
+            if name in SOURCES.values():
                 save = (
                     "import sys, clustr_jax; from clustr_jax.doors import safetensors_file as file; "
                     "file.save(clustr_jax.load(sys.argv[1]), sys.argv[2])"

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import numpy as np
+from campaign import SOURCES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -41,6 +42,22 @@ def seeds(dataset: str, name: str, what: str) -> list[dict]:
     """That result of every seed that has it."""
     paths = sorted((RESULTS / "campaign" / dataset).glob(f"{name}-[0-9]/{what}.json"))
     return [json.loads(path.read_text()) for path in paths]
+
+
+def spent(dataset: str, name: str) -> list[tuple[float, float]]:
+    """(gradient passes, seconds) of every seed's training, with those of the network that it starts from."""
+    found = []
+    for run in seeds(dataset, name, "training"):
+        total = [
+            sum(stage[key] for stage in run["stages"].values()) for key in ("gradient_passes", "seconds")
+        ]
+        source = SOURCES.get(name.partition("+")[0])
+        for before in seeds(dataset, source, "training") if source else ():
+            if before["seed"] == run["seed"]:
+                for stage in before["stages"].values():
+                    total = [total[0] + stage["gradient_passes"], total[1] + stage["seconds"]]
+        found.append(tuple(total))
+    return found
 
 
 def percent(value: float) -> str:
@@ -96,17 +113,8 @@ def accuracies(dataset: str) -> str:
 
 def times(dataset: str) -> str:
     """Tables 2 and 5: training time, of one core, as multiples of ClusTR's."""
-    measured = {}
-    for name in LABELS:
-        found = seeds(dataset, name, "training")
-        if found:
-            stages = [stage for run in found for stage in run["stages"].values()]
-            measured[name] = [
-                sum(s[key] for s in stages) / len(found) for key in ("gradient_passes", "seconds")
-            ]
-    for name in ("clustr", "qtrades", "clustr_qtrades", "clustr_qtrades+paper_code", "qtrades+paper_code"):
-        if name in measured:  # they start from the nominal network
-            measured[name] = [a + b for a, b in zip(measured[name], measured["nominal"], strict=True)]
+    found = {name: spent(dataset, name) for name in LABELS}
+    measured = {name: np.mean(runs, axis=0) for name, runs in found.items() if runs}
     base, minutes = measured.get("clustr"), MINUTES[dataset]
     rows = [
         [
@@ -235,7 +243,7 @@ def paired() -> str:
     """clustr_trades minus TRADES, image by image."""
     rows = []
     for dataset, label in DATASETS.items():
-        differences, passes = [], {}
+        differences = []
         for folder in sorted((RESULTS / "campaign" / dataset).glob("clustr_trades-[0-9]")):
             other = folder.with_name(folder.name.removeprefix("clustr_"))
             if not (other / "sound.npz").exists() or not (folder / "sound.npz").exists():
@@ -243,20 +251,17 @@ def paired() -> str:
             ours, theirs = (np.load(f / "sound.npz") for f in (folder, other))
             assert np.array_equal(ours["ids"], theirs["ids"])
             differences.append(ours["robust"].astype(float) - theirs["robust"].astype(float))
-            for key, f in (("clustr_trades", folder), ("trades", other)):
-                stages = json.loads((f / "training.json").read_text())["stages"]
-                passes.setdefault(key, []).append(sum(s["gradient_passes"] for s in stages.values()))
         if not differences:
             continue
         pooled = np.concatenate(differences)
         half = 1.96 * pooled.std(ddof=1) / np.sqrt(len(pooled))
         mean = pooled.mean()
-        ratio = sum(passes["clustr_trades"]) / sum(passes["trades"])
+        ours, theirs = (sum(run[0] for run in spent(dataset, name)) for name in ("clustr_trades", "trades"))
         rows.append(
             [
                 label, ", ".join(f"{100 * d.mean():+.1f}" for d in differences),
                 f"{100 * mean:+.1f} [{100 * (mean - half):+.1f}, {100 * (mean + half):+.1f}]",
-                str(len(pooled)), f"{ratio:.2f}",
+                str(len(pooled)), f"{ours / theirs:.2f}",
             ]
         )  # fmt: skip
     header = [

@@ -117,7 +117,9 @@ def test_devices_that_the_user_asked_for_have_threads_enough(monkeypatch, variab
     monkeypatch.setenv(variable, value)
     processes.use_cores()
     assert os.environ.get("NPROC") == threads
+    assert ("multi_thread_eigen=false" in os.environ.get("XLA_FLAGS", "")) == (threads is not None)
     assert not processes.on_cores()  # a number that was asked for is used as it is
     monkeypatch.setenv("NPROC", "5")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true")
     processes.use_cores()
-    assert os.environ["NPROC"] == "5"
+    assert (os.environ["NPROC"], os.environ["XLA_FLAGS"]) == ("5", "--xla_cpu_multi_thread_eigen=true")
