@@ -232,7 +232,8 @@ def search(dataset: str) -> str:
     for path in sorted((RESULTS / "search" / dataset).glob("*.json")):
         found = json.loads(path.read_text())
         settings = ", ".join(
-            f"{k}={v:g}" if not isinstance(v, str) else "" for k, v in found["settings"].items()
+            f"{key}={value:g}" if not isinstance(value, str) else f"from {value.split('/')[-2]}"
+            for key, value in found["settings"].items()
         )
         passes = f"{found['gradient_passes'] / 1000:.0f}"
         rows.append([path.stem, settings, passes, percent(found["clean"]), figure(found)])

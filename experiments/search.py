@@ -68,6 +68,7 @@ _SVHN = {
     "clustr_trades-6": clustr_trades(
         "svhn", own=4, **_ONE | {"train.lr": 0.005, "train.lam": 48.0, "warmup.eps_ramp": 2.0}
     ),
+    "clustr_trades-7": head("svhn"),
 }
 _CIFAR10 = {
     "trades-1": trades("cifar10"),
