@@ -1,6 +1,6 @@
 """How many passes through the network a method's step makes, by its definition."""
 
-from clustr_jax.objectives import METHODS
+from clustr_jax.objectives import METHODS, towards_clean
 
 
 def passes(method: str, config) -> dict[str, int]:
@@ -16,7 +16,7 @@ def passes(method: str, config) -> dict[str, int]:
     if METHODS[method].adversary is None:
         return count
     count[f"input_gradient_{'eval' if config.train.attack_bn == 'eval' else 'train'}"] = steps
-    if method in ("trades", "qtrades", "clustr_qtrades", "clustr_trades"):
+    if METHODS[method].adversary is towards_clean:
         count["parameter_gradient"] = 2  # clean and adversarial images
         if config.train.attack_bn == "eval":
             count["forward_eval"] = 1  # the attack's target, another network than the one that is trained

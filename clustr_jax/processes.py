@@ -65,7 +65,8 @@ def use_cores(all_of_them: bool = True) -> None:
     """Make a device of every core that this process may use, unless the user has chosen a number.
 
     To be called before JAX looks for devices. XLA shares a convolution badly between the threads of one
-    device (docs/performance.md); one device per core shares the batch instead.
+    device (docs/performance.md); one device per core shares the batch instead. Several devices, the user's
+    number as well, get threads enough (NPROC) and one for a convolution (XLA_FLAGS), where neither is set.
     """
     count = _chosen()
     if count is None and all_of_them:

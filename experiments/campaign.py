@@ -24,7 +24,10 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import clustr_jax  # noqa: E402
 from clustr_jax import cost  # noqa: E402
+from clustr_jax.doors import safetensors_file  # noqa: E402
+from clustr_jax.files import read_json, write_json  # noqa: E402
 
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
 RUNS, RESULTS = pathlib.Path("runs", "campaign"), pathlib.Path("results", "campaign")
@@ -108,6 +111,7 @@ MAIN = {
     "sound": ("sound", ("--config.eval.quick=True",)),
 }
 LONG = {"pgd100": ("paper", ("--config.eval.paper_steps=(20,100)", "--config.eval.sweep=()"))}
+ATTACKED_LONGER = ("nominal", "qtrades", "qtrades+paper_code", "magnet", "clustr", "clustr_qtrades")
 RADII, NEAREST = (2, 16, 25.5), (1, 2, 4, 10)
 
 
@@ -127,29 +131,18 @@ def others() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 def wanted(name: str, seed: int) -> dict[str, tuple[str, tuple[str, ...]]]:
     """All that is asked of one run."""
-    if seed != 0 or name not in (
-        "nominal",
-        "qtrades",
-        "qtrades+paper_code",
-        "magnet",
-        "clustr",
-        "clustr_qtrades",
-    ):
+    if seed != 0 or name not in ATTACKED_LONGER:
         return MAIN
     return MAIN | LONG | (others() if name == "clustr_qtrades" else {})
 
 
 def trained(workdir: pathlib.Path) -> dict:
     """What the training of a finished run took, and where it ended."""
-    config, done = (
-        read(workdir / "config.json"),
-        {p.parent.name: read(p) for p in workdir.glob("*/done.json")},
-    )
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    config, clean = read_json(workdir / "config.json"), read_json(workdir / "results" / "clean.json")
+    done = {path.parent.name: read_json(path) for path in workdir.glob("*/done.json")}
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {
-        "seed": config["seed"], "config_sha": read(workdir / "results" / "clean.json")["config_sha"],
-        "versions": read(workdir / "results" / "clean.json")["versions"],
+        "seed": config["seed"], "config_sha": clean["config_sha"], "versions": clean["versions"],
         "stages": {
             stage: {
                 "epochs": done[stage]["epochs"], "gradient_passes": done[stage]["gradient_passes"],
@@ -161,11 +154,6 @@ def trained(workdir: pathlib.Path) -> dict:
             for stage in sorted(done)
         },
     }  # fmt: skip
-
-
-def read(path: pathlib.Path) -> dict:
-    """A JSON."""
-    return json.loads(path.read_text())
 
 
 def start(command: list[str]) -> bool:
@@ -195,13 +183,9 @@ def perform(dataset: str, name: str, seed: int) -> None:
         if what == "sound" and name in PAIRED:
             shutil.copy(workdir / "results" / "sound.npz", target)
         if what == "clean":
-            (target / "training.json").write_text(json.dumps(trained(workdir), indent=2) + "\n")
+            write_json(target / "training.json", trained(workdir))
             if name in SOURCES.values():
-                save = (
-                    "import sys, clustr_jax; from clustr_jax.doors import safetensors_file as file; "
-                    "file.save(clustr_jax.load(sys.argv[1]), sys.argv[2])"
-                )
-                subprocess.run([sys.executable, "-c", save, workdir, target / MODEL], cwd=ROOT, check=True)
+                safetensors_file.save(clustr_jax.load(workdir), target / MODEL)
     if name.startswith("clustr_qtrades") and not (target / "quirks.json").exists():
         if start(["-m", "clustr_jax.quirks", str(workdir), "--n=1000"]):
             shutil.copy(workdir / "results" / "quirks.json", target)

@@ -17,14 +17,6 @@ LABELS = {
     "pgd_at": "PGD-AT", "fast_at": "Fast AT", "clustr_trades": "clustr_trades (ours)",
 }  # fmt: skip
 DATASETS = {"svhn_cropped": "svhn-10k", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-MINUTES = {  # the paper's Tables 2 and 5, GTX 1080Ti
-    "cifar10": {
-        "free_at": 147, "trades": 534, "qtrades": 42, "magnet": 106, "clustr": 83, "clustr_qtrades": 115,
-    },
-    "svhn_cropped": {
-        "free_at": 25, "trades": 763, "qtrades": 12, "magnet": 150, "clustr": 52, "clustr_qtrades": 192,
-    },
-}  # fmt: skip
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -33,30 +25,22 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def read(path: pathlib.Path) -> dict | None:
-    """A JSON, or None where it is not there."""
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def seeds(dataset: str, name: str, what: str) -> list[dict]:
     """That result of every seed that has it."""
     paths = sorted((RESULTS / "campaign" / dataset).glob(f"{name}-[0-9]/{what}.json"))
     return [json.loads(path.read_text()) for path in paths]
 
 
-def spent(dataset: str, name: str) -> list[tuple[float, float]]:
-    """(gradient passes, seconds) of every seed's training, with those of the network that it starts from."""
+def spent(dataset: str, name: str) -> list[int]:
+    """Gradient passes of every seed's training, with those of the network that it starts from."""
     found = []
     for run in seeds(dataset, name, "training"):
-        total = [
-            sum(stage[key] for stage in run["stages"].values()) for key in ("gradient_passes", "seconds")
-        ]
         source = SOURCES.get(name.partition("+")[0])
-        for before in seeds(dataset, source, "training") if source else ():
-            if before["seed"] == run["seed"]:
-                for stage in before["stages"].values():
-                    total = [total[0] + stage["gradient_passes"], total[1] + stage["seconds"]]
-        found.append(tuple(total))
+        before = seeds(dataset, source, "training") if source else []
+        stages = [*run["stages"].values()]
+        for other in before:
+            stages += other["stages"].values() if other["seed"] == run["seed"] else []
+        found.append(sum(stage["gradient_passes"] for stage in stages))
     return found
 
 
@@ -109,24 +93,6 @@ def accuracies(dataset: str) -> str:
         "paper claims: clean, PGD^20",
     ]
     return markdown(header, rows)
-
-
-def times(dataset: str) -> str:
-    """Tables 2 and 5: training time, of one core, as multiples of ClusTR's."""
-    found = {name: spent(dataset, name) for name in LABELS}
-    measured = {name: np.mean(runs, axis=0) for name, runs in found.items() if runs}
-    base, minutes = measured.get("clustr"), MINUTES[dataset]
-    rows = [
-        [
-            LABELS[name], f"{passes / 1000:.0f}", f"{seconds / 60:.1f}",
-            f"{seconds / base[1]:.2f}" if base else "",
-            f"{minutes[name] / minutes['clustr']:.2f}" if name in minutes else "",
-        ]
-        for name, (passes, seconds) in measured.items() if name != "clustr+kmeans"
-    ]  # fmt: skip
-    return markdown(
-        ["", "gradient passes, thousands", "minutes", "minutes / ClusTR's", "the same in the paper"], rows
-    )
 
 
 def radii(dataset: str) -> str:
@@ -190,42 +156,6 @@ def quirks() -> str:
     return markdown(header, rows)
 
 
-def _reached(accuracies: list[float], seconds: list[float], target: float) -> tuple[int, float] | None:
-    """(epochs, seconds) until the target; None where it was never reached."""
-    for epoch, value in enumerate(accuracies):
-        if value >= target:
-            return epoch + 1, sum(seconds[: epoch + 1])
-    return None
-
-
-def warm_start(dataset: str) -> str:
-    """Held-out accuracy: when Magnet from scratch reaches it, and when ClusTR does, warm-up included."""
-    rows = []
-    runs = {name: seeds(dataset, name, "training") for name in ("magnet", "nominal", "clustr")}
-    if not all(runs.values()):
-        return ""
-    best = max(max(run["stages"]["2_train"]["val_accuracy"]) for run in runs["magnet"])
-    for share in (0.9, 1.0):
-        target = share * best
-        cells = [f"{100 * target:.1f} ({'best of Magnet' if share == 1 else f'{share:.0%} of it'})"]
-        scratch, warm = [], []
-        for i in range(min(map(len, runs.values()))):
-            curve = {
-                n: [runs[n][i]["stages"]["2_train"][k] for k in ("val_accuracy", "epoch_seconds")]
-                for n in runs
-            }
-            scratch.append(_reached(*curve["magnet"], target))
-            first = _reached(*curve["nominal"], 2.0) or (len(curve["nominal"][0]), sum(curve["nominal"][1]))
-            then = _reached(*curve["clustr"], target)
-            warm.append(then and (first[0] + then[0], first[1] + then[1]))
-        for found in (scratch, warm):
-            cells.append("<br>".join(f"{f[0]} epochs, {f[1]:.0f} s" if f else "never" for f in found))
-        rows.append(cells)
-    return markdown(
-        ["held-out accuracy, %", "Magnet from scratch", "ClusTR, all of its warm-up included"], rows
-    )
-
-
 def search(dataset: str) -> str:
     """TRADES and clustr_trades on held-out images."""
     rows = []
@@ -257,7 +187,7 @@ def paired() -> str:
         pooled = np.concatenate(differences)
         half = 1.96 * pooled.std(ddof=1) / np.sqrt(len(pooled))
         mean = pooled.mean()
-        ours, theirs = (sum(run[0] for run in spent(dataset, name)) for name in ("clustr_trades", "trades"))
+        ours, theirs = (np.mean(spent(dataset, name)) for name in ("clustr_trades", "trades"))
         rows.append(
             [
                 label, ", ".join(f"{100 * d.mean():+.1f}" for d in differences),
@@ -279,8 +209,7 @@ def fullsize() -> str:
     """The paper's own size: commands and estimates."""
     from clustr_jax import paper
 
-    found = read(RESULTS / "fullsize.json")
-    assert found is not None
+    found = json.loads((RESULTS / "fullsize.json").read_text())
     rows = []
     for row in found["rows"]:
         name = {"svhn": "svhn_cropped"}.get(row["dataset"], row["dataset"])

@@ -110,7 +110,8 @@ def measure(dataset: str, name: str) -> dict:
         done.append(read_json(ROOT / config.init_from / "done.json"))
     return {
         "dataset": config.data.name, "subset": held_out.subset, "settings": SETTINGS[dataset][name][1],
-        "method": config.method, "protocol": "quick-1", "images": f"{ATTACKED} held out from training",
+        "method": config.method, "protocol": results.PROTOCOLS["quick"],
+        "images": f"{ATTACKED} held out from training",
         "n": ATTACKED, "clean": result["clean"], "robust": result["robust"],
         "robust_interval": results.wilson(round(result["robust"] * ATTACKED), ATTACKED),
         "gradient_passes": sum(stage["gradient_passes"] for stage in done),
