@@ -50,6 +50,7 @@ class Scale:
 SCALES = {
     "svhn_cropped": Scale("svhn", 24, 18),
     "cifar10": Scale("cifar10", 15, 9, ("--config.data.train_size=20000",)),
+    "cifar100": Scale("cifar100", 15, 9, ("--config.data.train_size=10000",), source="cifar10"),
 }
 # What starts from another run of the same seed, whose weights are kept.
 SOURCES = {"clustr": "nominal", "qtrades": "nominal", "clustr_qtrades": "nominal", "clustr_trades": "trades"}

@@ -52,7 +52,7 @@ def passes(config):
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
-@pytest.mark.parametrize("dataset", ["svhn_cropped", "cifar10"])
+@pytest.mark.parametrize("dataset", ["svhn_cropped", "cifar10", "cifar100"])
 def test_methods_take_equal_passes(dataset, campaign, config_of):
     budget = campaign.SCALES[dataset].passes
     for name in campaign.NAMES:
