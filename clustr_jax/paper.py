@@ -1,4 +1,4 @@
-"""What the paper reports (arXiv 2006.07682 v2, Tables 1, 3 and 4), for printing beside our figures.
+"""What the paper reports (arXiv 2006.07682 v2, Tables 1 to 5), for printing beside our figures.
 
 Keys: data set -> method -> {"clean", "pgd20", "pgd100"} at 8/255, and {eps in 1/255: (pgd20, pgd100)} for the
 sweep. Rows the authors took from other publications (wider networks, other protocols) are in COPIED.
@@ -38,6 +38,14 @@ SWEEP = {  # Table 4, ClusTR+QTRADES: eps in 1/255 -> (PGD^20, PGD^100)
     "svhn_cropped": {2.0: (87.48, 87.47), 16.0: (80.04, 80.00), 25.5: (71.56, 71.45)},
     "cifar100": {2.0: (60.15, 59.77), 16.0: (33.32, 33.25), 25.5: (17.76, 17.65)},
 }
+MINUTES = {  # Tables 2 and 5: training on a GTX 1080Ti
+    "cifar10": {
+        "free_at": 147, "trades": 534, "qtrades": 42, "magnet": 106, "clustr": 83, "clustr_qtrades": 115,
+    },
+    "svhn_cropped": {
+        "free_at": 25, "trades": 763, "qtrades": 12, "magnet": 150, "clustr": 52, "clustr_qtrades": 192,
+    },
+}  # fmt: skip
 COPIED = ("free_at", "at_pretrain", "trades")
 
 

@@ -14,6 +14,7 @@ LABELS = {
     "magnet": "Magnet", "clustr": "ClusTR", "qtrades": "QTRADES",
     "qtrades+paper_code": "QTRADES, authors' code", "clustr_qtrades": "ClusTR+QTRADES",
     "clustr_qtrades+paper_code": "ClusTR+QTRADES, authors' code", "clustr+kmeans": "k-means on nominal (E.1)",
+    "clustr+half": "ClusTR, half the passes warm-up",
     "pgd_at": "PGD-AT", "fast_at": "Fast AT", "clustr_trades": "clustr_trades (ours)",
 }  # fmt: skip
 DATASETS = {"svhn_cropped": "svhn-10k", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
@@ -35,7 +36,8 @@ def spent(dataset: str, name: str) -> list[int]:
     """Gradient passes of every seed's training, with those of the network that it starts from."""
     found = []
     for run in seeds(dataset, name, "training"):
-        source = SOURCES.get(name.partition("+")[0])
+        method, _, variant = name.partition("+")
+        source = SOURCES.get(method) if variant != "half" else None
         before = seeds(dataset, source, "training") if source else []
         stages = [*run["stages"].values()]
         for other in before:
@@ -92,6 +94,40 @@ def accuracies(dataset: str) -> str:
         "gap",
         "paper claims: clean, PGD^20",
     ]
+    return markdown(header, rows)
+
+
+def _pass_seconds() -> dict[str, float]:
+    """Of a gradient pass in each method's training step, as benchmarks/steps.py measured it."""
+    measured = json.loads((RESULTS / "benchmarks" / "steps.json").read_text())
+    return {
+        row["method"]: row["step_seconds"] / row["batch"] / sum(
+            number for what, number in row["passes"].items() if "gradient" in what
+        )
+        for row in measured["rows"]
+    }  # fmt: skip
+
+
+def times(dataset: str) -> str:
+    """Tables 2 and 5: time of the full-size trainings as multiples of TRADES'."""
+    from clustr_jax import paper
+
+    short = "svhn" if dataset == "svhn_cropped" else dataset
+    found = json.loads((RESULTS / "fullsize.json").read_text())["rows"]
+    passes = {row["method"]: row["gradient_passes"] for row in found if row["dataset"] == short}
+    seconds, minutes = _pass_seconds(), paper.MINUTES[dataset]
+    trades = passes["trades"] * seconds["trades"]
+    rows = [
+        [
+            LABELS[name], f"{passes[name] / 1e6:.1f}", f"{1e3 * seconds[name]:.2f}",
+            f"{passes[name] * seconds[name] / trades:.2f}", f"{value / minutes['trades']:.2f}",
+        ]
+        for name, value in minutes.items()
+    ]  # fmt: skip
+    header = [
+        "", "gradient passes, millions", "ms per pass and image, measured", "time / TRADES'",
+        "the same in the paper",
+    ]  # fmt: skip
     return markdown(header, rows)
 
 
@@ -202,6 +238,34 @@ def paired() -> str:
         "pairs",
         "passes / passes",
     ]
+    return markdown(header, rows)
+
+
+def warm_start() -> str:
+    """Magnet from scratch and with a nominal warm-up of half the passes: epochs to a held-out accuracy."""
+    rows = []
+    for dataset, label in DATASETS.items():
+        for scratch, warm in zip(
+            seeds(dataset, "magnet", "training"), seeds(dataset, "clustr+half", "training"), strict=False
+        ):
+            assert scratch["seed"] == warm["seed"]
+            curves = [
+                [value for stage in sorted(run["stages"]) for value in run["stages"][stage]["val_accuracy"]]
+                for run in (scratch, warm)
+            ]
+            first = warm["stages"]["1_warmup"]["epochs"]
+            best = max(curves[0])
+            cells = []
+            for share in (0.9, 1.0):
+                for curve, start in zip(curves, (0, first), strict=True):
+                    reached = [i + 1 for i, value in enumerate(curve) if i >= start and value >= share * best]
+                    cells.append(str(reached[0]) if reached else "never")
+            ends = (f"{percent(curve[-1])}" for curve in curves)
+            rows.append([f"{label}, seed {scratch['seed']}", percent(best), *cells, str(first), *ends])
+    header = [
+        "epochs until", "best of Magnet, %", "90 % of it: Magnet", "ClusTR", "all of it: Magnet", "ClusTR",
+        "warm-up in these", "at the end, %: Magnet", "ClusTR",
+    ]  # fmt: skip
     return markdown(header, rows)
 
 

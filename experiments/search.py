@@ -52,9 +52,9 @@ def again(dataset: str, **settings) -> tuple[str, dict]:
     return clustr_trades(dataset, **start | settings)
 
 
-def head(dataset: str, **settings) -> tuple[str, dict]:
-    """All epochs of TRADES, then k-means on its features and no more: those of trades-1."""
-    start = {"init_from": f"{RUNS / dataset / 'trades-1' / '2_train'}"}
+def head(dataset: str, source: str = "trades-1", **settings) -> tuple[str, dict]:
+    """All epochs of TRADES, then k-means on its features and no more: those of `source`."""
+    start = {"init_from": f"{RUNS / dataset / source / '2_train'}"}
     return again(dataset, **start | {"train.epochs": 0} | settings)
 
 
@@ -81,6 +81,12 @@ _CIFAR10 = {
     "trades-2": trades("cifar10", **{"train.lr": 0.02}),
     "trades-3": trades("cifar10", **{"train.beta": 3.0}),
     "trades-4": trades("cifar10", **{"train.lr": 0.005}),
+    "trades-5": trades("cifar10", **{"train.lr": 0.02, "train.ema": 0.99}),
+    "trades-6": trades("cifar10", **{"train.lr": 0.04}),
+    "trades-7": trades("cifar10", **{"train.lr": 0.02, "train.beta": 9.0}),
+    "trades-8": trades("cifar10", **{"train.lr": 0.02, "train.beta": 9.0, "train.ema": 0.99}),
+    "clustr_trades-7": head("cifar10", "trades-8"),
+    "clustr_trades-8": head("cifar10", "trades-8", **{"magnet.k": 4, "magnet.clusters": 40}),
 }
 SETTINGS = {"svhn": _SVHN, "cifar10": _CIFAR10}
 
