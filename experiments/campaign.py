@@ -45,12 +45,15 @@ class Scale:
     fine_tuning: int  # further ones, of what starts from `nominal`
     settings: tuple[str, ...] = ()
     source: str = "cifar100"  # of at_pretrain
+    trades: tuple[str, ...] = ()  # what search.py found for TRADES
+    paired: int = 1000  # test images that TRADES and clustr_trades are compared on
 
 
+TUNED = ("--config.train.lr=0.02", "--config.train.beta=9.0", "--config.train.ema=0.99")
 SCALES = {
     "svhn_cropped": Scale("svhn", 24, 18),
-    "cifar10": Scale("cifar10", 15, 9, ("--config.data.train_size=20000",)),
-    "cifar100": Scale("cifar100", 15, 9, ("--config.data.train_size=10000",), source="cifar10"),
+    "cifar10": Scale("cifar10", 15, 9, ("--config.data.train_size=20000",), trades=TUNED, paired=2000),
+    "cifar100": Scale("cifar100", 15, 9, ("--config.data.train_size=10000",), "cifar10", TUNED),
 }
 # What starts from another run of the same seed, whose weights are kept.
 SOURCES = {"clustr": "nominal", "qtrades": "nominal", "clustr_qtrades": "nominal", "clustr_trades": "trades"}
@@ -98,6 +101,10 @@ def run(dataset: str, name: str, seed: int) -> list[str]:
         more += [f"--config.train.eps_ramp={0.4 * epochs:.1f}"]
     if source:
         more += [f"--config.init_from={RESULTS / dataset / f'{source}-{seed}' / MODEL}"]
+    if method == "trades":
+        more += scale.trades
+    if method in PAIRED:
+        more += [f"--config.eval.n={scale.paired}"]
     if method.startswith("clustr"):  # the first stage is empty where its model is the source's
         stages = f"1_warmup,{stages}"
         more += [f"--config.warmup.epochs={scale.passes // 2 if variant == 'half' else 0}"]
