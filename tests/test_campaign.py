@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from clustr_jax import cost, settings
+from clustr_jax import cost, results, settings
 from clustr_jax.objectives import METHODS
 from configs import cifar10
 
@@ -99,6 +99,18 @@ def tables(campaign, tmp_path, monkeypatch):
 def cells(table, row=0):
     """The cells of one row of a Markdown table."""
     return [cell.strip() for cell in table.splitlines()[2 + row].strip("|").split("|")]
+
+
+def test_effect_is_a_difference_with_newcombes_interval(tables, tmp_path):
+    """His example: 56 of 70 against 48 of 80 is +20.0 points, 95 % interval 5.2 to 33.4."""
+    for name, right, n in (("clustr_qtrades", 56, 70), ("qtrades", 48, 80)):
+        folder = tmp_path / "campaign" / "cifar10" / f"{name}-1"
+        folder.mkdir(parents=True)
+        found = {"seed": 1, "robust": right / n, "robust_interval": results.wilson(right, n)}
+        for what in ("paper", "sound"):
+            (folder / f"{what}.json").write_text(json.dumps(found))
+    expected = ["80.0", "60.0", "+20.0 [+5.2, +33.4]"]
+    assert cells(tables.effect()) == ["CIFAR-10, seed 1", *expected, *expected]
 
 
 def test_training_times_are_passes_times_seconds(tables, tmp_path):
