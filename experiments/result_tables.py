@@ -229,15 +229,19 @@ def quirks() -> str:
     return markdown(header, rows)
 
 
+def _setting(key: str, value) -> str:
+    """As one would write it; of a run to start from its name."""
+    if key == "init_from":
+        return f"from {value.split('/')[-2]}"
+    return f"{key}={value:g}" if isinstance(value, int | float) else f"{key}={value}".replace(" ", "")
+
+
 def search(dataset: str) -> str:
     """TRADES and clustr_trades on held-out images."""
     rows = []
     for path in sorted((RESULTS / "search" / dataset).glob("*.json")):
         found = json.loads(path.read_text())
-        settings = ", ".join(
-            f"{key}={value:g}" if not isinstance(value, str) else f"from {value.split('/')[-2]}"
-            for key, value in found["settings"].items()
-        )
+        settings = ", ".join(_setting(key, value) for key, value in found["settings"].items())
         passes = f"{found['gradient_passes'] / 1000:.0f}"
         rows.append([path.stem, settings, passes, percent(found["clean"]), figure(found)])
     return markdown(["held out", "settings", "passes, thousands", "clean", "robust (quick-1)"], rows)
