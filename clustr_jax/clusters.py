@@ -191,6 +191,52 @@ def _fit(key, z, y, blocks, limits, k, n_init, max_iter):
     return clusters, y * k + nearest
 
 
+def of_linear_head(
+    kernel: Float[Array, "E Y"], bias: Float[Array, "Y"], means: Float[Array, "Y E"]
+) -> Clusters:
+    """One centroid per class whose Eq. 4 is softmax(z @ kernel + bias), as near to `means` as that allows.
+
+    -|z - mu_c|^2 / 2 s = z.mu_c / s - |mu_c|^2 / 2 s + a term of z alone, so with mu_c = s (w_c + u) it is
+    the linear head's logit wherever s |w_c + u|^2 / 2 + b_c is the same for all classes: Y - 1 linear
+    equations in u for every s > 0. Of their solutions this is the one that minimises
+    sum_c |mu_c - means_c|^2, in closed form. `means` are those of the classes' embeddings; the variance is s
+    and not that of Eq. 3. Computed in float64. Raises UserError where E < Y - 1, where the weights of the classes
+    are linearly dependent, or where they do not point to their classes' means.
+
+    >>> kernel, bias = jnp.array([[1.0, -1.0], [0.0, 2.0]]), jnp.array([[0.5, 0.0]])  # [E=2, Y=2]
+    >>> c = clusters.of_linear_head(kernel, bias[0], means=jnp.array([[3.0, 0.0], [0.0, 4.0]]))
+    >>> z = jnp.array([[1.0, 1.0], [-1.0, 2.0]])
+    >>> bool(jnp.allclose(c.probs(z), jax.nn.softmax(z @ kernel + bias), atol=1e-6))
+    True
+    """
+    w, b, m = (np.asarray(a, np.float64) for a in (np.asarray(kernel).T, bias, means))
+    num_classes, size = w.shape
+    apart, b = w - w.mean(axis=0), b - b.mean()  # a term common to all classes changes nothing
+    if np.linalg.matrix_rank(apart) < num_classes - 1:
+        raise UserError(
+            f"a linear head of {num_classes} classes on {size} features is not one centroid per class: "
+            f"its weights must span {num_classes - 1} dimensions; use magnet.fit=kmeans"
+        )
+    inverse = np.linalg.pinv(apart)  # [E, Y]
+    squares = np.sum(np.square(w), axis=1)
+    shift = (
+        -inverse @ (squares - squares.mean()) / 2
+    )  # u = shift - inverse b / s + what no class's logit sees
+    scaled, wanted = w + shift, m + inverse @ b  # mu_c - m_c = s scaled_c - wanted_c + the unseen part
+    seen = inverse @ apart  # projection on the span of the differences
+    along = scaled @ seen
+    s = np.sum(along * (wanted @ seen)) / np.sum(np.square(along))
+    if not s > 0:
+        raise UserError(
+            "the linear head's weights do not point to the means of their classes (is it trained?); "
+            "use magnet.fit=kmeans"
+        )
+    unseen = np.mean(wanted - s * scaled, axis=0)
+    centroids = s * scaled - inverse @ b + unseen - seen @ unseen
+    mask = jnp.ones((num_classes, 1), bool)  # as `fit` has it
+    return Clusters(jnp.asarray(centroids[:, None], jnp.float32), jnp.float32(s), mask)
+
+
 @jax.jit
 def with_variance(clusters: Clusters, z: Float[Array, "N E"], y: Int[Array, "N"]) -> Clusters:
     """The same centroids with the variance of these embeddings (paper Eq. 3).

@@ -210,6 +210,14 @@ def check(
     )
     if config.data.augment not in ("crop_flip", "crop", "flip", "none"):
         raise UserError(f"data.augment must be crop_flip, crop, flip or none, got {config.data.augment!r}")
+    if config.magnet.fit not in ("kmeans", "linear_head"):
+        raise UserError(f"magnet.fit must be kmeans or linear_head, got {config.magnet.fit!r}")
+    if method.sampler == "magnet" and config.magnet.fit == "linear_head":
+        if method.warmup is None or set(train.per_class(config, net.num_classes)) != {1}:
+            raise UserError(
+                f"magnet.fit=linear_head takes one cluster per class from a warm-up's head; got "
+                f"{config.method} with magnet.k={config.magnet.k}: set magnet.k=1, or magnet.fit=kmeans"
+            )
     if method.sampler == "magnet":
         train.rows(config, net.num_classes)
         counts = np.bincount(train_split.labels, minlength=net.num_classes)

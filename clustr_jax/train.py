@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from clustr_jax import clusters as clusters_lib
-from clustr_jax import data, mesh, sampling
+from clustr_jax import data, mesh, models, sampling
 from clustr_jax.attacks.geometry import ascend, project
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
@@ -428,9 +428,12 @@ def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> Trai
 
 def _fit(trainer, variables, train_set, key, augmented=None, train_mode=False):
     config, num_classes = trainer.config, trainer.net.num_classes
+    z = embed_all(trainer.net, variables, train_set, augmented, train_mode)
+    if config.magnet.fit == "linear_head":
+        return _sharpened(_of_linear_head(trainer.net, variables, train_set, z), config), train_set.labels
     clusters, assignments = clusters_lib.fit_assign(
         key,
-        embed_all(trainer.net, variables, train_set, augmented, train_mode),
+        z,
         train_set.labels,
         num_classes=num_classes,
         k=per_class(config, num_classes),
@@ -438,6 +441,19 @@ def _fit(trainer, variables, train_set, key, augmented=None, train_mode=False):
         max_iter=config.magnet.max_iter,
     )
     return _sharpened(clusters, config), assignments
+
+
+def _of_linear_head(net: Net, variables, train_set: TrainSet, z) -> Clusters:
+    """The clusters that classify as the linear head does, one per class (clusters.of_linear_head)."""
+    kernel, bias = (variables["params"][models.HEAD][name] for name in ("kernel", "bias"))
+    outputs = net.eval(variables, train_set.batch(jnp.arange(min(len(z), 64)), None)[0])
+    if not jnp.allclose(outputs.embeddings @ kernel + bias[None], outputs.logits, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            "magnet.fit=linear_head needs a network whose logits are linear in its embeddings, and this "
+            "one's are not; use magnet.fit=kmeans"
+        )
+    members = jax.nn.one_hot(train_set.labels, net.num_classes)
+    return clusters_lib.of_linear_head(kernel, bias, members.T @ z / jnp.sum(members, axis=0)[:, None])
 
 
 def _sharpened(clusters, config):

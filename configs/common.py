@@ -71,6 +71,7 @@ def base(dataset: str) -> ConfigDict:
 
     c.magnet = ConfigDict()
     c.magnet.alpha = 12.5  # margin of Eq. 3
+    c.magnet.fit = "kmeans"  # or "linear_head": one cluster per class, the same classifier as the warm-up's
     c.magnet.k = 2  # K, clusters per class
     c.magnet.k_per_class = ()  # one K per class, instead of k
     c.magnet.clusters = 0  # M, clusters per batch; 0 = min(12, all clusters)

@@ -76,6 +76,13 @@ SETTINGS = {
     # the authors' term is another, and smaller.
     "qtrades": ("--config.train.lr=2e-3", "--config.train.lam=1.0"),
     "qtrades+paper_code": ("--config.train.lr=2e-3",),
+    # TRADES' own classifier as one centroid per class; with +kmeans, clusters of its features.
+    "clustr_trades": (
+        "--config.magnet.fit=linear_head",
+        "--config.magnet.k=1",
+        "--config.magnet.clusters=10",
+    ),
+    "clustr_trades+kmeans": (),
 }
 
 
@@ -95,7 +102,7 @@ def run(dataset: str, name: str, seed: int) -> list[str]:
     method, _, variant = name.partition("+")
     source = SOURCES.get(method) if variant != "half" else None
     epochs = round((scale.fine_tuning if source else scale.passes) / passes(scale.config, method))
-    more = list(scale.own.get(method) or SETTINGS.get(name) or SETTINGS.get(method, ()))
+    more = list(scale.own.get(method) or SETTINGS.get(name, SETTINGS.get(method, ())))
     stages = "2_train,evaluate"
     if method == "at_pretrain":  # the last of the epochs is the second stage
         stages = f"1_warmup,{stages}"
@@ -126,7 +133,7 @@ def run(dataset: str, name: str, seed: int) -> list[str]:
 
 
 NAMES = (
-    "nominal", "trades", "clustr_trades", "clustr_qtrades", "clustr_qtrades+paper_code", "clustr",
+    "nominal", "trades", "clustr_trades", "clustr_trades+kmeans", "clustr_qtrades", "clustr_qtrades+paper_code", "clustr",
     "clustr+kmeans", "clustr+half", "qtrades", "qtrades+paper_code", "magnet", "fast_at", "free_at",
     "pgd_at", "at_pretrain",
 )  # fmt: skip
@@ -206,7 +213,7 @@ def perform(dataset: str, name: str, seed: int, only: set[str]) -> None:
             ["run.py", *run(dataset, name, seed), *settings, protocols, "--config.eval.diagnostics=False"]
         ):
             return
-        if what == "sound" and name in PAIRED:
+        if what == "sound" and name.partition("+")[0] in PAIRED:
             shutil.copy(workdir / "results" / "sound.npz", target)
         if what == "clean":
             write_json(target / "training.json", trained(workdir))

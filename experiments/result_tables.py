@@ -16,6 +16,7 @@ LABELS = {
     "clustr_qtrades+paper_code": "ClusTR+QTRADES, authors' code", "clustr+kmeans": "k-means on nominal (E.1)",
     "clustr+half": "ClusTR, half the passes warm-up",
     "pgd_at": "PGD-AT", "fast_at": "Fast AT", "clustr_trades": "clustr_trades (ours)",
+    "clustr_trades+kmeans": "clustr_trades, k-means",
 }  # fmt: skip
 DATASETS = {"svhn_cropped": "svhn-10k", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
@@ -250,10 +251,11 @@ def search(dataset: str) -> str:
 def paired() -> str:
     """clustr_trades minus TRADES, image by image."""
     rows = []
-    for dataset, label in DATASETS.items():
+    pairs = [(name, dataset) for name in ("clustr_trades", "clustr_trades+kmeans") for dataset in DATASETS]
+    for name, dataset in pairs:
         differences = []
-        for folder in sorted((RESULTS / "campaign" / dataset).glob("clustr_trades-[0-9]")):
-            other = folder.with_name(folder.name.removeprefix("clustr_"))
+        for folder in sorted((RESULTS / "campaign" / dataset).glob(f"{name}-[0-9]")):
+            other = folder.with_name(f"trades-{folder.name[-1]}")
             if not (other / "sound.npz").exists() or not (folder / "sound.npz").exists():
                 continue
             ours, theirs = (np.load(f / "sound.npz") for f in (folder, other))
@@ -264,16 +266,16 @@ def paired() -> str:
         pooled = np.concatenate(differences)
         half = 1.96 * pooled.std(ddof=1) / np.sqrt(len(pooled))
         mean = pooled.mean()
-        ours, theirs = (np.mean(spent(dataset, name)) for name in ("clustr_trades", "trades"))
+        ours, theirs = (np.mean(spent(dataset, method)) for method in (name, "trades"))
         rows.append(
             [
-                label, ", ".join(f"{100 * d.mean():+.1f}" for d in differences),
+                f"{LABELS[name]}, {DATASETS[dataset]}", ", ".join(f"{100 * d.mean():+.1f}" for d in differences),
                 f"{100 * mean:+.1f} [{100 * (mean - half):+.1f}, {100 * (mean + half):+.1f}]",
                 str(len(pooled)), f"{ours / theirs:.2f}",
             ]
         )  # fmt: skip
     header = [
-        "clustr_trades minus TRADES, points",
+        "minus TRADES, points",
         "by seed",
         "all, with 95 % interval",
         "pairs",

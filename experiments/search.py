@@ -89,6 +89,11 @@ _CIFAR10 = {
     "trades-8": trades("cifar10", **{"train.lr": 0.02, "train.beta": 9.0, "train.ema": 0.99}),
     "clustr_trades-7": head("cifar10", "trades-8"),
     "clustr_trades-8": head("cifar10", "trades-8", **{"magnet.k": 4, "magnet.clusters": 40}),
+    "clustr_trades-9": head("cifar10", "trades-8", **_ONE | {"magnet.fit": "linear_head"}),
+    "clustr_trades-10": again(
+        "cifar10",
+        **_ONE | {"magnet.fit": "linear_head", "train.lr": 0.005, "train.lam": 36.0, "train.xent_lam": 4.0},
+    ),
 }
 SETTINGS = {"svhn": _SVHN, "cifar10": _CIFAR10}
 

@@ -17,6 +17,7 @@ from reference import close
 
 from clustr_jax import clusters, losses
 from clustr_jax.clusters import Clusters
+from clustr_jax.errors import UserError
 
 RTOL, GRAD_RTOL = 1e-5, 1e-4
 log_scores = jax.jit(Clusters.log_scores, static_argnames="nearest")
@@ -247,3 +248,53 @@ def test_fit_names_the_class_that_is_too_small(key, labels, k):
         clusters.fit(key, z, jnp.array(labels), num_classes=3, k=k)
     assert "\n" not in str(error.value)
     assert {str(labels.count(1)), str(k)} <= set(re.findall(r"\d+", str(error.value)))
+
+
+def linear_head(rng, classes=4, size=6):
+    """Weights [E, Y], biases and class means [Y, E], the weights roughly towards the means."""
+    means = rng.normal(size=(classes, size)) * 3 + rng.normal(size=size) * 5
+    kernel = means.T * 0.4 + rng.normal(size=(size, classes)) * 0.3
+    return kernel, rng.normal(size=classes), means
+
+
+@pytest.mark.parametrize(("classes", "size"), [(4, 6), (2, 1), (10, 9), (10, 64)])
+def test_a_linear_head_is_one_centroid_per_class(classes, size, rng):
+    """Log scores minus logits are the same for all classes of an example: in float64, by Eq. 4."""
+    kernel, bias, means = linear_head(rng, classes, size)
+    head = clusters.of_linear_head(kernel, bias, means)
+    z = rng.normal(size=(50, size)) * 4
+    centroids, variance = np.asarray(head.centroids, np.float64), float(head.variance)
+    scores = reference.log_scores(z, centroids, variance)
+    difference = scores - (z @ kernel + bias)
+    spread = difference - difference.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(spread, 0, atol=2e-6 * np.abs(scores).max())  # float32 centroids
+    assert head.valid.all() and head.centroids.shape == (classes, 1, size)
+
+
+def test_its_centroids_are_the_nearest_to_the_means(rng):
+    """No other s, and for this s no other solution of the equations, has a smaller squared distance."""
+    kernel, bias, means = linear_head(rng)
+    head = clusters.of_linear_head(kernel, bias, means)
+    found = np.sum(np.square(np.asarray(head.centroids)[:, 0] - means))
+    w = kernel.T
+    centre = np.eye(4) - 1 / 4
+
+    def distance(s):
+        """The least one for this s: its equations solved and its free part fitted, by least squares."""
+        right = centre @ (-bias / s - np.sum(w**2, axis=1) / 2)
+        solution = np.linalg.lstsq(centre @ w, right, rcond=None)[0]
+        free = np.linalg.svd(centre @ w)[2][3:]  # directions that no equation sees
+        rest = (means - s * (w + solution)).mean(axis=0)
+        return np.sum(np.square(s * (w + solution) + free.T @ (free @ rest) - means))
+
+    s = float(head.variance)
+    np.testing.assert_allclose(found, distance(s), rtol=1e-5)
+    assert all(distance(s * factor) > found for factor in (0.5, 0.9, 0.99, 1.01, 1.1, 2.0))
+
+
+def test_heads_that_are_no_centroids_are_refused(rng):
+    kernel, bias, means = linear_head(rng)
+    with pytest.raises(UserError, match="must span 3 dimensions"):
+        clusters.of_linear_head(kernel[:2], bias, means[:, :2])
+    with pytest.raises(UserError, match="do not point to the means"):
+        clusters.of_linear_head(-kernel, bias, means)

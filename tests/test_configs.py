@@ -292,6 +292,8 @@ def test_a_smoke_config_is_smaller_and_leaves_the_original_alone():
         ({"magnet.k": 200}, "class 0 has 144 training images, fewer than its k=200"),
         ({"magnet.k": 0}, "magnet.k must be at least 1"),
         ({"magnet.k_per_class": (1, 2)}, "magnet.k_per_class have 10 entries"),
+        ({"magnet.fit": "mean"}, "magnet.fit must be kmeans or linear_head, got 'mean'"),
+        ({"magnet.fit": "linear_head"}, "one cluster per class .* set magnet.k=1"),
         ({"magnet.clusters": 21}, "magnet.clusters is 21, but there are only 20"),
         ({"magnet.clusters": 1}, "magnet.clusters must be 0"),
         ({"magnet.samples": 1}, "magnet.samples at least 2"),

@@ -534,6 +534,38 @@ def test_unknown_optimisers_are_refused(name, value):
         train.optimizer(recipe, 1)
 
 
+def after_warmup(rng, split=None, **changes):
+    """A trainer of clustr_trades with magnet.fit=linear_head, the warm-up's problem and its variables."""
+    warm = problem("nominal", rng, split, **{"train.batch_size": 16, "train.lr": 0.01, **changes})
+    settings = {"magnet.fit": "linear_head", "magnet.k": 1, "magnet.clusters": 3, "magnet.sharpness": 1.0}
+    config = get_config("clustr_trades", **{"data.name": "digits", **settings})
+    trainer = dataclasses.replace(warm.trainer, method=METHODS["clustr_trades"], config=config)
+    return trainer, warm, warm.run(warm.state, 40).variables
+
+
+def test_clusters_of_the_linear_head_are_the_same_classifier(rng):
+    """magnet.fit=linear_head after a warm-up: its probabilities, and a state that fits its checkpoints."""
+    points = squares(rng)
+    images = np.tile(points.images[:, None, None, :1], (1, 8, 8, 1)) * np.linspace(0.2, 1, 8)[:, None, None]
+    split = dataclasses.replace(points, images=images.astype(np.float32))
+    trainer, warm, variables = after_warmup(rng, split, **{"model.name": "cnn", "model.mean": (0.5,)})
+    state = train.refit(trainer, train.create(trainer, variables), warm.train_set, jax.random.key(1))
+    outputs = trainer.net.eval(variables, warm.train_set.images)
+    reference.close(state.clusters.probs(outputs.embeddings), jax.nn.softmax(outputs.logits), 1e-4)
+    owner = np.repeat(np.arange(3), np.diff(state.sampler.offsets))
+    np.testing.assert_array_equal(warm.train_set.labels[state.sampler.members], owner)
+    blank = train.blank(trainer, variables, warm.train_set, jax.random.key(2))
+    for a, b in ((state.clusters, blank.clusters), (state.sampler, blank.sampler)):
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), a) == jax.tree.map(lambda x: (x.shape, x.dtype), b)
+
+
+def test_a_head_behind_a_non_linearity_is_refused(rng):
+    """The MLP's head sees relu(embeddings)."""
+    trainer, warm, variables = after_warmup(rng)
+    with pytest.raises(UserError, match="logits are linear in its embeddings"):
+        train.refit(trainer, train.create(trainer, variables), warm.train_set, jax.random.key(1))
+
+
 # Checkpoints
 
 
