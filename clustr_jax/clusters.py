@@ -199,9 +199,9 @@ def of_linear_head(
     -|z - mu_c|^2 / 2 s = z.mu_c / s - |mu_c|^2 / 2 s + a term of z alone, so with mu_c = s (w_c + u) it is
     the linear head's logit wherever s |w_c + u|^2 / 2 + b_c is the same for all classes: Y - 1 linear
     equations in u for every s > 0. Of their solutions this is the one that minimises
-    sum_c |mu_c - means_c|^2, in closed form. `means` are those of the classes' embeddings; the variance is s
-    and not that of Eq. 3. Computed in float64. Raises UserError where E < Y - 1, where the weights of the classes
-    are linearly dependent, or where they do not point to their classes' means.
+    sum_c |mu_c - means_c|^2, in closed form and float64. `means` are those of the classes' embeddings; the
+    variance is s and not that of Eq. 3. Raises UserError where the differences of the classes' weights
+    do not span Y - 1 dimensions (as with E < Y - 1), or do not point to the classes' means.
 
     >>> kernel, bias = jnp.array([[1.0, -1.0], [0.0, 2.0]]), jnp.array([[0.5, 0.0]])  # [E=2, Y=2]
     >>> c = clusters.of_linear_head(kernel, bias[0], means=jnp.array([[3.0, 0.0], [0.0, 4.0]]))

@@ -133,9 +133,9 @@ def run(dataset: str, name: str, seed: int) -> list[str]:
 
 
 NAMES = (
-    "nominal", "trades", "clustr_trades", "clustr_trades+kmeans", "clustr_qtrades", "clustr_qtrades+paper_code", "clustr",
-    "clustr+kmeans", "clustr+half", "qtrades", "qtrades+paper_code", "magnet", "fast_at", "free_at",
-    "pgd_at", "at_pretrain",
+    "nominal", "trades", "clustr_trades", "clustr_trades+kmeans", "clustr_qtrades",
+    "clustr_qtrades+paper_code", "clustr", "clustr+kmeans", "clustr+half", "qtrades", "qtrades+paper_code",
+    "magnet", "fast_at", "free_at", "pgd_at", "at_pretrain",
 )  # fmt: skip
 # What is asked of a run: name of the result -> (its protocol, settings).
 MAIN = {

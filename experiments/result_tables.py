@@ -269,7 +269,8 @@ def paired() -> str:
         ours, theirs = (np.mean(spent(dataset, method)) for method in (name, "trades"))
         rows.append(
             [
-                f"{LABELS[name]}, {DATASETS[dataset]}", ", ".join(f"{100 * d.mean():+.1f}" for d in differences),
+                f"{LABELS[name]}, {DATASETS[dataset]}",
+                ", ".join(f"{100 * d.mean():+.1f}" for d in differences),
                 f"{100 * mean:+.1f} [{100 * (mean - half):+.1f}, {100 * (mean + half):+.1f}]",
                 str(len(pooled)), f"{ours / theirs:.2f}",
             ]
