@@ -144,6 +144,19 @@ def test_warm_start_counts_epochs_of_both_stages(tables, tmp_path):
     assert row == ["CIFAR-10, seed 0", "80.0", "3", "3", "4", "3", "2", "80.0", "70.0"]
 
 
+def test_picture_shows_the_mean_of_complete_seeds(tables, tmp_path):
+    """Seed 1 has no sound result yet: its figure by the paper's protocol alone is left out."""
+    for seed, found in ((0, {"paper": 0.2, "sound": 0.1}), (1, {"paper": 0.9})):
+        folder = tmp_path / "campaign" / "cifar10" / f"trades-{seed}"
+        folder.mkdir(parents=True)
+        for what, robust in found.items():
+            (folder / f"{what}.json").write_text(json.dumps({"seed": seed, "robust": robust}))
+    picture = importlib.import_module("picture")
+    assert picture.points("cifar10") == [("trades", 10.0, 20.0)]
+    (axes,) = picture.draw().axes
+    assert axes.get_title() == "CIFAR-10" and [text.get_text() for text in axes.texts] == ["TRADES"]
+
+
 def test_pairs_and_passes_are_counted_by_hand(tables, tmp_path):
     """Ours survives on three images of four, TRADES on two of them: +25 points, at equal passes."""
     for name, robust, count in (("trades", [1, 1, 0, 0], 90), ("clustr_trades", [1, 1, 1, 0], 0)):
