@@ -15,7 +15,7 @@ LABELS = {
     "qtrades+paper_code": "QTRADES, authors' code", "clustr_qtrades": "ClusTR+QTRADES",
     "clustr_qtrades+paper_code": "ClusTR+QTRADES, authors' code", "clustr+kmeans": "k-means on nominal (E.1)",
     "clustr+half": "ClusTR, half the passes warm-up",
-    "pgd_at": "PGD-AT", "fast_at": "Fast AT", "clustr_trades": "clustr_trades (ours)",
+    "pgd_at": "PGD-AT", "fast_at": "Fast AT", "clustr_trades": "clustr_trades, linear head",
     "clustr_trades+kmeans": "clustr_trades, k-means",
 }  # fmt: skip
 DATASETS = {"svhn_cropped": "svhn-10k", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
@@ -82,13 +82,14 @@ def accuracies(dataset: str) -> str:
         gaps = [100 * (p["robust"] - true[p["seed"]]) for p in paper if p["seed"] in true]
         rows.append(
             [
-                label, by_seed(clean, figure), by_seed(paper, figure),
+                label, by_seed(clean, lambda r: str(r["seed"])), by_seed(clean, figure), by_seed(paper, figure),
                 by_seed(long, lambda r: percent(r["attacks"]["pgd100"])) if long else "",
                 by_seed(sound, figure), "<br>".join(f"{gap:+.1f}" for gap in gaps), claimed(dataset, name),
             ]
         )  # fmt: skip
     header = [
         "%",
+        "seed",
         "clean",
         "paper's protocol, PGD^20",
         "PGD^100",

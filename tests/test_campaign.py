@@ -170,6 +170,6 @@ def test_pairs_and_passes_are_counted_by_hand(tables, tmp_path):
     half = 1.96 * np.sqrt(0.25 * 0.75 * 40 / 39 / 40)  # a quarter of the differences are 1
     interval = f"+25.0 [{25 - 100 * half:+.1f}, {25 + 100 * half:+.1f}]"
     found = tables.paired()
-    assert cells(found) == ["clustr_trades (ours), CIFAR-10", "+25.0", interval, "40", "1.00"]
+    assert cells(found) == ["clustr_trades, linear head, CIFAR-10", "+25.0", interval, "40", "1.00"]
     # no difference in n pairs: less than 3 / n of all pairs differ
     assert cells(found, 1)[2:4] == ["+0.0 [-7.5, +7.5]", "40"]
