@@ -82,7 +82,8 @@ def accuracies(dataset: str) -> str:
         gaps = [100 * (p["robust"] - true[p["seed"]]) for p in paper if p["seed"] in true]
         rows.append(
             [
-                label, by_seed(clean, lambda r: str(r["seed"])), by_seed(clean, figure), by_seed(paper, figure),
+                label, by_seed(clean, lambda r: str(r["seed"])), by_seed(clean, figure),
+                by_seed(paper, figure),
                 by_seed(long, lambda r: percent(r["attacks"]["pgd100"])) if long else "",
                 by_seed(sound, figure), "<br>".join(f"{gap:+.1f}" for gap in gaps), claimed(dataset, name),
             ]
