@@ -219,9 +219,8 @@ def of_linear_head(
         )
     inverse = np.linalg.pinv(apart)  # [E, Y]
     squares = np.sum(np.square(w), axis=1)
-    shift = (
-        -inverse @ (squares - squares.mean()) / 2
-    )  # u = shift - inverse b / s + what no class's logit sees
+    # u = shift - inverse b / s + what no class's logit sees
+    shift = -inverse @ (squares - squares.mean()) / 2
     scaled, wanted = w + shift, m + inverse @ b  # mu_c - m_c = s scaled_c - wanted_c + the unseen part
     seen = inverse @ apart  # projection on the span of the differences
     along = scaled @ seen

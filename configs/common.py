@@ -242,7 +242,8 @@ def clustr_trades(c):
     weights: docs/lab-notes.md. Batches have 20 clusters, all of them with 10 classes: with fewer classes the
     batch statistics are not those of the data.
 
-    At equal passes the second stage costs robustness (docs/results.md). With `train.epochs=0` there is none:
+    At equal passes the second stage gained no robustness in any setting that was tried (docs/lab-notes.md).
+    With `train.epochs=0` there is none:
     k-means on the features of TRADES, which lost nothing on CIFAR-10; with `magnet.fit=linear_head`,
     `magnet.k=1` and `magnet.clusters=10` as well, it is TRADES' own classifier.
     """

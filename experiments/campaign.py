@@ -72,8 +72,8 @@ SETTINGS = {
     "magnet": ("--config.magnet.samples=8", "--config.train.lr=2e-3"),
     "clustr": ("--config.magnet.samples=8", "--config.train.lr=2e-3"),
     "clustr_qtrades": ("--config.magnet.samples=8", "--config.train.lr=2e-3"),
-    # At the paper's lambda (8 and 9.7) the entropy in its term draws everything to one certain class;
-    # the authors' term is another, and smaller.
+    # At the paper's lambda on svhn-10k (9.7) everything is drawn to one class; the authors' term is another,
+    # and smaller.
     "qtrades": ("--config.train.lr=2e-3", "--config.train.lam=1.0"),
     "qtrades+paper_code": ("--config.train.lr=2e-3",),
     # TRADES' own classifier as one centroid per class; with +kmeans, clusters of its features.
@@ -84,6 +84,12 @@ SETTINGS = {
     ),
     "clustr_trades+kmeans": (),
 }
+
+
+def source_of(name: str) -> str | None:
+    """The run that another starts from; `half` has a warm-up of its own."""
+    method, _, variant = name.partition("+")
+    return SOURCES.get(method) if variant != "half" else None
 
 
 def passes(module: str, method: str) -> int:
@@ -100,7 +106,7 @@ def run(dataset: str, name: str, seed: int) -> list[str]:
     """
     scale = SCALES[dataset]
     method, _, variant = name.partition("+")
-    source = SOURCES.get(method) if variant != "half" else None
+    source = source_of(name)
     epochs = round((scale.fine_tuning if source else scale.passes) / passes(scale.config, method))
     more = list(scale.own.get(method) or SETTINGS.get(name, SETTINGS.get(method, ())))
     stages = "2_train,evaluate"

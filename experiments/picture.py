@@ -6,7 +6,7 @@ python experiments/picture.py
 import pathlib
 import sys
 
-from matplotlib import rcParams
+from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -60,10 +60,15 @@ def draw() -> Figure:
     return figure
 
 
+def save(path: pathlib.Path) -> None:
+    """The same results, the same bytes."""
+    with rc_context({"svg.hashsalt": "clustr_jax"}):
+        FigureCanvasSVG(figure := draw())
+        figure.savefig(path, metadata={"Date": None})
+
+
 def main():
-    rcParams["svg.hashsalt"] = "clustr_jax"  # the same figure, the same file
-    FigureCanvasSVG(figure := draw())
-    figure.savefig(OUT, metadata={"Date": None})
+    save(OUT)
     print(OUT.relative_to(ROOT))
 
 

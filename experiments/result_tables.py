@@ -4,7 +4,7 @@ import json
 import pathlib
 
 import numpy as np
-from campaign import SOURCES
+from campaign import source_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -37,8 +37,7 @@ def spent(dataset: str, name: str) -> list[int]:
     """Gradient passes of every seed's training, with those of the network that it starts from."""
     found = []
     for run in seeds(dataset, name, "training"):
-        method, _, variant = name.partition("+")
-        source = SOURCES.get(method) if variant != "half" else None
+        source = source_of(name)
         before = seeds(dataset, source, "training") if source else []
         stages = [*run["stages"].values()]
         for other in before:
@@ -220,7 +219,7 @@ def quirks() -> str:
         for name in ("clustr_qtrades", "clustr_qtrades+paper_code"):
             for found in seeds(dataset, name, "quirks"):
                 columns.append(found)
-                header.append(f"{label}, {LABELS[name].partition(', ')[2] or 'ours'}, seed {found['seed']}")
+                header.append(f"{LABELS[name]}, {label}, seed {found['seed']}")
     rows = []
     for i, (off, what) in enumerate(_QUIRKS.items()):
         cells = [f"{percent(c['rows'][i]['robust'])} ({c['rows'][i]['points']:+.1f})" for c in columns]

@@ -1,5 +1,6 @@
 """The tables of docs/ and of the README say what results/ says."""
 
+import importlib
 import importlib.util
 import pathlib
 import re
@@ -16,6 +17,15 @@ def tables():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_picture_is_that_of_the_results(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    picture = importlib.import_module("picture")
+    picture.save(tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_bytes() == picture.OUT.read_bytes(), (
+        "run python experiments/picture.py"
+    )
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
