@@ -159,7 +159,7 @@ TABLES = {f.__name__: f for f in (steps, epochs, kmeans, startup, growth, certif
 for _name in (
     "fullsize", "search-svhn", "search-cifar10", "accuracies-svhn_cropped", "accuracies-cifar10",
     "radii-svhn_cropped", "nearest-svhn_cropped", "times-cifar10", "times-svhn_cropped", "paired", "effect",
-    "quirks",
+    "quirks", "warm_start",
 ):  # fmt: skip
     _of, _, _dataset = _name.partition("-")
     TABLES[_name] = functools.partial(getattr(result_tables, _of), *([_dataset] if _dataset else []))
