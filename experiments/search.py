@@ -59,6 +59,11 @@ def head(dataset: str, source: str = "trades-1", **settings) -> tuple[str, dict]
 
 
 _ONE = {"magnet.k": 1, "magnet.clusters": 10, "magnet.samples": 8}
+# One centroid per class where TRADES' own head has it; KL and cross entropy as 9 to 1, as in trades-8.
+_OF_HEAD = {"magnet.fit": "linear_head", "train.lr": 0.005, "train.lam": 36.0, "train.xent_lam": 4.0}
+_BOTH_TUNED = {"warmup.lr": 0.02, "warmup.ema": 0.99, "train.beta": 9.0, "train.ema": 0.99}
+_FIRST = f"{RUNS / 'cifar10' / 'clustr_trades-11' / '1_warmup'}"
+_LATER = _ONE | _OF_HEAD | {"train.ema": 0.99, "init_from": _FIRST}
 _SVHN = {
     "trades-1": trades("svhn"),
     "clustr_trades-1": clustr_trades("svhn"),
@@ -92,8 +97,16 @@ _CIFAR10 = {
     "clustr_trades-9": head("cifar10", "trades-8", **_ONE | {"magnet.fit": "linear_head"}),
     "clustr_trades-10": again(
         "cifar10",
-        **_ONE | {"magnet.fit": "linear_head", "train.lr": 0.005, "train.lam": 36.0, "train.xent_lam": 4.0},
+        **_ONE | _OF_HEAD,
     ),
+    "clustr_trades-11": clustr_trades("cifar10", **_ONE | _OF_HEAD | _BOTH_TUNED),
+    "clustr_trades-12": again("cifar10", **_LATER | {"train.lr": 0.01}),
+    "clustr_trades-13": again("cifar10", **_LATER | {"train.lam": 72.0, "train.xent_lam": 8.0}),
+    "trades-9": trades("cifar10", **{"train.lr": 0.03, "train.beta": 9.0, "train.ema": 0.99}),
+    "trades-10": trades("cifar10", **{"train.lr": 0.02, "train.beta": 12.0, "train.ema": 0.99}),
+    "trades-11": trades("cifar10", **{"train.lr": 0.02, "train.beta": 9.0, "train.ema": 0.995}),
+    "trades-12": trades("cifar10", **{"train.lr": 0.02, "train.beta": 6.0, "train.ema": 0.99}),
+    "trades-13": trades("cifar10", **{"train.lr": 0.01, "train.beta": 9.0, "train.ema": 0.99}),
 }
 SETTINGS = {"svhn": _SVHN, "cifar10": _CIFAR10}
 
