@@ -241,7 +241,8 @@ def _setting(key: str, value) -> str:
 def search(dataset: str) -> str:
     """TRADES and clustr_trades on held-out images."""
     rows = []
-    for path in sorted((RESULTS / "search" / dataset).glob("*.json")):
+    paths = (RESULTS / "search" / dataset).glob("*.json")
+    for path in sorted(paths, key=lambda path: (path.stem.split("-")[0], int(path.stem.split("-")[1]))):
         found = json.loads(path.read_text())
         settings = ", ".join(_setting(key, value) for key, value in found["settings"].items())
         passes = f"{found['gradient_passes'] / 1000:.0f}"

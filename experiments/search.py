@@ -102,11 +102,6 @@ _CIFAR10 = {
     "clustr_trades-11": clustr_trades("cifar10", **_ONE | _OF_HEAD | _BOTH_TUNED),
     "clustr_trades-12": again("cifar10", **_LATER | {"train.lr": 0.01}),
     "clustr_trades-13": again("cifar10", **_LATER | {"train.lam": 9.0, "train.xent_lam": 1.0}),
-    "trades-9": trades("cifar10", **{"train.lr": 0.03, "train.beta": 9.0, "train.ema": 0.99}),
-    "trades-10": trades("cifar10", **{"train.lr": 0.02, "train.beta": 12.0, "train.ema": 0.99}),
-    "trades-11": trades("cifar10", **{"train.lr": 0.02, "train.beta": 9.0, "train.ema": 0.995}),
-    "trades-12": trades("cifar10", **{"train.lr": 0.02, "train.beta": 6.0, "train.ema": 0.99}),
-    "trades-13": trades("cifar10", **{"train.lr": 0.01, "train.beta": 9.0, "train.ema": 0.99}),
 }
 SETTINGS = {"svhn": _SVHN, "cifar10": _CIFAR10}
 
