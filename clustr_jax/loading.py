@@ -78,18 +78,10 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
             f"{stage} has no clusters: {config.method} ends in a linear head there; "
             f"fit some with clusters.fit"
         )
-    net = models.build(
-        config.model.name,
-        num_classes=done["num_classes"],
-        input_shape=tuple(done["input_shape"]),
-        mean=tuple(config.model.mean),
-        std=tuple(config.model.std),
-        width=config.model.width,
-        dtype=config.model.dtype,
-    )
+    net = _own_net(stage, done)
     checkpoints, step = _checkpoints(stage), done["step"]
     try:
-        abstract = jax.eval_shape(net.init, jax.random.key(0))
+        abstract = _abstract(net)
         variables = checkpoints.model(abstract, step)
         clusters = None
         if (head or own) == "clusters":
@@ -109,30 +101,54 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
     )
 
 
-def model_variables(path: str | pathlib.Path, net: Net) -> dict:
-    """{params, batch_stats} for `net` that a finished stage ended with, or of a .safetensors file."""
+def model_variables(path: str | pathlib.Path, net: Net, *, body: bool = False) -> dict:
+    """{params, batch_stats} for `net` that a finished stage ended with, or of a .safetensors file.
+
+    With `body` the head is left as it was found: it may have other classes than `net`. Raises UserError for
+    another network.
+    """
     if pathlib.Path(path).suffix == ".safetensors":
-        return _variables_of_file(path, net)
-    stage = find_stage(path)
-    checkpoints = _checkpoints(stage)
-    try:
-        return checkpoints.model(
-            jax.eval_shape(net.init, jax.random.key(0)), read_json(stage / "done.json")["step"]
-        )
-    finally:
-        checkpoints.close()
-
-
-def _variables_of_file(path, net):
-    found = safetensors_file.load(path).variables
+        found = safetensors_file.load(path).variables
+    else:
+        stage = find_stage(path)
+        done = read_json(stage / "done.json")
+        checkpoints = _checkpoints(stage)
+        try:
+            found = checkpoints.model(_abstract(_own_net(stage, done)), done["step"])
+        finally:
+            checkpoints.close()
     shapes = [
         {jax.tree_util.keystr(place): leaf.shape for place, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (found, jax.eval_shape(net.init, jax.random.key(0)))
+        for tree in (found, _abstract(net))
     ]
     different = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
+    if body:
+        different = [name for name in different if f"'{models.HEAD}'" not in name]
     if different:
-        raise UserError(f"{path} holds another network than this config's: they differ in {different[0]}")
+        sizes = (str(tree.get(different[0], "absent")) for tree in shapes)
+        raise UserError(
+            f"{path} holds another network than this config's: they differ in {different[0]}, "
+            f"{' and '.join(sizes)}; model and data must be those that it was trained with"
+        )
     return found
+
+
+def _abstract(net: Net) -> dict:
+    return jax.eval_shape(net.init, jax.random.key(0))
+
+
+def _own_net(stage: pathlib.Path, done: dict) -> Net:
+    """The network that a stage trained, by its work directory's config."""
+    config = ConfigDict(read_json(stage.parent / "config.json"))
+    return models.build(
+        config.model.name,
+        num_classes=done["num_classes"],
+        input_shape=tuple(done["input_shape"]),
+        mean=tuple(config.model.mean),
+        std=tuple(config.model.std),
+        width=config.model.width,
+        dtype=config.model.dtype,
+    )
 
 
 def _checkpoints(stage):

@@ -4,6 +4,7 @@ The runs are small: a narrow CNN on some digits, the MLP on points (tests/runs.p
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import random
 import signal
@@ -29,7 +30,7 @@ from runs import (
 )  # fmt: skip
 
 import clustr_jax
-from clustr_jax import data, train
+from clustr_jax import data, loading, stages, train
 from clustr_jax.errors import UserError
 from clustr_jax.objectives import METHODS
 
@@ -161,6 +162,34 @@ def test_every_method_is_killed_resumed_and_runs_to_the_end(method, start, run, 
     assert (clustr_jax.load(folder).clusters is not None) == (METHODS[method].head == "clusters")
     run(*arguments, f"--workdir={straight}")
     assert_same_run(folder, straight)
+
+
+def test_the_source_of_at_pretrain_may_have_other_classes(tmp_path, monkeypatch):
+    """Its body goes on, with a head for the classes of the target; a whole network is refused."""
+    real = data._toy2d
+
+    def three_classes(name, split):
+        points = real(name, split)
+        if name == "toy2d_pairs":
+            labels = (np.arange(len(points.labels)) % 3).astype(np.int32)
+            points = dataclasses.replace(points, labels=labels, num_classes=3)
+        return points
+
+    monkeypatch.setattr(data, "_toy2d", three_classes)
+    spec = importlib.util.spec_from_file_location("toy2d", ROOT / "configs" / "toy2d.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(ROOT)
+    spec.loader.exec_module(module)
+    config = module.get_config("at_pretrain")
+    config.smoke, config.pretrain.name = True, "toy2d_pairs"
+    stages.run(config, tmp_path / "run", ("1_warmup", "2_train"))
+    first, last = (loading.load(tmp_path / "run" / stage) for stage in ("1_warmup", "2_train"))
+    assert (first.net.num_classes, last.net.num_classes) == (3, 2)
+    assert first.variables["params"].keys() == last.variables["params"].keys()
+    with pytest.raises(UserError, match=r"another network.*'head'.*\(3,\) and \(2,\)"):
+        loading.model_variables(tmp_path / "run" / "1_warmup", last.net)
+    body = loading.model_variables(tmp_path / "run" / "1_warmup", last.net, body=True)
+    assert_same_arrays(body, first.variables)
 
 
 @pytest.mark.slow

@@ -87,8 +87,9 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
             raise UserError(
                 f"{stage} needs {WARMUP}, which is not finished in {this.workdir.root}; run it first"
             )
-        variables = loading.model_variables(this.workdir.stage(WARMUP), this.net)
-        if METHODS[config.method].source:  # other classes: keep the body only
+        body = METHODS[config.method].source  # other classes: a new head
+        variables = loading.model_variables(this.workdir.stage(WARMUP), this.net, body=body)
+        if body:
             variables["params"][models.HEAD] = fresh["params"][models.HEAD]
     else:
         variables = fresh
