@@ -1,9 +1,10 @@
 """Which departure of the authors' protocol buys how many points, on one trained model.
 
-    python -m clustr_jax.quirks runs/cifar10-clustr_qtrades [--n=512] [--steps=20] [--restarts=10]
+    python -m clustr_jax.quirks runs/cifar10-clustr_qtrades [--n=512] [--steps=20] [--restarts=10] [--eps=...]
 
 The first row is the paper's protocol; each following row switches one departure off and leaves the others;
-the last has all of them off. Below stands the paper's adaptive attack, which ascends the Magnet loss about
+the last has all of them off. All rows are of the same rule, Eq. 4 with every cluster (D is no departure of the
+protocol), at the radius and step of the run's last evaluation unless --eps and --step_size say others. Below stands the paper's adaptive attack, which ascends the Magnet loss about
 the fixed centroids: with its hinge, as the paper has it, and without. Writes results/quirks.json.
 """
 
@@ -99,6 +100,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--n", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--restarts", type=int, default=10)
+    parser.add_argument("--eps", type=float)
+    parser.add_argument("--step_size", type=float)
     args = parser.parse_args(argv)
     console = Console()
     try:
@@ -108,7 +111,11 @@ def main(argv: list[str]) -> int:
         config = ConfigDict(read_json(pathlib.Path(args.workdir) / "config.json"))
         if args.n < 1 or args.steps < 1 or args.restarts < 1:
             raise UserError("--n, --steps and --restarts must be at least 1")
-        clf = clf.replace(nearest=config.eval.nearest)
+        if not all(value is None or value > 0 for value in (args.eps, args.step_size)):
+            raise UserError(f"--eps and --step_size must be above 0, got {args.eps} and {args.step_size}")
+        clf = clf.replace(nearest=0)  # the log scores of one row know no other rule
+        for name in ("eps", "step_size"):
+            config.eval.attack[name] = getattr(args, name) or config.eval.attack[name]
         test = data.splits(config.data, at_most=config.smoke)[2]
         count = min(args.n, len(test))
         index = data.stratified(test.labels, count, test.num_classes)
@@ -138,9 +145,10 @@ def main(argv: list[str]) -> int:
     console.print(shown)
     results.save(pathlib.Path(args.workdir) / "results", "quirks", {
         "dataset": data.label(config.data), "subset": test.subset, "n": count, "method": config.method,
-        "protocol": "quirks-1", "eps": config.eval.attack.eps, "clean": results.fraction(
+        "protocol": "quirks-2", "eps": config.eval.attack.eps, "clean": results.fraction(
             np.asarray(clf.predict(examples.x)) == examples.y),
-        "robust": rows[-1]["robust"], "attack": budget,
+        "robust": rows[-1]["robust"], "nearest": clf.nearest,
+        "attack": budget | {"step_size": config.eval.attack.step_size},
         "rows": rows, "adaptive": magnet, "seed": config.seed, "config_sha": results.sha(config.to_dict()),
         "versions": results.versions(), "wall_seconds": time.perf_counter() - started,
     }, {"ids": examples.ids, "y": examples.y})  # fmt: skip

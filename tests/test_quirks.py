@@ -169,6 +169,8 @@ def test_numbers_below_one_are_refused(flag, tmp_path, capsys, monkeypatch, smal
     (tmp_path / "config.json").write_text(eval_config().to_json_best_effort())
     assert quirks.main([str(tmp_path), flag]) == 2
     assert "must be at least 1" in one_line(capsys)
+    assert quirks.main([str(tmp_path), "--eps=-0.1"]) == 2
+    assert "must be above 0" in one_line(capsys)
 
 
 @pytest.mark.slow
@@ -178,15 +180,19 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys, monkeypatch):
     means = np.stack([x[y == c].reshape(-1, 64).mean(axis=0) for c in range(10)])[:, None]
     clf = linear_classifier(np.eye(64), means, 1.0)
     assert isinstance(clf, Classifier) and clf.bounds == (0.0, 1.0)
-    config = eval_config(**{"eval.attack.eps": 0.1, "eval.attack.step_size": 0.025})
+    # What another evaluation left behind: neither its D nor its radius is the table's.
+    config = eval_config(**{"eval.attack.eps": 0.7, "eval.attack.step_size": 0.7, "eval.nearest": 1})
+    clf = clf.replace(nearest=1)
     (tmp_path / "config.json").write_text(config.to_json_best_effort())
     monkeypatch.setattr(quirks.loading, "load", lambda path: clf)
-    assert quirks.main([str(tmp_path), "--n=20", "--steps=3", "--restarts=2"]) == 0
+    assert quirks.main([str(tmp_path), "--n=20", "--steps=3", "--restarts=2", "--eps=0.1", "--step_size=0.025"]) == 0
     shown = capsys.readouterr().out
     found = json.loads((pathlib.Path(tmp_path) / "results" / "quirks.json").read_text())
     assert [row["off"] for row in found["rows"]] == NAMES
-    assert found["n"] == 20 and found["protocol"] == "quirks-1" and found["dataset"] == "digits"
+    assert found["n"] == 20 and found["protocol"] == "quirks-2" and found["dataset"] == "digits"
     assert found["robust"] == found["rows"][-1]["robust"] <= found["clean"]
+    assert (found["eps"], found["nearest"]) == (0.1, 0)
+    assert found["attack"] == {"steps": 3, "restarts": 2, "step_size": 0.025}
     for name in quirks.QUIRKS:
         assert name in shown
     outcomes = np.load(tmp_path / "results" / "quirks.npz")
