@@ -19,50 +19,61 @@ _NHWC = ("NHWC", "HWIO", "NHWC")
 _BLOCK = 8
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv2d(
     x: Float[Array, "N H W C"], kernel: Float[Array, "k k C O"], stride: int = 1, padding: int = 1
 ) -> Float[Array, "N H2 W2 O"]:
-    """Zero-padded convolution with a square kernel, the same stride and padding in both directions."""
-    return _convolve(x, kernel, stride, padding)
+    """Zero-padded convolution with a square kernel, the same stride and padding in both directions.
+
+    Its gradients have the `jax.default_matmul_precision` of the call, not that of the moment in which JAX
+    traces them, when a `with` around the call is over.
+    """
+    return _conv2d(x, kernel, stride, padding, jax.config.jax_default_matmul_precision)
 
 
-def _convolve(x, kernel, stride, padding):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _conv2d(x, kernel, stride, padding, precision):
+    return _convolve(x, kernel, stride, padding, precision)
+
+
+def _convolve(x, kernel, stride, padding, precision):
     pads = ((padding, padding), (padding, padding))
-    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=_NHWC)
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=_NHWC, precision=precision
+    )
 
 
-def _forward(x, kernel, stride, padding):
-    return _convolve(x, kernel, stride, padding), (x, kernel)
+def _forward(x, kernel, stride, padding, precision):
+    return _convolve(x, kernel, stride, padding, precision), (x, kernel)
 
 
-def _backward(stride, padding, residuals, dy):
+def _backward(stride, padding, precision, residuals, dy):
     x, kernel = residuals
 
     def default(x, kernel, dy):
-        return jax.vjp(lambda a, b: _convolve(a, b, stride, padding), x, kernel)[1](dy)
+        return jax.vjp(lambda a, b: _convolve(a, b, stride, padding, precision), x, kernel)[1](dy)
 
     def cpu(x, kernel, dy):
         return (
-            _input_gradient(dy, kernel, x.shape[1:3], stride, padding),
-            _kernel_gradient(x, dy, kernel.shape[0], stride, padding),
+            _input_gradient(dy, kernel, x.shape[1:3], stride, padding, precision),
+            _kernel_gradient(x, dy, kernel.shape[0], stride, padding, precision),
         )
 
     return lax.platform_dependent(x, kernel, dy, cpu=cpu, default=default)
 
 
-conv2d.defvjp(_forward, _backward)
+_conv2d.defvjp(_forward, _backward)
 
 
-def _input_gradient(dy, kernel, size, stride, padding):
+def _input_gradient(dy, kernel, size, stride, padding, precision=None):
     """d loss / d x as an ordinary convolution of dy with the flipped kernel."""
     k = kernel.shape[0]
     if k == 1 and padding == 0:  # the product first, then the zeros between the pixels
-        return _spread(dy @ kernel[0, 0].T, size, stride, before=0, after=0)
+        product = jnp.matmul(dy, kernel[0, 0].T, precision=precision)
+        return _spread(product, size, stride, before=0, after=0)
     flipped = jnp.transpose(kernel[::-1, ::-1], (0, 1, 3, 2))
     # A convolution with dilated input, as JAX derives it, runs on the slow path: put the zeros in by hand.
     before, after = k - 1 - padding, padding
-    return _convolve(_spread(dy, size, stride, before, after), flipped, 1, 0)
+    return _convolve(_spread(dy, size, stride, before, after), flipped, 1, 0, precision)
 
 
 def _spread(dy, size, stride, before, after):
@@ -73,7 +84,7 @@ def _spread(dy, size, stride, before, after):
     return lax.pad(dy, jnp.zeros((), dy.dtype), [*config, (0, 0, 0)])
 
 
-def _kernel_gradient(x, dy, k, stride, padding):
+def _kernel_gradient(x, dy, k, stride, padding, precision=None):
     """d loss / d kernel: x, its channels as batch, convolved with dy as the kernel; summed over blocks."""
     pointwise = k == 1 and padding == 0  # then it is a matrix product
     if pointwise:
@@ -92,11 +103,14 @@ def _kernel_gradient(x, dy, k, stride, padding):
         # slices of the arrays as they are: given as blocks, the compiler makes them a second time
         images, gradient = (lax.dynamic_slice_in_dim(a, i * block, block) for a in (x, dy))
         if pointwise:
-            product = jnp.einsum("nhwc,nhwo->co", images, gradient, preferred_element_type=precise)
+            product = jnp.einsum(
+                "nhwc,nhwo->co", images, gradient, precision=precision, preferred_element_type=precise
+            )
             return total + product[:, None, None]
         return total + lax.conv_general_dilated(
             images.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), (1, 1), pads,
-            rhs_dilation=(stride, stride), dimension_numbers=_NHWC, preferred_element_type=precise,
+            rhs_dilation=(stride, stride), dimension_numbers=_NHWC, precision=precision,
+            preferred_element_type=precise,
         )  # fmt: skip
 
     start = jnp.zeros((x.shape[-1], k, k, dy.shape[-1]), precise)

@@ -264,9 +264,10 @@ def precision(clf, examples) -> tuple[float, float]:
     """
 
     def total(clf, x, y):
-        z = clf.net.eval(clf.variables, x)
-        logits = z.logits if clf.clusters is None else clf.clusters.log_scores(z.embeddings)
-        return jnp.sum(losses.margin(logits, y))
+        with jax.default_matmul_precision("highest"):  # as the Classifier's methods, which are float32 only
+            z = clf.net.eval(clf.variables, x)
+            logits = z.logits if clf.clusters is None else clf.clusters.log_scores(z.embeddings)
+            return jnp.sum(losses.margin(logits, y))
 
     single = np.asarray(jax.jit(jax.grad(total, 1))(clf, examples.x, examples.y), np.float64)
     with jax.enable_x64(True):

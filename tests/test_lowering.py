@@ -72,6 +72,27 @@ def classifier(cluster_head):
     return Classifier(variables, head, net)
 
 
+@pytest.mark.parametrize("model", ["resnet8", "lip_cpl"])
+def test_what_an_attack_follows_is_float32_on_every_platform(model):
+    """Value and gradient: without a precision of its own an accelerator multiplies in TF32 or bfloat16."""
+    _, net, _, _ = problem("clustr", model)
+    variables = jax.eval_shape(net.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
+    size = jax.eval_shape(net.eval, variables, x).embeddings.shape[1]
+    clf = Classifier(variables, Clusters(jnp.zeros((10, 2, size)), jnp.ones(())), net)
+
+    def ascent(x, clf):
+        return jax.value_and_grad(lambda x: jnp.sum(clf.logits(x)))(x)
+
+    text = lowered(ascent, x, clf)
+    products = [
+        line for line in text.splitlines() if "stablehlo.convolution" in line or "dot_general" in line
+    ]
+    assert len(products) > 20 and all(line.count("HIGHEST") == 2 for line in products), [
+        line for line in products if line.count("HIGHEST") != 2
+    ]
+
+
 def test_resnet18_forward_and_input_gradient():
     _, net, _, _ = problem("nominal", "resnet18")
     variables = jax.eval_shape(net.init, jax.random.key(0))

@@ -172,13 +172,15 @@ def as_image(x: Float[Array, "B C"]) -> Float[Array, "B 1 1 C"]:
 def describe(params: dict, stats: dict) -> tuple:
     """What `clustr_jax.lipschitz` needs to know of a layer with these parameters and statistics.
 
-    Computed in float32 as the network does, so that the bound is that of the network as it runs.
+    Computed in float32 as a Classifier's forward pass does (also on devices whose default is less), so that
+    the bound is that of the network as it runs.
     """
     kernel = jnp.asarray(params["kernel"])
     size = kernel.shape[0]
-    if "log_q" in params:
-        return "sll", np.asarray(kernel), np.asarray(sll_scale(kernel, params["log_q"])), size // 2
-    if "top" in stats:
-        scale = jnp.full(kernel.shape[3], cpl_scale(kernel, stats["top"]))
-        return "sll", np.asarray(kernel), np.asarray(scale), size // 2
-    return "conv", np.asarray(aol(kernel)), 1, size // 2
+    with jax.default_matmul_precision("highest"):
+        if "log_q" in params:
+            return "sll", np.asarray(kernel), np.asarray(sll_scale(kernel, params["log_q"])), size // 2
+        if "top" in stats:
+            scale = jnp.full(kernel.shape[3], cpl_scale(kernel, stats["top"]))
+            return "sll", np.asarray(kernel), np.asarray(scale), size // 2
+        return "conv", np.asarray(aol(kernel)), 1, size // 2
