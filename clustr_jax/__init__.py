@@ -5,11 +5,14 @@
     x_adv = attacks.pgd(key, clf.logits, x, y, eps=0.2, step_size=0.05, steps=20, restarts=10)
 
 Map, from the bottom up:
-    mesh, processes                         several devices, several processes; they import nothing of ours
+    mesh, processes, errors                 several devices, several processes, mistakes of the user
     losses, kmeans, convolution, models     arrays in, arrays out
     clusters, sampling, attacks             the cluster head, Magnet batches, adversaries
-    objectives, train                       one function per method, the train step
+    classifier                              network and head together: what is attacked and deployed
+    objectives, train, cost                 one function per method, the train step, its gradient passes
+    settings, fidelity, paper               what a config may say, the authors' switches, the paper's figures
     evaluate, sound, diagnostics, quirks    the paper's protocol, the sound ones, can they be believed?
+    certify, certified, lipschitz           radii of the cluster head, certified.json, bounds of networks
     checkpoints, seals, workdir, loading, results, files    what is on disk
     data, folder                            prepared sets, and your own images
     doors                                   PyTorch, Foolbox, safetensors

@@ -22,7 +22,7 @@ from clustr_jax import folder, mesh
 from clustr_jax.errors import UserError
 
 # Published sizes of the splits, and per-channel statistics of the pixels in [0, 1] that the authors'
-# code uses (CIFAR-100 with CIFAR-10's; the std is that of per-image averages: fidelity.md row 26).
+# code uses (CIFAR-100 with CIFAR-10's; the std is that of per-image averages: docs/fidelity.md).
 _TFDS = {
     "cifar10": dict(sizes=(50_000, 10_000), num_classes=10),
     "cifar100": dict(sizes=(50_000, 10_000), num_classes=100),

@@ -27,7 +27,7 @@ _PAPER_BATCH = 64
 def paper_pgd(
     key, clf, examples, *, eps, step_size, steps, restarts, slots, report, records=None, name="paper"
 ) -> dict:
-    """PGD exactly as the authors evaluate (fidelity.md 1.2): Bool outcomes, and what it left outside the box.
+    """PGD exactly as the authors evaluate (docs/attacks.md): Bool outcomes, and what it left outside the box.
 
     Cross entropy of the exp scores, all restarts on all examples, fooled examples frozen, the start not
     clipped to the box, and of each example's restarts the one with the largest loss, fooled or not.

@@ -43,9 +43,13 @@ SWITCHES = {
     "nearest": Switch(
         "config", "10_20", "train.nearest and eval.nearest: as configured, or 10 in training and 20 after"
     ),
-    "epochs": Switch("text", "readme", "fine-tuning epochs: appendix D, or the 25 of the authors' README"),
+    "epochs": Switch(
+        "text", "readme", "fine-tuning epochs: appendix D, or the 25 of the authors' README at most"
+    ),
     "kl": Switch(
-        "correct", "probs", "QTRADES alone: KL of log probabilities, or of probabilities, element mean"
+        "correct",
+        "probs",
+        "QTRADES alone: cross entropy as in the text, or F.kl_div of probabilities, element mean",
     ),
 }
 PRESETS = ("", "paper_code")
@@ -73,7 +77,7 @@ def apply(config):
     if config.fidelity.nearest == "10_20":
         config.train.nearest = config.train.nearest or 10
         config.eval.nearest = config.eval.nearest or 20
-    if config.fidelity.epochs == "readme":
+    if config.fidelity.epochs == "readme" and config.method.startswith("clustr"):  # it is about fine-tuning
         config.train.epochs = min(config.train.epochs, 25)
     return config
 

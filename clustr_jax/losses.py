@@ -114,7 +114,7 @@ def magnet_loss(
     Masked entries have loss 0 and take no part in means and variance; a row without members takes
     none at all; without a cluster of another class the loss is 0. `eps` > 0 is the authors' form
     relu(-log(numerator / (denominator + eps) + eps)), whose gradient dies for hard examples
-    (fidelity.md, row 8). `surplus` adds so many terms exp(0) to the sum, as what the authors log has.
+    (docs/fidelity.md, hinge). `surplus` adds so many terms exp(0) to the sum, as what the authors log has.
 
     `radius` > 0 (of the features, l2) adds radius |mu - mu_own| / sigma^2 to each exponent: a bound of
     the loss over all shifts of z within it, means and variance held (docs/certificates.md).

@@ -175,7 +175,7 @@ def qtrades(net, variables, batch, x_adv, clusters, config):
 
 
 def _authors_kl(logits, probs):
-    """F.kl_div given probabilities for log probabilities, element mean (fidelity.md, row 25)."""
+    """F.kl_div given probabilities for log probabilities, element mean (docs/fidelity.md, kl)."""
     per_class = jnp.sum(probs * jax.nn.softmax(logits), axis=1)
     return (losses.negative_entropy(probs) - per_class) / probs.shape[1]
 

@@ -3,9 +3,10 @@
     python -m clustr_jax.quirks runs/cifar10-clustr_qtrades [--n=512] [--steps=20] [--restarts=10] [--eps=...]
 
 The first row is the paper's protocol; each following row switches one departure off and leaves the others;
-the last has all of them off. All rows are of the same rule, Eq. 4 with every cluster (D is no departure of the
-protocol), at the radius and step of the run's last evaluation unless --eps and --step_size say others. Below stands the paper's adaptive attack, which ascends the Magnet loss about
-the fixed centroids: with its hinge, as the paper has it, and without. Writes results/quirks.json.
+the last has all of them off. All rows are of the same rule, Eq. 4 with every cluster (D is no departure of
+the protocol), at the radius and step of the run's last evaluation unless --eps and --step_size say others.
+Below stands the paper's adaptive attack, which ascends the Magnet loss about the fixed centroids: with its
+hinge, as the paper has it, and without. Writes results/quirks.json.
 """
 
 import argparse

@@ -463,7 +463,7 @@ def _sharpened(clusters, config):
 
 @jax.jit(static_argnums=0)
 def pass_in_train_mode(net: Net, variables, pixels) -> dict:
-    """Batch statistics after passes over `pixels` in 25s: the authors' leak (fidelity.md, row 21)."""
+    """Batch statistics after passes over `pixels` in 25s: the authors' leak (docs/fidelity.md)."""
     batches = pixels[: len(pixels) // 25 * 25].reshape(-1, 25, *pixels.shape[1:])
 
     def step(stats, x):

@@ -26,8 +26,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import clustr_jax  # noqa: E402
-from clustr_jax import cost  # noqa: E402
+from clustr_jax import cost, data  # noqa: E402
 from clustr_jax.doors import safetensors_file  # noqa: E402
+from clustr_jax.errors import UserError  # noqa: E402
 from clustr_jax.files import read_json, write_json  # noqa: E402
 
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
@@ -42,6 +43,7 @@ class Scale:
     """What one data set is run at."""
 
     config: str
+    images: tuple[int, int]  # of the prepared set, training and test: other images are another experiment
     passes: int  # gradient passes per image of the training set
     fine_tuning: int  # further ones, of what starts from `nominal`
     settings: tuple[str, ...] = ()
@@ -55,13 +57,13 @@ TUNED = ("--config.train.lr=0.02", "--config.train.beta=9.0", "--config.train.em
 # At the paper's lambda (8) a network whose features are not tight yet falls to one class.
 GENTLE = ("--config.magnet.samples=8", "--config.train.lr=1e-3", "--config.train.lam=1.0")
 SCALES = {
-    "svhn_cropped": Scale("svhn", 24, 18),
+    "svhn_cropped": Scale("svhn", (8001, 1999), 24, 18),
     "cifar10": Scale(
-        "cifar10", 15, 9, ("--config.data.train_size=20000",),
+        "cifar10", (50_000, 10_000), 15, 9, ("--config.data.train_size=20000",),
         own={"trades": TUNED, "clustr_qtrades": GENTLE}, paired=2000,
     ),
     "cifar100": Scale(
-        "cifar100", 15, 9, ("--config.data.train_size=10000",), "cifar10",
+        "cifar100", (20_000, 4_000), 15, 9, ("--config.data.train_size=10000",), "cifar10",
         own={"trades": TUNED, "clustr_qtrades": GENTLE},
     ),
 }  # fmt: skip
@@ -237,6 +239,16 @@ def perform(dataset: str, name: str, seed: int, only: set[str]) -> None:
             shutil.copy(workdir / "results" / "quirks.json", target)
 
 
+def check_images(dataset: str) -> None:
+    """UserError where the prepared set is not the one whose results are in results/campaign/."""
+    found = tuple(len(data.load_split(dataset, part)) for part in ("train", "test"))
+    if found != SCALES[dataset].images:
+        raise UserError(
+            f"{dataset} is prepared with {found} training and test images, and the results in {RESULTS} are "
+            f"of {SCALES[dataset].images} (docs/results.md, scale); use run.py with a --workdir of your own"
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -247,6 +259,12 @@ def main():
     parser.add_argument("--results", default="", help="some only: clean,paper,sound,quirks,...")
     parser.add_argument("--list", action="store_true", help="print the trainings and run nothing")
     args = parser.parse_args()
+    try:
+        if not args.list:
+            check_images(args.dataset)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     for name in args.runs.split(","):
         if args.list:
             print("python run.py", *run(args.dataset, name, args.seed))

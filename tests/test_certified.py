@@ -227,7 +227,7 @@ def test_the_stage_s_result_is_consistent(digits, tmp_path):
         assert all(
             result["rules"]["any_d"][r] <= result["rules"][rule][r] + 1e-9 for r in result["rules"]["any_d"]
         )
-    assert result["unsound_rules"] == ["paper"]
+    assert result["unsound_rules"] == ["hard", "paper"]  # K = 2: the nearest centroid is not what decides
     radii = outcomes["radius_any_d"]
     assert result["sweep"]["0.200000"] == np.mean(radii > np.float32(0.2))
     assert np.all(np.diff(result["curve"]["any_d"]) <= 0)
@@ -250,6 +250,7 @@ def test_a_wrong_constant_is_found_out(digits, monkeypatch):
     ("changes", "message"),
     [
         ({"rule": "paper"}, "certify.rule must be one of hard, soft, any_d"),
+        ({"rule": "hard"}, "K = 2 clusters per class with eval.nearest=0; these hold for it: soft, any_d"),
         ({"radii": ()}, "certify.radii"),
         ({"radii": (0.1, -1.0)}, "certify.radii"),
         ({"steps": 0}, "certify.steps"),

@@ -327,3 +327,14 @@ def test_l2_pgd_inside_the_radius_never_succeeds_and_beyond_it_does(linear):
     inside, beyond = attacked(linear, "any_d", 0.999), attacked(linear, "any_d", 1.5)
     assert len(inside) > 40 and not inside.any()
     assert beyond.all()
+
+
+def test_the_nearest_centroid_s_radius_does_not_hold_for_eq_4():
+    """Why `hard` is no certificate of a head with K = 2: inside its radius all clusters decide otherwise."""
+    heads = make(np.array([[[0.0, 1.0], [0.0, -1.0]], [[1.55, 0.0], [60.0, 0.0]]]))
+    z, y = np.array([[0.9, 0.0]], np.float32), np.array([1])
+    radii = {rule: certify.radius(heads, z, y, lipschitz=1.0, rule=rule)[0] for rule in SOUND}
+    assert np.argmax(heads.log_scores(z), axis=1) == y and radii["hard"] > 0.1
+    moved = z - np.array([[0.1, 0.0]], np.float32)
+    assert np.argmax(heads.log_scores(moved), axis=1) != y and radii["soft"] < 0.1 and radii["any_d"] < 0.1
+    assert "hard" not in certify.holding(2, 0) and "hard" in certify.holding(1, 0)

@@ -98,9 +98,9 @@ def starts(key, x, eps, restarts, ids=None):
 
 
 def slow_paper_pgd(x, y, first, weight, centroids, variance, *, eps, step_size, steps, bounds):
-    """fidelity.md 1.2 in loops and float64; `first` [R, N, E] are the starts. Returns the three outcomes.
+    """The paper's protocol in loops, float64; `first` [R, N, E] are the starts. Returns the three outcomes.
 
-    The gradient of the cross entropy of exp scores is written out (fidelity.md 1.3):
+    The gradient of the cross entropy of exp scores is written out:
     (1/s^2) [(1 - q_y) sum_{own} e^u (f - mu) - sum_{c != y} q_c sum_{k in c} e^u (f - mu_k)].
     """
     weight, centroids = np.float64(weight), np.float64(centroids)
@@ -400,7 +400,7 @@ def test_sound_pgd_finds_the_exact_robust_accuracy(eps, key, rng):
 
 @pytest.mark.parametrize(("scale", "eps"), [(1.0, 0.6), (1.0, 1.0), (1.6, 1.0)])
 def test_the_paper_protocol_overestimates(scale, eps, key, rng):
-    """fidelity.md 1.3, ten classes: the sound protocol comes to the exact answer, the paper's does not.
+    """Ten classes: the sound protocol comes to the exact answer, the paper's does not.
 
     Margins of about 12 and 19 nats; the cross entropy of exp scores points away from the own centroid
     instead of towards the others.

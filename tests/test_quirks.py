@@ -185,7 +185,10 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys, monkeypatch):
     clf = clf.replace(nearest=1)
     (tmp_path / "config.json").write_text(config.to_json_best_effort())
     monkeypatch.setattr(quirks.loading, "load", lambda path: clf)
-    assert quirks.main([str(tmp_path), "--n=20", "--steps=3", "--restarts=2", "--eps=0.1", "--step_size=0.025"]) == 0
+    assert (
+        quirks.main([str(tmp_path), "--n=20", "--steps=3", "--restarts=2", "--eps=0.1", "--step_size=0.025"])
+        == 0
+    )
     shown = capsys.readouterr().out
     found = json.loads((pathlib.Path(tmp_path) / "results" / "quirks.json").read_text())
     assert [row["off"] for row in found["rows"]] == NAMES

@@ -43,7 +43,7 @@ pytestmark = [
 
 
 def assert_contract(folder, stdout, protocols=("clean", "paper", "sound")):
-    """Files, fields and the printed table of a finished run (design.md, section 5)."""
+    """Files, fields and the printed table of a finished run."""
     assert {"config.json", "environment.json", "metrics.jsonl", "2_train", "results"} <= {
         path.name for path in folder.iterdir()
     }

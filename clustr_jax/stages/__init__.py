@@ -113,6 +113,8 @@ def _wanted(stages, method):
     unknown = [s for s in stages or () if s not in STAGES]
     if unknown:
         raise UserError(f"unknown stage {unknown[0]!r}; known: {', '.join(STAGES)}")
+    if CERTIFY in (stages or ()) and method.head != "clusters":
+        raise UserError("certify needs a cluster head, and this method has a linear one; leave the stage out")
     has = {WARMUP: bool(method.warmup), CERTIFY: method.head == "clusters"}
     return [s for s in STAGES if s in (stages or STAGES) and has.get(s, True)]
 
