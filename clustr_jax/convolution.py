@@ -27,7 +27,8 @@ def conv2d(
     Its gradients have the `jax.default_matmul_precision` of the call, not that of the moment in which JAX
     traces them, when a `with` around the call is over.
     """
-    return _conv2d(x, kernel, stride, padding, jax.config.jax_default_matmul_precision)
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return _conv2d(x, kernel, stride, padding, precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -157,9 +157,9 @@ def speed() -> str:
 TABLES = {f.__name__: f for f in (steps, epochs, kmeans, startup, growth, certificates, devices, speed)}
 # Those of docs/results.md and the lab notes that results/ can fill so far: FUNCTION or FUNCTION-DATASET.
 for _name in (
-    "fullsize", "search-svhn", "search-cifar10", "accuracies-svhn_cropped", "accuracies-cifar10", "accuracies-cifar100",
-    "radii-svhn_cropped", "nearest-svhn_cropped", "radii-cifar10", "times-cifar10", "times-svhn_cropped", "paired", "effect",
-    "quirks", "warm_start",
+    "fullsize", "search-svhn", "search-cifar10", "accuracies-svhn_cropped", "accuracies-cifar10",
+    "accuracies-cifar100", "radii-svhn_cropped", "radii-cifar10", "nearest-svhn_cropped", "times-cifar10",
+    "times-svhn_cropped", "paired", "effect", "quirks", "warm_start",
 ):  # fmt: skip
     _of, _, _dataset = _name.partition("-")
     TABLES[_name] = functools.partial(getattr(result_tables, _of), *([_dataset] if _dataset else []))
