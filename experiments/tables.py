@@ -154,7 +154,25 @@ def speed() -> str:
     return markdown(["two CPU cores, a device each (50,000 x 512: one)", "against", "times faster"], rows)
 
 
-TABLES = {f.__name__: f for f in (steps, epochs, kmeans, startup, growth, certificates, devices, speed)}
+def digits() -> str:
+    """What `make run` ends with: both protocols on digits."""
+    clean, paper, sound = (read(f"digits/{name}.json") for name in ("clean", "paper", "sound"))
+
+    def percent(value):
+        return f"{100 * value:.2f}"
+
+    best = min(sound["attacks"], key=lambda name: sound["attacks"][name]["robust"])
+    rows = [
+        ["clean", percent(clean["clean"]), percent(clean["clean"])],
+        ["PGD^20, 10 restarts", percent(paper["attacks"]["pgd20"]), ""],
+        ["PGD^100, 10 restarts", percent(paper["attacks"]["pgd100"]), ""],
+        [f"strongest single attack ({best})", "", percent(sound["attacks"][best]["robust"])],
+        ["worst case", percent(paper["robust"]), f"**{percent(sound['robust'])}**"],
+    ]
+    return markdown(["digits, ClusTR + QTRADES", "paper's protocol", "sound protocol"], rows)
+
+
+TABLES = {f.__name__: f for f in (digits, steps, epochs, kmeans, startup, growth, certificates, devices, speed)}
 # Those of docs/results.md and the lab notes that results/ can fill so far: FUNCTION or FUNCTION-DATASET.
 for _name in (
     "fullsize", "search-svhn", "search-cifar10", "accuracies-svhn_cropped", "accuracies-cifar10",
