@@ -18,7 +18,7 @@ from result_tables import DATASETS, LABELS, seeds  # noqa: E402
 
 OUT = ROOT / "docs" / "figures" / "protocols.svg"
 _MARKERS = {"svhn_cropped": "o", "cifar10": "s", "cifar100": "^"}
-# Methods whose head is made of clusters, against all others.
+# Methods whose head is made of clusters (of the names too), against all others.
 _CLUSTERS, _OTHERS = "#cc6677", "#4477aa"
 
 
@@ -37,25 +37,37 @@ def points(dataset: str) -> list[tuple[str, float, float]]:
     return found
 
 
+def spread(wanted: list[float], gap: float, top: float) -> list[float]:
+    """Heights in the order of `wanted`, `gap` apart at least and not above `top`."""
+    placed = []
+    for value in wanted:
+        placed.append(max(value, placed[-1] + gap) if placed else value)
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], top - gap * (len(placed) - 1 - i))
+    return placed
+
+
 def draw() -> Figure:
     """One panel a data set; on the diagonal both protocols agree, above it the paper's was blind."""
     shown = [(dataset, points(dataset)) for dataset in DATASETS]
     shown = [(dataset, found) for dataset, found in shown if found]
-    figure = Figure(figsize=(4.2 * len(shown), 4.2), layout="constrained")
+    figure = Figure(figsize=(5.4 * len(shown), 4.2), layout="constrained")
     for i, (dataset, found) in enumerate(shown):
         ax = figure.add_subplot(1, len(shown), i + 1)
-        top = 1.15 * max(max(sound, paper) for _, sound, paper in found) + 1
+        top = 1.1 * max(max(sound, paper) for _, sound, paper in found) + 1
         ax.plot([0, top], [0, top], color="0.7", linewidth=1, zorder=0)
-        for name, sound, paper in found:
+        found = sorted(found, key=lambda point: (point[2], -point[1]))  # so that few leaders cross
+        heights = spread([paper for _, _, paper in found], top / 20, top)
+        for (name, sound, paper), height in zip(found, heights, strict=True):
             clusters = name.startswith(("clustr", "magnet"))
             colour = _CLUSTERS if clusters else _OTHERS
             ax.scatter(sound, paper, marker=_MARKERS[dataset], color=colour, s=28)
-            right = sound > top / 2
             ax.annotate(
-                LABELS[name], (sound, paper), xytext=(-5 if right else 5, 3), textcoords="offset points",
-                ha="right" if right else "left", fontsize=7,
+                LABELS[name], (sound, paper), xytext=(1.03 * top, height), va="center", fontsize=7.5,
+                annotation_clip=False, color=colour,
+                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.6", "shrinkA": 0},
             )  # fmt: skip
-        ax.set(xlim=(-0.5, top), ylim=(-0.5, top), title=DATASETS[dataset])
+        ax.set(xlim=(-0.02 * top, top), ylim=(-0.02 * top, top), title=DATASETS[dataset])
         ax.set(xlabel="sound protocol, %", ylabel="paper's protocol (PGD$^{20}$), %")
     return figure
 

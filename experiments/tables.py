@@ -172,7 +172,9 @@ def digits() -> str:
     return markdown(["digits, ClusTR + QTRADES", "paper's protocol", "sound protocol"], rows)
 
 
-TABLES = {f.__name__: f for f in (digits, steps, epochs, kmeans, startup, growth, certificates, devices, speed)}
+TABLES = {
+    f.__name__: f for f in (digits, steps, epochs, kmeans, startup, growth, certificates, devices, speed)
+}
 # Those of docs/results.md and the lab notes that results/ can fill so far: FUNCTION or FUNCTION-DATASET.
 for _name in (
     "fullsize", "search-svhn", "search-cifar10", "accuracies-svhn_cropped", "accuracies-cifar10",

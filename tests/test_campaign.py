@@ -154,6 +154,7 @@ def test_picture_shows_the_mean_of_complete_seeds(tables, tmp_path):
     picture = importlib.import_module("picture")
     assert picture.points("cifar10") == [("trades", 10.0, 20.0)]
     (axes,) = picture.draw().axes
+    assert picture.spread([0, 0, 10], 1, 10) == [0, 1, 10] and picture.spread([9.5, 9.8], 1, 10) == [9, 10]
     assert axes.get_title() == "CIFAR-10" and [text.get_text() for text in axes.texts] == ["TRADES"]
 
 
