@@ -61,6 +61,11 @@ def fraction(mask) -> float:
     return float(np.mean(np.asarray(mask, np.float64)))
 
 
+def comparable(one: dict, other: dict) -> bool:
+    """Whether two results are about the same images, radius and D: only then is a difference of them one."""
+    return all(one.get(what) == other.get(what) for what in ("n", "eps", "nearest"))
+
+
 def save(directory: pathlib.Path, name: str, result: dict, outcomes: dict[str, np.ndarray]) -> None:
     """Write <name>.npz (per-example outcomes), then <name>.json: no JSON is there without its outcomes.
 

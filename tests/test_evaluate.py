@@ -607,6 +607,13 @@ def test_run_clean_is_the_deployed_rule(small):
 # Figures
 
 
+@pytest.mark.parametrize("change", [{"n": 9}, {"eps": 0.2}, {"nearest": 2}])
+def test_results_of_other_images_radii_or_rules_are_not_compared(change):
+    one = {"n": 8, "eps": 0.1, "nearest": 0, "robust": 0.5}
+    assert results.comparable(one, one | {"robust": 0.1, "restarts": 3})
+    assert not results.comparable(one, one | change)
+
+
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],

@@ -29,8 +29,9 @@ def cell(value: float | None, n: int | None = None) -> Cell | None:
 def masking_gap(record: Record) -> float | None:
     """Paper's protocol minus sound, where both are about the same images and radius."""
     paper, sound = record.results.get("paper"), record.results.get("sound")
-    same = paper and sound and (paper["n"], paper["eps"]) == (sound["n"], sound["eps"])
-    return paper["robust"] - sound["robust"] if paper and sound and same else None
+    if not paper or not sound or not results.comparable(paper, sound):
+        return None
+    return paper["robust"] - sound["robust"]
 
 
 def accuracy_table(record: Record) -> dict | None:

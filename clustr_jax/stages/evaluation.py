@@ -92,8 +92,8 @@ def diagnose(this: Run) -> None:
     sound, paper, certain = (results.load(folder, name) for name in ("sound", "paper", "certified"))
     if sound is None or sound["config_sha"] != _identity(config, "sound"):
         return
-    if paper is not None and any(paper[what] != sound[what] for what in ("n", "eps", "nearest")):
-        paper = None  # of another radius, other images or another rule: nothing to take a difference of
+    if paper is not None and not results.comparable(paper, sound):
+        paper = None  # nothing to take a difference of
     identity = results.diagnosis_sha(sound, paper, certain)
     before = results.load(folder, "diagnostics")
     if before and before["config_sha"] == identity:
