@@ -5,6 +5,7 @@ The stage itself raises where an attack succeeds inside a radius; here it is als
 
 import dataclasses
 import importlib
+import contextlib
 import json
 import pathlib
 
@@ -250,7 +251,6 @@ def test_a_wrong_constant_is_found_out(digits, monkeypatch):
     ("changes", "message"),
     [
         ({"rule": "paper"}, "certify.rule must be one of hard, soft, any_d"),
-        ({"rule": "hard"}, "K = 2 clusters per class with eval.nearest=0; these hold for it: soft, any_d"),
         ({"radii": ()}, "certify.radii"),
         ({"radii": (0.1, -1.0)}, "certify.radii"),
         ({"steps": 0}, "certify.steps"),
@@ -293,3 +293,22 @@ def test_a_linear_head_has_no_certify_stage():
     method = dataclasses.replace(objectives.METHODS["nominal"])
     assert "certify" not in stages._wanted(None, method)
     assert "certify" in stages._wanted(None, objectives.METHODS["clustr_certified"])
+
+
+@pytest.mark.parametrize(
+    ("k", "nearest", "rule", "message"),
+    [
+        (1, 20, "hard", None),
+        (1, 20, "soft", None),
+        (2, 0, "soft", None),
+        (2, 20, "any_d", None),
+        (2, 0, "hard", "K = 2 clusters per class with eval.nearest=0; these hold for it: soft, any_d"),
+        (2, 1, "hard", "these hold for it: any_d"),
+        (2, 20, "soft", "these hold for it: any_d"),
+    ],
+)
+def test_a_rule_is_refused_where_it_is_about_another_decision(k, nearest, rule, message):
+    config = settings_for_stage(rule=rule)
+    config.magnet.k, config.eval.nearest = k, nearest
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        certified.check_config(config)
