@@ -3,9 +3,9 @@
 The stage itself raises where an attack succeeds inside a radius; here it is also made to.
 """
 
+import contextlib
 import dataclasses
 import importlib
-import contextlib
 import json
 import pathlib
 
