@@ -21,7 +21,7 @@ from clustr_jax.files import read_json, write_json
 # Meaning of the protocols; bumped when it changes, and versions never share a table.
 PROTOCOLS = {
     "clean": "clean-1", "paper": "paper-1", "sound": "sound-2", "quick": "quick-1",
-    "diagnostics": "diagnostics-1", "certified": "certified-1",
+    "diagnostics": "diagnostics-1", "certified": "certified-2",
 }  # fmt: skip
 # Arrays of an Outcome that are kept; images are not.
 _OUTCOME = ("broken", "restart", "step", "spent")
@@ -290,7 +290,7 @@ def _title(result):
 
 def _caption(results):
     claimed, sound = results.get("paper"), results.get("sound")
-    if not claimed or not sound:
+    if not claimed or not sound or not comparable(claimed, sound):
         return ""
     gap = 100 * (claimed["robust"] - sound["robust"])
     lines = [

@@ -262,6 +262,8 @@ def main():
     try:
         if not args.list:
             check_images(args.dataset)
+            if "at_pretrain" in args.runs.split(","):
+                check_images(SCALES[args.dataset].source)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

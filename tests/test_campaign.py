@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from clustr_jax import cost, results, settings
+from clustr_jax.errors import UserError
 from clustr_jax.objectives import METHODS
 from configs import cifar10
 
@@ -181,3 +182,12 @@ def test_pairs_and_passes_are_counted_by_hand(tables, tmp_path):
     # a second seed that errs on the same images says nothing new of the images
     write(1)
     assert cells(tables.paired())[1:4] == ["+25.0, +25.0", interval, "40"]
+
+
+def test_sets_of_other_sizes_are_refused(campaign, monkeypatch):
+    """Those of a user with the official sets are other images than the rows that are there."""
+    sizes = dict(zip(("train", "test"), campaign.SCALES["cifar10"].images, strict=True))
+    monkeypatch.setattr(campaign.data, "load_split", lambda name, part: range(sizes[part]))
+    campaign.check_images("cifar10")
+    with pytest.raises(UserError, match=r"svhn_cropped is prepared with \(50000, 10000\)"):
+        campaign.check_images("svhn_cropped")

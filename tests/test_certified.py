@@ -281,7 +281,7 @@ def test_training_to_certificate(name, method, model, tmp_path, monkeypatch):
     stages.run(config, str(tmp_path / "run"), ("1_warmup", "2_train", "certify"))
     path = tmp_path / "run" / "results" / "certified.json"
     result = json.loads(path.read_text())
-    assert result["protocol"] == "certified-1" and result["empirical"]["violations"] == 0
+    assert result["protocol"] == "certified-2" and result["empirical"]["violations"] == 0
     assert (path.parent / "certified.png").exists() and (path.parent / "certified.npz").exists()
     before = path.stat().st_mtime_ns
     stages.run(config, str(tmp_path / "run"), ("certify",))
@@ -292,6 +292,8 @@ def test_a_linear_head_has_no_certify_stage():
     """Its certificate would need another formula; nothing is promised."""
     method = dataclasses.replace(objectives.METHODS["nominal"])
     assert "certify" not in stages._wanted(None, method)
+    with pytest.raises(UserError, match="needs a cluster head"):
+        stages._wanted(("certify",), method)
     assert "certify" in stages._wanted(None, objectives.METHODS["clustr_certified"])
 
 
