@@ -25,7 +25,7 @@ def check_config(config) -> None:
     if settings.rule not in certify.SOUND:
         raise UserError(f"certify.rule must be one of {', '.join(certify.SOUND)}, got {settings.rule!r}")
     k = max(config.magnet.k_per_class or (config.magnet.k,))
-    rules = certify.holding(k, config.eval.nearest)
+    rules = certify.sound_rules(k, config.eval.nearest)
     if settings.rule not in rules:
         raise UserError(
             f"certify.rule={settings.rule} certifies another decision than that of K = {k} clusters per "
@@ -93,7 +93,7 @@ def run(key, clf: Classifier, x, y, examples: Examples, config, report) -> tuple
     settings = config.certify
     constant = bounds(clf, x)
     assert clf.clusters is not None
-    hold = certify.holding(int(jnp.max(jnp.sum(clf.clusters.valid, axis=1))), clf.nearest)
+    sound = certify.sound_rules(int(jnp.max(jnp.sum(clf.clusters.valid, axis=1))), clf.nearest)
     found = radii(clf, x, y, constant["upper"])
     own = found[settings.rule]
     eps = tuple(settings.radii)
@@ -128,7 +128,7 @@ def run(key, clf: Classifier, x, y, examples: Examples, config, report) -> tuple
             "restarts": settings.restarts,
         },
         "attacks": {}, "sweep": table[settings.rule], "rules": table,
-        "unsound_rules": [rule for rule in certify.RULES if rule not in hold],
+        "unsound_rules": [rule for rule in certify.RULES if rule not in sound],
         "paper_rule_over_claims": results.fraction(found["paper"] > found["hard"] * (1 + 1e-5)),
         "empirical": {"n": len(examples), "clean": clean_attacked, "violations": violations, "at": empirical},
         "median_radius": float(np.median(own)),

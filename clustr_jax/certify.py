@@ -25,21 +25,20 @@ RULES = {
     "paper": "NOT SOUND for more than two centroids: Theorem 1 between the two closest ones",
 }
 SOUND = ("hard", "soft", "any_d")
-
 # Examples per block: B x clusters distances are held at once.
 _BLOCK = 1000
 # Halvings of an interval that is at most log(K) / G wide: far below float32 resolution.
 _BISECTIONS = 30
 
 
-def holding(k: int, nearest: int) -> tuple[str, ...]:
-    """The rules whose radii hold for K clusters per class of which the D nearest are deployed (0: all).
+def sound_rules(k: int, nearest: int) -> tuple[str, ...]:
+    """The rules whose radii hold for K clusters per class of which the D = `nearest` are deployed (0: all).
 
     They must hold for its log scores too, which are Eq. 4 with all clusters. With K = 1 every rule decides by
     the nearest centroid. Otherwise `hard` is about another rule than any that is asked here, and `soft` about
     another than the one deployed, unless that is Eq. 4 with all.
 
-    >>> certify.holding(1, 20), certify.holding(2, 0), certify.holding(2, 20)
+    >>> certify.sound_rules(1, 20), certify.sound_rules(2, 0), certify.sound_rules(2, 20)
     (('hard', 'soft', 'any_d'), ('soft', 'any_d'), ('any_d',))
     """
     if k == 1:

@@ -65,7 +65,7 @@ def _backward(stride, padding, precision, residuals, dy):
 _conv2d.defvjp(_forward, _backward)
 
 
-def _input_gradient(dy, kernel, size, stride, padding, precision=None):
+def _input_gradient(dy, kernel, size, stride, padding, precision):
     """d loss / d x as an ordinary convolution of dy with the flipped kernel."""
     k = kernel.shape[0]
     if k == 1 and padding == 0:  # the product first, then the zeros between the pixels
@@ -85,7 +85,7 @@ def _spread(dy, size, stride, before, after):
     return lax.pad(dy, jnp.zeros((), dy.dtype), [*config, (0, 0, 0)])
 
 
-def _kernel_gradient(x, dy, k, stride, padding, precision=None):
+def _kernel_gradient(x, dy, k, stride, padding, precision):
     """d loss / d kernel: x, its channels as batch, convolved with dy as the kernel; summed over blocks."""
     pointwise = k == 1 and padding == 0  # then it is a matrix product
     if pointwise:

@@ -70,14 +70,17 @@ def resolve(fidelity) -> dict[str, str]:
     return values
 
 
-def apply(config):
-    """Spell out every switch in `config.fidelity`, and the settings that two of them stand for."""
+def apply(config, *, fine_tunes: bool):
+    """Spell out every switch in `config.fidelity`, and the settings that two of them stand for.
+
+    `fine_tunes`: whether `train` is what comes after a warm-up, by the Magnet loss; `epochs` is about that.
+    """
     for name, value in resolve(config.fidelity).items():
         config.fidelity[name] = value
     if config.fidelity.nearest == "10_20":
         config.train.nearest = config.train.nearest or 10
         config.eval.nearest = config.eval.nearest or 20
-    if config.fidelity.epochs == "readme" and config.method.startswith("clustr"):  # it is about fine-tuning
+    if config.fidelity.epochs == "readme" and fine_tunes:
         config.train.epochs = min(config.train.epochs, 25)
     return config
 

@@ -78,7 +78,7 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
             f"{stage} has no clusters: {config.method} ends in a linear head there; "
             f"fit some with clusters.fit"
         )
-    net = _own_net(stage, done)
+    net = _own_net(config, done)
     checkpoints, step = _checkpoints(stage), done["step"]
     try:
         abstract = _abstract(net)
@@ -111,10 +111,10 @@ def model_variables(path: str | pathlib.Path, net: Net, *, body: bool = False) -
         found = safetensors_file.load(path).variables
     else:
         stage = find_stage(path)
-        done = read_json(stage / "done.json")
+        config, done = (read_json(file) for file in (stage.parent / "config.json", stage / "done.json"))
         checkpoints = _checkpoints(stage)
         try:
-            found = checkpoints.model(_abstract(_own_net(stage, done)), done["step"])
+            found = checkpoints.model(_abstract(_own_net(ConfigDict(config), done)), done["step"])
         finally:
             checkpoints.close()
     shapes = [
@@ -137,9 +137,8 @@ def _abstract(net: Net) -> dict:
     return jax.eval_shape(net.init, jax.random.key(0))
 
 
-def _own_net(stage: pathlib.Path, done: dict) -> Net:
-    """The network that a stage trained, by its work directory's config."""
-    config = ConfigDict(read_json(stage.parent / "config.json"))
+def _own_net(config: ConfigDict, done: dict) -> Net:
+    """The network that a finished stage trained: its work directory's config.json, its own done.json."""
     return models.build(
         config.model.name,
         num_classes=done["num_classes"],

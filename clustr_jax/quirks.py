@@ -114,7 +114,8 @@ def main(argv: list[str]) -> int:
             raise UserError("--n, --steps and --restarts must be at least 1")
         if not all(value is None or value > 0 for value in (args.eps, args.step_size)):
             raise UserError(f"--eps and --step_size must be above 0, got {args.eps} and {args.step_size}")
-        clf = clf.replace(nearest=0)  # the log scores of one row know no other rule
+        config.eval.nearest = 0  # the log scores of one row know no other rule
+        clf = clf.replace(nearest=0)
         for name in ("eps", "step_size"):
             config.eval.attack[name] = getattr(args, name) or config.eval.attack[name]
         test = data.splits(config.data, at_most=config.smoke)[2]

@@ -56,7 +56,11 @@ def check_values(config: ConfigDict) -> None:
 def resolve(config: ConfigDict) -> ConfigDict:
     """The config as it will run: smoke settings applied, fidelity switches spelled out."""
     check_values(config)
-    return fidelity.apply(shrink(config) if config.smoke else config.copy_and_resolve_references())
+    method = METHODS.get(config.method)  # an unknown one is refused later
+    return fidelity.apply(
+        shrink(config) if config.smoke else config.copy_and_resolve_references(),
+        fine_tunes=method is not None and method.sampler == "magnet" and method.warmup is not None,
+    )
 
 
 def complete(config: ConfigDict, train_split: Split, test_split: Split) -> ConfigDict:

@@ -72,19 +72,25 @@ def claimed(dataset: str, name: str) -> str:
 
 def accuracies(dataset: str) -> str:
     """Tables 1 and 3: every method, both protocols."""
+    from clustr_jax import results
+
     rows = []
     for name, label in LABELS.items():
         clean, paper, long, sound = (seeds(dataset, name, w) for w in ("clean", "paper", "pgd100", "sound"))
         if not clean:
             continue
-        true = {result["seed"]: result["robust"] for result in sound}
-        gaps = [100 * (p["robust"] - true[p["seed"]]) for p in paper if p["seed"] in true]
+        true = {result["seed"]: result for result in sound}
+        both = [(p, true[p["seed"]]) for p in paper if p["seed"] in true]
+        assert all(results.comparable(*pair) for pair in both)
+        gaps = [100 * (p["robust"] - s["robust"]) for p, s in both]
+        passes = "<br>".join(f"{count / 1000:.0f}" for count in spent(dataset, name))
         rows.append(
             [
                 label, by_seed(clean, lambda r: str(r["seed"])), by_seed(clean, figure),
                 by_seed(paper, figure),
                 by_seed(long, lambda r: percent(r["attacks"]["pgd100"])) if long else "",
-                by_seed(sound, figure), "<br>".join(f"{gap:+.1f}" for gap in gaps), claimed(dataset, name),
+                by_seed(sound, figure), "<br>".join(f"{gap:+.1f}" for gap in gaps), passes,
+                claimed(dataset, name),
             ]
         )  # fmt: skip
     header = [
@@ -95,6 +101,7 @@ def accuracies(dataset: str) -> str:
         "PGD^100",
         "sound protocol",
         "gap",
+        "gradient passes, thousands",
         "paper claims: clean, PGD^20",
     ]
     return markdown(header, rows)
@@ -261,9 +268,8 @@ def paired() -> str:
             if not (other / "sound.npz").exists() or not (folder / "sound.npz").exists():
                 continue
             ours, theirs = (np.load(f / "sound.npz") for f in (folder, other))
-            assert np.array_equal(ours["ids"], theirs["ids"])
             ids = ours["ids"] if ids is None else ids
-            assert np.array_equal(ours["ids"], ids)
+            assert np.array_equal(ours["ids"], ids) and np.array_equal(theirs["ids"], ids)
             differences.append(ours["robust"].astype(float) - theirs["robust"].astype(float))
         if not differences:
             continue

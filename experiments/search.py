@@ -95,10 +95,7 @@ _CIFAR10 = {
     "clustr_trades-7": head("cifar10", "trades-8"),
     "clustr_trades-8": head("cifar10", "trades-8", **{"magnet.k": 4, "magnet.clusters": 40}),
     "clustr_trades-9": head("cifar10", "trades-8", **_ONE | {"magnet.fit": "linear_head"}),
-    "clustr_trades-10": again(
-        "cifar10",
-        **_ONE | _OF_HEAD,
-    ),
+    "clustr_trades-10": again("cifar10", **_ONE | _OF_HEAD),
     "clustr_trades-11": clustr_trades("cifar10", **_ONE | _OF_HEAD | _BOTH_TUNED),
     "clustr_trades-12": again("cifar10", **_LATER | {"train.lr": 0.01}),
     "clustr_trades-13": again("cifar10", **_LATER | {"train.lam": 9.0, "train.xent_lam": 1.0}),

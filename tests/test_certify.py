@@ -337,4 +337,4 @@ def test_the_nearest_centroid_s_radius_does_not_hold_for_eq_4():
     assert np.argmax(heads.log_scores(z), axis=1) == y and radii["hard"] > 0.1
     moved = z - np.array([[0.1, 0.0]], np.float32)
     assert np.argmax(heads.log_scores(moved), axis=1) != y and radii["soft"] < 0.1 and radii["any_d"] < 0.1
-    assert "hard" not in certify.holding(2, 0) and "hard" in certify.holding(1, 0)
+    assert "hard" not in certify.sound_rules(2, 0) and "hard" in certify.sound_rules(1, 0)

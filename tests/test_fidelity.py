@@ -5,7 +5,8 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from clustr_jax import UserError, fidelity
+from clustr_jax import UserError, fidelity, settings
+from configs import cifar10
 
 
 def config(**values):
@@ -26,6 +27,14 @@ def test_paper_code_sets_every_switch_and_one_can_be_turned_back():
 def test_unknown_words_are_refused(values):
     with pytest.raises(UserError):
         fidelity.resolve(config(**values))
+
+
+@pytest.mark.parametrize(("method", "epochs"), [("nominal", 90), ("clustr_qtrades", 25), ("magnet", 120)])
+def test_the_authors_epochs_are_those_of_fine_tuning(method, epochs):
+    """A schedule of a method without it, cut short, would end before its rate ever falls."""
+    settled = cifar10.get_config(method)
+    settled.fidelity.preset = "paper_code"
+    assert settings.resolve(settled).train.epochs == epochs
 
 
 def test_docs_have_the_table():

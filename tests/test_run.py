@@ -30,7 +30,7 @@ from runs import (
 )  # fmt: skip
 
 import clustr_jax
-from clustr_jax import data, loading, stages, train
+from clustr_jax import data, errors, loading, stages, train
 from clustr_jax.errors import UserError
 from clustr_jax.objectives import METHODS
 
@@ -190,6 +190,13 @@ def test_the_source_of_at_pretrain_may_have_other_classes(tmp_path, monkeypatch)
         loading.model_variables(tmp_path / "run" / "1_warmup", last.net)
     body = loading.model_variables(tmp_path / "run" / "1_warmup", last.net, body=True)
     assert_same_arrays(body, first.variables)
+
+
+def test_the_line_of_an_error_of_a_library_is_one_that_can_be_read():
+    """Orbax names every array of a tree in one line."""
+    assert errors.first_line(ValueError("\n  \nwrong shape\nat ...")) == "wrong shape"
+    assert errors.first_line(KeyError()) == "KeyError"
+    assert errors.first_line(ValueError("x" * 9000)) == "x" * 300 + " ..."
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def run(
     console = Console(quiet=quiet or not processes.leader())
     config = settings.resolve(config)
     method = _method(config)
-    wanted = _wanted(stages, method)
+    wanted = _wanted(stages, config.method)
     evaluate.check_config(config)
     certified.check_config(config)
     place = Workdir(workdir or settings.default_workdir(config))
@@ -108,13 +108,14 @@ def _method(config):
     return METHODS[config.method]
 
 
-def _wanted(stages, method):
+def _wanted(stages, name):
     """The stages to run, in order: no 1_warmup without a warm-up, no certify without a cluster head."""
+    method = METHODS[name]
     unknown = [s for s in stages or () if s not in STAGES]
     if unknown:
         raise UserError(f"unknown stage {unknown[0]!r}; known: {', '.join(STAGES)}")
     if CERTIFY in (stages or ()) and method.head != "clusters":
-        raise UserError("certify needs a cluster head, and this method has a linear one; leave the stage out")
+        raise UserError(f"certify needs a cluster head, and {name} ends in a linear one; leave the stage out")
     has = {WARMUP: bool(method.warmup), CERTIFY: method.head == "clusters"}
     return [s for s in STAGES if s in (stages or STAGES) and has.get(s, True)]
 
