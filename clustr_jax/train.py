@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from clustr_jax import clusters as clusters_lib
 from clustr_jax import data, mesh, models, sampling
-from clustr_jax.attacks.geometry import ascend, project
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
 from clustr_jax.models import Net
@@ -268,13 +267,16 @@ def train_step(
         assert state.delta is not None  # `create` makes it
         scale, bounds = strength(trainer, state.step), box(config)
         eps, step_size = config.train.attack.eps * scale, config.train.attack.step_size * scale
-        x_adv = project(batch.x + state.delta, batch.x, eps, "linf", bounds)
+        low, high = (-jnp.inf, jnp.inf) if bounds is None else bounds
+        moved = batch.x + jnp.clip(state.delta, -eps, eps)
+        x_adv = jnp.clip(moved, low, high)
         (loss, aux), (gradients, ascent) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
             state.params, x_adv
         )
-        # on a mesh `ascent` is a multiple of the gradient; only its signs count
-        moved = project(ascend(x_adv, ascent, step_size, "linf"), batch.x, eps, "linf", None)
-        state = state.replace(delta=jnp.clip(moved - batch.x, -eps, eps))
+        # The perturbation itself is not cut to the box, for the next images are others; what the box cuts
+        # off has no gradient. On a mesh `ascent` is a multiple of the gradient; only its signs count.
+        sign = jnp.where((moved >= low) & (moved <= high), jnp.sign(ascent), 0.0)
+        state = state.replace(delta=jnp.clip(state.delta + step_size * sign, -eps, eps))
     else:
         params = state.params
         if recipe.awp:

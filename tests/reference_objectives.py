@@ -143,18 +143,22 @@ def softmax_gradients(params, x, y):
     return {"kernel": x.T @ d, "bias": d.sum(axis=0)}, d @ params["kernel"].T
 
 
-def free_at(params, batches, *, replays, eps, sgd):
+def free_at(params, batches, *, replays, eps, sgd, box=(-np.inf, np.inf)):
     """Shafahi et al. 2019, Algorithm 1, linear softmax: (params, delta, gradient of x) after each step.
 
     delta starts at 0 once, is carried from batch to batch, and moves by eps sign(gradient) with the
-    gradient that moves the weights.
+    gradient that moves the weights. The network sees x + delta cut to the box (not in Algorithm 1), delta
+    is not cut to it, and the gradient of delta goes through the cut.
     """
     delta, states = np.zeros_like(batches[0][0]), []
     for x, y in batches:
         for _ in range(replays):
-            gradients, ascent = softmax_gradients(params, x + delta, y)
+            moved = x + delta
+            gradients, ascent = softmax_gradients(params, np.clip(moved, *box), y)
             params = sgd.step(params, gradients)
-            delta = np.clip(delta + eps * np.sign(ascent), -eps, eps)
+            delta = np.clip(
+                delta + eps * np.sign(ascent) * ((box[0] <= moved) & (moved <= box[1])), -eps, eps
+            )
             states.append((params, delta, ascent))
     return states
 

@@ -756,16 +756,19 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
-def test_free_at_is_algorithm_1(rng):
+@pytest.mark.parametrize("box", [(-np.inf, np.inf), (0.0, 1.0)])
+def test_free_at_is_algorithm_1(rng, box):
     """Shafahi et al. 2019: two batches, each three times; weights and perturbation after every step."""
     eps, replays = 0.1, 3
-    p = problem(
-        "free_at", rng, **{"train.replays": replays, "train.attack.eps": eps, "train.attack.step_size": eps}
-    )
+    changes = {"train.replays": replays, "train.attack.eps": eps, "train.attack.step_size": eps}
+    if box[1] == 1.0:  # pixels; many at the ends of the box, or nearer to them than eps
+        images = np.clip(rng.normal(0.5, 0.6, size=(40, 3)), 0, 1)
+        changes |= {"images": images, "labels": np.arange(40) % 3, "data.name": "digits"}
+    p = problem("free_at", rng, **changes)
     x, y = float64(p.train_set.images)[p.order], np.asarray(p.train_set.labels)[p.order]
     expected = naive.free_at(
         float64(p.state.params), [(x[:10], y[:10]), (x[10:20], y[10:20])],
-        replays=replays, eps=eps, sgd=naive.Sgd(0.1, 0.01),
+        replays=replays, eps=eps, sgd=naive.Sgd(0.1, 0.01), box=box,
     )  # fmt: skip
     assert len(expected) == 2 * replays
     for i, (params, delta, gradient) in enumerate(expected):
@@ -777,6 +780,8 @@ def test_free_at_is_algorithm_1(rng):
     # after the first step on the second batch: eps where both batches agree, else 0
     agree = np.abs(expected[replays][1]) > eps / 2
     assert agree.any() and not agree.all()
+    beyond = np.clip(x[:10] + expected[replays - 1][1], *box) != x[:10] + expected[replays - 1][1]
+    assert beyond.any() == (box[1] == 1.0)
 
 
 @pytest.mark.parametrize("method", ["free_at", "clustr"])
