@@ -25,6 +25,7 @@ RULES = {
     "paper": "NOT SOUND for more than two centroids: Theorem 1 between the two closest ones",
 }
 SOUND = ("hard", "soft", "any_d")
+_UNIT = 2.0**-24  # rounding of a float32 number near 1
 # Examples per block: B x clusters distances are held at once.
 _BLOCK = 1000
 # Halvings of an interval that is at most log(K) / G wide: far below float32 resolution.
@@ -61,9 +62,9 @@ def radius(
     `clustr_jax.lipschitz`). `rule` says which classifier is certified (RULES); "paper" is kept for
     comparison and is not sound. `rounding` allows for float32: features are taken to be off by
     `rounding` x the largest norm of a feature or centroid, squared distances by that share of
-    themselves; 0 certifies exact arithmetic. Ties and misclassified examples get 0. Radii are rounded
-    down. Raises UserError for a bound that is not positive and finite, an unknown rule, and shapes
-    that do not fit.
+    themselves, and sums over clusters by some units in the last place of 1; 0 certifies exact
+    arithmetic. Ties and misclassified examples get 0. Radii are rounded down. Raises UserError for a
+    bound that is not positive and finite, an unknown rule, and shapes that do not fit.
 
     >>> c = Clusters(jnp.array([[[0.0, 0.0]], [[4.0, 0.0]]]), jnp.float32(1.0))  # bisector at z_0 = 2
     >>> z, y = np.array([[0.5, 0.0], [1.0, 7.0], [3.0, 0.0]]), np.array([0, 0, 0])
@@ -125,6 +126,8 @@ def _pairs(centroids, variance, valid, slope, z, y, rounding) -> _Pairs:
     index = np.arange(len(z))
     own = squared[index, y][:, :, None, None]
     difference = (1 - rounding) * squared[:, None] - (1 + rounding) * own
+    if rounding and k > 1:  # log scores near log K, whose digits are not those of the distances
+        difference = difference - 8 * _UNIT * (1 + math.log(k))
     other = valid[None] & (np.arange(num_classes)[None, :] != y[:, None])[:, :, None]
     difference = np.where(other[:, None], difference, np.inf)
     difference = np.where(valid[y][:, :, None, None], difference, -np.inf)

@@ -153,7 +153,7 @@ def run_paper(key, clf, examples, config, report, records=None) -> tuple[dict, d
                 attacks[name] = results.fraction(robust)
                 worst &= robust
                 any_restart &= found["any_restart"]
-                outside |= found["fooled_outside_box"]
+                outside |= found["fooled_outside_box"] & right
             else:
                 sweep.setdefault(f"{eps:.6f}", {})[name] = results.fraction(robust)
     result = {
@@ -165,7 +165,7 @@ def run_paper(key, clf, examples, config, report, records=None) -> tuple[dict, d
         "attacks": attacks, "sweep": sweep,
         # images, each counted once however many attacks met it
         "successes_lost_by_max_loss_rule": int(np.sum(worst & ~any_restart)),
-        "counted_successes_outside_box": int(np.sum(outside)),
+        "successes_outside_box": int(np.sum(outside)),
         "gradient_evaluations": spent, "gradient_evaluations_needed": needed,
     }  # fmt: skip
     return result, outcomes

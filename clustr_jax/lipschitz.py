@@ -266,7 +266,12 @@ def regions(first, bias, centre=None, radius: float = math.inf) -> Bool[np.ndarr
             ends = np.array([-1.0, 1.0])
         middle = (ends[1:] + ends[:-1]) / 2
         on = value[None, :] + middle[:, None] * speed[None, :] > 0
+        # units on the same line turn on together, or one instead of the other
+        scale = np.linalg.norm(w, axis=1)
+        largest = scale * np.linalg.norm(foot) + np.abs(b)
+        same = (scale > 0) & (np.abs(speed) <= 1e-12 * scale) & (np.abs(value) <= 1e-12 * largest)
+        same[i] = True
         for side in (False, True):
-            on[:, i] = side
+            on[:, same] = (w[same] @ w[i] > 0) == side
             found.append(on.copy())
     return np.unique(np.concatenate(found), axis=0)

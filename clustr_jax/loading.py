@@ -1,8 +1,10 @@
 """From a work directory, or a stage's folder, back to a network."""
 
+import hashlib
 import pathlib
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from clustr_jax import data, models
@@ -35,6 +37,14 @@ def build_net(config, split: data.Split) -> Net:
         width=config.model.width,
         dtype=config.model.dtype,
     )
+
+
+def digest(clf: Classifier) -> str:
+    """Short SHA-256 of the parameters, statistics and clusters."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves((clf.variables, clf.clusters)):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()[:16]
 
 
 def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:

@@ -62,8 +62,8 @@ def fraction(mask) -> float:
 
 
 def comparable(one: dict, other: dict) -> bool:
-    """Whether two results are about the same images, radius and D: only then is a difference of them one."""
-    return all(one.get(what) == other.get(what) for what in ("n", "eps", "nearest"))
+    """Whether two results are about the same network, images, radius and D: else there is no difference."""
+    return all(one.get(what) == other.get(what) for what in ("network_sha", "n", "eps", "nearest"))
 
 
 def save(directory: pathlib.Path, name: str, result: dict, outcomes: dict[str, np.ndarray]) -> None:
@@ -280,7 +280,15 @@ def radius(eps: float) -> str:
 
 def diagnosis_sha(sound: dict | None, paper: dict | None, certified: dict | None) -> str:
     """Which results a diagnosis was made of; its `config_sha`."""
-    return sha([r and r["config_sha"] for r in (sound, paper, certified)] + [PROTOCOLS])
+    sources = [r and [r["config_sha"], r.get("network_sha")] for r in (sound, paper, certified)]
+    return sha([*sources, PROTOCOLS])
+
+
+def diagnosis(found: dict[str, dict]) -> dict | None:
+    """diagnostics.json among results by name, if it was made of the others that are there now."""
+    checks = found.get("diagnostics")
+    identity = diagnosis_sha(*(found.get(name) for name in ("sound", "paper", "certified")))
+    return checks if checks and checks["config_sha"] == identity else None
 
 
 def _title(result):

@@ -36,7 +36,7 @@ TINY = (
 )  # fmt: skip
 REQUIRED = (
     "dataset", "subset", "n", "method", "protocol", "eps", "clean", "robust", "attack", "seed", "config_sha",
-    "versions", "wall_seconds",
+    "network_sha", "versions", "wall_seconds",
 )  # fmt: skip
 
 

@@ -338,3 +338,21 @@ def test_the_nearest_centroid_s_radius_does_not_hold_for_eq_4():
     moved = z - np.array([[0.1, 0.0]], np.float32)
     assert np.argmax(heads.log_scores(moved), axis=1) != y and radii["soft"] < 0.1 and radii["any_d"] < 0.1
     assert "hard" not in certify.sound_rules(2, 0) and "hard" in certify.sound_rules(1, 0)
+
+
+@pytest.mark.parametrize("variance", [1.0, 1e6])
+def test_rounding_of_the_sum_over_clusters(variance, rng):
+    """With a large variance all log scores are near log K, where float32 cannot tell classes apart."""
+    centroids = rng.normal(size=(3, 2, 4)).astype(np.float32)
+    clusters = Clusters(jnp.asarray(centroids), jnp.float32(variance))
+    z = rng.normal(size=(20_000, 4)).astype(np.float32)
+    squared = np.square(z[:, None, None].astype(np.float64) - centroids).sum(axis=-1)
+    y = np.exp(-squared / 2 / variance).sum(axis=-1).argmax(axis=1)
+    predicted = np.asarray(clusters.log_scores(z)).argmax(axis=1)
+    radii = certify.radius(clusters, z, y, lipschitz=1.0, rule="soft")
+    assert (radii > 0).any() and not (radii[predicted != y] > 0).any()
+    if variance > 1:  # without the allowance some would be certified
+        assert (predicted != y).any()
+        assert (
+            certify.radius(clusters, z, y, lipschitz=1.0, rule="soft", rounding=0.0)[predicted != y] > 0
+        ).any()

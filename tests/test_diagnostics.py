@@ -32,6 +32,8 @@ class Features(LinearNet):
     def eval(self, variables, x):
         if self.kind == "rounded":  # gradient 0 almost everywhere
             x = jnp.round(x * 64) / 64
+        if self.kind == "halved":  # half of the gradient, with the right signs
+            x = (x + jax.lax.stop_gradient(x)) / 2
         if self.kind == "stopped":
             x = jax.lax.stop_gradient(x)
         z = x @ variables["w"]
@@ -180,6 +182,15 @@ def test_a_model_without_gradients_fails():
     assert (zero.number, zero.status, zero.value) == (4, FAIL, 1.0)
     (sign,) = blind.precision()
     assert (sign.number, sign.status) == (5, FAIL)
+
+
+def test_a_gradient_that_is_not_the_derivative_fails():
+    """Half the gradient has every sign right, in float32 as in float64; differences tell (5)."""
+    (right,), (halved,) = probe().precision(), probe("halved").precision()
+    assert (right.status, halved.status) == (PASS, FAIL)
+    assert right.value == halved.value == 1.0
+    error = float(halved.note.split()[3].rstrip(";"))
+    assert error == pytest.approx(0.5, abs=1e-3), halved.note
 
 
 @pytest.mark.slow

@@ -258,6 +258,20 @@ def test_a_start_outside_the_box_is_counted(key):
     assert alive.all()  # there is no such image
 
 
+def test_what_is_wrong_from_the_start_is_no_success_outside_the_box(key):
+    """Class 2 is never predicted: its images are fooled wherever the start is, and nobody attacked them."""
+
+    def scores(x):
+        return jnp.concatenate([jnp.zeros_like(x), jnp.where(x < 0, 1.0, -1.0), 0 * x - 2], axis=1)
+
+    x, y = np.zeros((40, 1), np.float32), np.arange(40) % 2 * 2
+    clf = Stub(scores, bounds=(0.0, 1.0))
+    result, outcomes = evaluate.run_paper(key, clf, points(x, y), small_attack(), silent)
+    fooled = ~(outcomes["pgd3_0.050000"] & outcomes["pgd5_0.050000"])
+    assert fooled[y == 2].all() and 0 < fooled[y == 0].sum() < 20
+    assert result["successes_outside_box"] == fooled[y == 0].sum()  # only below 0
+
+
 # The sound protocol
 
 

@@ -340,6 +340,26 @@ def test_the_constant_on_the_plane_is_the_largest_jacobian(seed):
     assert lipschitz.planar(*weights) >= sampled * DOWN
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0, -2.0])
+def test_units_on_one_line_turn_on_together(scale, rng):
+    """Or one instead of the other: regions of units that share a line, among others that do not."""
+    first, bias, second = (
+        np.array([[1.0, scale], [0.5, 0.5 * scale]]),
+        np.array([-1.0, -scale]),
+        np.ones((2, 1)),
+    )
+    both = {(0, 0), (1, 1)} if scale > 0 else {(0, 1), (1, 0)}
+    found = {tuple(p) for p in lipschitz.regions(first, bias).astype(int)}
+    assert found >= both and len(found) <= 3  # the origin's own, if it is on the line
+    slope = 1 + scale if scale > 0 else max(1, -scale)
+    assert lipschitz.planar(first, bias, second) == pytest.approx(slope * np.hypot(1, 0.5))
+    w, b = rng.normal(size=(2, 5)), rng.normal(size=5)
+    w, b = np.concatenate([w, scale * w[:, :1]], axis=1), np.append(b, scale * b[0])
+    x = rng.normal(size=(20_000, 2)) * 3
+    sampled = {tuple(p) for p in x @ w + b > 0}
+    assert sampled <= {tuple(p) for p in lipschitz.regions(w, b)}
+
+
 @given(st.integers(0, 10**6), st.floats(0.01, 3.0))
 def test_the_constant_on_a_ball_lies_between_its_samples_and_the_plane(seed, radius):
     """Regions on a dense polar grid of the ball are all found; more are possible where they are tiny."""

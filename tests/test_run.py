@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -31,8 +32,10 @@ from runs import (
 
 import clustr_jax
 from clustr_jax import data, errors, loading, stages, train
+from clustr_jax.doors import safetensors_file
 from clustr_jax.errors import UserError
 from clustr_jax.objectives import METHODS
+from clustr_jax.report.record import read as read_record
 
 # orbax and ml_collections use outdated calls of their own libraries.
 pytestmark = [
@@ -109,6 +112,15 @@ def test_a_smoke_run_on_points_from_start_to_finish(run, tmp_path):
     names = ("clean", "sound", "diagnostics")
     assert changed == {f"{name}.{kind}" for name in names for kind in ("json", "npz")}
 
+    # At another radius than the paper's protocol, whose result stays: the checks are of what is there.
+    sound_only = (*arguments, "--stages=evaluate", "--config.eval.protocols=('sound',)")
+    stdout, _ = run(*sound_only, "--config.eval.attack.eps=0.05")
+    assert "can it be believed?" in stdout and read_record(folder).checks is not None
+    # Checks of an earlier result are nothing to print beside this one.
+    stdout, _ = run(*sound_only, "--config.eval.attack.eps=0.06", "--config.eval.diagnostics=false")
+    assert "0.06" in stdout and "can it be believed?" not in stdout and "no check failed" not in stdout
+    assert read_record(folder).checks is None
+
     clf = clustr_jax.load(folder)
     x, y = data.load("toy2d_moons", "test")
     assert clf.clusters is not None and clf.bounds is None
@@ -176,12 +188,8 @@ def test_the_source_of_at_pretrain_may_have_other_classes(tmp_path, monkeypatch)
         return points
 
     monkeypatch.setattr(data, "_toy2d", three_classes)
-    spec = importlib.util.spec_from_file_location("toy2d", ROOT / "configs" / "toy2d.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.syspath_prepend(ROOT)
-    spec.loader.exec_module(module)
-    config = module.get_config("at_pretrain")
-    config.smoke, config.pretrain.name = True, "toy2d_pairs"
+    config = toy2d("at_pretrain")
+    config.pretrain.name = "toy2d_pairs"
     stages.run(config, tmp_path / "run", ("1_warmup", "2_train"))
     first, last = (loading.load(tmp_path / "run" / stage) for stage in ("1_warmup", "2_train"))
     assert (first.net.num_classes, last.net.num_classes) == (3, 2)
@@ -190,6 +198,43 @@ def test_the_source_of_at_pretrain_may_have_other_classes(tmp_path, monkeypatch)
         loading.model_variables(tmp_path / "run" / "1_warmup", last.net)
     body = loading.model_variables(tmp_path / "run" / "1_warmup", last.net, body=True)
     assert_same_arrays(body, first.variables)
+
+
+def toy2d(method):
+    """The smoke config of a method on points."""
+    spec = importlib.util.spec_from_file_location("toy2d", ROOT / "configs" / "toy2d.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        spec.loader.exec_module(module)
+    config = module.get_config(method)
+    config.smoke = True
+    return config
+
+
+def test_a_result_of_another_network_is_not_kept(tmp_path):
+    """The same config, but a stage was deleted and what it starts from has changed: evaluated again."""
+    place, start = tmp_path / "run", tmp_path / "start.safetensors"
+
+    def config(init_from=""):
+        found = toy2d("nominal")
+        found.smoke, found.train.epochs, found.init_from = False, 0, init_from
+        found.eval.protocols, found.eval.diagnostics = (), False
+        return found
+
+    stages.run(config(), tmp_path / "first", ("2_train",))
+    clf = clustr_jax.load(tmp_path / "first")
+
+    def evaluated(scale):
+        safetensors_file.save(clf.replace(variables=jax.tree.map(lambda w: scale * w, clf.variables)), start)
+        shutil.rmtree(place / "2_train", ignore_errors=True)
+        stages.run(config(str(start)), place, ("2_train", "evaluate"))
+        return read(place / "results" / "clean.json")
+
+    once, again, other = evaluated(1.0), evaluated(1.0), evaluated(-1.0)
+    assert once == again  # kept, with the time it took
+    assert once["config_sha"] == other["config_sha"] and once["network_sha"] != other["network_sha"]
+    assert once["outcomes_sha"] != other["outcomes_sha"]
 
 
 def test_the_line_of_an_error_of_a_library_is_one_that_can_be_read():

@@ -43,9 +43,7 @@ class Record:
     @property
     def checks(self) -> dict | None:
         """diagnostics.json, if it was made of the results that are there now."""
-        found = self.results.get("diagnostics")
-        sources = (self.results.get(name) for name in ("sound", "paper", "certified"))
-        return found if found and found["config_sha"] == results.diagnosis_sha(*sources) else None
+        return results.diagnosis(self.results)
 
     def outcomes(self, name: str) -> dict[str, np.ndarray]:
         """Per-example arrays of a result that is there."""

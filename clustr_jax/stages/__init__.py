@@ -73,11 +73,12 @@ def run(
             evaluation.diagnose(this)
         if REPORT in wanted:
             reporting.run(this)
-    found = {name: results.load(place.results, name) for name in ("clean", *config.eval.protocols)}
-    found = {name: result for name, result in found.items() if result is not None}
+    there = {name: results.load(place.results, name) for name in results.PROTOCOLS}
+    there = {name: result for name, result in there.items() if result is not None}
+    found = {name: there[name] for name in ("clean", *config.eval.protocols) if name in there}
     if EVALUATE in wanted and found:
         console.print(results.side_by_side(found))
-        diagnosis = results.load(place.results, "diagnostics")
+        diagnosis = results.diagnosis(there)
         if diagnosis is not None and "sound" in found:
             console.print(results.checks_table(diagnosis))
             console.print(diagnosis["verdict"], highlight=False, soft_wrap=True, style="bold")

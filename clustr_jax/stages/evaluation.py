@@ -15,13 +15,12 @@ from clustr_jax.workdir import config_dict
 def run(this: Run) -> None:
     """clean.json and one JSON per protocol; a result of the same config is kept."""
     config, progress, folder = this.config, this.progress, this.workdir.results
-    clf, examples = _under_test(this, EVALUATE)
+    clf, examples, network = _under_test(this, EVALUATE)
     test = this.test_split
     subset = "; ".join(s.subset for s in (this.train_split, test) if s.subset)
     for name in ("clean", *config.eval.protocols):
         identity = _identity(config, name)
-        before = results.load(folder, name)
-        if before and before["config_sha"] == identity:
+        if _kept(results.load(folder, name), identity, network):
             progress.line(f"evaluate: {name} was done before")
             continue
         started = time.monotonic()
@@ -38,7 +37,7 @@ def run(this: Run) -> None:
             if test.class_names:
                 result["class_names"] = list(test.class_names)
         else:
-            records = results.Records(folder, identity)
+            records = results.Records(folder, f"{identity}-{network}")
             result, outcomes, seconds = evaluate.run(name, key, clf, examples, config, report, records)
         header = {
             "dataset": data.label(config.data), "subset": subset, "n": result.pop("n"),
@@ -47,13 +46,13 @@ def run(this: Run) -> None:
         }  # fmt: skip
         footer = {
             "head": "linear" if clf.clusters is None else "clusters", "nearest": clf.nearest,
-            "seed": config.seed, "config_sha": identity,
+            "seed": config.seed, "config_sha": identity, "network_sha": network,
             "versions": results.versions(), "wall_seconds": seconds,
         }  # fmt: skip
         for figure in ("clean", "robust"):
             header[f"{figure}_interval"] = results.wilson(round(result[figure] * header["n"]), header["n"])
         results.save(folder, name, {**header, **result, **footer}, outcomes)
-        results.Records(folder, identity).clear()
+        results.Records(folder, f"{identity}-{network}").clear()
         most = ""
         if name == "clean":
             top = int(np.argmax(result["predicted"]))
@@ -71,30 +70,42 @@ def _identity(config, name):
     content["eval"].pop("protocols")
     if name == "certified":
         content["eval"] = {setting: content["eval"][setting] for setting in ("n", "nearest")}
+    elif config.eval.transfer:  # what is behind a path can change
+        content["transfer"] = [loading.digest(loading.load(path)) for path in config.eval.transfer]
     return results.sha({**content, "result": results.PROTOCOLS[name]})
 
 
+def _kept(before: dict | None, identity: str, network: str) -> bool:
+    """Whether that result is of this config and network: a stage can have been trained again."""
+    return before is not None and (before["config_sha"], before.get("network_sha")) == (identity, network)
+
+
 def _under_test(this: Run, stage: str):
-    """The trained classifier with its deployed rule, and the test images that are attacked."""
+    """The trained classifier with its deployed rule, the test images that are attacked, and `network_sha`."""
     config, test = this.config, this.test_split
     if this.workdir.finished(TRAIN) is None:
         raise UserError(f"nothing to {stage}: {TRAIN} is not finished in {this.workdir.root}; run it first")
-    clf = mesh.place(loading.load(this.workdir.root))
+    clf = loading.load(this.workdir.root)
+    network = loading.digest(clf)
+    clf = mesh.place(clf)
     clf = clf.replace(nearest=config.eval.nearest if clf.clusters is not None else 0)
     size = config.eval.n or len(test)
     index = data.stratified(test.labels, size, test.num_classes)
-    return clf, data.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
+    return clf, data.Examples(test.pixels(index), test.labels[index], index.astype(np.int32)), network
 
 
 def diagnose(this: Run) -> None:
     """diagnostics.json: the checks and the verdict on the sound result of this config, if there is one."""
     config, folder = this.config, this.workdir.results
     sound, paper, certain = (results.load(folder, name) for name in ("sound", "paper", "certified"))
-    if sound is None or sound["config_sha"] != _identity(config, "sound"):
+    if sound is None:
         return
+    clf, examples, network = _under_test(this, EVALUATE)
+    if not _kept(sound, _identity(config, "sound"), network):
+        return
+    identity = results.diagnosis_sha(sound, paper, certain)
     if paper is not None and not results.comparable(paper, sound):
         paper = None  # nothing to take a difference of
-    identity = results.diagnosis_sha(sound, paper, certain)
     before = results.load(folder, "diagnostics")
     if before and before["config_sha"] == identity:
         this.progress.line("evaluate: diagnostics were done before")
@@ -103,9 +114,9 @@ def diagnose(this: Run) -> None:
     this.progress.status("evaluate  diagnostics: twenty checks")
     outcomes = results.load_outcomes(folder, "sound")
     radius = None
-    if certain is not None and this.test_split.bounds is not None:
+    known = certain is not None and certain.get("network_sha") == network
+    if known and this.test_split.bounds is not None:
         radius = results.load_outcomes(folder, "certified")[f"radius_{certain['rule']}"][outcomes["ids"]]
-    clf, examples = _under_test(this, EVALUATE)
     checks = diagnostics.run(
         jax.random.fold_in(this.key(EVALUATE), 1), clf, examples, config, sound, outcomes, paper, radius
     )
@@ -120,11 +131,10 @@ def diagnose(this: Run) -> None:
 def certify(this: Run) -> None:
     """certified.json, its per-example radii, and the curve as a picture."""
     config, progress, folder = this.config, this.progress, this.workdir.results
-    clf, examples = _under_test(this, CERTIFY)
+    clf, examples, network = _under_test(this, CERTIFY)
     test = this.test_split
     identity = _identity(config, "certified")
-    before = results.load(folder, "certified")
-    if before and before["config_sha"] == identity:
+    if _kept(results.load(folder, "certified"), identity, network):
         progress.line("certify: was done before")
         return
 
@@ -140,7 +150,7 @@ def certify(this: Run) -> None:
         "subset": "; ".join(s.subset for s in (this.train_split, test) if s.subset),
         "n": result.pop("n"), "method": config.method, "protocol": results.PROTOCOLS["certified"], **result,
         "head": "clusters", "nearest": clf.nearest, "seed": config.seed, "config_sha": identity,
-        "versions": results.versions(), "wall_seconds": seconds,
+        "network_sha": network, "versions": results.versions(), "wall_seconds": seconds,
     }  # fmt: skip
     results.save(folder, "certified", result, outcomes)
     if processes.leader():
