@@ -20,22 +20,6 @@ _TUNABLE = "glibc.malloc.hugetlb=1"
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 2 a mistake that the user can mend, 75 stopped by a signal."""
-    from absl import flags
-    from ml_collections import config_flags
-
-    values = flags.FlagValues()
-    default = str(HERE / "configs" / "digits.py") + ":clustr_qtrades"
-    config_flags.DEFINE_config_file(
-        "config", default, "FILE.py[:METHOD]", lock_config=True, flag_values=values
-    )
-    flags.DEFINE_string("workdir", None, "default: runs/<dataset>-<method>[-<variant>]", flag_values=values)
-    flags.DEFINE_list("stages", None, "default: all; comma-separated", flag_values=values)
-    flags.DEFINE_enum("platform", None, _PLATFORMS, "default: the best that JAX finds", flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "with --coordinator", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "0 to num_processes - 1", flag_values=values)
-    flags.DEFINE_bool("profile", False, "write profiler traces to WORKDIR/profile", flag_values=values)
-    flags.DEFINE_bool("quiet", False, "print mistakes and nothing else", flag_values=values)
     if {"--help", "-h", "--list"} & set(argv):
         from clustr_jax import usage
         from configs.common import METHODS, VARIANTS
@@ -44,6 +28,7 @@ def main(argv: list[str]) -> int:
         print(text(HERE / "configs", METHODS, VARIANTS))
         return 0
     try:
+        values = _flags()
         rest = values(argv)
         config = values.config
         config.method  # noqa: B018  a file that cannot be read is noticed at the first look only
@@ -77,6 +62,27 @@ def main(argv: list[str]) -> int:
         print(loss, file=sys.stderr)
         return preemption.EXIT_CODE
     return 0
+
+
+def _flags():
+    """All of them. Raises what the code of a config file raises: the settings are given to it at once."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    default = str(HERE / "configs" / "digits.py") + ":clustr_qtrades"
+    config_flags.DEFINE_config_file(
+        "config", default, "FILE.py[:METHOD]", lock_config=True, flag_values=values
+    )
+    flags.DEFINE_string("workdir", None, "default: runs/<dataset>-<method>[-<variant>]", flag_values=values)
+    flags.DEFINE_list("stages", None, "default: all; comma-separated", flag_values=values)
+    flags.DEFINE_enum("platform", None, _PLATFORMS, "default: the best that JAX finds", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "with --coordinator", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "0 to num_processes - 1", flag_values=values)
+    flags.DEFINE_bool("profile", False, "write profiler traces to WORKDIR/profile", flag_values=values)
+    flags.DEFINE_bool("quiet", False, "print mistakes and nothing else", flag_values=values)
+    return values
 
 
 def _first_line(error: Exception) -> str:

@@ -192,7 +192,10 @@ class Checkpoints:
     def _load(self, items: dict, step: int | None = None) -> dict:
         problem = None if step is None else self._problem(step)
         if problem is not None:
-            raise UserError(f"checkpoint {step} in {self.directory} cannot be used: {problem}")
+            raise UserError(
+                f"checkpoint {step} in {self.directory} cannot be used: {problem}; to train the stage again "
+                f"from the newest whole one, delete {self.directory.parent / 'done.json'}"
+            )
         step = self.latest if step is None else step
         if step is None:
             found = [f"{s} ({self._problem(s)})" for s in self._steps()]

@@ -284,7 +284,8 @@ def _prepare(name, directory):
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
             f"{hint}; install tensorflow-cpu once and run `python -m clustr_jax.data {name}` to download it, "
-            f"or set data.dir (or TFDS_DATA_DIR) to a folder that has it"
+            f"or set data.dir (pretrain.dir for what at_pretrain starts with, or TFDS_DATA_DIR) to a folder "
+            f"that has it"
         )
     print(f"{hint}: downloading and preparing it, once ...", flush=True)
     command = [sys.executable, "-m", "clustr_jax.data", name, str(directory)]

@@ -76,7 +76,7 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
             raise UserError(f"{path} has no clusters; fit some with clusters.fit")
         return clf.replace(clusters=None, nearest=0) if head == "linear" else clf
     stage = find_stage(path)
-    config = ConfigDict(read_json(stage.parent / "config.json"))
+    config = ConfigDict(read_config(stage.parent))
     done = read_json(stage / "done.json")
     method = METHODS[config.method]
     if stage.name != "2_train":
@@ -121,7 +121,7 @@ def model_variables(path: str | pathlib.Path, net: Net, *, body: bool = False) -
         found = safetensors_file.load(path).variables
     else:
         stage = find_stage(path)
-        config, done = (read_json(file) for file in (stage.parent / "config.json", stage / "done.json"))
+        config, done = read_config(stage.parent), read_json(stage / "done.json")
         checkpoints = _checkpoints(stage)
         try:
             found = checkpoints.model(_abstract(_own_net(ConfigDict(config), done)), done["step"])
@@ -161,7 +161,17 @@ def _own_net(config: ConfigDict, done: dict) -> Net:
 
 
 def _checkpoints(stage):
-    return Checkpoints(stage / "checkpoints", training_sha(read_json(stage.parent / "config.json")))
+    return Checkpoints(stage / "checkpoints", training_sha(read_config(stage.parent)))
+
+
+def read_config(workdir: pathlib.Path) -> dict:
+    """config.json of a work directory; UserError where it is missing or not the config of a run."""
+    path = workdir / "config.json"
+    content = read_json(path)
+    missing = [name for name in ("method", "seed", "data", "model", "train", "eval") if name not in content]
+    if missing:
+        raise UserError(f"{path} is not the config of a run: it has no {missing[0]!r}")
+    return content
 
 
 def find_stage(path: str | pathlib.Path) -> pathlib.Path:

@@ -17,7 +17,7 @@ from clustr_jax.errors import UserError, first_line
 # A batch is worth sharing by so many cores.
 _MOST_CORES = 8
 # XLA's threads for each device of the CPU. With one each, two collectives that wait for each other's devices
-# can hold them all, and what they wait for never runs (tests/test_mesh.py has a program that does so).
+# can hold them all, and what they wait for never runs (tests/queued_collectives.py does so).
 _THREADS = 4
 # Devices are the parallelism: pieces of a convolution in other threads would only get in their way.
 _FLAG = "--xla_cpu_multi_thread_eigen"

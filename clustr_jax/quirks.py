@@ -27,7 +27,6 @@ from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.steps import PGD
 from clustr_jax.errors import UserError
 from clustr_jax.evaluate import PAPER_AIM, largest_loss
-from clustr_jax.files import read_json
 from clustr_jax.stages import EVALUATE, stage_key
 
 # name -> what it is in the authors' code, and instead.
@@ -109,7 +108,7 @@ def main(argv: list[str]) -> int:
         clf = loading.load(args.workdir)
         if clf.clusters is None:
             raise UserError(f"{args.workdir} has a linear head; the departures are those of cluster scores")
-        config = ConfigDict(read_json(pathlib.Path(args.workdir) / "config.json"))
+        config = ConfigDict(loading.read_config(loading.find_stage(args.workdir).parent))
         if args.n < 1 or args.steps < 1 or args.restarts < 1:
             raise UserError("--n, --steps and --restarts must be at least 1")
         if not all(value is None or value > 0 for value in (args.eps, args.step_size)):

@@ -9,8 +9,8 @@ minutes of training gave (results/svhn_cropped-cpu; n = 500, sound-2-quick at 8/
 
     cpu variant    clean   sound       cpu variant    clean   sound
     nominal         85.4     0.0       pgd_at          80.2    36.2
-    fast_at         86.6    36.2       free_at         81.8    36.4
-    trades          75.8    35.4       clustr_trades   81.2    32.0
+    fast_at         86.6    36.2       trades          75.8    35.4
+    clustr_trades   81.2    32.0
 """
 
 from configs import common

@@ -260,6 +260,9 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the trainings and run nothing")
     args = parser.parse_args()
     try:
+        unknown = set(args.runs.split(",")) - set(NAMES)
+        if unknown:
+            raise UserError(f"--runs: unknown {sorted(unknown)[0]!r}; known: {', '.join(NAMES)}")
         if not args.list:
             check_images(args.dataset)
             if "at_pretrain" in args.runs.split(","):

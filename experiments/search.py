@@ -145,7 +145,12 @@ def main():
     parser.add_argument("--only", default="", help="names, comma-separated; default: all")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args()
-    for name in args.only.split(",") if args.only else SETTINGS[args.dataset]:
+    known = SETTINGS[args.dataset]
+    names = args.only.split(",") if args.only else [*known]
+    if unknown := set(names) - set(known):
+        print(f"error: --only: unknown {sorted(unknown)[0]!r}; known: {', '.join(known)}", file=sys.stderr)
+        sys.exit(2)
+    for name in names:
         command = ["run.py", *arguments(args.dataset, name)]
         print("python", *command, flush=True)
         if args.list:

@@ -537,6 +537,21 @@ def test_a_work_directory_of_another_method(mistake, tmp_path):
     )
 
 
+@pytest.mark.parametrize("setting", ["--config.train.epoch=5", "--config.trian.epochs=3"])
+def test_a_mistyped_setting_of_the_default_config(setting, mistake):
+    """Without --config= its file is read, and settings are given to it, before the flags are parsed."""
+    assert setting.partition("=")[0].split(".")[-1] in mistake(setting) or "trian" in mistake(setting)
+
+
+@pytest.mark.parametrize("look", [loading.load, read_record], ids=["load", "report"])
+def test_a_config_of_something_else(look, tmp_path):
+    (tmp_path / "2_train").mkdir()
+    (tmp_path / "2_train" / "done.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match="is not the config of a run: it has no 'method'"):
+        look(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", '"text"'])
 def test_a_damaged_config_in_the_work_directory(content, mistake, tmp_path):
     (tmp_path / "run").mkdir()

@@ -8,7 +8,7 @@ import numpy as np
 from clustr_jax import results
 from clustr_jax.errors import UserError
 from clustr_jax.files import read_json
-from clustr_jax.loading import find_stage
+from clustr_jax.loading import find_stage, read_config
 from clustr_jax.workdir import Workdir
 
 # Bumped when a report says something else about the same results.
@@ -60,7 +60,7 @@ def read(path: str | pathlib.Path) -> Record:
     stages = {name: place.finished(name) for name in STAGE_NAMES}
     return Record(
         place.root,
-        read_json(place.root / "config.json"),
+        read_config(place.root),
         read_json(environment) if environment.exists() else {},
         {name: result for name, result in found.items() if result is not None},
         place.records(),
