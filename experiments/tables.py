@@ -151,7 +151,7 @@ def speed() -> str:
         points, size = measured["points"]
         label = f"k-means++ of {points:,} x {size}, {measured['classes']} classes x {measured['k']}"
         rows.append([label, "scikit-learn", f"{measured['speedup']:.1f}"])
-    return markdown(["two CPU cores, a device each (50,000 x 512: one)", "against", "their time / ours"], rows)
+    return markdown(["two CPU cores, a device each (50,000 x 512: one)", "against", "its time / ours"], rows)
 
 
 def digits() -> str:

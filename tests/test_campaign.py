@@ -155,7 +155,8 @@ def test_picture_shows_the_mean_of_complete_seeds(tables, tmp_path):
         folder = tmp_path / "campaign" / "cifar10" / f"trades-{seed}"
         folder.mkdir(parents=True)
         for what, robust in found.items():
-            (folder / f"{what}.json").write_text(json.dumps({"seed": seed, "robust": robust}))
+            content = {"seed": seed, "n": 10, "robust": robust, "attacks": {"pgd20": robust}}
+            (folder / f"{what}.json").write_text(json.dumps(content))
     picture = importlib.import_module("picture")
     assert picture.points("cifar10") == [("trades", 10.0, 20.0)]
     (axes,) = picture.draw().axes
