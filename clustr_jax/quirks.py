@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
         clf = loading.load(args.workdir)
         if clf.clusters is None:
             raise UserError(f"{args.workdir} has a linear head; the departures are those of cluster scores")
-        config = ConfigDict(loading.read_config(loading.find_stage(args.workdir).parent))
+        config = ConfigDict(loading.read_config(pathlib.Path(args.workdir)))
         if args.n < 1 or args.steps < 1 or args.restarts < 1:
             raise UserError("--n, --steps and --restarts must be at least 1")
         if not all(value is None or value > 0 for value in (args.eps, args.step_size)):
