@@ -114,8 +114,7 @@ def diagnose(this: Run) -> None:
     this.progress.status("evaluate  diagnostics: twenty checks")
     outcomes = results.load_outcomes(folder, "sound")
     radius = None
-    known = certain is not None and certain.get("network_sha") == network
-    if known and this.test_split.bounds is not None:
+    if certain is not None and certain.get("network_sha") == network and this.test_split.bounds is not None:
         radius = results.load_outcomes(folder, "certified")[f"radius_{certain['rule']}"][outcomes["ids"]]
     checks = diagnostics.run(
         jax.random.fold_in(this.key(EVALUATE), 1), clf, examples, config, sound, outcomes, paper, radius
