@@ -365,9 +365,11 @@ def trained(p, steps):
 )
 def test_every_method_lowers_its_loss(method, rng):
     """900 steps of Adam on three classes of two clumps, with a small adversary."""
+    # at 0.02 the loss of clustr_qtrades jumps, and rounding decides where the last epoch is: 5 to 6.1 of 6.6
+    rate = 0.005 if method == "clustr_qtrades" else 0.02
     p = problem(
         method, rng,
-        **{"train.lr": 0.02, "train.optimizer": "adam", "train.schedule": "multistep", "train.milestones": (),
+        **{"train.lr": rate, "train.optimizer": "adam", "train.schedule": "multistep", "train.milestones": (),
            "train.weight_decay": 0.0, "train.batch_size": 30, "train.attack.eps": 0.02,
            "train.attack.step_size": 0.02, "model.width": 12,
            "train.lam": 1.0},  # the entropy of the clean predictions, lam times, is no part of the progress
