@@ -178,8 +178,8 @@ TABLES = {
 # Those of docs/results.md and the lab notes that results/ can fill so far: FUNCTION or FUNCTION-DATASET.
 for _name in (
     "fullsize", "search-svhn", "search-cifar10", "accuracies-svhn_cropped", "accuracies-cifar10",
-    "accuracies-cifar100", "radii-svhn_cropped", "radii-cifar10", "nearest-svhn_cropped", "nearest-cifar10", "times-cifar10",
-    "times-svhn_cropped", "paired", "effect", "quirks", "warm_start",
+    "accuracies-cifar100", "radii-svhn_cropped", "radii-cifar10", "nearest-svhn_cropped",
+    "nearest-cifar10", "times-cifar10", "times-svhn_cropped", "paired", "effect", "quirks", "warm_start",
 ):  # fmt: skip
     _of, _, _dataset = _name.partition("-")
     TABLES[_name] = functools.partial(getattr(result_tables, _of), *([_dataset] if _dataset else []))
