@@ -365,7 +365,7 @@ def trained(p, steps):
 )
 def test_every_method_lowers_its_loss(method, rng):
     """900 steps of Adam on three classes of two clumps, with a small adversary."""
-    # at 0.02 the loss of clustr_qtrades jumps, and rounding decides where the last epoch is: 5 to 6.1 of 6.6
+    # at 0.02 the loss of clustr_qtrades jumps: its end is on one processor above the limit, on another below
     rate = 0.005 if method == "clustr_qtrades" else 0.02
     p = problem(
         method, rng,
