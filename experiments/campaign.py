@@ -94,21 +94,27 @@ def source_of(name: str) -> str | None:
     return SOURCES.get(method) if variant != "half" else None
 
 
+def workdir_of(dataset: str, name: str, seed: int, kept: bool = False) -> pathlib.Path:
+    """Relative to ROOT."""
+    return RUNS / dataset / (f"{name}-{seed}-kept" if kept else f"{name}-{seed}")
+
+
 def passes(module: str, method: str) -> int:
     """Gradient passes per image and epoch of the cpu variant; of at_pretrain those of its first stage."""
     config = importlib.import_module(f"configs.{module}").get_config(f"{method},cpu")
     return cost.gradients("pgd_at" if method == "at_pretrain" else method, config) * config.train.replays
 
 
-def run(dataset: str, name: str, seed: int) -> list[str]:
+def run(dataset: str, name: str, seed: int, kept: bool = False) -> list[str]:
     """The command line of one run.
 
     METHOD+VARIANT: with a fidelity preset; with `kmeans` and no training; or with `half` of the passes for a
-    warm-up of its own.
+    warm-up of its own. `kept`: of the weights in results/campaign/ that an earlier call of it left, no
+    training, in a work directory of its own.
     """
     scale = SCALES[dataset]
     method, _, variant = name.partition("+")
-    source = source_of(name)
+    source = name if kept else source_of(name)
     epochs = round((scale.fine_tuning if source else scale.passes) / passes(scale.config, method))
     more = list(scale.own.get(method) or SETTINGS.get(name, SETTINGS.get(method, ())))
     stages = "2_train,evaluate"
@@ -116,13 +122,13 @@ def run(dataset: str, name: str, seed: int) -> list[str]:
         stages = f"1_warmup,{stages}"
         more += [f"--config.warmup.epochs={epochs - 1}", f"--config.warmup.eps_ramp={0.4 * (epochs - 1):.1f}"]
         more += ["--config.train.epochs=1", f"--config.pretrain.name={scale.source}"]
-    elif variant == "kmeans" or method == "clustr_trades":  # the clusters of the source as they are
+    elif kept or variant == "kmeans" or method == "clustr_trades":  # the source's network as it is
         more += ["--config.train.epochs=0"]
     elif variant == "half":
         more += [f"--config.train.epochs={scale.passes - scale.passes // 2}"]
     else:
         more += [f"--config.train.epochs={epochs}"]
-    if method in ("fast_at", "pgd_at", "trades", "free_at"):
+    if method in ("fast_at", "pgd_at", "trades", "free_at") and not kept:
         more += [f"--config.train.eps_ramp={0.4 * epochs:.1f}"]
     if source:
         more += [f"--config.init_from={RESULTS / dataset / f'{source}-{seed}' / MODEL}"]
@@ -135,7 +141,7 @@ def run(dataset: str, name: str, seed: int) -> list[str]:
         more += ["--config.fidelity.preset=paper_code"]
     return [
         f"--config=configs/{scale.config}.py:{method},cpu",
-        f"--workdir={RUNS / dataset / f'{name}-{seed}'}",
+        f"--workdir={workdir_of(dataset, name, seed, kept)}",
         f"--stages={stages}", f"--config.seed={seed}", *scale.settings, *more,
     ]  # fmt: skip
 
@@ -152,7 +158,6 @@ MAIN = {
     "sound": ("sound", ("--config.eval.quick=True",)),
 }
 LONG = {"pgd100": ("paper", ("--config.eval.paper_steps=(20,100)", "--config.eval.sweep=()"))}
-ATTACKED_LONGER = ("nominal", "qtrades", "qtrades+paper_code", "magnet", "clustr", "clustr_qtrades")
 RADII, NEAREST = (2, 16, 25.5), (1, 2, 4, 10)
 
 
@@ -172,7 +177,7 @@ def others() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 def wanted(name: str, seed: int) -> dict[str, tuple[str, tuple[str, ...]]]:
     """All that is asked of one run."""
-    if seed != 0 or name not in ATTACKED_LONGER:
+    if seed != 0:
         return MAIN
     return MAIN | LONG | (others() if name == "clustr_qtrades" else {})
 
@@ -211,14 +216,18 @@ def start(command: list[str]) -> bool:
 
 def perform(dataset: str, name: str, seed: int, only: set[str]) -> None:
     """One run: what is not in results/campaign/ yet; of `only`, or all."""
-    target, workdir = (ROOT / place / dataset / f"{name}-{seed}" for place in (RESULTS, RUNS))
+    target = ROOT / RESULTS / dataset / f"{name}-{seed}"
     target.mkdir(parents=True, exist_ok=True)
+    # Trained elsewhere, where its work directory stayed: what is still to be evaluated needs no training.
+    kept = (target / MODEL).exists() and (target / "clean.json").exists()
+    kept = kept and not (ROOT / workdir_of(dataset, name, seed)).exists()
+    workdir = ROOT / workdir_of(dataset, name, seed, kept)
     for what, (protocol, settings) in wanted(name, seed).items():
         if (target / f"{what}.json").exists() or (only and what not in only):
             continue
         protocols = f"--config.eval.protocols={(protocol,) if protocol != 'clean' else ()}"
         if not start(
-            ["run.py", *run(dataset, name, seed), *settings, protocols, "--config.eval.diagnostics=False"]
+            ["run.py", *run(dataset, name, seed, kept), *settings, protocols, "--config.eval.diagnostics=False"]
         ):
             return
         if what == "sound" and name.partition("+")[0] in PAIRED:

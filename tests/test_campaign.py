@@ -65,10 +65,21 @@ def test_methods_take_equal_passes(dataset, campaign, config_of):
     assert passes(ours) == 0 and ours.init_from.endswith("trades-0/model.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
+@pytest.mark.parametrize("name", ["nominal", "trades"])
+def test_kept_weights_are_evaluated_as_they_are(name, campaign, config_of):
+    command = campaign.run("cifar10", name, 1, kept=True)
+    config, trained = config_of(command), config_of(campaign.run("cifar10", name, 1))
+    assert passes(config) == 0 and config.init_from.endswith(f"cifar10/{name}-1/model.safetensors")
+    assert config.eval == trained.eval and config.data == trained.data
+    assert f"--workdir=runs/campaign/cifar10/{name}-1-kept" in command
+
+
 def test_other_results_have_names_and_settings_of_their_own(campaign):
     found = campaign.wanted("clustr_qtrades", 0)
     assert set(campaign.MAIN) < set(found) and len(set(map(str, found.values()))) == len(found)
     assert campaign.wanted("clustr_qtrades", 1) == campaign.MAIN
+    assert set(campaign.wanted("fast_at", 0)) - set(campaign.MAIN) == {"pgd100"}
 
 
 @pytest.mark.parametrize(
