@@ -33,7 +33,11 @@ def main(argv: list[str]) -> int:
         config = values.config
         config.method  # noqa: B018  a file that cannot be read is noticed at the first look only
     except Exception as error:  # the config file is code, and absl raises many types for a mistyped flag
-        return _mistake(_first_line(error) + _place(error))
+        text = _first_line(error)
+        if text.endswith("has no attribute 'get_config'"):  # ml_collections has a module name of its own for it
+            text = "the file of --config has no function get_config(name), which returns the settings; "
+            text += "configs/digits.py is one that has"
+        return _mistake(text + _place(error))
     if len(rest) > 1:
         return _mistake(f"unexpected argument {rest[1]!r}; options start with --")
 

@@ -6,6 +6,7 @@ docs/reliability.md. Every outcome is either right or one clear line.
 
 import json
 import os
+import pathlib
 import random
 import shutil
 import signal
@@ -175,12 +176,17 @@ def stage(reference_stage, tmp_path_factory):
 def reference_stage(tmp_path_factory):
     """A work directory: three epochs of a small network, made in this process."""
     folder = tmp_path_factory.mktemp("trained") / "run"
+    stages.run(small_config(), str(folder), ("1_warmup",))
+    return folder
+
+
+def small_config():
+    """Of reference_stage."""
     config = digits.get_config("clustr_qtrades")
     config.model.width, config.data.train_size, config.data.test_size = 4, 200, 60
     config.warmup.epochs, config.warmup.target, config.data.val_size = 3, 0.0, 0.2
     config.eval.n = 20
-    stages.run(config, str(folder), ("1_warmup",))
-    return folder
+    return config
 
 
 def below(folder):
@@ -253,6 +259,20 @@ def test_damaged_checkpoints(stage, table, capsys):
         "damaged checkpoint files (" + ", ".join(f"{v} x {k}" for k, v in sorted(kinds.items())) + ")", FILES,
         "0 accepted silently; each named, and the checkpoint before it used",
     ))  # fmt: skip
+
+
+def test_advice_for_a_damaged_last_checkpoint(stage, reference_stage):
+    """Of a finished stage: what the message says to delete makes the next call train it to the same end."""
+    root = stage()
+    folder = root / "1_warmup"
+    newest = max(int(path.name) for path in (folder / "checkpoints").iterdir())
+    (folder / "seals" / f"{newest}.json").write_text("{}")
+    with pytest.raises(UserError, match=f"checkpoint {newest} in .* to train the stage again") as refused:
+        clustr_jax.load(folder)
+    pathlib.Path(str(refused.value).rpartition("delete ")[2]).unlink()
+    stages.run(small_config(), str(root), ("1_warmup",))
+    again, first = clustr_jax.load(folder), clustr_jax.load(reference_stage / "1_warmup")
+    assert_same_arrays(again.variables, first.variables)
 
 
 def test_no_checkpoint_is_whole(stage, attempt, table):

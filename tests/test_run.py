@@ -466,6 +466,7 @@ DIGITS_METHOD = f"{DIGITS}:clustr_qtrades"
         ((DIGITS_METHOD, "--stages=2_trian"), ("unknown stage '2_trian'", "2_train")),
         (("--config=digit.py:clustr",), ("digit.py",)),
         ((f"--config={ROOT}/configs/digit.py:clustr",), ("digit.py",)),
+        ((f"--config={ROOT}/clustr_jax/errors.py:clustr",), ("no function get_config", "configs/digits.py")),
         ((DIGITS_METHOD, "--config.model.name=resnet50"), ("unknown model 'resnet50'", "resnet18")),
         ((DIGITS_METHOD, "--config.model.name=mlp"), ("mlp takes points",)),
         ((DIGITS_METHOD, "--config.data.name=mnist"), ("unknown data set 'mnist'", "cifar10")),
