@@ -266,8 +266,8 @@ def test_settings_that_cannot_be_certified_are_refused(changes, message):
     ("name", "method", "model"),
     [
         ("digits", "clustr_certified", "lip_sll"),
-        ("digits", "clustr_certified", "lip_aol"),
-        ("digits", "clustr_certified", "lip_cpl"),
+        pytest.param("digits", "clustr_certified", "lip_aol", marks=pytest.mark.long),
+        pytest.param("digits", "clustr_certified", "lip_cpl", marks=pytest.mark.long),
         ("digits", "clustr", "cnn"),
         ("toy2d", "clustr_certified", "lip_sll"),
         ("toy2d", "magnet", "mlp"),

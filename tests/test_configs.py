@@ -121,9 +121,10 @@ def test_train_step_at_full_size(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("smoke", [False, True], ids=["full", "smoke"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "folder"])
+@pytest.mark.parametrize(
+    ("name", "smoke"), [("cifar10", False), ("cifar100", True), ("svhn", False), ("folder", True)]
+)
 def test_train_step_of_the_large_configs(name, method, smoke):
     one_step_of_each_stage(name, method, smoke)
 

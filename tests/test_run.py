@@ -152,10 +152,11 @@ def test_a_smoke_run_on_digits(run, tmp_path):
 def test_every_method_is_killed_resumed_and_runs_to_the_end(method, start, run, tmp_path):
     """On points. After the first epoch of its training it dies; without a warm-up there is only 2_train.
 
-    One method of each head meets the sound protocol, which does not know of methods; the rest the quick one.
+    One method of each head meets the other protocols too, which do not know of methods.
     """
     folder, straight = tmp_path / "killed", tmp_path / "straight"
-    protocols = ("paper", "sound" if method in ("nominal", "clustr_qtrades") else "quick")
+    more = {"nominal": ("sound",), "clustr_qtrades": ("sound",), "trades": ("quick",), "magnet": ("quick",)}
+    protocols = ("paper", *more.get(method, ()))
     arguments = (
         f"{TOY}:{method}", "--config.smoke=true", "--config.data.train_size=0", "--config.magnet.samples=10",
         "--config.eval.n=16", "--config.eval.diagnostics=false", f"--config.eval.protocols={protocols}",
