@@ -34,7 +34,9 @@ def main(argv: list[str]) -> int:
         config.method  # noqa: B018  a file that cannot be read is noticed at the first look only
     except Exception as error:  # the config file is code, and absl raises many types for a mistyped flag
         text = _first_line(error)
-        if text.endswith("has no attribute 'get_config'"):  # ml_collections has a module name of its own for it
+        if text.endswith(
+            "has no attribute 'get_config'"
+        ):  # ml_collections has a module name of its own for it
             text = "the file of --config has no function get_config(name), which returns the settings; "
             text += "configs/digits.py is one that has"
         return _mistake(text + _place(error))

@@ -38,7 +38,7 @@ def epoch(n, k, samples):
     import jax
     import jax.numpy as jnp
 
-    from clustr_jax import data, loading, settings, train
+    from clustr_jax import data, fitting, loading, settings, train
     from clustr_jax.objectives import METHODS
     from configs import cifar10
 
@@ -52,13 +52,13 @@ def epoch(n, k, samples):
     train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
     trainer = train.Trainer(net, METHODS["clustr_qtrades"], config, config.train, n)
     key = jax.random.key(0)
-    state = train.refit(trainer, train.create(trainer, net.init(key)), train_set, key)
+    state = fitting.refit(trainer, train.create(trainer, net.init(key)), train_set, key)
     state = train.reset_totals(trainer, state, train_set, key)
     order = train.epoch_order(key, n, 0)
 
     def once():
         after = train.run_steps(trainer, state, train_set, order, key, trainer.steps_per_epoch)
-        jax.block_until_ready(train.refit(trainer, after, train_set, key))
+        jax.block_until_ready(fitting.refit(trainer, after, train_set, key))
 
     return once
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import process
 
-from clustr_jax import cost, data, loading, mesh, models, settings, train
+from clustr_jax import cost, data, fitting, loading, mesh, models, settings, train
 from clustr_jax.objectives import METHODS
 from configs import cifar10
 
@@ -81,7 +81,7 @@ def stepping(net, method, config, train_set, key):
     trainer = train.Trainer(net, METHODS[method], config, config.train, SIZE)
     state = mesh.place(train.create(trainer, net.init(key)))
     if trainer.magnet:
-        state = train.refit(trainer, state, train_set, key)
+        state = fitting.refit(trainer, state, train_set, key)
     state = train.reset_totals(trainer, state, train_set, key)
     order = train.epoch_order(key, SIZE, 0)
     return trainer, (lambda: train.run_steps(trainer, state, train_set, order, key, 3).step), state

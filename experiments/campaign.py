@@ -227,7 +227,13 @@ def perform(dataset: str, name: str, seed: int, only: set[str]) -> None:
             continue
         protocols = f"--config.eval.protocols={(protocol,) if protocol != 'clean' else ()}"
         if not start(
-            ["run.py", *run(dataset, name, seed, kept), *settings, protocols, "--config.eval.diagnostics=False"]
+            [
+                "run.py",
+                *run(dataset, name, seed, kept),
+                *settings,
+                protocols,
+                "--config.eval.diagnostics=False",
+            ]
         ):
             return
         if what == "sound" and name.partition("+")[0] in PAIRED:

@@ -19,7 +19,7 @@ import reference
 import reference_objectives as naive
 import scipy.stats
 
-from clustr_jax import data, models, objectives, sampling, settings, stages, train
+from clustr_jax import data, fitting, models, objectives, sampling, settings, stages, train
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
 from clustr_jax.models import Outputs
@@ -631,7 +631,7 @@ def test_a_pass_in_train_mode(size, rng):
     """epoch_statistics=leak_test: one update for each 25 images in order, the rest left out."""
     net = Linear((4, 4, 2), 2, normed=True)
     variables, pixels = net.variables(rng), rng.normal(size=(size, 4, 4, 2)).astype(np.float32)
-    stats = train.pass_in_train_mode(net, variables, pixels)
+    stats = fitting.pass_in_train_mode(net, variables, pixels)
     batches = [pixels[i : i + 25] for i in range(0, size - 24, 25)]
     mean, variance = naive.running(variables["batch_stats"].values(), batches)
     np.testing.assert_allclose(stats["mean"], mean, rtol=FLOAT32, atol=1e-6)
@@ -737,7 +737,7 @@ def problem(method, rng, net=None, images=None, labels=None, fit=True, **changes
     )
     state = train.create(trainer, net.variables(rng))
     if trainer.magnet and fit:
-        state = train.refit(trainer, state, train_set, jax.random.key(8))
+        state = fitting.refit(trainer, state, train_set, jax.random.key(8))
     order = train.epoch_order(jax.random.key(6), len(labels), 0)
     return Problem(trainer, train_set, state, order, jax.random.key(5))
 
@@ -892,7 +892,7 @@ def test_the_moving_average_is_what_is_deployed(rng):
     for name in ("params", "batch_stats"):
         assert_close(state.average[name], average[name], rtol=FLOAT32, atol=1e-6)
     assert np.abs(average["batch_stats"]["mean"] - state.batch_stats["mean"]).max() > 1e-3
-    state = train.refit(p.trainer, state, p.train_set, jax.random.key(2))
+    state = fitting.refit(p.trainer, state, p.train_set, jax.random.key(2))
     for clusters, stats in (
         (state.clusters, state.batch_stats),
         (state.deployed[1], state.average["batch_stats"]),
@@ -929,7 +929,7 @@ def test_a_stale_sampler(rng):
     losses = rng.uniform(size=40).astype(np.float32)
     old = rng.integers(0, 6, 40)
     sampler = sampling.init(jnp.asarray(losses), jnp.asarray(old), 6, initial=0.0)
-    new = train.refit(p.trainer, p.state.replace(sampler=sampler), p.train_set, jax.random.key(3)).sampler
+    new = fitting.refit(p.trainer, p.state.replace(sampler=sampler), p.train_set, jax.random.key(3)).sampler
     np.testing.assert_array_equal(new.losses[new.members], losses[np.argsort(old, kind="stable")])
     assert (np.asarray(new.losses) != losses).any()
     kept = sampling.refit(sampler, jnp.asarray(np.roll(old, 1)))
@@ -993,7 +993,7 @@ def check_refit(rng, monkeypatch, name, size, **switches):
     modes = {"clean": "eval", "augmented": "train"}  # of the variance
     state = p.state
     for first in (True, False):
-        state = train.refit(p.trainer, state, p.train_set, jax.random.key(1 + first))
+        state = fitting.refit(p.trainer, state, p.train_set, jax.random.key(1 + first))
         mode = switches.get("first_clusters", "eval") if first else "eval"
         z = embeddings(views[switches.get("cluster_images", "clean")], state.batch_stats, mode)
         spread = None

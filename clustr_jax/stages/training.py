@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax import cost, loading, mesh, models, preemption, processes, results, train
+from clustr_jax import cost, fitting, loading, mesh, models, preemption, processes, results, train
 from clustr_jax.attacks import pgd
 from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.classifier import Classifier, correct
@@ -96,7 +96,7 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
     state = train.create(trainer, variables)
     if trainer.magnet:
         progress.status(f"{stage}: first k-means++ on the network's own embeddings")
-        state = train.refit(trainer, state, train_set, key)
+        state = fitting.refit(trainer, state, train_set, key)
     return train.reset_totals(trainer, state, train_set, key)
 
 
@@ -142,10 +142,10 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
                 checkpoints.wait()
                 preemption.check(f"{stage} after {step} steps (epoch {epoch + 1} of {recipe.epochs})")
         if trainer.magnet:
-            state = train.refit(trainer, state, train_set, key)
+            state = fitting.refit(trainer, state, train_set, key)
         if config.fidelity.epoch_statistics == "leak_test":
             for split in (this.train_split, this.test_split):
-                stats = train.pass_in_train_mode(this.net, state.variables, split.pixels())
+                stats = fitting.pass_in_train_mode(this.net, state.variables, split.pixels())
                 state = state.replace(batch_stats=stats)
         variables, clusters = state.deployed
         clf = Classifier(variables, clusters, this.net, bounds=this.train_split.bounds)
