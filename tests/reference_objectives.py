@@ -115,6 +115,11 @@ def kl_of_probabilities(logits, target_logits):
     return np.array(losses)
 
 
+def authors_target(scores):
+    """F.normalize(scores, p=1): divided by their sum, or by 1e-12 where that is smaller."""
+    return scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-12)
+
+
 def one_hot(y, classes):
     """[B] -> [B, Y]"""
     return np.eye(classes)[np.asarray(y)]

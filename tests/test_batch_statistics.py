@@ -1,0 +1,96 @@
+"""Which passes update the running statistics of batch norm, in objectives, attacks and after epochs."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_objectives as naive
+from linear_problems import (
+    FLOAT32,
+    Linear,
+    attack,
+    get_config,
+    noise,
+    problem,
+    steps_of,
+    uniform,
+)
+
+from clustr_jax import data, fitting, objectives, stages, train
+from clustr_jax.clusters import Clusters
+from clustr_jax.objectives import METHODS, Batch
+from clustr_jax.stages import training
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if not m.endswith("_certified")]
+)  # 1-Lipschitz networks have none
+def test_which_passes_update_the_running_statistics(method, rng):
+    """One update for each forward pass of the objective, in order: clean, then adversarial."""
+    net = Linear((3,), 2, normed=True)
+    variables = net.variables(rng)
+    x = rng.normal(size=(2, 6, 3)).astype(np.float32)
+    clusters = Clusters(jnp.asarray(rng.normal(size=(2, 1, 3)), jnp.float32), jnp.float32(1.0))
+    batch = Batch(jnp.asarray(x[0]), jnp.arange(6) // 3, jnp.ones(6, bool), jnp.arange(2))
+    given = METHODS[method].adversary is not None or method == "free_at"
+    objective = jax.jit(functools.partial(METHODS[method].objective, net, config=get_config(method)))
+    _, aux = objective(variables, batch, jnp.asarray(x[1]) if given else None, clusters)
+    both = METHODS[method].objective not in (objectives.nominal, objectives.adversarial)
+    seen = (x if both else x[1:]) if given else x[:1]
+    mean, variance = naive.running(variables["batch_stats"].values(), seen)
+    np.testing.assert_allclose(aux.batch_stats["mean"], mean, rtol=FLOAT32, atol=1e-6)
+    np.testing.assert_allclose(aux.batch_stats["var"], variance, rtol=FLOAT32)
+
+
+@pytest.mark.parametrize("method", ["fast_at", "clustr_qtrades"])
+def test_attack_statistics_update(method, rng, key):
+    """The authors' switch: one more update, by a pass over the random start of the attack."""
+    net = Linear((3,), 2, normed=True)
+    variables, x = net.variables(rng), rng.normal(size=(6, 3))
+    clusters = Clusters(jnp.asarray(rng.normal(size=(2, 1, 3)), jnp.float32), jnp.float32(1.0))
+    changes = {**steps_of(1, 0.03, eps=0.5, start="uniform"), "fidelity.attack_statistics": "update"}
+    _, stats = attack(method, net, variables, x, key, clusters=clusters, **changes)
+    start = x + 0.5 * noise(key, 6, (3,), uniform)
+    mean, variance = naive.running(variables["batch_stats"].values(), [start])
+    np.testing.assert_allclose(stats["mean"], mean, rtol=FLOAT32, atol=1e-6)
+    np.testing.assert_allclose(stats["var"], variance, rtol=FLOAT32)
+
+
+@pytest.mark.parametrize("size", [50, 77])
+def test_a_pass_in_train_mode(size, rng):
+    """epoch_statistics=leak_test: one update for each 25 images in order, the rest left out."""
+    net = Linear((4, 4, 2), 2, normed=True)
+    variables, pixels = net.variables(rng), rng.normal(size=(size, 4, 4, 2)).astype(np.float32)
+    stats = fitting.pass_in_train_mode(net, variables, pixels)
+    batches = [pixels[i : i + 25] for i in range(0, size - 24, 25)]
+    mean, variance = naive.running(variables["batch_stats"].values(), batches)
+    np.testing.assert_allclose(stats["mean"], mean, rtol=FLOAT32, atol=1e-6)
+    np.testing.assert_allclose(stats["var"], variance, rtol=FLOAT32)
+
+
+@pytest.mark.parametrize("switch", ["keep", "leak_test"])
+def test_statistics_after_an_epoch(switch, rng):
+    """leak_test: what is saved has seen all of the train and then all of the test images in train mode."""
+    net = Linear((3,), 3, normed=True)
+    p = problem("nominal", rng, net=net, **{"fidelity.epoch_statistics": switch, "train.epochs": 1})
+    images, labels = np.asarray(p.train_set.images), np.asarray(p.train_set.labels)
+    test = rng.normal(size=(60, 3)).astype(np.float32)
+    train_split = data.Split(images, labels, 3, 1.0, None, "")
+    test_split = data.Split(test, np.zeros(60, np.int32), 3, 1.0, None, "")
+    silent = types.SimpleNamespace(status=lambda text: None, line=lambda text: None)
+    workdir = types.SimpleNamespace(records=list, log=lambda record: None)
+    saved = []
+    checkpoints = types.SimpleNamespace(directory="", save=lambda state, accuracy=None: saved.append(state))
+    run = stages.Run(p.trainer.config, workdir, silent, net, train_split, train_split, test_split)
+    key, state = jax.random.key(5), train.reset_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
+    training._epochs(run, stages.TRAIN, p.trainer, checkpoints, state, p.train_set, key)
+    order = np.asarray(train.epoch_order(jax.random.clone(key), 40, 0)).reshape(4, 10)
+    seen = [images[ids] for ids in order]
+    if switch == "leak_test":
+        seen += [images[:25], test[:25], test[25:50]]
+    mean, variance = naive.running(p.state.batch_stats.values(), seen)
+    np.testing.assert_allclose(saved[-1].batch_stats["mean"], mean, rtol=FLOAT32, atol=1e-6)
+    np.testing.assert_allclose(saved[-1].batch_stats["var"], variance, rtol=FLOAT32)
