@@ -382,7 +382,7 @@ def test_clustr_qtrades_by_the_formula(rng):
     """Eq. 5 in float64 and loops: value, and gradient by finite differences.
 
     Masked entries count nowhere; clusters and adversarial images are constants; both sides of the
-    cross entropy are differentiated. Other methods and options: test_objectives.py.
+    cross entropy are differentiated. Other methods: test_steps.py; other losses: test_objectives.py.
     """
     p = problem("clustr_qtrades", rng)
     classes, samples = np.array([0, 1, 0, 2, 1]), 4
