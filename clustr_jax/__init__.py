@@ -9,7 +9,8 @@ Map, from the bottom up:
     losses, kmeans, convolution, models     arrays in, arrays out
     clusters, sampling, attacks             the cluster head, Magnet batches, adversaries
     classifier                              network and head together: what is attacked and deployed
-    objectives, train, cost                 one function per method, the train step, its gradient passes
+    objectives, train, fitting, cost        one function per method, the train step, k-means++ between epochs,
+                                            gradient passes
     settings, fidelity, paper               what a config may say, the authors' switches, the paper's figures
     evaluate, sound, diagnostics, quirks    the paper's protocol, the sound ones, can they be believed?
     certify, certified, lipschitz           radii of the cluster head, certified.json, bounds of networks

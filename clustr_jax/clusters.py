@@ -113,8 +113,8 @@ def fit(
 ) -> Clusters:
     """k-means++ of each class's embeddings -> Clusters.
 
-    sigma^2 is the mean squared distance to the nearest own-class centroid, divided by N - 1 (paper
-    Eq. 3). Raises UserError where a class has fewer than k members; a class with fewer than k
+    sigma^2 is the sum of the squared distances to the nearest own-class centroids, divided by N - 1
+    (paper Eq. 3). Raises UserError where a class has fewer than k members; a class with fewer than k
     *distinct* embeddings gets fewer clusters (`mask`).
 
     >>> z = jnp.array([[0.0, 0.0], [0.0, 1.0], [5.0, 0.0], [5.0, 1.0]])  # [N=4, E=2]

@@ -90,14 +90,20 @@ def _fit(trainer, variables, train_set, key, augmented=None, train_mode=False):
 def _of_linear_head(net: Net, variables, train_set: TrainSet, z) -> Clusters:
     """The clusters that classify as the linear head does, one per class (clusters.of_linear_head)."""
     kernel, bias = (variables["params"][models.HEAD][name] for name in ("kernel", "bias"))
-    outputs = net.eval(variables, train_set.batch(jnp.arange(min(len(z), 64)), None)[0])
+    check_linear(net, variables, train_set.batch(jnp.arange(min(len(z), 64)), None)[0])
+    members = jax.nn.one_hot(train_set.labels, net.num_classes)
+    return clusters_lib.of_linear_head(kernel, bias, members.T @ z / jnp.sum(members, axis=0)[:, None])
+
+
+def check_linear(net: Net, variables, x) -> None:
+    """UserError if the logits of these images are not linear in their embeddings by the head's weights."""
+    kernel, bias = (variables["params"][models.HEAD][name] for name in ("kernel", "bias"))
+    outputs = net.eval(variables, x)
     if not jnp.allclose(outputs.embeddings @ kernel + bias[None], outputs.logits, rtol=1e-3, atol=1e-3):
         raise UserError(
             "magnet.fit=linear_head needs a network whose logits are linear in its embeddings, and this "
             "one's are not; use magnet.fit=kmeans"
         )
-    members = jax.nn.one_hot(train_set.labels, net.num_classes)
-    return clusters_lib.of_linear_head(kernel, bias, members.T @ z / jnp.sum(members, axis=0)[:, None])
 
 
 def _sharpened(clusters, config):

@@ -151,16 +151,11 @@ def _seen(x_adv: Array | Callable[..., tuple[Array, dict]] | None, outputs):
 
 
 def nominal(net, variables, batch, x_adv, clusters, config):
-    """Cross entropy: on clean images, or on the adversary's where the method has one."""
+    """Cross entropy: on clean images, or on the adversary's where there is one (Madry et al. 2018)."""
     outputs, stats = net.train(variables, batch.x if x_adv is None else x_adv)
     loss = losses.cross_entropy(outputs.logits, batch.y)
-    return mean(loss, batch.mask), Aux(stats, loss, {"accuracy": accuracy(outputs.logits, batch)})
-
-
-def adversarial(net, variables, batch, x_adv, clusters, config):
-    """Cross entropy on adversarial images (Madry et al. 2018)."""
-    loss, aux = nominal(net, variables, batch, x_adv, clusters, config)
-    return loss, dataclasses.replace(aux, metrics={"adversarial_accuracy": aux.metrics["accuracy"]})
+    name = "accuracy" if x_adv is None else "adversarial_accuracy"
+    return mean(loss, batch.mask), Aux(stats, loss, {name: accuracy(outputs.logits, batch)})
 
 
 def trades(net, variables, batch, x_adv, clusters, config):
@@ -184,7 +179,8 @@ def _consistent(net, variables, batch, x_adv, config, weight, term):
     clean, stats = net.train(variables, batch.x)
     adv, stats = net.train({**variables, "batch_stats": stats}, _seen(x_adv, clean))
     natural = losses.cross_entropy(clean.logits, batch.y)
-    consistency = term(adv.logits, jax.nn.softmax(clean.logits))
+    target = jax.nn.softmax(clean.logits)
+    consistency = term(adv.logits, jax.lax.stop_gradient(target) if config.train.stop_target else target)
     metrics = {
         "accuracy": accuracy(clean.logits, batch),
         "adversarial_accuracy": accuracy(adv.logits, batch),
@@ -198,6 +194,8 @@ def clustr(net, variables, batch, x_adv, clusters, config):
     """Magnet loss (Eq. 3) on clean images, + xent_lam x cross entropy of the cluster head's logits."""
     outputs, stats = net.train(variables, batch.x if x_adv is None else x_adv)
     loss, metrics = _magnet(outputs, batch, clusters, config)
+    if x_adv is not None:  # Free AT's steps
+        metrics["adversarial_accuracy"] = metrics.pop("accuracy")
     return mean(loss, batch.mask) + _xent(outputs, batch, clusters, config), Aux(stats, loss, metrics)
 
 
@@ -334,9 +332,9 @@ _clustered = functools.partial(Method, sampler="magnet", head="clusters")
 METHODS = {
     "nominal": Method(nominal),
     "free_at": Method(nominal),
-    "fast_at": Method(adversarial, towards_labels),
-    "pgd_at": Method(adversarial, towards_labels),
-    "at_pretrain": Method(adversarial, towards_labels, warmup="pgd_at", source=True),
+    "fast_at": Method(nominal, towards_labels),
+    "pgd_at": Method(nominal, towards_labels),
+    "at_pretrain": Method(nominal, towards_labels, warmup="pgd_at", source=True),
     "trades": Method(trades, towards_clean),
     "qtrades": Method(qtrades, towards_clean),
     "magnet": _clustered(clustr),

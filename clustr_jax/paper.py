@@ -1,7 +1,7 @@
 """What the paper reports (arXiv 2006.07682 v2, Tables 1 to 5), for printing beside our figures.
 
-Keys: data set -> method -> {"clean", "pgd20", "pgd100"} at 8/255, and {eps in 1/255: (pgd20, pgd100)} for the
-sweep. Rows the authors took from other publications (other networks and protocols) are in COPIED.
+CLAIMS: data set -> method -> (clean, PGD^20, PGD^100) in % at 8/255. Rows the authors took
+from other publications (other networks and protocols) are in COPIED.
 """
 
 CLAIMS = {

@@ -3,10 +3,11 @@
 import math
 import pathlib
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from clustr_jax import data, evaluate, fidelity, train
+from clustr_jax import data, evaluate, fidelity, fitting, train
 from clustr_jax.data import Split
 from clustr_jax.errors import UserError
 from clustr_jax.models import Net
@@ -24,6 +25,8 @@ _ENTRIES = {
 }  # fmt: skip
 # The network of "auto" up to this side is cnn, whose hidden layer sees every pixel.
 _SMALL = 16
+# Switches of `fidelity` that change the trained weights' clusters or statistics, and not their average's.
+_NOT_AVERAGED = ("cluster_images", "first_clusters", "variance_images", "epoch_statistics")
 _CHUNK = 1000  # images turned into float64 at a time
 _KINDS = {int: "whole numbers", float: "numbers", str: "words in quotes"}
 
@@ -134,27 +137,55 @@ def shrink(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _batches(config, method: Method, net: Net, train_split: Split) -> dict[str, int]:
-    """Images in a batch of each training stage, by the setting that decides it."""
-    found = {}
-    for name in ("warmup", "train") if method.warmup else ("train",):
-        own = METHODS[method.warmup] if name == "warmup" and method.warmup else method
-        what = "magnet.clusters x magnet.samples" if own.sampler == "magnet" else f"{name}.batch_size"
-        found[what] = train.Trainer(net, own, config, config[name], len(train_split)).batch_size
+Images = tuple[int, int]
+
+
+def _stages(method: Method, own: Images, source: Images | None) -> dict[str, tuple[Method, Images]]:
+    """Section of the config -> (method, images to train on and held out) of each training stage.
+
+    Without a stage whose set is another one that is not read, because it is finished.
+    """
+    found = {"train": (method, own)}
+    if method.warmup and (source or not method.source):
+        found["warmup"] = METHODS[method.warmup], source or own
     return found
 
 
-def divisor(most: int, config, method: Method, net: Net, train_split: Split) -> int:
-    """The largest number of devices, up to `most`, that divides the batch of every stage."""
-    sizes = _batches(config, method, net, train_split).values()
+def _batches(config, stages: dict[str, tuple[Method, Images]], net: Net) -> dict[str, int]:
+    """Images in a batch of each training stage, by the setting that decides it."""
+    found = {}
+    for name, (method, (size, _)) in stages.items():
+        what = "magnet.clusters x magnet.samples" if method.sampler == "magnet" else f"{name}.batch_size"
+        found[what] = train.Trainer(net, method, config, config[name], size).batch_size
+    return found
+
+
+def divisor(most: int, config, method: Method, net: Net, own: Images, source: Images | None = None) -> int:
+    """The largest number of devices, up to `most`, that divides the batch of every stage.
+
+    `own`, `source`: as for `check`.
+    """
+    sizes = _batches(config, _stages(method, own, source), net).values()
     return next(n for n in range(most, 0, -1) if not any(size % n for size in sizes))
 
 
 def check(
-    config, method: Method, net: Net, train_split: Split, test_split: Split, *, devices: int = 1
+    config,
+    method: Method,
+    net: Net,
+    train_split: Split,
+    test_split: Split,
+    *,
+    held_out: int,
+    source: Images | None = None,
+    devices: int = 1,
 ) -> None:
-    """UserError now for what would fail after the warm-up."""
-    magnet = config.magnet
+    """UserError now for what would fail after the warm-up.
+
+    `held_out`: how many images are; `source`: how many at_pretrain's first stage trains on and holds out,
+    None where it is finished.
+    """
+    magnet, stages = config.magnet, _stages(method, (len(train_split), held_out), source)
     if config.eval.n > len(test_split):
         raise UserError(
             f"eval.n is {config.eval.n}, but there are only {len(test_split)} test images; lower it"
@@ -192,10 +223,30 @@ def check(
         for option, known in (("nonfinite", ("stop", "skip")), ("select", ("last", "best"))):
             if recipe[option] not in known:
                 raise UserError(f"{name}.{option} must be {' or '.join(known)}, got {recipe[option]!r}")
-        if recipe.select == "best" and not config.data.val_size:
-            raise UserError(f"{name}.select=best needs held-out images; set data.val_size, e.g. 0.02")
         train.optimizer(recipe, 1)
-    for what, size in _batches(config, method, net, train_split).items():
+    for name, (own, (size, kept)) in stages.items():
+        recipe = config[name]
+        section = "pretrain" if name == "warmup" and source else "data"
+        for option, off in (("select", "last"), ("target", 0.0)):
+            if recipe.get(option, off) != off and not kept:
+                raise UserError(
+                    f"{name}.{option}={recipe[option]} needs held-out images, and {section}.val_size="
+                    f"{config[section].val_size} of {size} leaves none; "
+                    f"raise it, or set {name}.{option}={off}"
+                )
+        if recipe.replays > 1 and (own.adversary is not None or recipe.awp):
+            what = "awp" if recipe.awp else "the adversary of this method"
+            raise UserError(
+                f"{name}.replays={recipe.replays} carries its own perturbation along (Free AT), which leaves "
+                f"out {what}; set {name}.replays=1" + (f", or {name}.awp=0" if recipe.awp else "")
+            )
+        for switch in _NOT_AVERAGED if recipe.ema else ():
+            if config.fidelity[switch] == fidelity.SWITCHES[switch].authors:
+                raise UserError(
+                    f"{name}.ema={recipe.ema} evaluates averaged weights, which fidelity.{switch}="
+                    f"{config.fidelity[switch]} does not reach; set {name}.ema=0"
+                )
+    for what, size in _batches(config, stages, net).items():
         if size % devices:
             raise UserError(
                 f"a batch of {size} images ({what}) cannot be shared evenly by {devices} devices; "
@@ -212,8 +263,12 @@ def check(
     evaluate.check_settings(
         eps=config.train.attack.eps, step_size=config.train.attack.step_size, start=config.train.attack.start
     )
-    if config.data.augment not in ("crop_flip", "crop", "flip", "none"):
-        raise UserError(f"data.augment must be crop_flip, crop, flip or none, got {config.data.augment!r}")
+    for section in ("data", "pretrain"):
+        augment = config[section].augment
+        if augment not in ("crop_flip", "crop", "flip", "none"):
+            raise UserError(f"{section}.augment must be crop_flip, crop, flip or none, got {augment!r}")
+        if augment != "none" and len(net.input_shape) == 1 and (section == "data" or method.source):
+            raise UserError(f"{section}.augment is of images, and these are points; set it to none")
     if config.magnet.fit not in ("kmeans", "linear_head"):
         raise UserError(f"magnet.fit must be kmeans or linear_head, got {config.magnet.fit!r}")
     if method.sampler == "magnet" and config.magnet.fit == "linear_head":
@@ -222,6 +277,7 @@ def check(
                 f"magnet.fit=linear_head takes one cluster per class from a warm-up's head; got "
                 f"{config.method} with magnet.k={config.magnet.k}: set magnet.k=1, or magnet.fit=kmeans"
             )
+        fitting.check_linear(net, net.init(jax.random.key(0)), train_split.pixels(slice(0, 8)))
     if method.sampler == "magnet":
         train.rows(config, net.num_classes)
         counts = np.bincount(train_split.labels, minlength=net.num_classes)

@@ -18,8 +18,9 @@ from clustr_jax.models import Net
 from clustr_jax.objectives import Batch, Method, box, shares_clean
 from clustr_jax.sampling import Sampler
 
-# Steps, permutations and k-means++ seeds (fitting.py) draw from separate streams of the stage's key.
-_STEPS, _ORDER, REFIT = 0, 1, 2
+# Steps, permutations, k-means++ seeds (fitting.py) and the monitor draw from separate streams of the stage's
+# key; the first parameters are drawn from that of the steps, which fold their number into it.
+_STEPS, _ORDER, REFIT, MONITOR = 0, 1, 2, 3
 # Beside the metrics of an epoch where recipe.nonfinite is "skip": how many steps were.
 SKIPPED = "skipped"
 
@@ -69,8 +70,9 @@ class TrainSet(struct.PyTreeNode):
 
 
 def optimizer(recipe, steps_per_epoch: int) -> tuple[optax.GradientTransformation, Callable]:
-    """(optax transformation, learning rate as a function of the step) of a config section.
+    """(optax transformation at rate 1, learning rate as a function of the step) of a config section.
 
+    The rate goes by the step, not by the transformation's own count: a step that is passed over has its turn.
     schedule "multistep" multiplies the rate by `decay` at the epochs `milestones` (paper, appendix D);
     "cosine" anneals to 0; "onecycle" warms up over the first 30 % and anneals to 0.
     """
@@ -85,10 +87,10 @@ def optimizer(recipe, steps_per_epoch: int) -> tuple[optax.GradientTransformatio
     else:
         raise UserError(f"schedule must be multistep, cosine or onecycle, got {recipe.schedule!r}")
     if recipe.optimizer == "adam":
-        transform = optax.adamw(rate, weight_decay=recipe.weight_decay)
+        transform = optax.adamw(1.0, weight_decay=recipe.weight_decay)
     elif recipe.optimizer == "sgd":
         transform = optax.chain(
-            optax.add_decayed_weights(recipe.weight_decay), optax.sgd(rate, momentum=0.9, nesterov=True)
+            optax.add_decayed_weights(recipe.weight_decay), optax.sgd(1.0, momentum=0.9, nesterov=True)
         )
     else:
         raise UserError(f"optimizer must be adam or sgd, got {recipe.optimizer!r}")
@@ -242,6 +244,25 @@ def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
     return batch, ids, x_adv, stats
 
 
+def _carried(trainer, state, batch):
+    """Free AT: (the perturbed images in the box, where the box cut nothing off, radius, step size)."""
+    scale, bounds = strength(trainer, state.step), box(trainer.config)
+    attack = trainer.config.train.attack
+    low, high = (-jnp.inf, jnp.inf) if bounds is None else bounds
+    eps = attack.eps * scale
+    moved = batch.x + jnp.clip(state.delta, -eps, eps)
+    return jnp.clip(moved, low, high), (moved >= low) & (moved <= high), eps, attack.step_size * scale
+
+
+@jax.jit(static_argnums=0)
+def seen(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key):
+    """What the next step would work on: (batch, ids [B], perturbed images or None)."""
+    batch, ids, x_adv, _ = prepare(trainer, state, train_set, order, key)
+    if trainer.replays > 1:
+        x_adv = _carried(trainer, state, batch)[0]
+    return batch, ids, x_adv()[0] if isinstance(x_adv, functools.partial) else x_adv
+
+
 def train_step(
     trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
 ) -> tuple[TrainState, dict]:
@@ -260,17 +281,13 @@ def train_step(
     if trainer.replays > 1:
         # Free AT (Shafahi et al. 2019): one backward pass moves the weights and the perturbation
         assert state.delta is not None  # `create` makes it
-        scale, bounds = strength(trainer, state.step), box(config)
-        eps, step_size = config.train.attack.eps * scale, config.train.attack.step_size * scale
-        low, high = (-jnp.inf, jnp.inf) if bounds is None else bounds
-        moved = batch.x + jnp.clip(state.delta, -eps, eps)
-        x_adv = jnp.clip(moved, low, high)
+        x_adv, inside, eps, step_size = _carried(trainer, state, batch)
         (loss, aux), (gradients, ascent) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
             state.params, x_adv
         )
         # The perturbation itself is not cut to the box, for the next images are others; what the box cuts
         # off has no gradient. On a mesh `ascent` is a multiple of the gradient; only its signs count.
-        sign = jnp.where((moved >= low) & (moved <= high), jnp.sign(ascent), 0.0)
+        sign = jnp.where(inside, jnp.sign(ascent), 0.0)
         state = state.replace(delta=jnp.clip(state.delta + step_size * sign, -eps, eps))
     else:
         params = state.params
@@ -280,8 +297,9 @@ def train_step(
         (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, x_adv)
 
     gradients = mesh.average(gradients)
-    transform, _ = optimizer(recipe, trainer.steps_per_epoch)
+    transform, rate = optimizer(recipe, trainer.steps_per_epoch)
     updates, opt_state = transform.update(gradients, state.opt_state, state.params)
+    updates = jax.tree.map(lambda u: rate(before.step) * u, updates)
     mask = batch.mask
     if state.sampler is not None:
         # replays draw the same batch again, from the same losses: these change after the last one

@@ -16,6 +16,7 @@ def get_config(method="clustr_qtrades"):
     c.warmup.epochs, c.warmup.lr, c.warmup.milestones = 20, 1e-3, ()
     c.warmup.batch_size = 64
     c.train.epochs, c.train.lr = 30, 1e-3
+    c.pretrain.augment = "none"  # a mirrored digit is none
     c.train.attack.eps, c.train.attack.step_size = 0.2, 0.25
     c.eval.attack.eps, c.eval.attack.step_size = 0.2, 0.05
     c.eval.attack.steps = 20

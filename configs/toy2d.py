@@ -16,6 +16,7 @@ def get_config(method="clustr"):
     c.model.mean, c.model.std = (0.0, 0.0), (1.0, 1.0)
     c.warmup.epochs, c.warmup.lr, c.warmup.milestones = 100, 1e-2, ()
     c.train.epochs, c.train.lr = 200, 1e-3
+    c.pretrain.augment = "none"
     c.train.attack.eps, c.train.attack.step_size = 0.1, 0.125
     c.magnet.k = 1  # section 4.1
     c.eval.attack.eps, c.eval.attack.step_size, c.eval.attack.steps = 0.1, 0.025, 20

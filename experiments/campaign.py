@@ -278,6 +278,10 @@ def main():
         unknown = set(args.runs.split(",")) - set(NAMES)
         if unknown:
             raise UserError(f"--runs: unknown {sorted(unknown)[0]!r}; known: {', '.join(NAMES)}")
+        known = (*wanted("clustr_qtrades", 0), "quirks")
+        unknown = set(filter(None, args.results.split(","))) - set(known)
+        if unknown:
+            raise UserError(f"--results: unknown {sorted(unknown)[0]!r}; known: {', '.join(known)}")
         if not args.list:
             check_images(args.dataset)
             if "at_pretrain" in args.runs.split(","):

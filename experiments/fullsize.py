@@ -45,7 +45,7 @@ def row(dataset: str, method: str, flops: float) -> dict:
     warmup = METHODS[method].warmup
     if warmup:
         images = IMAGES["imagenet" if METHODS[method].source else dataset]
-        passes += config.warmup.epochs * images * held_in * cost.gradients(warmup, config)
+        passes += config.warmup.epochs * images * held_in * cost.gradients(warmup, config, config.warmup)
     return {
         "dataset": dataset, "method": method,
         "command": f"python run.py --config=configs/{dataset}.py:{method}",

@@ -25,14 +25,16 @@ def mlp(params, x, mean, std):
 class Terms:
     """What the formula of an objective is made of, float64: one batch at one set of parameters.
 
-    `z`, `logits` are the clean images', `z_adv`, `logits_adv` the adversary's, `z_fixed` the clean
-    embeddings where they are held constant. Methods that take embeddings look at the fixed clusters.
+    `z`, `logits` are the clean images', `z_adv`, `logits_adv` the adversary's, `z_fixed` and
+    `logits_fixed` the clean ones where they are held constant. Methods that take embeddings look at
+    the fixed clusters.
     """
 
     logits: np.ndarray
     z: np.ndarray
     logits_adv: np.ndarray
     z_adv: np.ndarray
+    logits_fixed: np.ndarray
     z_fixed: np.ndarray
     y: np.ndarray
     mask: np.ndarray

@@ -49,7 +49,7 @@ def passes(config):
     """Gradient passes per training image, of both stages."""
     count = config.train.epochs * config.train.replays * cost.gradients(config.method, config)
     warmup = METHODS[config.method].warmup
-    return count + (config.warmup.epochs * cost.gradients(warmup, config) if warmup else 0)
+    return count + (config.warmup.epochs * cost.gradients(warmup, config, config.warmup) if warmup else 0)
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
@@ -97,6 +97,17 @@ def test_other_results_have_names_and_settings_of_their_own(campaign):
 def test_gradient_passes_are_those_of_the_definitions(method, gradients):
     """PGD-AT: ten of the input and one of the parameters; TRADES: ten and two."""
     assert cost.gradients(method, cifar10.get_config(method)) == gradients
+
+
+def test_gradient_passes_of_a_stage_and_of_awp():
+    """AWP differentiates twice; a stage is counted by its own recipe."""
+    config = cifar10.get_config("clustr_trades")
+    config.train.awp, config.train.attack.steps, config.train.attack_bn = 0.005, 10, "batch"
+    assert cost.gradients("clustr_trades", config) == 14 and cost.gradients("pgd_at", config) == 12
+    assert cost.gradients("trades", config, config.warmup) == 12
+    assert cost.passes("trades", config)["forward_train"] == 1  # the target, in a pass of its own
+    config.warmup.replays = 4
+    assert cost.gradients("nominal", config, config.warmup) == 1 and cost.gradients("trades", config) == 14
 
 
 @pytest.fixture

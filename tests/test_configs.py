@@ -78,7 +78,7 @@ def one_step_of_each_stage(name, method, smoke):
     config = settings.complete(config, split, split)
     net = loading.build_net(config, split)
     evaluate.check_config(config)
-    settings.check(config, own, net, split, split)
+    settings.check(config, own, net, split, split, held_out=1)
     _one_step(config, own, config.train, net, split)
     if own.warmup:
         if own.source and len(net.input_shape) == 3:
@@ -140,7 +140,44 @@ def test_variants_are_named_after_the_method(method, variant):
     split = fake_split(*DATA["cifar10"])
     config = settings.resolve(config)
     evaluate.check_config(config)
-    settings.check(config, objectives.METHODS[method], loading.build_net(config, split), split, split)
+    settings.check(
+        config, objectives.METHODS[method], loading.build_net(config, split), split, split, held_out=1
+    )
+
+
+@pytest.mark.parametrize("name", ["digits", "toy2d"])
+def test_the_cpu_variant_of_small_sets(name):
+    """No more test images than there are, and radii of their own."""
+    config, own = get_config(name, "nominal,cpu"), get_config(name, "nominal")
+    assert (config.eval.n, config.eval.curve) == (own.eval.n, own.eval.curve) and config != own
+
+
+@pytest.mark.parametrize(
+    ("changes", "source", "message"),
+    [
+        ({"train.select": "best"}, None, "train.select=best needs .* set train.select=last"),
+        ({"warmup.target": 0.9}, None, r"data.val_size=0.0 of [0-9]+ leaves none; .* set warmup.target=0.0"),
+        ({"method": "at_pretrain", "warmup.target": 0.9}, (9, 0), "pretrain.val_size"),
+    ],
+)
+def test_what_needs_held_out_images(changes, source, message):
+    """Refused where there are none of them, however val_size came to leave none."""
+    config = get_config("digits", "clustr_qtrades")
+    config.data.val_size, config.warmup.target = 0.0, 0.0
+    config.update_from_flattened_dict(changes)
+    method, split = objectives.METHODS[config.method], fake_split(*DATA["digits"])
+    net = loading.build_net(config, split)
+    with pytest.raises(UserError, match=message):
+        settings.check(config, method, net, split, split, held_out=0 if source is None else 9, source=source)
+    settings.check(config, method, net, split, split, held_out=9, source=source and (9, 9))
+
+
+def test_points_are_not_augmented():
+    config, split = get_config("toy2d", "nominal"), fake_split(*DATA["toy2d"])
+    config.data.augment = "flip"
+    method, net = objectives.METHODS["nominal"], loading.build_net(config, split)
+    with pytest.raises(UserError, match="data.augment is of images"):
+        settings.check(config, method, net, split, split, held_out=1)
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones():
@@ -315,6 +352,14 @@ def test_a_smoke_config_is_smaller_and_leaves_the_original_alone():
         ({"magnet.seed_floor": -0.1}, "seed_floor"),
         ({"train.milestones": ("a",)}, "milestones"),
         ({"model.std": (0.0,)}, "std"),
+        ({"pretrain.augment": "flop"}, "pretrain.augment must be"),
+        (
+            {"train.replays": 2},
+            "the adversary of this method; set train.replays=1",
+        ),
+        ({"warmup.replays": 2, "warmup.awp": 0.01}, "leaves out awp; .* or warmup.awp=0"),
+        ({"train.ema": 0.9, "fidelity.cluster_images": "augmented"}, "fidelity.cluster_images=augmented"),
+        ({"warmup.ema": 0.9, "fidelity.epoch_statistics": "leak_test"}, "set warmup.ema=0"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused_before_the_warm_up(changes, message):
@@ -324,7 +369,7 @@ def test_settings_that_cannot_be_trained_are_refused_before_the_warm_up(changes,
     split = fake_split(*DATA["digits"])
     with pytest.raises(UserError, match=message):
         net = loading.build_net(config, split)
-        settings.check(config, objectives.METHODS[config.method], net, split, split)
+        settings.check(config, objectives.METHODS[config.method], net, split, split, held_out=1)
 
 
 @pytest.mark.parametrize(

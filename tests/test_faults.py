@@ -366,10 +366,11 @@ def test_files_that_cannot_be_written_any_more(start, run, tmp_path, table):
 # Numbers
 
 
-def test_a_loss_that_is_not_finite(attempt, tmp_path, table):
+@pytest.mark.parametrize("method", ["nominal", "qtrades"])  # one whose adversary runs inside the objective
+def test_a_loss_that_is_not_finite(method, attempt, tmp_path, table):
     """The run ends with the step and the batch, and can pass over such steps instead."""
     arguments = (
-        f"{TOY}:nominal", "--config.smoke=true", "--stages=2_train", "--config.train.optimizer=sgd",
+        f"{TOY}:{method}", "--config.smoke=true", "--stages=2_train", "--config.train.optimizer=sgd",
         "--config.train.schedule=multistep", "--config.train.lr=1e9", "--config.train.weight_decay=1e9",
     )  # fmt: skip
     code, stderr = attempt(*arguments, f"--workdir={tmp_path / 'stop'}")
@@ -384,6 +385,9 @@ def test_a_loss_that_is_not_finite(attempt, tmp_path, table):
     assert record["skipped"] >= 1 and np.isfinite(record["loss"])
     variables = clustr_jax.load(tmp_path / "skip").variables
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+    if method != "nominal":
+        assert kept["x_adv"].shape == kept["x"].shape
+        return
     table.append((
         "a loss that is not finite", 2, "stopped with its step and batch; or passed over and counted",
     ))  # fmt: skip

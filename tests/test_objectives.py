@@ -53,6 +53,22 @@ LOSSES = {
 OPTIONS = [
     ("trades", {"train.beta": 1.5}, LOSSES["trades"]),
     (
+        "trades",
+        {"train.stop_target": True},
+        lambda t: (
+            reference.cross_entropy(t.logits, t.y)
+            + t.c.train.beta * reference.kl(t.logits_adv, reference.softmax(t.logits_fixed))
+        ),
+    ),
+    (
+        "qtrades",
+        {"train.stop_target": True},
+        lambda t: (
+            reference.cross_entropy(t.logits, t.y)
+            + t.c.train.lam * reference.cross_entropy(t.logits_adv, reference.softmax(t.logits_fixed))
+        ),
+    ),
+    (
         "clustr_qtrades",
         {"train.consistency": "mse"},
         lambda t: t.magnet() + t.c.train.lam * np.mean((t.z_adv - t.z) ** 2, axis=1),
@@ -156,7 +172,7 @@ class Golden:
         logits, z, _ = forward(params, self.x)
         logits_adv, z_adv, _ = forward(params, self.x if x_adv is None else x_adv)
         return naive.Terms(
-            logits, z, logits_adv, z_adv, forward(self.params, self.x)[1], self.y, self.mask, self.classes,
+            logits, z, logits_adv, z_adv, *forward(self.params, self.x)[:2], self.y, self.mask, self.classes,
             self.centroids, self.variance, self.exists, self.config,
         )  # fmt: skip
 
@@ -248,8 +264,8 @@ def check_metrics(method, terms, aux):
         "accuracy": clean.argmax(axis=1) == terms.y,
         "adversarial_accuracy": adversarial.argmax(axis=1) == terms.y,
     }
-    if method == "free_at":  # its only images are adversarial
-        own["accuracy"] = own["adversarial_accuracy"]
+    only_adversarial = method in ("free_at", "fast_at", "pgd_at", "at_pretrain")
+    assert ("accuracy" in aux.metrics) != only_adversarial
     per_example, weight = LOSSES[method](terms), 1.0
     if METHODS[method].objective in (objectives.trades, objectives.qtrades):
         own["natural"] = per_example = reference.cross_entropy(terms.logits, terms.y)

@@ -199,11 +199,33 @@ def test_the_source_of_at_pretrain_may_have_other_classes(tmp_path, monkeypatch)
         loading.model_variables(tmp_path / "run" / "1_warmup", last.net)
     body = loading.model_variables(tmp_path / "run" / "1_warmup", last.net, body=True)
     assert_same_arrays(body, first.variables)
+    monkeypatch.setattr(stages, "_source", lambda *_: pytest.fail("the source of a finished stage is read"))
+    stages.run(config, tmp_path / "run", ("1_warmup", "2_train"))
+
+
+def test_each_set_has_its_own_augmentation(tmp_path, monkeypatch):
+    """pretrain.augment is the source's, data.augment the target's."""
+    seen, real = [], train.TrainSet
+
+    def spy(images, labels, *, scale, augment):
+        seen.append(augment)
+        return real(images, labels, scale=scale, augment=augment)
+
+    monkeypatch.setattr(train, "TrainSet", spy)
+    config = smoke("digits", "at_pretrain")
+    config.pretrain.name, config.pretrain.augment, config.data.augment = "digits", "flip", "crop"
+    stages.run(config, tmp_path / "run", ("1_warmup", "2_train"))
+    assert seen == ["flip", "crop"]
 
 
 def toy2d(method):
     """The smoke config of a method on points."""
-    spec = importlib.util.spec_from_file_location("toy2d", ROOT / "configs" / "toy2d.py")
+    return smoke("toy2d", method)
+
+
+def smoke(name, method):
+    """The smoke config of a method."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)

@@ -169,6 +169,36 @@ def test_the_moving_average_is_what_is_deployed(rng):
     assert plain.state.deployed[1] is plain.state.clusters
 
 
+@pytest.mark.parametrize("method", ["nominal", "fast_at", "trades", "clustr_qtrades", "free_at"])
+def test_what_a_step_works_on(method, rng):
+    """The images of the next step, clean and perturbed, as arrays."""
+    replays = 2 if method == "free_at" else 1
+    p = problem(method, rng, **{"train.attack.eps": 0.1, "train.replays": replays})
+    state = p.state if method != "free_at" else p.run(1)  # the first perturbation is zero
+    batch, ids, x_adv = train.seen(p.trainer, state, p.train_set, p.order, jax.random.clone(p.key))
+    np.testing.assert_array_equal(batch.x, np.float32(p.train_set.images)[ids])
+    if method == "nominal":
+        assert x_adv is None
+        return
+    moved = np.abs(np.asarray(x_adv - batch.x))
+    assert 0 < moved.max() <= 0.1 + ULP
+
+
+def test_the_rate_is_that_of_the_step(rng):
+    """Not of the updates: after steps that were passed over, the schedule is where it would be."""
+    changes = {"train.weight_decay": 0.0, "train.decay": 0.1}
+    later, constant = (
+        problem("nominal", np.random.default_rng(0), **changes, **{"train.milestones": milestones})
+        for milestones in ((1,), ())
+    )
+    moves = []
+    for p in (later, constant):
+        start = p.state.replace(step=jnp.int32(4))  # an epoch has four; none of them updated anything
+        state, *_ = p.step(start)
+        moves.append(state.params["kernel"] - start.params["kernel"])
+    np.testing.assert_allclose(moves[0], 0.1 * moves[1], rtol=1e-4, atol=1e-7)
+
+
 # Switches of the sampler and of the clusters
 
 

@@ -47,18 +47,25 @@ def run(
     splits = data.splits(config.data, at_most=config.smoke)
     config = settings.complete(config, splits[0], splits[2])
     progress = Progress(console)
-    source = _source(config, place, progress, splits[0]) if method.source and WARMUP in wanted else None
+    source = None
+    if method.source and WARMUP in wanted and not place.finished(WARMUP):
+        source = _source(config, place, progress, splits[0])
     net = loading.build_net(config, splits[0])
+    images = (_images(splits), _images((source.train_split, source.val_split)) if source else None)
     devices = jax.devices()
     if processes.on_cores():  # a core left idle is no mistake to report
-        devices = devices[: settings.divisor(len(devices), config, method, net, splits[0])]
-    settings.check(config, method, net, splits[0], splits[2], devices=len(devices))
+        devices = devices[: settings.divisor(len(devices), config, method, net, *images)]
+    settings.check(
+        config, method, net, splits[0], splits[2], held_out=len(splits[1]), source=images[1],
+        devices=len(devices),
+    )  # fmt: skip
     with mesh.over(devices), place.locked(), progress:
         place.open(config, command)
         profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)
         this = Run(config, place, progress, net, *splits, source=source, profiler=profiler)
         _introduce(this)
         if source is not None:
+            source.profiler = profiler
             _introduce_data("pre-training data", source)
         for stage in wanted:
             if stage == EVALUATE:
@@ -86,6 +93,11 @@ def run(
     if REPORT in wanted:
         console.print(f"report: {place.root / 'report.html'}", highlight=False, soft_wrap=True)
     return found
+
+
+def _images(splits) -> tuple[int, int]:
+    """To train on, and held out."""
+    return len(splits[0]), len(splits[1])
 
 
 def _source(config, place, progress, target):

@@ -11,6 +11,10 @@ from clustr_jax.progress import duration
 from clustr_jax.stages.context import CERTIFY, EVALUATE, TRAIN, Run
 from clustr_jax.workdir import config_dict
 
+# The stream of the checks: apart from those of the attacks (`sound.Plan.number`), whose starts they must not
+# try again.
+_DIAGNOSTICS = 1000
+
 
 def run(this: Run) -> None:
     """clean.json and one JSON per protocol; a result of the same config is kept."""
@@ -116,9 +120,8 @@ def diagnose(this: Run) -> None:
     radius = None
     if certain is not None and certain.get("network_sha") == network and this.test_split.bounds is not None:
         radius = results.load_outcomes(folder, "certified")[f"radius_{certain['rule']}"][outcomes["ids"]]
-    checks = diagnostics.run(
-        jax.random.fold_in(this.key(EVALUATE), 1), clf, examples, config, sound, outcomes, paper, radius
-    )
+    key = jax.random.fold_in(this.key(EVALUATE), _DIAGNOSTICS)
+    checks = diagnostics.run(key, clf, examples, config, sound, outcomes, paper, radius)
     shared = ("dataset", "subset", "n", "method", "eps", "clean", "robust", "attack", "seed", "versions")
     content = {name: sound[name] for name in shared} | diagnostics.as_result(sound, checks, paper)
     seconds = time.monotonic() - started

@@ -37,13 +37,15 @@ def run(this: Run, stage: str) -> None:
     if stage == WARMUP:
         name = METHODS[name].warmup
         assert name is not None  # else the stage is not wanted
-        this = this.source or this
+    augment = config.data.augment
+    if stage == WARMUP and this.source:
+        this, augment = this.source, config.pretrain.augment
     recipe = config.warmup if stage == WARMUP else config.train
     train_set = mesh.place(train.TrainSet(
         jnp.asarray(this.train_split.images),
         jnp.asarray(this.train_split.labels),
         scale=this.train_split.scale,
-        augment=config.data.augment,
+        augment=augment,
     ))  # fmt: skip
     trainer = train.Trainer(this.net, METHODS[name], config, recipe, len(this.train_split))
     key = this.key(stage)
@@ -61,7 +63,7 @@ def run(this: Run, stage: str) -> None:
     images = epochs * trainer.steps_per_epoch * trainer.batch_size
     write_json(folder / "done.json", {
         "reason": reason, "epochs": epochs, "step": step,
-        "gradient_passes": images * cost.gradients(name, config),
+        "gradient_passes": images * cost.gradients(name, config, recipe),
         "num_classes": this.net.num_classes, "input_shape": list(this.net.input_shape),
     })  # fmt: skip
     processes.wait(f"{stage} is done")
@@ -108,7 +110,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
     val_x, val_y = this.val_split.pixels(), this.val_split.labels
     step, chunk, saved, warned = int(state.step), 1, time.monotonic(), False
     records = [r for r in this.workdir.records() if r["stage"] == stage]
-    if records and target and records[-1]["val_accuracy"] >= target:
+    if records and target and (records[-1]["val_accuracy"] or 0.0) >= target:
         return "target reached", records[-1]["epoch"]
     while step < recipe.epochs * per_epoch:
         epoch = step // per_epoch
@@ -149,7 +151,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
                 state = state.replace(batch_stats=stats)
         variables, clusters = state.deployed
         clf = Classifier(variables, clusters, this.net, bounds=this.train_split.bounds)
-        val = results.fraction(correct(clf, val_x, val_y)) if len(val_y) else 0.0
+        val = results.fraction(correct(clf, val_x, val_y)) if len(val_y) else None
         if trainer.method.adversary or trainer.replays > 1:
             found = _monitor(this, clf, key)
             warned = warned or _warn_of_overfitting(this, stage, found)
@@ -164,10 +166,11 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
         checkpoints.save(state, val)
         saved = time.monotonic()
         this.progress.line(
-            f"{stage} {epoch + 1:3d}/{recipe.epochs}  {_metrics(totals)}  held-out {val:.1%}  "
+            f"{stage} {epoch + 1:3d}/{recipe.epochs}  {_metrics(totals)}  "
+            f"{'' if val is None else f'held-out {val:.1%}  '}"
             f"{speed:.0f} img/s {duration(record['epoch_seconds'])}"
         )
-        if target and val >= target:
+        if target and val is not None and val >= target:
             return "target reached", epoch + 1
         if preemption.requested():
             checkpoints.wait()
@@ -187,7 +190,7 @@ def _means(totals, steps):
 
 def _stop_at_nonfinite(this, stage, trainer, checkpoints, state, train_set, order, key):
     """UserError with the step, the metrics until then, and the batch in a file."""
-    batch, ids, x_adv, _ = jax.jit(train.prepare, static_argnums=0)(trainer, state, train_set, order, key)
+    batch, ids, x_adv = train.seen(trainer, state, train_set, order, key)
     arrays = {"step": state.step, "ids": ids, "x": batch.x, "y": batch.y, "mask": batch.mask}
     if x_adv is not None:
         arrays["x_adv"] = x_adv
@@ -213,7 +216,7 @@ def _monitor(this, clf, key):
     count = min(len(this.val_split), 256)
     x, y = this.val_split.pixels(slice(0, count)), this.val_split.labels[:count]
     eps = this.config.train.attack.eps
-    found = {}
+    found, key = {}, jax.random.fold_in(key, train.MONITOR)
     for name, steps, step_size in (("single_step", 1, 1.25 * eps), ("multi_step", 10, eps / 4)):
         x_adv = pgd(key, clf.logits, x, y, eps=eps, step_size=step_size, steps=steps, bounds=clf.bounds)
         found[f"{name}_accuracy"] = results.fraction(correct(clf, x_adv, y))
