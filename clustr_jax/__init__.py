@@ -15,7 +15,7 @@ Map, from the bottom up:
     evaluate, sound, diagnostics, quirks    the paper's protocol, the sound ones, can they be believed?
     certify, certified, lipschitz           radii of the cluster head, certified.json, bounds of networks
     checkpoints, seals, workdir, loading, results, files    what is on disk
-    data, folder                            prepared sets, and your own images
+    data, prepare, folder                   prepared sets, how they are, and your own images
     doors                                   PyTorch, Foolbox, safetensors
     events                                  the metrics once more, for TensorBoard
     preemption, profiling, progress         signals, traces, what is seen while work runs

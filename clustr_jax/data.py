@@ -1,7 +1,7 @@
 """Data sets as arrays in memory, subsets of them, and augmentation on the device.
 
 Images are kept as uint8 (pixels = uint8 / scale); `load` gives them as float32 in [0, 1].
-Prepared TFDS sets are read without TensorFlow; `python -m clustr_jax.data NAME` prepares one.
+Prepared TFDS sets are read without TensorFlow; `python -m clustr_jax.prepare NAME` prepares one.
 Own images are the data set "folder": `clustr_jax.folder` reads them.
 """
 
@@ -21,17 +21,16 @@ from jaxtyping import Array, Float, Int, UInt8
 from clustr_jax import folder, mesh
 from clustr_jax.errors import UserError
 
-# Published sizes of the splits, and per-channel statistics of the pixels in [0, 1] that the authors'
-# code uses (CIFAR-100 with CIFAR-10's; the std is that of per-image averages: docs/fidelity.md).
-_TFDS = {
+# Sets of TFDS, and the published sizes of their splits.
+PREPARED = {
     "cifar10": dict(sizes=(50_000, 10_000), num_classes=10),
     "cifar100": dict(sizes=(50_000, 10_000), num_classes=100),
     "svhn_cropped": dict(sizes=(73_257, 26_032), num_classes=10),
     "imagenet_resized/32x32": dict(sizes=(1_281_167, 50_000), num_classes=1000, test="validation"),
 }
-_ALIASES = {"svhn": "svhn_cropped"}
+ALIASES = {"svhn": "svhn_cropped"}
 OWN = "folder"
-NAMES = (*_TFDS, "digits", "toy2d", OWN)
+NAMES = (*PREPARED, "digits", "toy2d", OWN)
 # Share of an image folder's training images that is its test split where it has none.
 _TEST_SHARE = 0.2
 _PADDING = 4  # of the random crop
@@ -127,14 +126,14 @@ def load_split(name: str, split: str, data_dir: str | None = None) -> Split:
     >>> len(split), split.images.dtype, split.scale, split.bounds
     (1438, dtype('uint8'), 16.0, (0.0, 1.0))
     """
-    name = _ALIASES.get(name, name)
+    name = ALIASES.get(name, name)
     if split not in ("train", "test"):
         raise UserError(f"split must be train or test, got {split!r}")
     if name == "digits":
         return _digits(split)
     if name == "toy2d" or name.startswith("toy2d_"):
         return _toy2d(name, split)
-    if name in _TFDS:
+    if name in PREPARED:
         return _tfds_split(name, split, data_dir)
     if name == OWN:
         return _own(data_dir)[("train", "test").index(split)]
@@ -234,8 +233,8 @@ def _tfds_split(name, split, data_dir):
     import tensorflow_datasets as tfds
 
     directory = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
-    official = _TFDS[name]["sizes"][("train", "test").index(split)]
-    split = _TFDS[name].get("test", "test") if split == "test" else split
+    official = PREPARED[name]["sizes"][("train", "test").index(split)]
+    split = PREPARED[name].get("test", "test") if split == "test" else split
     builder = _builder(tfds, name, directory)
     if builder is None:
         _prepare(name, directory)
@@ -259,7 +258,7 @@ def _tfds_split(name, split, data_dir):
             f"cannot read {name}/{split} under {directory}: {reason}; delete it and prepare it again"
         ) from error
     subset = "" if size == official else f"{size} of the official {official} {split} images"
-    return Split(images, labels, _TFDS[name]["num_classes"], 255.0, (0.0, 1.0), subset)
+    return Split(images, labels, PREPARED[name]["num_classes"], 255.0, (0.0, 1.0), subset)
 
 
 def _builder(tfds: ModuleType, name, directory):
@@ -283,16 +282,16 @@ def _prepare(name, directory):
     hint = f"{name} is not prepared under {directory}"
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
-            f"{hint}; install tensorflow-cpu once and run `python -m clustr_jax.data {name}` to download it, "
-            f"or set data.dir (pretrain.dir for what at_pretrain starts with, or TFDS_DATA_DIR) to a folder "
-            f"that has it"
+            f"{hint}; install tensorflow-cpu once and run `python -m clustr_jax.prepare {name}` to download "
+            f"it, or set data.dir (pretrain.dir for what at_pretrain starts with, or TFDS_DATA_DIR) to a "
+            f"folder that has it"
         )
     print(f"{hint}: downloading and preparing it, once ...", flush=True)
-    command = [sys.executable, "-m", "clustr_jax.data", name, str(directory)]
+    command = [sys.executable, "-m", "clustr_jax.prepare", name, str(directory)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{hint} and could not be downloaded: {last}")
+        raise UserError(f"{hint}; {last.removeprefix('error: ')}")
 
 
 def stratified(labels: Int[np.ndarray, "N"], size: int, num_classes: int) -> Int[np.ndarray, "size"]:
@@ -387,18 +386,3 @@ def crop_flip(
         return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), (height, width, channels))
 
     return jax.vmap(window)(padded, offsets)
-
-
-def _main(name, directory):
-    """Runs in a process of its own: downloads NAME and prepares it for random access."""
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder(name, data_dir=directory, file_format="array_record")
-    builder.download_and_prepare()
-
-
-if __name__ == "__main__":
-    target = _ALIASES.get(sys.argv[1], sys.argv[1]) if len(sys.argv) > 1 else ""
-    if target not in _TFDS:
-        sys.exit(f"usage: python -m clustr_jax.data {{{','.join(_TFDS)}}} [DIR]")
-    _main(target, sys.argv[2] if len(sys.argv) > 2 else default_data_dir())

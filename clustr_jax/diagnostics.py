@@ -1,8 +1,8 @@
 """Can the sound protocol's number be believed? Twenty checks (PASS, WARN, FAIL or SKIP) and one verdict.
 
 The numbering is that of soundness checklists: Carlini et al. 2019, Athalye et al. 2018, Tramer et al. 2020,
-Pintor et al. 2022 and AutoAttack's own flags. A failed check does not change the figure: it says that the
-figure is an upper bound only.
+Pintor et al. 2022 and AutoAttack's own flags. The figure is an upper bound in any case; a failed check
+does not change it, but is a reason to expect the truth well below.
 """
 
 import dataclasses
@@ -71,13 +71,13 @@ def run(key, clf, examples, config, sound: dict, outcomes: dict, paper: dict | N
 
 
 def verdict(sound: dict, checks: list[Check]) -> str:
-    """One line: the number, its interval, and whether it is more than an upper bound."""
+    """One line: the number, its interval, and the checks that say it is too high."""
     failed = [str(number) for number in _failed(checks)]
     text = (
         f"robust accuracy {results.percent(sound['robust'], sound)} % at eps {results.radius(sound['eps'])}"
     )
     if failed:
-        return f"{text} (upper bound only: check{'s' * (len(failed) > 1)} {', '.join(failed)} failed)"
+        return f"{text} (expect less: check{'s' * (len(failed) > 1)} {', '.join(failed)} failed)"
     return f"{text} (no check failed)"
 
 

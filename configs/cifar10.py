@@ -2,7 +2,8 @@
 
     python run.py --config=configs/cifar10.py:clustr_qtrades
 
-`METHOD,cpu` is the variant for two CPU cores (offline, at_pretrain needs --config.pretrain.name=cifar100).
+`METHOD,cpu` is the variant for two CPU cores; without a prepared ImageNet 32x32, at_pretrain needs
+--config.pretrain.name=cifar100.
 Meant for one GPU; not run at this size here.
 """
 

@@ -10,7 +10,7 @@
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 
-srun .venv/bin/python run.py --config=configs/cifar10.py:clustr_qtrades --config.magnet.clusters=16 \
+srun .venv/bin/python run.py --config=configs/cifar10.py:clustr_qtrades \
   --workdir="$SLURM_SUBMIT_DIR/runs/cifar10-clustr_qtrades" --platform=cuda --coordinator=auto
 code=$?
 if [ "$code" -eq 75 ]; then

@@ -136,4 +136,5 @@ assert results.load(pathlib.Path(WORKDIR, "results"), "sound") is not None  # ev
 
 # %% [markdown]
 # The paper's protocol and the sound one disagree about the same network: `attack_a_model` shows why. To train
-# something that lasts under AutoAttack, see `clustr_trades` and `docs/lab-notes.md`.
+# something that keeps accuracy under AutoAttack, see `trades`, and `clustr_trades`, which puts clusters on
+# its features and has not surpassed it (`docs/results.md`).

@@ -8,6 +8,7 @@ sheet for float32 by tensor cores (156 TFLOP/s) is rarely seen with small images
 Writes results/fullsize.json.
 """
 
+import argparse
 import importlib
 import json
 import pathlib
@@ -56,6 +57,9 @@ def row(dataset: str, method: str, flops: float) -> dict:
 
 
 def main():
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     rows = []
     for dataset, classes in (("cifar10", 10), ("cifar100", 100), ("svhn", 10)):
         flops = forward_flops(classes)

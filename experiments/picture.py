@@ -3,6 +3,7 @@
 python experiments/picture.py
 """
 
+import argparse
 import pathlib
 import sys
 
@@ -80,6 +81,9 @@ def save(path: pathlib.Path) -> None:
 
 
 def main():
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     save(OUT)
     print(OUT.relative_to(ROOT))
 

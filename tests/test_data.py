@@ -116,7 +116,7 @@ def test_an_unprepared_set_is_named_when_it_cannot_be_downloaded(name, tmp_path,
         monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
         with pytest.raises(UserError, match=f"^{full_name} is not prepared") as caught:
             data.load(name, "test", directory)
-        assert str(tmp_path) in str(caught.value) and f"clustr_jax.data {full_name}" in str(caught.value)
+        assert str(tmp_path) in str(caught.value) and f"clustr_jax.prepare {full_name}" in str(caught.value)
 
 
 def test_the_default_folder_is_that_of_tfds(monkeypatch):

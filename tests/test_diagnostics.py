@@ -366,8 +366,8 @@ def checks_of(**by_status):
 
 @pytest.mark.parametrize(("checks", "ending"), [
     (checks_of(PASS=[1, 2], WARN=[9], SKIP=[18]), "(no check failed)"),
-    (checks_of(PASS=[1], FAIL=[4]), "(upper bound only: check 4 failed)"),
-    (checks_of(FAIL=[4, 6, 12], WARN=[7]), "(upper bound only: checks 4, 6, 12 failed)"),
+    (checks_of(PASS=[1], FAIL=[4]), "(expect less: check 4 failed)"),
+    (checks_of(FAIL=[4, 6, 12], WARN=[7]), "(expect less: checks 4, 6, 12 failed)"),
 ])  # fmt: skip
 def test_verdict(checks, ending):
     """The issue's sentence, with the Wilson interval of 50 in 100."""
@@ -379,7 +379,7 @@ def test_verdict(checks, ending):
 def test_a_number_that_fails_twice_is_named_once():
     """Checks 7 and 12 have two lines each."""
     text = diagnostics.verdict({"robust": 0.5, "eps": 8 / 255, "n": 100}, checks_of(FAIL=[12, 12]))
-    assert text.endswith("(upper bound only: check 12 failed)")
+    assert text.endswith("(expect less: check 12 failed)")
 
 
 def test_the_result_is_json():
