@@ -53,7 +53,8 @@ def evaluate(key, clf, examples, config, on: frozenset[str], *, steps: int, rest
         clip_start="start_outside" not in on,
     )  # fmt: skip
     found = largest_loss(key, model, attack, examples, restarts=restarts, slots=config.eval.slots)
-    return found["robust" if "max_loss" in on else "any_restart"]
+    right = np.argmax(scheduler.forward(model, examples.x, config.eval.slots), axis=1) == examples.y
+    return found["robust"] if "max_loss" in on else found["any_restart"] & right
 
 
 def table(key, clf, examples, config, *, steps: int, restarts: int, report=lambda text: None) -> list[dict]:
@@ -106,6 +107,7 @@ def main(argv: list[str]) -> int:
     console = Console()
     try:
         clf = loading.load(args.workdir)
+        network = loading.digest(clf)
         if clf.clusters is None:
             raise UserError(f"{args.workdir} has a linear head; the departures are those of cluster scores")
         config = ConfigDict(loading.read_config(pathlib.Path(args.workdir)))
@@ -146,11 +148,12 @@ def main(argv: list[str]) -> int:
     console.print(shown)
     results.save(pathlib.Path(args.workdir) / "results", "quirks", {
         "dataset": data.label(config.data), "subset": test.subset, "n": count, "method": config.method,
-        "protocol": "quirks-2", "eps": config.eval.attack.eps, "clean": results.fraction(
+        "protocol": "quirks-3", "eps": config.eval.attack.eps, "clean": results.fraction(
             np.asarray(clf.predict(examples.x)) == examples.y),
         "robust": rows[-1]["robust"], "nearest": clf.nearest,
         "attack": budget | {"step_size": config.eval.attack.step_size},
-        "rows": rows, "adaptive": magnet, "seed": config.seed, "config_sha": results.sha(config.to_dict()),
+        "rows": rows, "adaptive": magnet, "seed": config.seed, "network_sha": network,
+        "config_sha": results.sha({**config.to_dict(), "quirks": {"n": count, **budget}}),
         "versions": results.versions(), "wall_seconds": time.perf_counter() - started,
     }, {"ids": examples.ids, "y": examples.y})  # fmt: skip
     return 0

@@ -21,10 +21,10 @@ from clustr_jax.files import read_json, write_json
 # Meaning of the protocols; bumped when it changes, and versions never share a table.
 PROTOCOLS = {
     "clean": "clean-1", "paper": "paper-1", "sound": "sound-2", "quick": "quick-1",
-    "diagnostics": "diagnostics-1", "certified": "certified-2",
+    "diagnostics": "diagnostics-2", "certified": "certified-2",
 }  # fmt: skip
 # Arrays of an Outcome that are kept; images are not.
-_OUTCOME = ("broken", "restart", "step", "spent")
+_OUTCOME = ("broken", "restart", "step", "spent", "unconfirmed")
 _RECORD_SECONDS = 20.0
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "clustr-jax")
 
@@ -144,7 +144,7 @@ class Records:
         ):  # cut off by a crash: start this attack again
             return None, {}
         outcome = Outcome.fresh(x, restarts)
-        if found["spent"].shape != outcome.spent.shape:
+        if not found.keys() >= {*_OUTCOME} or found["spent"].shape != outcome.spent.shape:
             return None, {}
         outcome.flight = [found[f"flight_{i}"] for i in range(int(found["leaves"]))] or None
         outcome.evaluations = int(found["evaluations"])

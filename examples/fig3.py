@@ -70,8 +70,8 @@ def local_radii(rho, x, network, start):
 def flip_distances(clf, x, y, box):
     """Distance of each point to the nearest input of the other prediction: grid, then bisection towards it.
 
-    An upper bound of the exact distance, above it by at most the diagonal of a grid cell. 0 where the
-    point itself is misclassified.
+    An upper bound of the exact distance: above it by at most the diagonal of a grid cell where the region of
+    the other prediction is no narrower than the grid and inside the box. 0 where the point is misclassified.
     """
     axes = [np.arange(low, high, _SPACING) for low, high in box]
     points = np.stack(np.meshgrid(*axes), -1).reshape(-1, 2).astype(np.float32)

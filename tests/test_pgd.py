@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from jax.tree_util import Partial
 
 from clustr_jax import attacks, losses
+from clustr_jax.errors import UserError
 
 ULP = 6e-8
 SHAPE = (4, 4, 1)
@@ -210,3 +211,16 @@ def test_a_method_of_a_pytree_is_unwrapped(rng):
         np.testing.assert_array_equal(bound, run(jax.random.key(0), Partial(Linear.logits, model), y=y))
         gain = losses.cross_entropy(model.logits(bound), y) - losses.cross_entropy(model.logits(x), y)
         assert (gain > 0).all()
+
+
+@pytest.mark.parametrize("y", [0, 1])
+def test_a_gradient_that_is_no_number_is_no_success(y, key):
+    """sqrt at 0: NaN after the first step, for either label; told, and not counted."""
+
+    def logits(x):
+        other = jnp.full_like(x, -3.05 if y else -2.95)
+        return jnp.concatenate([jnp.sqrt(jnp.maximum(x - 0.5, 0.0)) - 3.0, other], axis=1)
+
+    x, labels = jnp.full((3, 1), 0.2), jnp.full(3, 1 - y)
+    with pytest.raises(UserError, match="NaN for 3 of 3 images"):
+        attacks.pgd(key, logits, x, labels, eps=0.05, step_size=0.02, steps=5)

@@ -11,8 +11,9 @@ from clustr_jax.errors import UserError
 
 # Pixels may be off the box by float rounding (of a division by 255, say), and by no more.
 _ROUNDING = 1e-6
-# Outputs that all lie within this range are bounded scores rather than logits.
-_BOUNDED = 1.0 + 1e-4
+# Outputs that are never negative and never above this are bounded scores rather than logits: K = 2 of them
+# in [0, 1] are added up in the paper.
+_BOUNDED = 2.0 + 1e-4
 
 
 def check_images(x, y, bounds) -> None:
@@ -47,6 +48,16 @@ def check_logits(logits, y) -> None:
         warnings.warn(text, stacklevel=3)
 
 
+def check_found(x_adv) -> None:
+    """UserError where an attack met values that are no number: a NaN is misclassified, and no success."""
+    bad = int(np.sum(~np.isfinite(np.asarray(x_adv).reshape(len(x_adv), -1)).all(axis=1)))
+    if bad:
+        raise UserError(
+            f"logits_fn, or the gradient of the loss by its input, is NaN for {bad} of {len(x_adv)} images "
+            f"inside the ball; mend it there (a square root at 0, a logarithm of 0, 0 / 0)"
+        )
+
+
 def check_shape(logits, count: int) -> None:
     """UserError unless they are [count, Y]."""
     if logits.ndim != 2 or logits.shape[0] != count:
@@ -63,7 +74,7 @@ def diagnose(logits) -> tuple[bool, str]:
     sums = logits.sum(axis=1)
     if logits.min() >= 0 and logits.max() <= 1 and np.allclose(sums, 1, atol=1e-4):
         return True, "logits_fn returned probabilities; give logits (before the softmax), or their logarithm"
-    if 1e-3 < np.ptp(logits) <= _BOUNDED and logits.min() >= -1e-6:
+    if logits.min() >= 0 and logits.max() <= _BOUNDED:
         return False, (
             f"logits_fn returned bounded scores (from {logits.min():.3g} to {logits.max():.3g}), as "
             f"exp(-d^2) scores are: gradients may vanish and the attack be blind; give log-domain logits"

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
 from clustr_jax.attacks.geometry import ascend, project, random_start
-from clustr_jax.attacks.inputs import check_images, check_logits, check_shape, concrete
+from clustr_jax.attacks.inputs import check_found, check_images, check_logits, check_shape, concrete
 from clustr_jax.errors import UserError
 
 # Restarts run side by side as long as the batch stays below this many images (memory), then in turns.
@@ -99,6 +99,8 @@ def pgd(
     )  # fmt: skip
     if looked_at and concrete(logits):
         check_logits(logits, y)
+    if concrete(x_adv):
+        check_found(x_adv)
     return x_adv
 
 
@@ -248,11 +250,16 @@ def pgd_lanes(
         logits = logits_fn(x_adv)
         loss = loss_fn(logits, y)
         fooled = jnp.argmax(logits, axis=1) != y if stops else jnp.zeros(x.shape[0], bool)
-        return jnp.sum(loss), (loss, fooled)
+        undefined = jnp.any(jnp.isnan(logits), axis=1)
+        return jnp.sum(loss), (jnp.where(undefined, jnp.nan, loss), fooled | undefined if stops else fooled)
 
     def keep(best, x_adv, loss, fooled):
-        """The iterate to return: the first fooled one, else the best loss; or (authors) the latest."""
+        """The iterate to return: the first fooled one, else the best loss; or (authors) the latest.
+
+        One whose logits are NaN is no success: its lane ends as NaN, for `check_found` to see.
+        """
         best_x, best_loss, done = best
+        x_adv = jnp.where(jnp.isnan(loss)[over], jnp.nan, x_adv)
         better = ~done & (fooled | (loss > best_loss)) if select == "success" else ~done
         best_x = jnp.where(better[over], x_adv, best_x)
         return best_x, jnp.where(better, loss, best_loss), done | fooled

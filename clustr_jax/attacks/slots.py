@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import mesh
 from clustr_jax.attacks.aims import logits_of, misclassified
+from clustr_jax.attacks.inputs import check_found
 from clustr_jax.errors import UserError
 
 # Pairs that the device gets to work on before it asks for more, in slots.
@@ -91,6 +92,7 @@ class Outcome:
     (where none did, x). `step` counts the attack's own steps, so 0 is a success at the start.
     `spent` [R, N] are the evaluations of each restart that ended (0: not run). `evaluations` counts lanes x
     iterations, idle lanes included. `flight` is what the slots held when the device last came back.
+    `unconfirmed`: an image was misclassified in the loop and not in the pass that judges.
     """
 
     broken: Bool[np.ndarray, "N"]
@@ -98,6 +100,7 @@ class Outcome:
     step: Int[np.ndarray, "N"]
     spent: Int[np.ndarray, "R N"]
     x_adv: Float[np.ndarray, "N ..."]
+    unconfirmed: Bool[np.ndarray, "N"]
     evaluations: int = 0
     flight: Any = None
 
@@ -106,7 +109,8 @@ class Outcome:
         """Nothing attacked yet."""
         nothing = np.full(len(x), -1, np.int32)
         spent = np.zeros((restarts, len(x)), np.int32)
-        return cls(np.zeros(len(x), bool), nothing, nothing.copy(), spent, np.array(x, np.float32))
+        no = np.zeros(len(x), bool)
+        return cls(no, nothing, nothing.copy(), spent, np.array(x, np.float32), no.copy())
 
     @property
     def needed(self) -> int:
@@ -400,11 +404,16 @@ def _take(attack, model, ended, outcome, best, x, y, lanes, first, collect):
         index = np.resize(part, lanes)
         wrong, finite = judge(model, found[index], y[example[index]])
         if not np.all(finite):
-            raise UserError("logits_fn returned non-finite logits for an image inside the ball")
+            check_found(found[part])
+            raise UserError(
+                "logits_fn returned non-finite logits for an image inside the ball; every image within eps "
+                "and the box must have finite ones (layers that overflow, a logarithm of 0)"
+            )
         fooled[part] = np.asarray(wrong)[: len(part)]
     if first:
         verify_inside(found, x[example], attack.eps, attack.norm, attack.bounds)
     outcome.spent[restart, example] = step
+    outcome.unconfirmed[example[early & ~fooled]] = True
     if collect is not None:
         collect(example, restart, found, fooled)
     for i in np.flatnonzero(fooled):

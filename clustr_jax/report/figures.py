@@ -83,7 +83,8 @@ def over_eps(record: Record) -> Drawing | None:
     caption = "Bars are 95 % intervals."
     if sound and sound["sweep"]:
         caption += (
-            f" Sound: all attacks at {results.radius(sound['eps'])}, elsewhere APGD on the margin alone."
+            f" Sound: all attacks at {results.radius(sound['eps'])}; below it APGD on the margin alone, "
+            f"above it what that leaves of what they left."
         )
     if shown < radii[-1]:
         caption += f" Radii beyond {results.radius(shown)} are in the table: nothing is left there."
@@ -274,6 +275,7 @@ def compared(records: list[Record], names: list[str]) -> Drawing | None:
 
     alt = "; ".join(f"{name}, by eps: {_list(points)}" for name, points, _ in found)
     caption = (
-        "All attacks at a run's main radius, elsewhere APGD on the margin alone. Bars are 95 % intervals."
+        "All attacks at a run's main radius; below it APGD on the margin alone, above it what that leaves of "
+        "what they left. Bars are 95 % intervals."
     )
     return draw("eps", "Accuracy over the radius", caption, alt, paint, 3.0 + 0.2 * len(found))

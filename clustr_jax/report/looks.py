@@ -162,7 +162,11 @@ def _first_clusters(key, clf, config, train):
     z, y = clf.embed(train.pixels(index)), train.labels[index]
     try:
         fitted = clusters.fit(key, z, y, num_classes=train.num_classes, k=k, max_iter=config.magnet.max_iter)
-        source = f"k-means++ on {size:,} training images, as at the start of 2_train"
+        source = f"k-means++ on {size:,} training images"
+        if config.magnet.fit == "linear_head":
+            source += " (2_train starts from the linear head's instead)"
+        else:
+            source += ", as at the start of 2_train"
     except UserError:  # of so few images a class has fewer than k
         fitted = clusters.fit(key, z, y, num_classes=train.num_classes, k=1)
         source = f"one cluster per class, fitted to {size:,} training images"

@@ -81,8 +81,11 @@ def report(record: Record, looks: Looks) -> Report:
         "limits": words.limits(record), "pairs": provenance(record, looks),
         "commands": record.environment.get("commands", []),
     }  # fmt: skip
+    # a page without what the data would have shown is made again as soon as they are there
+    unread = any("could not be read" in reason for reason in looks.reasons.values())
+    identity = "incomplete" if unread else record.identity
     html = render(
-        "report.html", title=f"{record.title}: report", identity=record.identity, sections=_SECTIONS,
+        "report.html", title=f"{record.title}: report", identity=identity, sections=_SECTIONS,
         lead=_lead(record), facts=words.facts(record), check_counts=_counts(record),
         check_value=tables.check_value, check_limit=tables.check_limit,
         no_checks=_no_checks(record), attack_rows=tables.attack_rows(record),

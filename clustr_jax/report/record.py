@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from clustr_jax import results
+from clustr_jax import loading, results
 from clustr_jax.errors import UserError
 from clustr_jax.files import read_json
 from clustr_jax.loading import find_stage, read_config
@@ -26,6 +26,8 @@ class Record:
     results: dict[str, dict]  # those of results.PROTOCOLS that are there
     metrics: list[dict]
     stages: dict[str, dict]  # done.json of each finished stage
+    network: str  # digest of the classifier that is there
+    outdated: tuple[str, ...] = ()  # results that are there, of another network, and left out of `results`
 
     @property
     def title(self) -> str:
@@ -38,7 +40,9 @@ class Record:
         shown = {name: result["config_sha"] for name, result in self.results.items()}
         outcomes = {name: result["outcomes_sha"] for name, result in self.results.items()}
         last = self.metrics[-1:] and {k: self.metrics[-1][k] for k in ("stage", "step")}
-        return results.sha([VERSION, shown, outcomes, self.stages, last])
+        return results.sha(
+            [VERSION, self.config, self.network, self.outdated, shown, outcomes, self.stages, last]
+        )
 
     @property
     def checks(self) -> dict | None:
@@ -57,12 +61,20 @@ def read(path: str | pathlib.Path) -> Record:
         raise UserError(f"{place.root} is a stage; expected the work directory, {place.root.parent}")
     environment = place.root / "environment.json"
     found = {name: results.load(place.results, name) for name in results.PROTOCOLS}
+    network = loading.digest(loading.load(place.root))
+    # results of earlier commits do not say which network they are of, nor do the checks, which name results
+    other = {
+        name for name, result in found.items()
+        if result is not None and result.get("network_sha", network) != network
+    }  # fmt: skip
     stages = {name: place.finished(name) for name in STAGE_NAMES}
     return Record(
         place.root,
         read_config(place.root),
         read_json(environment) if environment.exists() else {},
-        {name: result for name, result in found.items() if result is not None},
+        {name: result for name, result in found.items() if result is not None and name not in other},
         place.records(),
         {name: done for name, done in stages.items() if done is not None},
+        network,
+        tuple(sorted(other)),
     )

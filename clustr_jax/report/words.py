@@ -51,7 +51,10 @@ def verdict(record: Record) -> Verdict:
     quick = found.get("quick")
     if quick:
         label = f"after a quick attack, eps {results.radius(quick['eps'])}"
-        text = "A quick look with three attacks of few steps: the sound protocol will find less. Run it."
+        text = (
+            f"A quick look with {len(quick['attacks'])} attacks of few steps: the sound protocol will find "
+        )
+        text += "less. Run it."
         line = "No verdict: the sound protocol was not run."
         return Verdict("NO EVIDENCE", "warn", label, cell(quick["robust"], quick["n"]), line, text)
     if "paper" in found:
@@ -121,8 +124,19 @@ def method(record: Record) -> list[str]:
     for stage, name, recipe in [*stages, ("2_train", record.config["method"], config["train"])]:
         known = METHODS[name]
         text = f"{stage} ({name}): {first_sentence(known.objective)}"
-        count = f"{recipe['epochs']} epoch{'s' * (recipe['epochs'] != 1)}"
-        text += f" {count} of {recipe['optimizer']}, rate {recipe['lr']:g}."
+        epochs = (record.stages[stage] if stage in record.stages else recipe)["epochs"]
+        text += f" {epochs} epoch{'s' * (epochs != 1)} of {recipe['optimizer']}, rate {recipe['lr']:g}."
+        if stage == "1_warmup" and row.source:
+            text += f" Data: {config['pretrain']['name']}."
+        if stage == "1_warmup" or not row.warmup:
+            text += f" Started from {config['init_from']}." if config["init_from"] else ""
+        if recipe["replays"] > 1:
+            text += (
+                f" Free adversarial training: each batch {recipe['replays']} times, with a perturbation "
+                f"within eps {results.radius(config['train']['attack']['eps'])} that is carried along."
+            )
+        if recipe["awp"]:
+            text += f" Adversarial weight perturbation, gamma {recipe['awp']:g}."
         if known.adversary:
             attack = config["train"]["attack"]
             text += (
@@ -176,6 +190,11 @@ def limits(record: Record) -> list[str]:
         found.append(
             "The figures of the paper's protocol are for comparison with the paper; they are not evidence of "
             "robustness."
+        )
+    if record.outdated:
+        found.append(
+            f"Results of another network were left out: {', '.join(record.outdated)}; "
+            f"run the evaluation again."
         )
     if certificate:
         found.append(

@@ -74,7 +74,10 @@ def _identity(config, name):
     content["eval"].pop("protocols")
     if name == "certified":
         content["eval"] = {setting: content["eval"][setting] for setting in ("n", "nearest")}
-    elif config.eval.transfer:  # what is behind a path can change
+        return results.sha({**content, "result": results.PROTOCOLS[name]})
+    content.pop("certify")
+    content["eval"].pop("diagnostics")
+    if config.eval.transfer:  # what is behind a path can change
         content["transfer"] = [loading.digest(loading.load(path)) for path in config.eval.transfer]
     return results.sha({**content, "result": results.PROTOCOLS[name]})
 
