@@ -761,3 +761,28 @@ def test_a_page_can_be_walked_by_keyboard_and_printed(full, tmp_path):
         assert tab.pdf().startswith(b"%PDF")
         tab.call("Emulation.setEmulatedMedia", media="print")
         assert tab.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+def test_results_of_another_network_are_left_out(tmp_path):
+    """Trained again, and not evaluated: the old figures are not this network's."""
+    changes = {name: {"network_sha": "old"} for name in ("clean", "sound", "certified")}
+    root = make(tmp_path / "run", ("clean", "sound", "certified"), changes=changes)
+    assert report.read(root, "old").results.keys() == {"clean", "sound", "certified"}
+    record = report.read(root, "new")
+    assert record.results == {} and record.outdated == ("certified", "clean", "sound")
+    assert record.identity != report.read(root, "old").identity
+    assert any("certified, clean, sound" in text for text in words.limits(record))
+    changes["clean"] = {"network_sha": "new"}  # an evaluation that has begun
+    other = report.read(make(tmp_path / "other", ("clean", "sound", "certified"), changes=changes))
+    assert other.results.keys() == {"clean"}
+
+
+def test_what_was_trained_is_said(tmp_path):
+    """Free AT's perturbation, AWP, the source of a pre-training, the epochs that were made."""
+    free = report.read(make(tmp_path / "free", ("clean",), "free_at"))
+    assert "each batch 8 times" in " ".join(words.method(free))
+    root = make(tmp_path / "pre", ("clean",), "at_pretrain", pretrain={"name": "digits"}, train={"awp": 0.01})
+    (root / "1_warmup").mkdir()
+    (root / "1_warmup" / "done.json").write_text(json.dumps({"epochs": 3, "reason": "target reached"}))
+    first, second, _ = words.method(report.read(root))
+    assert "3 epochs" in first and "Data: digits." in first and "gamma 0.01" in second

@@ -4,7 +4,7 @@ import argparse
 import pathlib
 import sys
 
-from clustr_jax import report
+from clustr_jax import loading, report
 from clustr_jax.errors import UserError
 from clustr_jax.stages import REPORT, stage_key
 
@@ -25,8 +25,8 @@ def main(argv: list[str]) -> int:
         elif args.out:
             raise UserError("--out is for several directories; the page of one is DIR/report.html")
         else:
-            key = stage_key(records[0].config["seed"], REPORT)
-            path = report.write(records[0], report.look(records[0], key, None))
+            record = report.read(args.workdirs[0], loading.digest(loading.load(args.workdirs[0])))
+            path = report.write(record, report.look(record, stage_key(record.config["seed"], REPORT), None))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

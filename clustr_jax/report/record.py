@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from clustr_jax import loading, results
+from clustr_jax import results
 from clustr_jax.errors import UserError
 from clustr_jax.files import read_json
 from clustr_jax.loading import find_stage, read_config
@@ -26,7 +26,7 @@ class Record:
     results: dict[str, dict]  # those of results.PROTOCOLS that are there
     metrics: list[dict]
     stages: dict[str, dict]  # done.json of each finished stage
-    network: str  # digest of the classifier that is there
+    network: str | None = None  # the classifier that `results` are of, as in their network_sha
     outdated: tuple[str, ...] = ()  # results that are there, of another network, and left out of `results`
 
     @property
@@ -54,14 +54,18 @@ class Record:
         return results.load_outcomes(self.root / "results", name)
 
 
-def read(path: str | pathlib.Path) -> Record:
-    """The record of a work directory; UserError where there is no finished stage, or a file is damaged."""
+def read(path: str | pathlib.Path, network: str | None = None) -> Record:
+    """The record of a work directory; UserError where there is no finished stage, or a file is damaged.
+
+    `network`: the digest of its classifier (`loading.digest`); without it, what clean.json is about. Results
+    of another one, from before the stage was trained again, are left out.
+    """
     place = Workdir(path)
     if find_stage(place.root).parent != place.root:
         raise UserError(f"{place.root} is a stage; expected the work directory, {place.root.parent}")
     environment = place.root / "environment.json"
     found = {name: results.load(place.results, name) for name in results.PROTOCOLS}
-    network = loading.digest(loading.load(place.root))
+    network = network or (found["clean"] or {}).get("network_sha")
     # results of earlier commits do not say which network they are of, nor do the checks, which name results
     other = {
         name for name, result in found.items()

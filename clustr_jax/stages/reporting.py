@@ -2,14 +2,15 @@
 
 import time
 
-from clustr_jax import processes, report
+from clustr_jax import loading, processes, report
 from clustr_jax.progress import duration
 from clustr_jax.stages.context import REPORT, Run
 
 
 def run(this: Run) -> None:
     """All processes look at the network together; the leader writes."""
-    record = report.read(this.workdir.root)
+    root = this.workdir.root
+    record = report.read(root, loading.digest(loading.load(root)))
     (current,) = processes.agree([int(report.current(record))])
     if current:
         this.progress.line("report: was made before")
