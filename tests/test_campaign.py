@@ -218,3 +218,22 @@ def test_sets_of_other_sizes_are_refused(campaign, monkeypatch):
     campaign.check_images("cifar10")
     with pytest.raises(UserError, match=r"svhn_cropped is prepared with \(50000, 10000\)"):
         campaign.check_images("svhn_cropped")
+
+
+def test_a_run_that_failed_is_the_exit_code(campaign, tmp_path, monkeypatch):
+    """And the next one is run all the same."""
+    begun = []
+    monkeypatch.setattr(campaign, "ROOT", tmp_path)
+    monkeypatch.setattr(campaign, "check_images", lambda dataset: None)
+    monkeypatch.setattr(campaign, "start", lambda command: begun.append(command) is not None)
+    monkeypatch.setattr(sys, "argv", ["campaign.py", "--runs=nominal,fast_at"])
+    with pytest.raises(SystemExit, match="did not end well: nominal, fast_at"):
+        campaign.main()
+    assert len(begun) == 2
+
+
+def test_a_set_leaves_out_what_it_cannot_run(campaign, capsys, monkeypatch):
+    for dataset, count in (("cifar10", 16), ("cifar100", 15)):
+        monkeypatch.setattr(sys, "argv", ["campaign.py", f"--dataset={dataset}", "--list"])
+        campaign.main()
+        assert len(capsys.readouterr().out.splitlines()) == count
