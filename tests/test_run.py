@@ -9,6 +9,7 @@ import importlib.util
 import random
 import shutil
 import signal
+import sys
 import subprocess
 import time
 
@@ -489,7 +490,6 @@ DIGITS_METHOD = f"{DIGITS}:clustr_qtrades"
         ((DIGITS_METHOD, "--stages=2_trian"), ("unknown stage '2_trian'", "2_train")),
         (("--config=digit.py:clustr",), ("digit.py",)),
         ((f"--config={ROOT}/configs/digit.py:clustr",), ("digit.py",)),
-        ((f"--config={ROOT}/clustr_jax/errors.py:clustr",), ("no function get_config", "configs/digits.py")),
         ((DIGITS_METHOD, "--config.model.name=resnet50"), ("unknown model 'resnet50'", "resnet18")),
         ((DIGITS_METHOD, "--config.model.name=mlp"), ("mlp takes points",)),
         ((DIGITS_METHOD, "--config.data.name=mnist"), ("unknown data set 'mnist'", "cifar10")),
@@ -513,6 +513,12 @@ def test_mistakes_are_told_in_one_line(arguments, words, mistake, tmp_path):
     for word in words:
         assert word in message
     assert not list(tmp_path.glob("run/*/checkpoints/*"))
+
+
+def test_a_config_file_without_get_config(mistake, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # it would be executed into
+    message = mistake(f"--config={ROOT}/clustr_jax/errors.py:clustr", f"--workdir={tmp_path / 'run'}")
+    assert "no function get_config" in message and "configs/digits.py" in message
 
 
 @pytest.mark.parametrize("name", ["cifar10", "svhn_cropped"])
