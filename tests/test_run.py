@@ -9,13 +9,20 @@ import importlib.util
 import random
 import shutil
 import signal
-import sys
 import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+
+import clustr_jax
+from clustr_jax import data, errors, loading, stages, train
+from clustr_jax.doors import safetensors_file
+from clustr_jax.errors import UserError
+from clustr_jax.objectives import METHODS
+from clustr_jax.report.record import read as read_record
 from runs import (
     DIGITS,
     REQUIRED,
@@ -30,13 +37,6 @@ from runs import (
     read,
     timeless,
 )  # fmt: skip
-
-import clustr_jax
-from clustr_jax import data, errors, loading, stages, train
-from clustr_jax.doors import safetensors_file
-from clustr_jax.errors import UserError
-from clustr_jax.objectives import METHODS
-from clustr_jax.report.record import read as read_record
 
 # orbax and ml_collections use outdated calls of their own libraries.
 pytestmark = [
