@@ -6,6 +6,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from linear_problems import (
     Linear,
     float64,
@@ -45,6 +46,7 @@ def monitored(net, variables, eps, x, y, **changes):
     return found, lines
 
 
+@pytest.mark.filterwarnings("ignore:logits_fn returned bounded scores")  # so they are, on purpose
 def test_the_monitor_warns_of_catastrophic_overfitting(rng):
     """One step leaves all, ten steps nothing."""
     found, lines = monitored(Pocket(0.1), {}, 0.1, rng.integers(-3, 4, (30, 64)), np.zeros(30))
