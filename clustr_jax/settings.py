@@ -137,6 +137,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     return config
 
 
+# How many a training stage has to train on, and held out.
 Images = tuple[int, int]
 
 

@@ -299,7 +299,8 @@ def train_step(
     gradients = mesh.average(gradients)
     transform, rate = optimizer(recipe, trainer.steps_per_epoch)
     updates, opt_state = transform.update(gradients, state.opt_state, state.params)
-    updates = jax.tree.map(lambda u: rate(before.step) * u, updates)
+    lr = rate(before.step)
+    updates = jax.tree.map(lambda u: lr * u, updates)
     mask = batch.mask
     if state.sampler is not None:
         # replays draw the same batch again, from the same losses: these change after the last one

@@ -128,14 +128,18 @@ def steps_of(steps, step_size, eps=0.1, start="zero", bn="batch"):
 
 
 @dataclasses.dataclass
-class Problem:
-    """A stage of training of a Linear network at its start."""
+class Stage:
+    """A stage of training at its start."""
 
     trainer: train.Trainer
     train_set: train.TrainSet
     state: train.TrainState
     order: jax.Array
     key: jax.Array
+
+
+class Problem(Stage):
+    """That of a Linear network."""
 
     def run(self, count, state=None):
         """`count` steps, as in a run."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from linear_problems import Stage, assert_same
 
 from clustr_jax import data, fitting, loading, models, objectives, settings, train
 from clustr_jax.checkpoints import Checkpoints
@@ -45,15 +46,8 @@ def squares(rng, n=90, classes=3):
     )
 
 
-@dataclasses.dataclass
-class Problem:
-    """A stage of training at its start."""
-
-    trainer: train.Trainer
-    train_set: train.TrainSet
-    state: train.TrainState
-    order: jax.Array
-    key: jax.Array
+class Problem(Stage):
+    """That of a network of the project."""
 
     def step(self, state=None):
         return train.train_step(
@@ -85,13 +79,6 @@ def problem(method, rng, split=None, **changes):
         state = fitting.refit(trainer, state, train_set, keys[1])
     state = train.reset_totals(trainer, state, train_set, keys[2])
     return Problem(trainer, train_set, state, train.epoch_order(keys[3], trainer.size, 0), jax.random.key(5))
-
-
-def assert_same(a, b):
-    """Two pytrees, equal to the last bit."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
 # Steps, chunks, epochs

@@ -50,7 +50,8 @@ def check_logits(logits, y) -> None:
 
 def check_found(x_adv) -> None:
     """UserError where an attack met values that are no number: a NaN is misclassified, and no success."""
-    bad = int(np.sum(~np.isfinite(np.asarray(x_adv).reshape(len(x_adv), -1)).all(axis=1)))
+    # where the images are: only the count leaves the device
+    bad = int(jnp.sum(~jnp.all(jnp.isfinite(x_adv), axis=tuple(range(1, x_adv.ndim)))))
     if bad:
         raise UserError(
             f"logits_fn, or the gradient of the loss by its input, is NaN for {bad} of {len(x_adv)} images "

@@ -220,9 +220,7 @@ def _monitor(this, clf, key):
     for name, steps, step_size in (("single_step", 1, 1.25 * eps), ("multi_step", 10, eps / 4)):
         try:
             x_adv = pgd(key, clf.logits, x, y, eps=eps, step_size=step_size, steps=steps, bounds=clf.bounds)
-        except (
-            UserError
-        ) as error:  # a network that overflows is no reason to end a training that passes over it
+        except UserError as error:  # one that overflows: no reason to end a training that goes on
             this.progress.line(f"no single-step and multi-step accuracy: {error}")
             return {}
         found[f"{name}_accuracy"] = results.fraction(correct(clf, x_adv, y))
