@@ -12,6 +12,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+
 from runs import attempt, program, reference, run, shared, start  # noqa: F401  fixtures, for all files
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

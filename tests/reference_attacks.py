@@ -9,8 +9,9 @@ import math
 from fractions import Fraction
 
 import numpy as np
-import reference
 import scipy.optimize
+
+import reference
 
 
 def most_gained(gradient, x, eps, norm, bounds):

@@ -7,6 +7,7 @@ a flip distance in feature space is one in input space. O are the clusters of th
 import itertools
 
 import numpy as np
+
 import reference
 
 

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
+
 import reference
 import reference_objectives as naive
-import scipy.stats
+from clustr_jax.clusters import Clusters
+from clustr_jax.objectives import METHODS
 from linear_problems import (
     ULP,
     Linear,
@@ -19,9 +22,6 @@ from linear_problems import (
     steps_of,
     uniform,
 )
-
-from clustr_jax.clusters import Clusters
-from clustr_jax.objectives import METHODS
 
 
 def test_towards_labels_on_a_linear_classifier(rng, key):

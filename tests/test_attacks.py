@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-import reference_attacks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.tree_util import Partial
 
+import reference
+import reference_attacks
 from clustr_jax import attacks, losses, sound
 from clustr_jax.attacks import aims, ensemble, slots
 from clustr_jax.attacks.aims import View

@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 import reference_objectives as naive
+from clustr_jax import data, fitting, objectives, stages, train
+from clustr_jax.clusters import Clusters
+from clustr_jax.objectives import METHODS, Batch
+from clustr_jax.stages import training
 from linear_problems import (
     FLOAT32,
     Linear,
@@ -18,11 +23,6 @@ from linear_problems import (
     steps_of,
     uniform,
 )
-
-from clustr_jax import data, fitting, objectives, stages, train
-from clustr_jax.clusters import Clusters
-from clustr_jax.objectives import METHODS, Batch
-from clustr_jax.stages import training
 
 
 @pytest.mark.parametrize(

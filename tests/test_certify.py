@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_certify as reference
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reference_certify as reference
 from clustr_jax import attacks, certify
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError

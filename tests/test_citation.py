@@ -3,9 +3,9 @@
 import tomllib
 
 import yaml
-from runs import ROOT
 
 import clustr_jax
+from runs import ROOT
 
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import close
 
+import reference
 from clustr_jax import clusters, losses
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
+from reference import close
 
 RTOL, GRAD_RTOL = 1e-5, 1e-4
 log_scores = jax.jit(Clusters.log_scores, static_argnames="nearest")

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from jax import lax
 
+import reference
 from clustr_jax.convolution import conv2d
 
 # batch, height, width, channels in, channels out, kernel height, kernel width, stride, padding

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_evaluate import LinearNet, eval_config, exact_robust, points, separated, silent
 
 from clustr_jax import diagnostics, sound
 from clustr_jax.attacks.steps import PGD
@@ -19,6 +18,7 @@ from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
 from clustr_jax.diagnostics import FAIL, PASS, SKIP, WARN, Check, Probe
 from clustr_jax.models import Outputs
+from test_evaluate import LinearNet, eval_config, exact_robust, points, separated, silent
 
 N, EPS = 32, 0.3
 

@@ -5,10 +5,10 @@ import importlib.util
 import re
 
 import pytest
-from runs import ROOT
 
 from clustr_jax import Classifier, Clusters, results
 from configs import common
+from runs import ROOT
 
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
 

@@ -5,12 +5,12 @@ import sys
 
 import jax
 import pytest
-from runs import ROOT
 
 from clustr_jax import models
 from clustr_jax.classifier import Classifier
 from clustr_jax.doors import description, foolbox_model, pytorch
 from clustr_jax.errors import UserError
+from runs import ROOT
 
 IMPORTS = """
 import sys

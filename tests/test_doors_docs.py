@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+
 from runs import ROOT
 
 _TOOLS = ("torch", "foolbox", "pyautoattack")

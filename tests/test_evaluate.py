@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 import scipy.stats
 from flax import struct
 
+import reference
 from clustr_jax import data, evaluate, models, results, sound
 from clustr_jax.attacks import aims
 from clustr_jax.attacks import slots as scheduler

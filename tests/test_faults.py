@@ -17,6 +17,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
+import clustr_jax
+from clustr_jax import loading, preemption, results, stages, train, workdir
+from clustr_jax.checkpoints import Checkpoints
+from clustr_jax.errors import UserError
+from clustr_jax.files import read_json
+from configs import digits
 from runs import (
     DIGITS,
     ROOT,
@@ -28,13 +35,6 @@ from runs import (
     assert_same_run,
     metrics,
 )
-
-import clustr_jax
-from clustr_jax import loading, preemption, results, stages, train, workdir
-from clustr_jax.checkpoints import Checkpoints
-from clustr_jax.errors import UserError
-from clustr_jax.files import read_json
-from configs import digits
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from runs import ROOT, assert_one_line, read
 from sklearn.datasets import load_digits
 
 import clustr_jax
 from clustr_jax import data, folder, settings
 from clustr_jax.errors import UserError
+from runs import ROOT, assert_one_line, read
 
 
 def write(path, pixels):

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from sklearn.cluster import KMeans as SklearnKMeans
 from sklearn.cluster import kmeans_plusplus
 
+import reference
 from clustr_jax.kmeans import _lloyd, kmeans
 
 RTOL = 1e-5

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_certify as reference
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from jax.tree_util import Partial
 
+import reference_certify as reference
 from clustr_jax import lipschitz, models
 from clustr_jax.models import unit
 

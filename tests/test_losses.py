@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from reference import close
 
+import reference
 from clustr_jax import losses
+from reference import close
 
 RTOL, GRAD_RTOL = 1e-5, 1e-4
 LABEL_LOSSES = [

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from linear_problems import (
-    Linear,
-    float64,
-    get_config,
-)
 
 from clustr_jax import data, stages
 from clustr_jax.classifier import Classifier
 from clustr_jax.models import Outputs
 from clustr_jax.stages import training
+from linear_problems import (
+    Linear,
+    float64,
+    get_config,
+)
 
 
 @dataclasses.dataclass(frozen=True)

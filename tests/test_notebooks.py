@@ -5,6 +5,7 @@ import re
 
 import nbformat
 import pytest
+
 from runs import ROOT
 
 # tools of Jupyter and their sockets

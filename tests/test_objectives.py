@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 import reference
 import reference_objectives as naive
+from clustr_jax import models, objectives
+from clustr_jax.clusters import Clusters
+from clustr_jax.objectives import METHODS, Batch
 from linear_problems import (
     FLOAT32,
     FLOAT64,
     get_config,
     label,
 )
-
-from clustr_jax import models, objectives
-from clustr_jax.clusters import Clusters
-from clustr_jax.objectives import METHODS, Batch
 
 LOSSES = {
     "nominal": lambda t: reference.cross_entropy(t.logits, t.y),

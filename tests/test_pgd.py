@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.tree_util import Partial
 
+import reference
 from clustr_jax import attacks, losses
 from clustr_jax.errors import UserError
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 import scipy.stats
 from jax.tree_util import Partial
 
+import reference
 from clustr_jax import attacks
 
 ULP = 6e-8

@@ -7,10 +7,10 @@ import socket
 import time
 
 import pytest
-from runs import TINY, metrics
 
 import clustr_jax
 from clustr_jax import processes
+from runs import TINY, metrics
 
 
 def port() -> int:

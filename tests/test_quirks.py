@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from test_evaluate import bounded_problem, eval_config, linear_classifier, points, silent
 
+import reference
 from clustr_jax import attacks, data, evaluate, quirks, results
 from clustr_jax.attacks import slots as scheduler
 from clustr_jax.classifier import Classifier
+from test_evaluate import bounded_problem, eval_config, linear_classifier, points, silent
 
 STEPS, RESTARTS = 6, 3
 NAMES = ["none", "exp_scores", "mean_loss", "max_loss", "start_outside", "all"]

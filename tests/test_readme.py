@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 import pytest
+
 from runs import ROOT
 
 README = (ROOT / "README.md").read_text()

@@ -13,17 +13,17 @@ import re
 import shutil
 import xml.etree.ElementTree as ET
 
-import browser
 import jax
 import numpy as np
 import pytest
-from runs import DIGITS, TOY, read
 
+import browser
 from clustr_jax import paper, report, results, workdir
 from clustr_jax.errors import UserError
 from clustr_jax.report import __main__ as command
 from clustr_jax.report import compare, looks, page, svg, words
 from clustr_jax.report.looks import Victim
+from runs import DIGITS, TOY, read
 
 N, EPS = 40, 0.2
 ALL = ("clean", "paper", "sound", "certified", "diagnostics")

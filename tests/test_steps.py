@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 import reference_objectives as naive
+from clustr_jax import data, fitting, sampling, train
 from linear_problems import (
     FLOAT32,
     ULP,
@@ -17,8 +19,6 @@ from linear_problems import (
     label,
     problem,
 )
-
-from clustr_jax import data, fitting, sampling, train
 
 
 @pytest.mark.parametrize("box", [(-np.inf, np.inf), (0.0, 1.0)])

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from linear_problems import Stage, assert_same
 
+import reference
 from clustr_jax import data, fitting, loading, models, objectives, settings, train
 from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
 from clustr_jax.objectives import METHODS, Batch
+from linear_problems import Stage, assert_same
 
 STEPS = 5
 

@@ -3,10 +3,10 @@
 import pathlib
 
 import pytest
-from runs import TOY
 
 from clustr_jax import usage
 from configs.common import METHODS, VARIANTS
+from runs import TOY
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FLAGS = (
