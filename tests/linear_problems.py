@@ -212,10 +212,3 @@ def assert_close(found, expected, **tolerance):
     assert found.keys() == expected.keys()
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], err_msg=name, **tolerance)
-
-
-def assert_same(a, b):
-    """Two pytrees, equal to the last bit."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))

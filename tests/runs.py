@@ -144,6 +144,7 @@ def arrays(path):
 
 
 def assert_same_arrays(a, b):
+    """Two pytrees, equal to the last bit."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))

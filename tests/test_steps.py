@@ -14,11 +14,11 @@ from linear_problems import (
     ULP,
     Linear,
     assert_close,
-    assert_same,
     float64,
     label,
     problem,
 )
+from runs import assert_same_arrays
 
 
 @pytest.mark.parametrize("box", [(-np.inf, np.inf), (0.0, 1.0)])
@@ -123,7 +123,7 @@ def test_worst_weights(gamma, rng):
         expected = w + gamma * np.sqrt(np.sum(w**2)) * g / np.sqrt(np.sum(g**2)) if w.ndim > 1 else w
         np.testing.assert_allclose(found[name], expected, rtol=FLOAT32, atol=1e-6 if w.ndim > 1 else 0)
     still = train.worst_weights(jax.tree.map(jnp.zeros_like, params), params, gamma)
-    assert_same(still, params)
+    assert_same_arrays(still, params)
 
 
 def test_a_step_with_awp(rng):
@@ -211,7 +211,7 @@ def test_small_clusters_skip(samples, rng):
     assert int(after.step) == 1
     assert np.all(batch.mask) == (samples == 4)
     if samples == 20:
-        assert_same(after.replace(step=p.state.step), p.state)
+        assert_same_arrays(after.replace(step=p.state.step), p.state)
     else:  # the weights decay, if nothing else
         assert (np.asarray(after.params["kernel"]) != np.asarray(p.state.params["kernel"])).all()
         assert (np.asarray(after.sampler.losses) != np.asarray(p.state.sampler.losses)).any()
@@ -295,7 +295,7 @@ def check_refit(rng, monkeypatch, name, size, **switches):
         if "variance_images" in switches:
             spread = embeddings(views["augmented"], state.batch_stats, modes["augmented"])
         assert_class_means(state.clusters, z, labels, spread)
-    assert_same(state.batch_stats, p.state.batch_stats)
+    assert_same_arrays(state.batch_stats, p.state.batch_stats)
 
 
 REFITS = [

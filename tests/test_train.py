@@ -6,34 +6,29 @@ is three lines. So losses and gradients of whole objectives can be compared with
 
 import dataclasses
 import functools
-import importlib
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import linear_problems
 import reference
-from clustr_jax import data, fitting, loading, models, objectives, settings, train
+from clustr_jax import data, fitting, loading, models, objectives, train
 from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
 from clustr_jax.objectives import METHODS, Batch
-from linear_problems import Stage, assert_same
+from linear_problems import Stage
+from runs import assert_same_arrays
 
 STEPS = 5
 
 
 def get_config(method, name="toy2d", **changes):
-    """A config of the project as it would run, with changes by dotted name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(pathlib.Path(__file__).parents[1]))
-        config = importlib.import_module(f"configs.{name}").get_config(method)
-    config.update_from_flattened_dict(
-        {"model.width": 6, "magnet.samples": 5, "magnet.n_init": 1, "magnet.max_iter": 10, **changes}
-    )
-    return settings.resolve(config)
+    """A config of the project as it would run but for its size, with changes by dotted name."""
+    small = {"model.width": 6, "magnet.samples": 5, "magnet.n_init": 1, "magnet.max_iter": 10}
+    return linear_problems.get_config(method, name, **{**small, **changes})
 
 
 def squares(rng, n=90, classes=3):
@@ -99,13 +94,13 @@ def test_the_length_of_a_chunk_changes_nothing(method, changes, rng):
     before = train.run_steps._cache_size()
     whole = p.run(p.state, STEPS)
     assert int(whole.step) == STEPS
-    assert_same(p.run(p.run(p.state, 1), STEPS - 1), whole)
+    assert_same_arrays(p.run(p.run(p.state, 1), STEPS - 1), whole)
     state = p.state
     for _ in range(STEPS):
         state = p.run(state, 1)
-    assert_same(state, whole)
+    assert_same_arrays(state, whole)
     assert train.run_steps._cache_size() == before + 1
-    assert_same(p.run(p.state, 0), p.state)
+    assert_same_arrays(p.run(p.state, 0), p.state)
 
 
 def test_totals_are_sums_over_the_steps(rng):
@@ -295,7 +290,7 @@ def test_refit_keeps_the_losses_and_follows_the_network(rng, key):
     _, z = numpy_mlp(state.params, p.train_set.images)
     expected = reference.variance(z, np.asarray(p.train_set.labels), again.clusters.centroids)
     np.testing.assert_allclose(again.clusters.variance, expected, rtol=1e-4)
-    assert_same(again.params, state.params)
+    assert_same_arrays(again.params, state.params)
     assert int(again.step) == 4
 
 
@@ -582,14 +577,14 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(method, changes, rn
     net = p.trainer.net
     blank = train.blank(p.trainer, net.init(jax.random.key(99)), p.train_set, jax.random.key(98))
     restored = reader.restore(blank)
-    assert_same(restored, state)
-    assert_same(p.run(restored, 1), p.run(state, 1))
+    assert_same_arrays(restored, state)
+    assert_same_arrays(p.run(restored, 1), p.run(state, 1))
     variables, clusters = state.deployed
-    assert_same(reader.model(jax.eval_shape(net.init, jax.random.key(0))), variables)
+    assert_same_arrays(reader.model(jax.eval_shape(net.init, jax.random.key(0))), variables)
     if clusters is not None:
         stored = reader.clusters(net.num_classes, clusters.centroids.shape[1], clusters.centroids.shape[2])
         assert isinstance(stored, Clusters)
-        assert_same(stored, clusters)
+        assert_same_arrays(stored, clusters)
     reader.close()
 
 
@@ -608,7 +603,7 @@ def test_the_newest_two_and_the_best_are_kept(rng, tmp_path):
     assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {2, 4, 5}
     assert {int(path.stem) for path in (tmp_path / "seals").iterdir()} == {2, 4, 5}
     abstract = jax.eval_shape(p.trainer.net.init, jax.random.key(0))
-    assert_same(checkpoints.model(abstract, checkpoints.best), saved[2].variables)
+    assert_same_arrays(checkpoints.model(abstract, checkpoints.best), saved[2].variables)
     checkpoints.close()
 
 
