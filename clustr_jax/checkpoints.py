@@ -233,7 +233,7 @@ def _items(state) -> dict:
     if state.delta is not None:
         training["delta"] = state.delta
     if state.sampler is not None:
-        training["sampler"] = vars(state.sampler)
+        training["sampler"] = {k: v for k, v in vars(state.sampler).items() if v is not None}
     if state.average is not None:
         training["raw"] = state.variables
         if state.clusters is not None:

@@ -13,8 +13,13 @@ from clustr_jax.train import Trainer, TrainSet, TrainState
 
 # Images per pass.
 _EVAL_BATCH = 200
-# Where batch statistics are those of the embedded images (`fidelity`).
-_TRAIN_MODE_BATCH = 500
+# The authors go through a set in so many passes, or fewer, whatever its size; where batch statistics are
+# those of the images (`fidelity`), that is what they are of.
+_AUTHORS_PASSES = 400
+
+
+def _authors_batch(size: int) -> int:
+    return -(-size // _AUTHORS_PASSES)
 
 
 @jax.jit(static_argnames=("net", "train_mode"))
@@ -25,7 +30,7 @@ def embed_all(
     size = train_set.labels.shape[0]
 
     def part(variables, train_set, key, ids):
-        count, batch = ids.shape[0], _TRAIN_MODE_BATCH if train_mode else _EVAL_BATCH
+        count, batch = ids.shape[0], _authors_batch(size) if train_mode else _EVAL_BATCH
         whole = count // batch * batch
 
         def embed(i):
@@ -60,10 +65,12 @@ def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> Trai
         z = embed_all(trainer.net, state.variables, train_set, variance_key, train_mode=True)
         clusters = _sharpened(clusters_lib.with_variance(clusters, z, train_set.labels), trainer.config)
     if state.sampler is None:
-        initial = 0.0 if fidelity.sampler == "stale" else trainer.config.magnet.alpha
-        sampler = sampling.init(None, assignments, clusters.valid.size, initial=initial)
+        sampler = sampling.init(
+            None, assignments, clusters.valid.size, initial=trainer.config.magnet.alpha,
+            stale=fidelity.sampler == "stale",
+        )  # fmt: skip
     else:
-        sampler = sampling.refit(state.sampler, assignments, stale=fidelity.sampler == "stale")
+        sampler = sampling.refit(state.sampler, assignments)
     state = state.replace(clusters=clusters, sampler=sampler)
     if state.average is not None:
         state = state.replace(average_clusters=_fit(trainer, state.average, train_set, average_key)[0])
@@ -113,10 +120,13 @@ def _sharpened(clusters, config):
 
 @jax.jit(static_argnums=0)
 def pass_in_train_mode(net: Net, variables, pixels) -> dict:
-    """Batch statistics after passes over `pixels` in 25s: the authors' leak (docs/fidelity.md)."""
-    batches = pixels[: len(pixels) // 25 * 25].reshape(-1, 25, *pixels.shape[1:])
+    """Batch statistics after 400 passes over `pixels`: the authors' leak (docs/fidelity.md)."""
+    batch = _authors_batch(len(pixels))
+    whole = len(pixels) // batch * batch
 
     def step(stats, x):
         return net.train({**variables, "batch_stats": stats}, x)[1], None
 
-    return jax.lax.scan(step, variables["batch_stats"], batches)[0]
+    batches = pixels[:whole].reshape(-1, batch, *pixels.shape[1:])
+    stats = jax.lax.scan(step, variables["batch_stats"], batches)[0]
+    return step(stats, pixels[whole:])[0] if whole < len(pixels) else stats

@@ -85,34 +85,50 @@ def head_probs(outputs, clusters, config):
 
 def towards_labels(net, variables, batch, clusters, key, config, strength=1.0):
     """PGD on the cross entropy to the labels (Madry et al. 2018; one step: Wong et al. 2020)."""
-    return _adversary(net, variables, batch, clusters, key, config, strength, batch.y)
+    what = head_logits, batch.y, losses.cross_entropy
+    return _adversary(net, variables, batch, clusters, key, config, strength, *what)
 
 
 def towards_clean(net, variables, batch, clusters, key, config, strength=1.0, outputs=None):
     """Steps on the divergence from the clean prediction (TRADES; one step: QTRADES, Eq. 5).
 
-    `outputs`: those of the clean images where they are known (`shares_clean`).
+    The authors step on the term that they train with: with train.consistency=mse and a cluster head that is
+    the distance of the embeddings, in QTRADES with fidelity.kl=probs their kl_div. `outputs`: those of the
+    clean images where they are known (`shares_clean`).
     """
     if config.train.attack_bn == "eval":
         outputs = net.eval(variables, batch.x)
     elif outputs is None:
         outputs = net.train(variables, batch.x)[0]
-    probs = head_probs(outputs, clusters, config)
-    return _adversary(net, variables, batch, clusters, key, config, strength, probs)
+    if clusters is not None and config.train.consistency == "mse":
+        what = _embeddings, outputs.embeddings, _mean_square
+    else:
+        authors = config.method == "qtrades" and config.fidelity.kl == "probs"
+        target = head_probs(outputs, clusters, config)
+        what = head_logits, target, _authors_kl if authors else losses.cross_entropy
+    return _adversary(net, variables, batch, clusters, key, config, strength, *what)
 
 
-def _adversary(net, variables, batch, clusters, key, config, strength, target):
-    """PGD on the cross entropy to `target`, labels or probabilities (KL has the same gradient)."""
+def _embeddings(outputs, clusters, config):
+    return outputs.embeddings
 
-    def logits(variables, clusters, x):
+
+def _mean_square(a, b):
+    return jnp.mean(jnp.square(a - b), axis=1)
+
+
+def _adversary(net, variables, batch, clusters, key, config, strength, of_outputs, target, loss_fn):
+    """PGD on loss_fn(of_outputs(outputs, clusters, config), target); KL has cross entropy's gradient."""
+
+    def attacked(variables, clusters, x):
         outputs = net.eval(variables, x) if config.train.attack_bn == "eval" else net.train(variables, x)[0]
-        return head_logits(outputs, clusters, config)
+        return of_outputs(outputs, clusters, config)
 
     frozen = jax.lax.stop_gradient((variables, clusters))
     attack = functools.partial(
         pgd,
         key,
-        Partial(logits, *frozen),
+        Partial(attacked, *frozen),
         batch.x,
         jax.lax.stop_gradient(target),
         ids=mesh.numbers(len(batch.x)),
@@ -121,6 +137,7 @@ def _adversary(net, variables, batch, clusters, key, config, strength, target):
         start=config.train.attack.start,
         bounds=box(config),
         select="last",
+        loss_fn=loss_fn,
     )
     x_adv = attack(steps=config.train.attack.steps)
     stats = variables["batch_stats"]
@@ -215,7 +232,7 @@ def clustr_qtrades(net, variables, batch, x_adv, clusters, config):
     if config.train.stop_target:
         target, embeddings = jax.lax.stop_gradient((target, embeddings))
     if config.train.consistency == "mse":
-        consistency = jnp.mean(jnp.square(adv.embeddings - embeddings), axis=1)
+        consistency = _mean_square(adv.embeddings, embeddings)
     elif config.train.consistency == "kl":
         consistency = losses.kl(logits, target)
     else:

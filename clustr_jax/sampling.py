@@ -18,6 +18,9 @@ class Sampler(struct.PyTreeNode):
     members: Int[Array, "N"]  # example ids, sorted by cluster
     offsets: Int[Array, "C+1"]  # cluster c owns members[offsets[c]:offsets[c + 1]]
     losses: Float[Array, "N"]
+    # The authors' bookkeeping, where it is theirs (`init`, stale):
+    seen: Bool[Array, "N"] | None = None  # whose loss was measured
+    means: Float[Array, "C"] | None = None  # of each cluster's seen members, when it was last in a batch
 
 
 class MagnetBatch(struct.PyTreeNode):
@@ -29,28 +32,36 @@ class MagnetBatch(struct.PyTreeNode):
     rows: Int[Array, "M"]
 
 
-def init(losses, assignments, num_clusters: int, *, initial: float) -> Sampler:
+def init(losses, assignments, num_clusters: int, *, initial: float, stale: bool = False) -> Sampler:
     """A sampler for these assignments [N]. Unseen examples (`losses` None) start at `initial`.
 
-    `initial` should be high (the margin alpha), so that clusters that were never seen are drawn.
+    `initial` should be high (the margin alpha), so that clusters that were never seen are drawn. `stale` does
+    as the authors: a cluster's mean is 0 until one of its members was in a batch, it is of the members seen
+    so far, and it is taken again only when the cluster is in a batch: after a refit it is that of the
+    old members until then.
     """
     order = jnp.argsort(assignments, stable=True).astype(jnp.int32)
     counts = jnp.bincount(assignments, length=num_clusters)
     offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts).astype(jnp.int32)])
     if losses is None:
         losses = jnp.full(assignments.shape[0], initial, jnp.float32)
-    return Sampler(order, offsets, losses)
+    sampler = Sampler(order, offsets, losses)
+    if not stale:
+        return sampler
+    return sampler.replace(seen=jnp.zeros(assignments.shape[0], bool), means=jnp.zeros(num_clusters))
 
 
-def refit(sampler: Sampler, assignments, *, stale: bool = False) -> Sampler:
-    """New clusters, the same examples: each example keeps its loss, so no cluster's mean is stale.
-
-    `stale` does as the authors: losses stay at their place in the sorted list, whoever stands there now.
-    """
+def refit(sampler: Sampler, assignments) -> Sampler:
+    """New clusters, the same examples: each keeps its loss, and the authors' means stay as they are."""
     new = init(sampler.losses, assignments, sampler.offsets.shape[0] - 1, initial=0.0)
-    if stale:
-        new = new.replace(losses=sampler.losses.at[new.members].set(sampler.losses[sampler.members]))
-    return new
+    return new.replace(seen=sampler.seen, means=sampler.means)
+
+
+def _owners(sampler: Sampler) -> Int[Array, "N"]:
+    """The cluster of each of `members`."""
+    counts = jnp.diff(sampler.offsets)
+    size = sampler.members.shape[0]
+    return jnp.repeat(jnp.arange(counts.shape[0]), counts, total_repeat_length=size)
 
 
 def seed_probs(sampler: Sampler, *, floor: float = 0.05) -> Float[Array, "C"]:
@@ -59,11 +70,12 @@ def seed_probs(sampler: Sampler, *, floor: float = 0.05) -> Float[Array, "C"]:
     The floor keeps every cluster reachable; with all losses zero the draw is uniform; an empty
     cluster is never drawn.
     """
-    num_clusters = sampler.offsets.shape[0] - 1
     counts = jnp.diff(sampler.offsets)
-    owner = jnp.repeat(jnp.arange(num_clusters), counts, total_repeat_length=sampler.members.shape[0])
-    total = jax.ops.segment_sum(sampler.losses[sampler.members], owner, num_clusters)
-    mean = total / jnp.maximum(counts, 1)
+    if sampler.means is None:
+        total = jax.ops.segment_sum(sampler.losses[sampler.members], _owners(sampler), counts.shape[0])
+        mean = total / jnp.maximum(counts, 1)
+    else:
+        mean = jnp.where(counts > 0, sampler.means, 0.0)
     uniform = (counts > 0) / jnp.sum(counts > 0)
     all_zero = jnp.sum(mean) <= 0
     proportional = mean / jnp.where(all_zero, 1.0, jnp.sum(mean))
@@ -126,4 +138,18 @@ def _choose(key, size, samples):
 def update(sampler: Sampler, ids, losses, mask) -> Sampler:
     """Remember the losses of the examples just seen; masked entries change nothing."""
     index = jnp.where(mask, ids, sampler.losses.shape[0]).reshape(-1)  # out of range = dropped
-    return sampler.replace(losses=sampler.losses.at[index].set(losses.reshape(-1), mode="drop"))
+    sampler = sampler.replace(losses=sampler.losses.at[index].set(losses.reshape(-1), mode="drop"))
+    if sampler.means is None:
+        return sampler
+    num_clusters = sampler.means.shape[0]
+    seen = sampler.seen.at[index].set(True, mode="drop")
+    owner = _owners(sampler)
+    now = jnp.zeros_like(seen).at[index].set(True, mode="drop")[sampler.members]
+    in_batch = jax.ops.segment_sum(now.astype(jnp.int32), owner, num_clusters) > 0
+    measured = seen[sampler.members]
+    total = jax.ops.segment_sum(
+        jnp.where(measured, sampler.losses[sampler.members], 0.0), owner, num_clusters
+    )
+    counts = jax.ops.segment_sum(measured.astype(jnp.int32), owner, num_clusters)
+    means = jnp.where(in_batch, total / jnp.maximum(counts, 1), sampler.means)
+    return sampler.replace(seen=seen, means=means)

@@ -25,7 +25,8 @@ _ENTRIES = {
 }  # fmt: skip
 # The network of "auto" up to this side is cnn, whose hidden layer sees every pixel.
 _SMALL = 16
-# Switches of `fidelity` that change the trained weights' clusters or statistics, and not their average's.
+# Switches of `fidelity` that change the clusters or statistics of weights trained with Magnet batches,
+# and not those of their average.
 _NOT_AVERAGED = ("cluster_images", "first_clusters", "variance_images", "epoch_statistics")
 _CHUNK = 1000  # images turned into float64 at a time
 _KINDS = {int: "whole numbers", float: "numbers", str: "words in quotes"}
@@ -241,7 +242,7 @@ def check(
                 f"{name}.replays={recipe.replays} carries its own perturbation along (Free AT), which leaves "
                 f"out {what}; set {name}.replays=1" + (f", or {name}.awp=0" if recipe.awp else "")
             )
-        for switch in _NOT_AVERAGED if recipe.ema else ():
+        for switch in _NOT_AVERAGED if recipe.ema and own.sampler == "magnet" else ():
             if config.fidelity[switch] == fidelity.SWITCHES[switch].authors:
                 raise UserError(
                     f"{name}.ema={recipe.ema} evaluates averaged weights, which fidelity.{switch}="

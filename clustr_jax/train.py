@@ -186,7 +186,13 @@ def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key) -> TrainS
         )
         state = state.replace(
             clusters=clusters,
-            sampler=sampling.init(None, jnp.zeros(trainer.size, jnp.int32), num_classes * k, initial=0.0),
+            sampler=sampling.init(
+                None,
+                jnp.zeros(trainer.size, jnp.int32),
+                num_classes * k,
+                initial=0.0,
+                stale=trainer.config.fidelity.sampler == "stale",
+            ),
             average_clusters=clusters if state.average else None,
         )
     return reset_totals(trainer, state, train_set, key)

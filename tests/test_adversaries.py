@@ -97,6 +97,52 @@ def test_towards_clean_on_a_linear_classifier(method, scores, rng, key):
     np.testing.assert_allclose(np.asarray(run(**once)[0])[clear], expected[clear], atol=ULP)
 
 
+@pytest.mark.parametrize("method", ["qtrades", "trades", "clustr_qtrades"])
+def test_the_authors_term_is_what_they_step_on(method, rng, key):
+    """fidelity.kl=probs, QTRADES alone: away from <p, p_adv>, so towards the class that is not predicted.
+
+    By cross entropy, as other methods still do, to the side of w.x that the start is on.
+    """
+    net = Linear((3,), 2)
+    variables = net.variables(rng)
+    clusters, w = None, float64(variables["params"]["kernel"])
+    x = rng.normal(size=(40, 3))
+    if METHODS[method].head == "clusters":
+        centroids = rng.normal(size=(2, 1, 3)).astype(np.float32)
+        clusters, w = Clusters(jnp.asarray(centroids), jnp.float32(1.3)), np.float64(centroids)[:, 0].T
+    predicted = np.argmax(x @ w + float64(variables["params"]["bias"]), axis=1)
+    w = w[:, 1] - w[:, 0]
+    around = 0.1 * noise(key, 40, (3,), uniform)
+    side = 1 - 2 * predicted if method == "qtrades" else np.sign(around @ w)
+    assert (side != np.sign(around @ w)).sum() in ((range(5, 36)) if method == "qtrades" else (0,))
+    changes = {**steps_of(1, 0.03, start="uniform"), "fidelity.kl": "probs"}
+    found, _ = attack(method, net, variables, x, key, clusters=clusters, **changes)
+    expected = np.clip(around + 0.03 * side[:, None] * np.sign(w)[None], -0.1, 0.1)
+    np.testing.assert_allclose(found, x + expected, atol=ULP)
+
+
+@pytest.mark.parametrize("method", ["clustr_qtrades", "clustr_trades", "qtrades"])
+def test_what_compares_embeddings_steps_on_their_distance(method, rng, key):
+    """train.consistency=mse: here the embedding is the point itself, so straight away from it.
+
+    The linear head has no such term, and its adversary does not change.
+    """
+    net = Linear((3,), 2)
+    variables, x = net.variables(rng), rng.normal(size=(40, 3))
+    clusters = None
+    if METHODS[method].head == "clusters":
+        clusters = Clusters(jnp.asarray(rng.normal(size=(2, 1, 3)), jnp.float32), jnp.float32(1.0))
+    around = 0.1 * noise(key, 40, (3,), uniform)
+    changes = {**steps_of(1, 0.03, start="uniform"), "train.consistency": "mse"}
+    found, _ = attack(method, net, variables, x, key, clusters=clusters, **changes)
+    direction = np.sign(around)
+    if clusters is None:
+        w = float64(variables["params"]["kernel"])
+        w = w[:, 1] - w[:, 0]
+        direction = np.sign(around @ w)[:, None] * np.sign(w)[None]
+    np.testing.assert_allclose(found, x + np.clip(around + 0.03 * direction, -0.1, 0.1), atol=ULP)
+
+
 @pytest.mark.parametrize("method", ["trades", "clustr_trades"])
 def test_trades_starts_from_small_normal_noise(method, rng, key):
     """0.001 times a standard normal (the authors' code), for each coordinate on its own."""

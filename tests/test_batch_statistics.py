@@ -59,23 +59,22 @@ def test_attack_statistics_update(method, rng, key):
     np.testing.assert_allclose(stats["var"], variance, rtol=FLOAT32)
 
 
-@pytest.mark.parametrize("size", [50, 77])
-def test_a_pass_in_train_mode(size, rng):
-    """epoch_statistics=leak_test: one update for each 25 images in order, the rest left out."""
+@pytest.mark.parametrize(("size", "batch"), [(50, 1), (801, 3)])
+def test_a_pass_in_train_mode(size, batch, rng):
+    """epoch_statistics=leak_test: 400 updates, or as many as batches of one size allow, the rest a batch."""
     net = Linear((4, 4, 2), 2, normed=True)
     variables, pixels = net.variables(rng), rng.normal(size=(size, 4, 4, 2)).astype(np.float32)
     stats = fitting.pass_in_train_mode(net, variables, pixels)
-    batches = [pixels[i : i + 25] for i in range(0, size - 24, 25)]
+    batches = [pixels[i : i + batch] for i in range(0, size, batch)]
     mean, variance = naive.running(variables["batch_stats"].values(), batches)
     np.testing.assert_allclose(stats["mean"], mean, rtol=FLOAT32, atol=1e-6)
     np.testing.assert_allclose(stats["var"], variance, rtol=FLOAT32)
 
 
-@pytest.mark.parametrize("switch", ["keep", "leak_test"])
-def test_statistics_after_an_epoch(switch, rng):
-    """leak_test: what is saved has seen all of the train and then all of the test images in train mode."""
+def statistics_after_an_epoch(method, rng, switch):
+    """(what is saved, what was there before, the batches of a uniform epoch, training and test images)."""
     net = Linear((3,), 3, normed=True)
-    p = problem("nominal", rng, net=net, **{"fidelity.epoch_statistics": switch, "train.epochs": 1})
+    p = problem(method, rng, net=net, **{"fidelity.epoch_statistics": switch, "train.epochs": 1})
     images, labels = np.asarray(p.train_set.images), np.asarray(p.train_set.labels)
     test = rng.normal(size=(60, 3)).astype(np.float32)
     train_split = data.Split(images, labels, 3, 1.0, None, "")
@@ -88,9 +87,24 @@ def test_statistics_after_an_epoch(switch, rng):
     key, state = jax.random.key(5), train.reset_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
     training._epochs(run, stages.TRAIN, p.trainer, checkpoints, state, p.train_set, key)
     order = np.asarray(train.epoch_order(jax.random.clone(key), 40, 0)).reshape(4, 10)
-    seen = [images[ids] for ids in order]
-    if switch == "leak_test":
-        seen += [images[:25], test[:25], test[25:50]]
-    mean, variance = naive.running(p.state.batch_stats.values(), seen)
-    np.testing.assert_allclose(saved[-1].batch_stats["mean"], mean, rtol=FLOAT32, atol=1e-6)
-    np.testing.assert_allclose(saved[-1].batch_stats["var"], variance, rtol=FLOAT32)
+    return saved[-1].batch_stats, p.state.batch_stats, images[order], images, test
+
+
+def assert_statistics(found, before, batches):
+    mean, variance = naive.running(before.values(), batches)
+    np.testing.assert_allclose(found["mean"], mean, rtol=FLOAT32, atol=1e-6)
+    np.testing.assert_allclose(found["var"], variance, rtol=FLOAT32)
+
+
+@pytest.mark.parametrize("switch", ["keep", "leak_test"])
+def test_statistics_after_an_epoch(switch, rng):
+    """Those of its batches, in order. (The authors' passes are of trainings with the Magnet loss alone.)"""
+    found, before, batches, *_ = statistics_after_an_epoch("nominal", rng, switch)
+    assert_statistics(found, before, batches)
+
+
+def test_the_authors_passes_after_an_epoch():
+    """leak_test: the statistics have seen all training, then all test images, of these few one by one."""
+    kept, *_ = statistics_after_an_epoch("clustr", np.random.default_rng(0), "keep")
+    found, _, _, images, test = statistics_after_an_epoch("clustr", np.random.default_rng(0), "leak_test")
+    assert_statistics(found, kept, [x[None] for x in (*images, *test)])

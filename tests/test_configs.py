@@ -359,7 +359,7 @@ def test_a_smoke_config_is_smaller_and_leaves_the_original_alone():
         ),
         ({"warmup.replays": 2, "warmup.awp": 0.01}, "leaves out awp; .* or warmup.awp=0"),
         ({"train.ema": 0.9, "fidelity.cluster_images": "augmented"}, "fidelity.cluster_images=augmented"),
-        ({"warmup.ema": 0.9, "fidelity.epoch_statistics": "leak_test"}, "set warmup.ema=0"),
+        ({"train.ema": 0.9, "fidelity.epoch_statistics": "leak_test"}, "set train.ema=0"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused_before_the_warm_up(changes, message):

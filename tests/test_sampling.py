@@ -207,3 +207,51 @@ def test_refit_keeps_the_loss_of_every_example():
     np.testing.assert_array_equal(refitted.losses, sampler.losses)
     mean = np.array([losses[assignments == c].mean() for c in range(11)] + [0])
     np.testing.assert_allclose(seed_probs(refitted, floor=0.0), mean / mean.sum(), atol=1e-6)
+
+
+class Bookkeeping:
+    """The authors' (fidelity 1.1 no. 11), written slowly: dictionaries by example and by cluster."""
+
+    def __init__(self, assignments, num_clusters):
+        self.assignments, self.losses = assignments, {}
+        self.means = dict.fromkeys(range(num_clusters), 0.0)
+
+    def see(self, ids, losses):
+        """Of each cluster in the batch, the mean over those of its members that were ever seen."""
+        self.losses |= zip(ids, losses, strict=True)
+        for cluster in {self.assignments[i] for i in ids}:
+            members = [self.losses[i] for i in self.losses if self.assignments[i] == cluster]
+            self.means[cluster] = sum(members) / len(members)
+
+    def probs(self):
+        """Of clusters without members nothing; uniform where theirs is 0 / 0."""
+        found = np.array([v if c in self.assignments else 0.0 for c, v in self.means.items()])
+        inside = np.isin(np.arange(len(found)), self.assignments)
+        return found / found.sum() if found.sum() else inside / inside.sum()
+
+
+def test_the_authors_bookkeeping():
+    """Batches with masked entries and other clusters in between: the seeds' probabilities after each."""
+    rng = np.random.default_rng(0)
+    assignments = rng.integers(0, 11, size=54)
+    slow = Bookkeeping(assignments, 12)  # the last cluster is empty
+    sampler = sampling.init(None, jnp.asarray(assignments), 12, initial=12.5, stale=True)
+    update, refit = jax.jit(sampling.update), jax.jit(sampling.refit)
+    stale = 0
+    for step in range(12):
+        np.testing.assert_allclose(seed_probs(sampler, floor=0.0), slow.probs(), atol=1e-6)
+        if step % 4 == 3:
+            slow.assignments = rng.integers(0, 12, size=54)
+            sampler = refit(sampler, jnp.asarray(slow.assignments))
+            now = [
+                np.mean([slow.losses.get(i, 0.0) for i in np.flatnonzero(slow.assignments == c)])
+                for c in range(12)
+            ]
+            stale += np.abs(now / np.sum(now) - slow.probs()).max() > 0.01
+            continue
+        ids, losses = rng.choice(54, size=(2, 3), replace=False), rng.exponential(size=(2, 3))
+        mask = rng.random((2, 3)) < 0.7
+        mask[0, 0] = True
+        slow.see(ids[mask], np.float32(losses[mask]))
+        sampler = update(sampler, jnp.asarray(ids), jnp.asarray(losses, jnp.float32), jnp.asarray(mask))
+    assert stale == 3  # each refit left means that are not those of the losses of the new members

@@ -218,23 +218,27 @@ def test_small_clusters_skip(samples, rng):
 
 
 def test_a_stale_sampler(rng):
-    """Losses start at 0, no floor, and stay at their place in the sorted list, whoever stands there now."""
+    """A step remembers as the authors do; a refit leaves their means; seeds have no floor."""
     p = problem("clustr", rng, **{"magnet.k": 2, "fidelity.sampler": "stale"})
-    assert not np.any(p.state.sampler.losses)
-    losses = rng.uniform(size=40).astype(np.float32)
-    old = rng.integers(0, 6, 40)
-    sampler = sampling.init(jnp.asarray(losses), jnp.asarray(old), 6, initial=0.0)
-    new = fitting.refit(p.trainer, p.state.replace(sampler=sampler), p.train_set, jax.random.key(3)).sampler
-    np.testing.assert_array_equal(new.losses[new.members], losses[np.argsort(old, kind="stable")])
-    assert (np.asarray(new.losses) != losses).any()
-    kept = sampling.refit(sampler, jnp.asarray(np.roll(old, 1)))
-    np.testing.assert_array_equal(kept.losses, losses)
+    assert not np.any(p.state.sampler.seen) and not np.any(p.state.sampler.means)
+    after, _, (batch, _) = p.step()
+    x = np.asarray(p.train_set.images)[np.asarray(after.sampler.seen)]
+    np.testing.assert_array_equal(np.sort(x, axis=0), np.sort(batch.x[batch.mask], axis=0))
+    in_batch = np.asarray(batch.mask).reshape(len(batch.classes), -1).any(axis=1).sum()
+    assert (
+        np.count_nonzero(after.sampler.means) == in_batch == 5
+    )  # the seed's class has one more, which is left out
+    other = after.replace(params=jax.tree.map(jnp.zeros_like, after.params))
+    again = fitting.refit(p.trainer, other, p.train_set, jax.random.key(3)).sampler
+    for name in ("losses", "seen", "means"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(after.sampler, name))
 
     # the only cluster that was ever seen is the only seed (row 0 of a batch)
     offsets, members = np.asarray(p.state.sampler.offsets), np.asarray(p.state.sampler.members)
     only = members[offsets[4] : offsets[5]]
-    seen = jnp.zeros(40).at[only].set(1.0)
-    state = p.state.replace(sampler=p.state.sampler.replace(losses=seen))
+    state = p.state.replace(
+        sampler=sampling.update(p.state.sampler, jnp.asarray(only), jnp.ones(len(only)), only >= 0)
+    )
     draw = jax.jit(functools.partial(train.draw_batch, p.trainer))
     for i in range(20):
         batch, ids = draw(state, p.train_set, p.order, jax.random.key(i))
@@ -260,10 +264,11 @@ SIDE = (4, 4, 2)
 
 
 def embeddings(pixels, stats, mode):
-    """Train mode normalises each 500 images by their own statistics."""
+    """Train mode normalises by a batch's own statistics: of 400 of equal size, the last one smaller."""
     if mode == "eval":
         return normalise(pixels, stats["mean"], stats["var"])
-    pieces = [pixels[i : i + 500] for i in range(0, len(pixels), 500)]
+    batch = -(-len(pixels) // 400)
+    pieces = [pixels[i : i + batch] for i in range(0, len(pixels), batch)]
     return np.concatenate([normalise(p, p.mean(axis=(0, 1, 2)), p.var(axis=(0, 1, 2))) for p in pieces])
 
 
@@ -315,5 +320,5 @@ def test_images_and_modes_of_the_clusters(switches, rng, monkeypatch):
 
 @pytest.mark.parametrize("switches", [REFITS[1], REFITS[3]], ids=label)
 def test_train_mode_statistics_are_of_the_images_alone(switches, rng, monkeypatch):
-    """A set that is no multiple of 500: what fills up the last piece is no image of it."""
-    check_refit(rng, monkeypatch, f"600 {switches}", 600, **switches)
+    """A set that is no multiple of a batch: what fills up the last one is no image of it."""
+    check_refit(rng, monkeypatch, f"601 {switches}", 601, **switches)

@@ -145,7 +145,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
                 preemption.check(f"{stage} after {step} steps (epoch {epoch + 1} of {recipe.epochs})")
         if trainer.magnet:
             state = fitting.refit(trainer, state, train_set, key)
-        if config.fidelity.epoch_statistics == "leak_test":
+        if trainer.magnet and config.fidelity.epoch_statistics == "leak_test":
             for split in (this.train_split, this.test_split):
                 stats = fitting.pass_in_train_mode(this.net, state.variables, split.pixels())
                 state = state.replace(batch_stats=stats)
