@@ -187,11 +187,21 @@ def check_config(config) -> None:
         raise UserError(f"eval.paper_steps must be one or more numbers >= 1, got {config.eval.paper_steps}")
     for eps in (*config.eval.sweep, *config.eval.curve):
         check_settings(eps=eps, step_size=attack.step_size)
-    for path in config.eval.transfer:
-        loading.find_stage(path)
     unknown = [name for name in config.eval.protocols if name not in RUNNERS]
     if unknown:
         raise UserError(f"eval.protocols: unknown {unknown[0]!r}; known: {', '.join(RUNNERS)}")
+
+
+def check_transfer(config, net) -> None:
+    """UserError for a source of transfer whose images or classes are not those of `net`."""
+    own = tuple(net.input_shape), net.num_classes
+    for path in config.eval.transfer:
+        found = loading.input_and_classes(path)
+        if found != own:
+            raise UserError(
+                f"eval.transfer: {path} takes images of {found[0]} in {found[1]} classes, this network of "
+                f"{own[0]} in {own[1]}; name a run on the same data"
+            )
 
 
 RUNNERS = {"paper": run_paper, "sound": sound.run_sound, "quick": sound.run_quick}

@@ -143,6 +143,12 @@ def model_variables(path: str | pathlib.Path, net: Net, *, body: bool = False) -
     return found
 
 
+def input_and_classes(path: str | pathlib.Path) -> tuple[tuple[int, ...], int]:
+    """(shape of an image, number of classes) of a finished stage's network."""
+    done = read_json(find_stage(path) / "done.json")
+    return tuple(done["input_shape"]), done["num_classes"]
+
+
 def _abstract(net: Net) -> dict:
     return jax.eval_shape(net.init, jax.random.key(0))
 

@@ -52,7 +52,7 @@ def negative_entropy(probs: Float[Array, "B Y"]) -> Float[Array, "B"]:
 
 
 def margin(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]:
-    """max_{c != y} z_c - z_y: positive exactly where the example is misclassified (CW loss).
+    """max_{c != y} z_c - z_y: positive where the example is misclassified, but for ties (CW loss).
 
     For a nearest-centroid head its gradient has no factor that vanishes for confident examples,
     which cross entropy has (docs/fidelity.md, "why the paper's attack is blind").

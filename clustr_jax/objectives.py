@@ -345,6 +345,8 @@ class Method:
     source: bool = False
 
 
+# Worst cases of a 1-Lipschitz network, with no adversary.
+CERTIFIED = (nominal_certified, clustr_certified)
 _clustered = functools.partial(Method, sampler="magnet", head="clusters")
 METHODS = {
     "nominal": Method(nominal),

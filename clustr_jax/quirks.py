@@ -124,18 +124,18 @@ def main(argv: list[str]) -> int:
         test = data.splits(config.data, at_most=config.smoke)[2]
         count = min(args.n, len(test))
         index = data.stratified(test.labels, count, test.num_classes)
+        examples = data.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
+        started = time.perf_counter()
+        key, budget = stage_key(config.seed, EVALUATE), {"steps": args.steps, "restarts": args.restarts}
+        with console.status("quirks") as status:
+            rows = table(
+                key, clf, examples, config, **budget, report=lambda text: status.update(f"quirks: {text}")
+            )
+            status.update("quirks: the adaptive attack")
+            magnet = adaptive(key, clf, examples, config, **budget)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    examples = data.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
-    started = time.perf_counter()
-    key, budget = stage_key(config.seed, EVALUATE), {"steps": args.steps, "restarts": args.restarts}
-    with console.status("quirks") as status:
-        rows = table(
-            key, clf, examples, config, **budget, report=lambda text: status.update(f"quirks: {text}")
-        )
-        status.update("quirks: the adaptive attack")
-        magnet = adaptive(key, clf, examples, config, **budget)
     shown = Table(
         title=f"{config.method} on {data.label(config.data)}, PGD^{args.steps} x {args.restarts}, n = {count}"
     )

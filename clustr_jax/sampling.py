@@ -139,7 +139,7 @@ def update(sampler: Sampler, ids, losses, mask) -> Sampler:
     """Remember the losses of the examples just seen; masked entries change nothing."""
     index = jnp.where(mask, ids, sampler.losses.shape[0]).reshape(-1)  # out of range = dropped
     sampler = sampler.replace(losses=sampler.losses.at[index].set(losses.reshape(-1), mode="drop"))
-    if sampler.means is None:
+    if sampler.means is None or sampler.seen is None:
         return sampler
     num_clusters = sampler.means.shape[0]
     seen = sampler.seen.at[index].set(True, mode="drop")

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from clustr_jax import data, evaluate, fidelity, fitting, train
+from clustr_jax import data, evaluate, fidelity, fitting, models, train
 from clustr_jax.data import Split
 from clustr_jax.errors import UserError
 from clustr_jax.models import Net
-from clustr_jax.objectives import METHODS, Method
+from clustr_jax.objectives import CERTIFIED, METHODS, Method
 
 # Of a setting: counts must fit the device's int32, and no rate or radius is larger.
 _LARGEST = 2**31
@@ -104,7 +104,8 @@ def statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def default_workdir(config: ConfigDict) -> pathlib.Path:
     """runs/<dataset>-<method>[-<variant>]"""
-    name = "-".join(part for part in (data.label(config.data), config.method, config.variant) if part)
+    label = data.label(config.data).replace("/", "-")  # of imagenet_resized/32x32
+    name = "-".join(part for part in (label, config.method, config.variant) if part)
     if pathlib.PurePath(name).name != name:
         raise UserError(f"variant may not contain path separators, got {config.variant!r}")
     return pathlib.Path("runs") / (name + ("-smoke" if config.smoke else ""))
@@ -215,6 +216,10 @@ def check(
                 f"{name}: epochs must be >= 0, batch_size >= 1 and lr > 0, "
                 f"got {recipe.epochs}, {recipe.batch_size} and {recipe.lr}"
             )
+        if not (recipe.decay >= 0 and recipe.weight_decay >= 0):
+            raise UserError(
+                f"{name}: decay and weight_decay must be >= 0, got {recipe.decay} and {recipe.weight_decay}"
+            )
         if recipe.replays < 1 or not 0 <= recipe.ema < 1 or recipe.awp < 0 or not recipe.eps_ramp >= 0:
             raise UserError(
                 f"{name}: replays must be >= 1, ema in [0, 1), awp and eps_ramp >= 0, "
@@ -225,6 +230,13 @@ def check(
         for option, known in (("nonfinite", ("stop", "skip")), ("select", ("last", "best"))):
             if recipe[option] not in known:
                 raise UserError(f"{name}.{option} must be {' or '.join(known)}, got {recipe[option]!r}")
+        if 0 < recipe.epochs < recipe.eps_ramp:
+            raise UserError(
+                f"{name}.eps_ramp={recipe.eps_ramp} is longer than the {recipe.epochs} epochs, and the "
+                f"adversary's radius would end below eps; lower it"
+            )
+        if recipe.get("target", 0.0) > 1:
+            raise UserError(f"{name}.target is an accuracy in [0, 1], got {recipe.target}")
         train.optimizer(recipe, 1)
     for name, (own, (size, kept)) in stages.items():
         recipe = config[name]
@@ -241,6 +253,16 @@ def check(
             raise UserError(
                 f"{name}.replays={recipe.replays} carries its own perturbation along (Free AT), which leaves "
                 f"out {what}; set {name}.replays=1" + (f", or {name}.awp=0" if recipe.awp else "")
+            )
+        if own.objective in CERTIFIED and recipe.replays > 1:
+            raise UserError(
+                f"{name}.replays={recipe.replays} carries a perturbation along (Free AT), and this method's "
+                f"objective looks at clean images alone; set {name}.replays=1"
+            )
+        if own.objective in CERTIFIED and config.model.name not in models.UNIT:
+            raise UserError(
+                f"{config.method} needs a 1-Lipschitz network ({', '.join(models.UNIT)}), got "
+                f"model.name={config.model.name}"
             )
         for switch in _NOT_AVERAGED if recipe.ema and own.sampler == "magnet" else ():
             if config.fidelity[switch] == fidelity.SWITCHES[switch].authors:

@@ -21,6 +21,7 @@ from clustr_jax.attacks import aims, ensemble, slots
 from clustr_jax.attacks.aims import View
 from clustr_jax.attacks.apgd import APGD, windows
 from clustr_jax.attacks.fab import onto_hyperplane
+from clustr_jax.attacks.geometry import ascend
 from clustr_jax.attacks.inputs import check_logits
 from clustr_jax.attacks.square import sides
 from clustr_jax.clusters import Clusters
@@ -453,6 +454,7 @@ def test_squares_shrink_as_in_the_paper(queries, height, width):
         i = at * queries // 10_000
         share = reference_attacks.square_share(at, 10_000)
         assert found[i] == max(1, round(np.sqrt(share * height * width))), at
+    assert sides(20, (1, 8, 1), 1, False).min() == 1  # images one pixel high have squares as well
     # l2: odd and at least 3
     found = sides(queries, (height, width, 3), 3, True)
     assert (found % 2 == 1).all() and found.min() == 3 and found.max() <= min(height, width)
@@ -625,6 +627,10 @@ def bad_inputs():
         "float": (dict(y=y.astype(np.float32)), "y must hold integer labels"),
         "few": (dict(y=y[:-1]), r"x must be \[B, \.\.\.\] and y \[B\]"),
         "flat": (dict(x=x.reshape(-1)), r"x must be \[B, \.\.\.\] and y \[B\]"),
+        "column": (dict(y=y[:, None]), r"y must be labels \[B\]|and y \[B\]"),
+        "few_ids": (dict(ids=np.arange(N - 1)), "ids must be one whole number for each"),
+        "many_ids": (dict(ids=np.arange(N + 1)), "ids must be one whole number for each"),
+        "float_ids": (dict(ids=np.arange(N) / 2), "ids must be one whole number for each"),
         "norm": (dict(norm="l1"), "norm must be one of"),
         "eps": (dict(eps=-0.1), "eps must be >= 0"),
         "nan_eps": (dict(eps=float("nan")), "eps must be >= 0"),
@@ -649,6 +655,68 @@ def test_bad_input_is_named(name, case):
         given_["slots"] = SLOTS
     with pytest.raises(UserError, match=text):
         getattr(attacks, name)(jax.random.key(0), **given_)
+
+
+@pytest.mark.parametrize("case", ["outside", "nan", "probabilities", "infinite", "shape", "few"])
+def test_bad_input_beside_probabilities_is_named(case):
+    """QTRADES has no labels, and looks at the rest all the same."""
+    _, _, model, x, y = problem()
+    change, text = bad_inputs()[case]
+    probs = np.full((len(change.get("y", y)), CLASSES), 1 / CLASSES, np.float32)
+    given_ = dict(logits_fn=model, x=x) | {k: v for k, v in change.items() if k != "y"}
+    with pytest.raises(UserError, match=text if case != "few" else r"logits_fn must return|y must be labels"):
+        attacks.qtrades(jax.random.key(0), **given_, probs=probs, eps=0.1, step_size=0.1)
+
+
+def test_a_column_of_labels_is_refused_inside_jit_as_well():
+    """[B, 1] would pass for probabilities, whose gradient is 0 for label 0: a blind attack."""
+    _, _, model, x, y = problem()
+    with pytest.raises(UserError, match="y must be labels"):
+        jax.jit(lambda y: attacks.pgd(jax.random.key(0), model, x, y, eps=0.1, step_size=0.1, steps=1))(
+            y[:, None]
+        )
+
+
+def test_keys_of_another_kind():
+    """Those of a hardware generator: their seed is taken, and the same key gives the same images."""
+    _, _, model, x, y = problem()
+    run = functools.partial(attacks.apgd, logits_fn=model, x=x, y=y, eps=0.03, steps=STEPS, slots=SLOTS)
+    keys = [jax.random.key(seed, impl="rbg") for seed in (0, 0, 1)]
+    with jax.debug_key_reuse(False):
+        first, again, other = (run(key) for key in keys)
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert wrong(model, first, y).sum() == wrong(model, run(jax.random.key(0)), y).sum()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-10, 1e-15, 1e-25, 1e-35])
+def test_l2_steps_have_their_length_however_small_the_gradient(size, rng):
+    gradient = (size * rng.normal(size=(5, 3, 4))).astype(np.float32)
+    gradient[4] = 0.0
+    moved = np.asarray(ascend(jnp.zeros((5, 3, 4)), jnp.asarray(gradient), 0.1, "l2"), np.float64)
+    direction = np.float64(gradient[:4]) / np.linalg.norm(
+        np.float64(gradient[:4]), axis=(1, 2), keepdims=True
+    )
+    np.testing.assert_allclose(moved[:4], 0.1 * direction, atol=1e-6)
+    assert not moved[4].any()
+
+
+def test_a_confident_softmax_hides_nothing_from_l2():
+    """A margin of 64 nats, so cross entropy's gradient is of the order 1e-26: the way out is 0.4 long."""
+    x, y = np.full((2, 2, 2, 1), 0.5, np.float32), np.zeros(2, np.int32)
+    x[:, 0, 0] = 0.9
+    model = Partial(lambda x: 80 * jnp.stack([x[:, 0, 0, 0] - 0.5, 0.5 - x[:, 0, 0, 0]], axis=1))
+    assert np.ptp(model(x), axis=1).min() > 60
+    x_adv = attacks.apgd(jax.random.key(0), model, x, y, eps=0.5, steps=20, norm="l2", slots=2)
+    assert wrong(model, x_adv, y).all()
+
+
+def test_a_transferred_image_without_finite_logits_is_no_success():
+    model = Partial(lambda x: jnp.stack([jnp.sqrt(x[:, 0] - 0.5), x[:, 0]], axis=1))
+    x, y = np.float32([[0.6], [0.4], [0.7]]), np.int32([0, 1, 1])
+    with pytest.raises(UserError, match="non-finite logits"):
+        slots.misjudged(model, x, y)
+    np.testing.assert_array_equal(slots.misjudged(model, x[[0, 2]], y[[0, 2]]), [True, False])
 
 
 @pytest.mark.parametrize("name", ["apgd", "fab", "square", "autoattack"])

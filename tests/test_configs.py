@@ -360,6 +360,10 @@ def test_a_smoke_config_is_smaller_and_leaves_the_original_alone():
         ({"warmup.replays": 2, "warmup.awp": 0.01}, "leaves out awp; .* or warmup.awp=0"),
         ({"train.ema": 0.9, "fidelity.cluster_images": "augmented"}, "fidelity.cluster_images=augmented"),
         ({"train.ema": 0.9, "fidelity.epoch_statistics": "leak_test"}, "set train.ema=0"),
+        ({"train.decay": -0.1}, "decay and weight_decay must be >= 0"),
+        ({"warmup.weight_decay": -1.0}, "warmup: decay and weight_decay must be >= 0"),
+        ({"train.epochs": 3, "train.eps_ramp": 6.0}, "train.eps_ramp=6.0 is longer than the 3 epochs"),
+        ({"warmup.target": 90.0}, r"warmup.target is an accuracy in \[0, 1\], got 90.0"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused_before_the_warm_up(changes, message):
@@ -370,6 +374,45 @@ def test_settings_that_cannot_be_trained_are_refused_before_the_warm_up(changes,
     with pytest.raises(UserError, match=message):
         net = loading.build_net(config, split)
         settings.check(config, objectives.METHODS[config.method], net, split, split, held_out=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.replays": 2}, "looks at clean images alone; set train.replays=1"),
+        ({"model.name": "cnn"}, "needs a 1-Lipschitz network .lip_sll, .* model.name=cnn"),
+    ],
+)
+def test_what_a_certified_method_cannot_be(changes, message):
+    config = get_config("digits", "clustr_certified")
+    split = fake_split(*DATA["digits"])
+
+    def check():
+        net = loading.build_net(config, split)
+        settings.check(config, objectives.METHODS[config.method], net, split, split, held_out=1)
+
+    check()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        check()
+
+
+def test_transfer_from_a_network_of_other_images_is_refused(tmp_path):
+    """Before hours of training, not after them."""
+    config = get_config("digits", "clustr_qtrades")
+    net = loading.build_net(config, fake_split(*DATA["digits"]))
+    (tmp_path / "2_train").mkdir()
+    done = tmp_path / "2_train" / "done.json"
+    config.eval.transfer = (str(tmp_path),)
+    for shape, classes in (((8, 8, 3), 10), ((8, 8, 1), 100)):
+        done.write_text(json.dumps({"input_shape": shape, "num_classes": classes}))
+        with pytest.raises(UserError, match="eval.transfer: .* name a run on the same data"):
+            evaluate.check_transfer(config, net)
+    done.write_text(json.dumps({"input_shape": (8, 8, 1), "num_classes": 10}))
+    evaluate.check_transfer(config, net)
+    config.eval.transfer = (str(tmp_path / "nowhere"),)
+    with pytest.raises(UserError, match="no finished stage"):
+        evaluate.check_transfer(config, net)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from clustr_jax import losses
 from clustr_jax.attacks import aims, slots
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
-from clustr_jax.attacks.inputs import check_images, check_logits
+from clustr_jax.attacks.inputs import check_ids, check_images, check_logits
 from clustr_jax.attacks.pgd import as_partial, check_settings
 from clustr_jax.attacks.square import Square
 from clustr_jax.errors import UserError
@@ -110,7 +110,7 @@ def autoattack(
     alive = logits.argmax(axis=1) == y
     broken_by = np.where(alive, "", "clean").astype("U16")
     x_adv = x.copy()
-    ids = np.arange(len(x), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
+    ids = _ids(ids, len(x))
     for number, name in enumerate(attacks):
         index = np.flatnonzero(alive)
         if not len(index):
@@ -171,7 +171,9 @@ def fab(
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
 ) -> Float[np.ndarray, "B ..."]:
-    """FAB-T: the nearest adversarial point towards the 9 likeliest classes, if within eps.
+    """FAB-T: looks for the nearest adversarial point towards the 9 likeliest classes; ends within eps.
+
+    What is returned is the first one found within eps, and not always the nearest: no measure of distance.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -220,13 +222,19 @@ def _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots):
         raise UserError(f"steps and restarts must be at least 1, got {attack.steps} and {restarts}")
     model, x, y, logits = _prepare(logits_fn, x, y, attack.eps, attack.norm, attack.bounds, slots)
     x_adv, alive = x.copy(), np.flatnonzero(logits.argmax(axis=1) == y)
-    ids = np.arange(len(x), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
+    ids = _ids(ids, len(x))
     if len(alive):
         outcome = _run(
             key, attack, model, x[alive], y[alive], logits[alive], targeted, ids[alive], restarts, slots
         )
         x_adv[alive] = outcome.x_adv
     return x_adv
+
+
+def _ids(ids, count):
+    ids = np.arange(count) if ids is None else np.asarray(ids)
+    check_ids(ids, count)
+    return ids.astype(np.int32)
 
 
 def _run(key, attack, model, x, y, logits, targeted, ids, restarts, lanes):

@@ -40,7 +40,10 @@ def ascend(x_adv, gradient, step_size, norm):
     """One steepest-ascent step of length `step_size`."""
     if norm == "linf":
         return x_adv + step_size * jnp.sign(gradient)
-    return x_adv + step_size * gradient / jnp.maximum(l2_norm(gradient), 1e-12)
+    # by the largest entry first: squares of a gradient of 1e-25, as a confident softmax has, are 0
+    largest = jnp.max(jnp.abs(gradient), axis=_inner(gradient), keepdims=True)
+    direction = gradient / jnp.where(largest > 0, largest, 1.0)
+    return x_adv + step_size * direction / jnp.maximum(l2_norm(direction), 1e-12)
 
 
 def random_start(keys, x, eps, start, norm):

@@ -22,6 +22,11 @@ def check_images(x, y, bounds) -> None:
         raise UserError(f"x must be [B, ...] and y [B] with the same B, got {x.shape} and {y.shape}")
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise UserError(f"y must hold integer labels, got {y.dtype}")
+    check_pixels(x, bounds)
+
+
+def check_pixels(x, bounds) -> None:
+    """UserError for pixels outside the box or not finite."""
     low, high = float(np.min(x, initial=np.inf)), float(np.max(x, initial=-np.inf))
     if len(x) and not (np.isfinite(low) and np.isfinite(high)):
         raise UserError("x has values that are not finite")
@@ -32,11 +37,22 @@ def check_images(x, y, bounds) -> None:
         )
 
 
+def check_ids(ids, count: int) -> None:
+    """UserError unless they are one whole number for each image."""
+    if ids.shape != (count,) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise UserError(
+            f"ids must be one whole number for each of the {count} images, got {ids.dtype} {ids.shape}"
+        )
+
+
 def check_logits(logits, y) -> None:
-    """UserError for outputs that cannot be attacked as logits; a warning where they are bounded scores."""
-    check_shape(logits, len(y))
+    """UserError for outputs that cannot be attacked as logits; a warning where they are bounded scores.
+
+    `y`: labels [B], or probabilities of the shape of the logits.
+    """
+    check_shape(logits, y)
     logits = np.asarray(logits)
-    if len(y) and not 0 <= int(np.min(y)) <= int(np.max(y)) < logits.shape[1]:
+    if y.ndim == 1 and len(y) and not 0 <= int(np.min(y)) <= int(np.max(y)) < logits.shape[1]:
         raise UserError(
             f"y must lie in 0..{logits.shape[1] - 1}, the classes of logits_fn, "
             f"got {np.min(y)} to {np.max(y)}"
@@ -59,10 +75,15 @@ def check_found(x_adv) -> None:
         )
 
 
-def check_shape(logits, count: int) -> None:
-    """UserError unless they are [count, Y]."""
-    if logits.ndim != 2 or logits.shape[0] != count:
-        raise UserError(f"logits_fn must return [B, Y] for B = {count} images, got shape {logits.shape}")
+def check_shape(logits, y) -> None:
+    """UserError unless they are [B, Y] for labels [B], or for probabilities of the same shape."""
+    if logits.ndim != 2 or logits.shape[0] != len(y):
+        raise UserError(f"logits_fn must return [B, Y] for B = {len(y)} images, got shape {logits.shape}")
+    if y.ndim != 1 and y.shape != logits.shape:
+        raise UserError(
+            f"y must be labels [B] or probabilities [B, Y], here {logits.shape}, got {y.shape}; "
+            f"labels of shape [B, 1] want y[:, 0]"
+        )
 
 
 def diagnose(logits) -> tuple[bool, str]:

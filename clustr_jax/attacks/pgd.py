@@ -25,7 +25,15 @@ from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
 from clustr_jax.attacks.geometry import ascend, project, random_start
-from clustr_jax.attacks.inputs import check_found, check_images, check_logits, check_shape, concrete
+from clustr_jax.attacks.inputs import (
+    check_found,
+    check_ids,
+    check_images,
+    check_logits,
+    check_pixels,
+    check_shape,
+    concrete,
+)
 from clustr_jax.errors import UserError
 
 # Restarts run side by side as long as the batch stays below this many images (memory), then in turns.
@@ -67,9 +75,9 @@ def pgd(
 
     The randomness of (example, restart) is fold_in(fold_in(key, id), restart) with `ids` (data set
     indices, default 0..B-1): it depends neither on the order nor on the other examples. `eps` and
-    `step_size` are traced, everything else is compiled in. Raises UserError for bad settings, and (outside
-    jit, where values can be looked at) for pixels outside the box, labels out of range, probabilities
-    instead of logits and logits that are not finite; bounded scores are warned about.
+    `step_size` are traced, everything else is compiled in. Raises UserError for bad settings and shapes,
+    and (outside jit, where values can be looked at) for pixels outside the box, labels out of range,
+    probabilities instead of logits and logits that are not finite; bounded scores are warned about.
 
     One pixel, two classes: the first image can be fooled within 0.1, the second cannot.
 
@@ -85,15 +93,17 @@ def pgd(
     check_settings(eps=eps, step_size=step_size, start=start, norm=norm, select=select)
     if steps < 0 or restarts < 1:
         raise UserError(f"steps must be >= 0 and restarts >= 1, got steps={steps}, restarts={restarts}")
-    if ids is None:
-        ids = jnp.arange(x.shape[0])
+    ids = jnp.arange(x.shape[0]) if ids is None else jnp.asarray(ids)
+    check_ids(ids, x.shape[0])
     bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y)
-    looked_at = y.ndim == 1 and concrete(x, y)
-    if looked_at:
+    looked_at = concrete(x, y)
+    if looked_at and y.ndim == 1:
         check_images(x, y, bounds)
+    elif looked_at:
+        check_pixels(x, bounds)
     x_adv, logits = _pgd(
-        key, as_partial(logits_fn), x, y, jnp.asarray(ids), jnp.float32(eps), jnp.float32(step_size),
+        key, as_partial(logits_fn), x, y, ids, jnp.float32(eps), jnp.float32(step_size),
         steps=int(steps), restarts=int(restarts), loss_fn=loss_fn, start=start, norm=norm, bounds=bounds,
         select=select, clip_start=clip_start,
     )  # fmt: skip
@@ -140,6 +150,8 @@ def fgsm(
     bounds: tuple[float, float] | None = (0.0, 1.0),
 ) -> Float[Array, "B ..."]:
     """One step of length eps from x (Goodfellow et al. 2015); the key changes nothing.
+
+    Of x and that point the misclassified one, or else the one with the larger loss.
 
     >>> def logits(x):  # class 0 above one half, class 1 below
     ...     return jnp.concatenate([x - 0.5, 0.5 - x], axis=1)
@@ -218,7 +230,7 @@ def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
         return pgd_lanes(key, logits_fn, x, y, ids, numbers, eps, step_size, **settings)
 
     logits = logits_fn(x)  # for the caller to look at; dropped by the compiler where nobody does
-    check_shape(logits, x.shape[0])
+    check_shape(logits, y)
     if restarts == 1:  # the loss of the result is not needed, and is not computed
         return one(0)[0], logits
     side_by_side = max(1, min(restarts, _LANES // max(x.shape[0], 1)))

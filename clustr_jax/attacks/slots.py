@@ -236,6 +236,14 @@ def _where(take, new, old):
     return jax.tree.map(choose, new, old)
 
 
+def _own_kind(key):
+    """A key of JAX's default kind, whose data the lanes keep; one of another kind gives its seed."""
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if jax.random.key_impl(key) != jax.random.key_impl(jax.random.key(0)):
+            return jax.random.key(jax.random.bits(key))
+    return key
+
+
 @jax.jit
 def _work(key, example, ids, restart, x, y, target):
     keys = jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r))(ids, restart)
@@ -251,13 +259,29 @@ def _empty(attack, work):
 
 @jax.jit
 def judge(model, x, y):
-    """(misclassified [B], logits finite [B]) of a fresh forward pass."""
+    """(misclassified [B], logits finite [B]) of a fresh forward pass; see `misjudged`."""
 
     def rows(model, x, y):
         outputs = model(x)
         return misclassified(outputs, y), jnp.all(jnp.isfinite(logits_of(outputs)), axis=1)
 
     return mesh.by_rows(rows, model, x, y)
+
+
+def misjudged(model, x, y, count: int | None = None) -> Bool[np.ndarray, "B"]:
+    """Whether each of the first `count` images is misclassified, in a fresh forward pass.
+
+    UserError where logits are not finite: the argmax of a NaN is no prediction, and so no success.
+    """
+    count = len(x) if count is None else count
+    wrong, finite = judge(model, x, y)
+    if not np.all(finite):
+        check_found(x[:count])
+        raise UserError(
+            "logits_fn returned non-finite logits for an image inside the ball; every image within eps "
+            "and the box must have finite ones (layers that overflow, a logarithm of 0)"
+        )
+    return np.asarray(wrong)[:count]
 
 
 def run(
@@ -290,6 +314,7 @@ def run(
     """
     x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
     ids = np.arange(len(x), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
+    key = _own_kind(key)
     aims = np.full((1, len(x)), -1, np.int32) if targets is None else np.asarray(targets, np.int32)
     aims = np.repeat(aims, restarts, axis=0)
     devices = mesh.devices()
@@ -402,14 +427,7 @@ def _take(attack, model, ended, outcome, best, x, y, lanes, first, collect):
     for start in range(0, count, lanes):
         part = np.arange(start, min(start + lanes, count))
         index = np.resize(part, lanes)
-        wrong, finite = judge(model, found[index], y[example[index]])
-        if not np.all(finite):
-            check_found(found[part])
-            raise UserError(
-                "logits_fn returned non-finite logits for an image inside the ball; every image within eps "
-                "and the box must have finite ones (layers that overflow, a logarithm of 0)"
-            )
-        fooled[part] = np.asarray(wrong)[: len(part)]
+        fooled[part] = misjudged(model, found[index], y[example[index]], len(part))
     if first:
         verify_inside(found, x[example], attack.eps, attack.norm, attack.bounds)
     outcome.spent[restart, example] = step

@@ -38,7 +38,8 @@ def sides(queries: int, shape: tuple[int, ...], smallest: int, odd: bool) -> np.
     side = np.maximum(np.round(np.sqrt(share * shape[0] * shape[1])).astype(np.int32), smallest)
     if odd:
         side += side % 2 == 0
-    return np.minimum(side, min(shape[:2]) - (1 if not odd else 0)).astype(np.int32)
+    most = min(shape[:2]) - (1 if not odd else 0)
+    return np.minimum(side, max(most, 1)).astype(np.int32)  # of images one pixel high, too
 
 
 class Square(Attack):

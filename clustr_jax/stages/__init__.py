@@ -51,6 +51,7 @@ def run(
     if method.source and WARMUP in wanted and not place.finished(WARMUP):
         source = _source(config, place, progress, splits[0])
     net = loading.build_net(config, splits[0])
+    evaluate.check_transfer(config, net)
     images = (_images(splits), _images((source.train_split, source.val_split)) if source else None)
     devices = jax.devices()
     if processes.on_cores():  # a core left idle is no mistake to report

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax import cost, fitting, loading, mesh, models, preemption, processes, results, train
+from clustr_jax import cost, data, fitting, loading, mesh, models, preemption, processes, results, train
 from clustr_jax.attacks import pgd
 from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.classifier import Classifier, correct
@@ -163,7 +163,8 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
         }  # fmt: skip
         this.workdir.log(record)
         state = train.reset_totals(trainer, state, train_set, key)
-        checkpoints.save(state, val)
+        # while the adversary's radius still grows, accuracy says how small it is, and no model is the best
+        checkpoints.save(state, val if train.strength(trainer, step - 1) >= 1 else None)
         saved = time.monotonic()
         this.progress.line(
             f"{stage} {epoch + 1:3d}/{recipe.epochs}  {_metrics(totals)}  "
@@ -213,8 +214,10 @@ def _monitor(this, clf, key):
     """Single-step and multi-step accuracy on held-out images (nothing without any)."""
     if not this.config.train.monitor or not len(this.val_split):
         return {}
-    count = min(len(this.val_split), 256)
-    x, y = this.val_split.pixels(slice(0, count)), this.val_split.labels[:count]
+    # some of every class: image folders are stored class by class
+    labels = this.val_split.labels
+    index = data.stratified(labels, min(len(labels), 256), this.val_split.num_classes)
+    x, y = this.val_split.pixels(index), labels[index]
     eps = this.config.train.attack.eps
     found, key = {}, jax.random.fold_in(key, train.MONITOR)
     for name, steps, step_size in (("single_step", 1, 1.25 * eps), ("multi_step", 10, eps / 4)):
