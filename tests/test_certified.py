@@ -207,7 +207,7 @@ def test_attacks_inside_the_radius_fail_and_some_beyond_succeed(digits):
 def settings_for_stage(**changes):
     config = get_config()
     config.certify.update(changes)
-    config.eval.lanes = 32
+    config.eval.slots = 32
     return config
 
 

@@ -50,6 +50,8 @@ def test_five_steps_on_eight_devices_are_those_on_one(width, tolerance):
         if width == "float64" or method not in FOLLOWS_ROUNDING:
             assert found["batch_stats"] <= tolerance, (method, found)
         assert found.get("centroids", 0.0) <= 1e-6, (method, found)
+        if width == "float64":  # in float32 a label can tip over, and accuracy is among them
+            assert found["totals"] <= tolerance, (method, found)
         if width == "float32":
             allowed = found["gradients"] + PASSES[method] * found["statistics"]
             allowed = 1.05 * (allowed + 4 * found["rows"] * (found["embedding"] + 1))

@@ -679,7 +679,8 @@ def test_what_is_shown_of_a_network_is_true(name, trained):
         np.testing.assert_allclose(v.own[1], distance[v.label].min(), rtol=1e-4)
         np.testing.assert_allclose(v.other[1], np.delete(distance, v.label, 0).min(), rtol=1e-4)
     first, last = found.planes
-    assert first.borders and last.borders and "k-means" in first.source or "one cluster" in first.source
+    assert first.borders and last.borders
+    assert "k-means" in first.source or "one cluster" in first.source
     assert last.points.shape == first.points.shape and (last.labels == first.labels).all()
 
 
