@@ -122,6 +122,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.pretrain.test_size = min(config.pretrain.test_size or math.inf, 100)
     for recipe in (config.warmup, config.train):
         recipe.epochs = min(recipe.epochs, 1)
+        recipe.eps_ramp = min(recipe.eps_ramp, recipe.epochs)
         recipe.batch_size = min(recipe.batch_size, 64)
     config.model.width = min(config.model.width or 4, 4)
     config.train.attack.steps = min(config.train.attack.steps, 2)

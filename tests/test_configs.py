@@ -397,6 +397,16 @@ def test_what_a_certified_method_cannot_be(changes, message):
         check()
 
 
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("method", objectives.METHODS)
+def test_the_radius_of_training_grows_to_its_end(method, smoke):
+    """Also where smoke leaves one epoch: otherwise the settings would be refused."""
+    config = get_config("cifar10", f"{method},cpu")
+    config.smoke = smoke
+    config = settings.resolve(config)
+    assert all(r.eps_ramp <= r.epochs or not r.epochs for r in (config.train, config.warmup))
+
+
 def test_transfer_from_a_network_of_other_images_is_refused(tmp_path):
     """Before hours of training, not after them."""
     config = get_config("digits", "clustr_qtrades")
