@@ -144,7 +144,7 @@ def model_variables(path: str | pathlib.Path, net: Net, *, body: bool = False) -
 
 
 def input_and_classes(path: str | pathlib.Path) -> tuple[tuple[int, ...], int]:
-    """(shape of an image, number of classes) of a finished stage's network."""
+    """(shape of an image, number of classes) of a finished stage's network; UserError where there is none."""
     done = read_json(find_stage(path) / "done.json")
     return tuple(done["input_shape"]), done["num_classes"]
 

@@ -71,10 +71,10 @@ def test_a_pass_in_train_mode(size, batch, rng):
     np.testing.assert_allclose(stats["var"], variance, rtol=FLOAT32)
 
 
-def statistics_after_an_epoch(method, rng, switch):
-    """(what is saved, what was there before, the batches of a uniform epoch, training and test images)."""
+def trained(method, rng, **changes):
+    """([(state, its score) of each save], the problem, its test images) of a stage without files."""
     net = Linear((3,), 3, normed=True)
-    p = problem(method, rng, net=net, **{"fidelity.epoch_statistics": switch, "train.epochs": 1})
+    p = problem(method, rng, net=net, **changes)
     images, labels = np.asarray(p.train_set.images), np.asarray(p.train_set.labels)
     test = rng.normal(size=(60, 3)).astype(np.float32)
     train_split = data.Split(images, labels, 3, 1.0, None, "")
@@ -82,12 +82,27 @@ def statistics_after_an_epoch(method, rng, switch):
     silent = types.SimpleNamespace(status=lambda text: None, line=lambda text: None)
     workdir = types.SimpleNamespace(records=list, log=lambda record: None)
     saved = []
-    checkpoints = types.SimpleNamespace(directory="", save=lambda state, accuracy=None: saved.append(state))
+    checkpoints = types.SimpleNamespace(directory="", save=lambda *what: saved.append(what))
     run = stages.Run(p.trainer.config, workdir, silent, net, train_split, train_split, test_split)
-    key, state = jax.random.key(5), train.reset_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
-    training._epochs(run, stages.TRAIN, p.trainer, checkpoints, state, p.train_set, key)
-    order = np.asarray(train.epoch_order(jax.random.clone(key), 40, 0)).reshape(4, 10)
-    return saved[-1].batch_stats, p.state.batch_stats, images[order], images, test
+    state = train.reset_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
+    training._epochs(run, stages.TRAIN, p.trainer, checkpoints, state, p.train_set, jax.random.key(5))
+    return saved, p, test
+
+
+def statistics_after_an_epoch(method, rng, switch):
+    """(what is saved, what was there before, the batches of a uniform epoch, training and test images)."""
+    changes = {"fidelity.epoch_statistics": switch, "train.epochs": 1}
+    saved, p, test = trained(method, rng, **changes)
+    images, order = np.asarray(p.train_set.images), train.epoch_order(jax.random.key(5), 40, 0)
+    batches = images[np.asarray(order).reshape(4, 10)]
+    return saved[-1][0].batch_stats, p.state.batch_stats, batches, images, test
+
+
+def test_no_model_is_the_best_while_the_radius_grows(rng):
+    """select=best goes by clean accuracy, which is highest where the adversary can do least."""
+    changes = {"train.epochs": 4, "train.eps_ramp": 2.5, "train.monitor": False}
+    saved, *_ = trained("pgd_at", rng, **changes)
+    assert [accuracy is None for _, accuracy in saved] == [True, True, False, False]
 
 
 def assert_statistics(found, before, batches):

@@ -170,7 +170,7 @@ def test_probabilities_fail_and_bounded_scores_warn():
 
     for logits, status, word in (
         (probabilities, FAIL, "probabilities"), (exp_scores, WARN, "bounded scores"), (linear, PASS, ""),
-        (lambda x: np.full((len(x), 5), np.nan), FAIL, "not finite"),
+        (lambda x: np.full((len(x), 5), np.nan), FAIL, "not finite"), (lambda x: linear(x) / 100, WARN, ""),
     ):  # fmt: skip
         _, span = outputs_of(logits)
         assert (span.number, span.status) == (3, status) and word in span.note

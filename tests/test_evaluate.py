@@ -307,6 +307,20 @@ def test_success_is_recomputed_outside_the_attack(key, monkeypatch):
     assert attack_soundly(key, Stub(two_classes), examples)[0].all()
 
 
+def test_what_nothing_confirms_is_counted(small, key, monkeypatch):
+    """Images that attacks fooled in their own program and that stand all the same (check 8)."""
+    clf, examples = small
+    config = eval_config(**{"eval.quick": True, "eval.attack.eps": 0.1, "eval.slots": 16})
+    counts = []
+    for _ in range(2):
+        result, outcomes = sound.run_sound(jax.random.clone(key), clf, examples, config, silent)
+        counts.append((result["unconfirmed"], int(outcomes["robust"].sum()), int(outcomes["clean"].sum())))
+        nothing = lambda model, x, y: (np.zeros(len(x), bool), np.ones(len(x), bool))  # noqa: E731
+        monkeypatch.setattr(scheduler, "judge", nothing)
+    (confirmed, left, clean), (unconfirmed, all_left, _) = counts
+    assert confirmed == 0 and left < clean == all_left and unconfirmed == clean - left
+
+
 def test_either_rule_counts_as_a_success(key):
     """The deployed rule may differ from the logits (nearest D clusters): wrong by one of them is broken."""
     examples = points(np.full((20, 1), -0.05), np.zeros(20))

@@ -225,9 +225,8 @@ def test_a_stale_sampler(rng):
     x = np.asarray(p.train_set.images)[np.asarray(after.sampler.seen)]
     np.testing.assert_array_equal(np.sort(x, axis=0), np.sort(batch.x[batch.mask], axis=0))
     in_batch = np.asarray(batch.mask).reshape(len(batch.classes), -1).any(axis=1).sum()
-    assert (
-        np.count_nonzero(after.sampler.means) == in_batch == 5
-    )  # the seed's class has one more, which is left out
+    # the seed's class has a sixth cluster, which is left out
+    assert np.count_nonzero(after.sampler.means) == in_batch == 5
     other = after.replace(params=jax.tree.map(jnp.zeros_like, after.params))
     again = fitting.refit(p.trainer, other, p.train_set, jax.random.key(3)).sampler
     for name in ("losses", "seen", "means"):
