@@ -43,6 +43,8 @@ def main(argv: list[str]) -> int:
     if len(rest) > 1:
         return _mistake(f"unexpected argument {rest[1]!r}; options start with --")
 
+    from jax.errors import JaxRuntimeError
+
     from clustr_jax import preemption, processes, stages
     from clustr_jax.errors import UserError
 
@@ -61,6 +63,13 @@ def main(argv: list[str]) -> int:
         return _mistake(_first_line(error))
     except OSError as error:  # a full disk, a file that went away
         return _mistake(f"{error.strerror or _first_line(error)}: {error.filename or 'a file of this run'}")
+    except JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        return _mistake(
+            f"the device's memory is full: {_first_line(error)}; lower train.batch_size (or "
+            f"warmup.batch_size, magnet.samples) in training, eval.slots in an evaluation, or add devices"
+        )
     except preemption.Preempted as stop:
         print(stop, file=sys.stderr)
         return preemption.EXIT_CODE

@@ -6,6 +6,7 @@ Own images are the data set "folder": `clustr_jax.folder` reads them.
 """
 
 import dataclasses
+import hashlib
 import importlib.util
 import os
 import pathlib
@@ -34,6 +35,8 @@ NAMES = (*PREPARED, "digits", "toy2d", OWN)
 # Share of an image folder's training images that is its test split where it has none.
 _TEST_SHARE = 0.2
 _PADDING = 4  # of the random crop
+_DIGESTED = 10_000  # images of a split that its digest looks at
+_LEAST = 4  # images of each class that a smoke run trains on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,13 +146,36 @@ def load_split(name: str, split: str, data_dir: str | None = None) -> Split:
 def label(config) -> str:
     """What the set of this config section is called: its name; an own set by its folder or file.
 
+    Own images in a folder that is called as a known set are "own-NAME": the paper says nothing of them.
+
     >>> from ml_collections import ConfigDict
     >>> data.label(ConfigDict({"name": "digits", "dir": ""}))
     'digits'
     >>> data.label(ConfigDict({"name": "folder", "dir": "/sets/birds"}))
     'birds'
     """
-    return folder.name(config.dir) if config.name == OWN and config.dir else config.name
+    if config.name != OWN or not config.dir:
+        return ALIASES.get(config.name, config.name)
+    name = folder.name(config.dir)
+    known = {*NAMES, *ALIASES, "toy2d_moons", "toy2d_pairs"}
+    return f"own-{name}" if name in known else name
+
+
+def digest(*splits: Split) -> str:
+    """A short name of what these splits hold: their labels and up to 10,000 images of each.
+
+    Points are told by their labels alone, for the last digits of cosines differ between machines.
+
+    >>> data.digest(data.load_split("digits", "test")) == data.digest(data.load_split("digits", "train"))
+    False
+    """
+    found = hashlib.sha256()
+    for split in splits:
+        found.update(str((split.images.shape, split.num_classes)).encode())
+        found.update(np.ascontiguousarray(split.labels, np.int32).tobytes())
+        if split.images.dtype == np.uint8:
+            found.update(split.images[:: len(split) // _DIGESTED + 1].tobytes())
+    return found.hexdigest()[:16]
 
 
 def _own(data_dir):
@@ -252,6 +278,10 @@ def _tfds_split(name, split, data_dir):
             index = range(start, min(start + 1000, size))
             for i, example in zip(index, source.__getitems__(list(index)), strict=True):
                 images[i], labels[i] = example["image"], example["label"]
+    except MemoryError as error:
+        raise UserError(
+            f"the {size:,} images of {name}/{split} do not fit into this machine's memory ({error})"
+        ) from error
     except Exception as error:  # array_record raises its own types for missing and truncated files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -319,8 +349,9 @@ def stratified(labels: Int[np.ndarray, "N"], size: int, num_classes: int) -> Int
 def splits(config, at_most: bool = False) -> tuple[Split, Split, Split]:
     """(train, val, test) as the config asks: subsets, and the held-out part of the training split.
 
-    With `at_most` a subset that is larger than the split is all of it. UserError where own images are
-    no longer those that this config was completed with (`settings.complete`).
+    With `at_most` (a smoke run) a subset that is larger than the split is all of it, and some images of each
+    class are trained on however many classes there are. UserError where own images are no longer those that
+    this config was completed with (`settings.complete`).
 
     >>> from ml_collections import ConfigDict
     >>> config = ConfigDict({"name": "digits", "dir": "", "train_size": 100, "test_size": 0, "val_size": 0.1})
@@ -346,7 +377,9 @@ def splits(config, at_most: bool = False) -> tuple[Split, Split, Split]:
             return split
         return split.take(stratified(split.labels, size, split.num_classes), f"{size} {what}")
 
-    train, test = subset(train, config.train_size, "train"), subset(test, config.test_size, "test")
+    least = _LEAST * train.num_classes if at_most and config.train_size else 0
+    train = subset(train, max(config.train_size, least), "train")
+    test = subset(test, config.test_size, "test")
     held_out = round(config.val_size * len(train))
     if not held_out:
         return train, train.take(slice(0, 0), "none"), test

@@ -36,5 +36,5 @@ class Events:
 
     def _write(self, record):
         for name, value in record.items():
-            if name not in ("stage", "step"):
+            if name not in ("stage", "step") and value is not None:  # no held-out images, no accuracy
                 self._writers[record["stage"]].add_scalar(name, value, record["step"])

@@ -73,7 +73,8 @@ def read(path: str | pathlib.Path) -> Folder:
 
 def name(path: str | pathlib.Path) -> str:
     """What the data set is called: the name of its folder, or of its file without .npz."""
-    return pathlib.Path(path).expanduser().resolve().stem or "folder"
+    place = pathlib.Path(path).expanduser().resolve()
+    return (place.stem if place.suffix == ".npz" else place.name) or "folder"
 
 
 def _sha(train, test, names):
@@ -124,6 +125,12 @@ def _entries(folder):
 def _subfolders(folder):
     names = _entries(folder)
     for entry in names:
+        try:
+            entry.encode()
+        except UnicodeEncodeError as error:  # bytes of another system's encoding: they cannot be printed
+            raise UserError(
+                f"{folder} has a class whose name is not UTF-8, {ascii(entry)}; rename it"
+            ) from error
         if not (folder / entry).is_dir():
             raise UserError(f"{folder / entry} is not in the folder of a class; {_LAYOUT}")
     if not names:
@@ -168,6 +175,8 @@ def _image(path) -> np.ndarray:
             if transparent or mode not in ("L", "RGB"):
                 what = f"{image.mode} with transparency" if transparent else image.mode
                 raise UserError(f"{path} is of mode {what}; expected 8-bit grey (L) or RGB: convert it")
+            if any(";16" in str(part) for tile in image.tile for part in tile):  # Pillow takes the upper 8
+                raise UserError(f"{path} has 16 bits per channel; expected 8: convert it")
             if image.getexif().get(_ORIENTATION, 1) != 1:
                 raise UserError(
                     f"{path} is stored rotated (its EXIF says how); rotate its pixels, or take that out"

@@ -16,14 +16,12 @@ class Profiler:
         self._folder, self._pieces, self._tracing = folder, {}, ""
 
     def tick(self, what: str) -> None:
-        """A piece of `what` (a stage, or "evaluate") has ended."""
+        """A piece of `what` (a stage, or "evaluate-PROTOCOL") has ended."""
         if self._folder is None:
             return
         self._pieces[what] = self._pieces.get(what, 0) + 1
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = ""
-        elif self._pieces[what] == 1:
+        self.close()
+        if self._pieces[what] == 1:
             jax.profiler.start_trace(self._folder / what, create_perfetto_trace=True)
             self._tracing = what
 

@@ -11,6 +11,7 @@ import zipfile
 
 import jax
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from clustr_jax import paper, preemption, processes
@@ -246,16 +247,15 @@ def comparison(results: dict[str, dict]) -> list[Row]:
 
 def side_by_side(results: dict[str, dict]) -> Table:
     """`comparison` as a table for the terminal."""
-    table = Table(
-        title=_title(next(iter(results.values()))), caption=_caption(results), caption_justify="left"
-    )
+    title, caption = escape(_title(next(iter(results.values())))), _caption(results)
+    table = Table(title=title, caption=caption, caption_justify="left")
     table.add_column("accuracy in % [95 %]")
     for column in ("paper says", "paper's protocol", "sound protocol"):
         table.add_column(column, justify="right")
     for row in comparison(results):
         cells = ("" if v is None else percent(v, {"n": row.n}) for v in (row.paper, row.sound))
         indent = "  " if row.kind == "part" else ""
-        table.add_row(indent + row.label, "" if row.claim is None else percent(row.claim), *cells)
+        table.add_row(escape(indent + row.label), "" if row.claim is None else percent(row.claim), *cells)
     return table
 
 
@@ -268,7 +268,9 @@ def checks_table(diagnosis: dict) -> Table:
     for check in diagnosis["checks"]:
         value = "-" if check["value"] is None else f"{check['value']:.3g}"
         status = f"[{colours[check['status']]}]{check['status']}[/]"
-        table.add_row(str(check["number"]), check["name"], status, value, check["limit"], check["note"])
+        table.add_row(
+            str(check["number"]), check["name"], status, value, escape(check["limit"]), escape(check["note"])
+        )
     return table
 
 

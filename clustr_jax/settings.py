@@ -114,9 +114,7 @@ def default_workdir(config: ConfigDict) -> pathlib.Path:
 def shrink(config: ConfigDict) -> ConfigDict:
     """The same job in seconds: few images, one epoch, a narrow network, few attack steps."""
     config = config.copy_and_resolve_references()
-    per_class = 40 if config.data.name != "cifar100" else 4
-    classes = {"cifar100": 100, "toy2d": 2}.get(config.data.name, 10)
-    config.data.train_size = min(config.data.train_size or math.inf, per_class * classes)
+    config.data.train_size = min(config.data.train_size or math.inf, 400)
     config.data.test_size = min(config.data.test_size or math.inf, 200)
     config.pretrain.train_size = min(config.pretrain.train_size or math.inf, 400)
     config.pretrain.test_size = min(config.pretrain.test_size or math.inf, 100)

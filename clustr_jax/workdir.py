@@ -1,12 +1,14 @@
 """The work directory: its config, metrics and result files, and what it refuses."""
 
 import contextlib
+import glob
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Callable
 
 import jax
 
@@ -62,13 +64,20 @@ class Workdir:
         path = self.stage(name) / "done.json"
         return read_json(path) if path.exists() else None
 
-    def open(self, config, command: str = "") -> None:
+    def open(self, config, command: str = "", images: dict[str, str] | None = None) -> None:
         """Write config.json and environment.json, or check that the directory belongs to this training.
 
-        environment.json keeps the `commands` that worked on the directory, each once, the newest last.
+        environment.json keeps the `commands` that worked on the directory, each once, the newest last, and
+        which images they saw: `images` is section of the config -> `data.digest` of its splits.
         """
+        if glob.has_magic(str(self.root)):  # orbax takes the path for a pattern, and would find nothing
+            raise UserError(
+                f"{self.root}: the path of a work directory may not have *, ? or [ in it; use another"
+            )
         content = config_dict(config)
         path = self.root / "config.json"
+        noted = self._noted()
+        seen = noted.get("images") or {}
         if path.exists():
             before = read_json(path)
             was, now = (c.get("data", {}).get("sha") for c in (before, content))
@@ -84,24 +93,35 @@ class Workdir:
                         f"{self.root} was trained with another config ({_difference(section, old, new)}); "
                         f"use another --workdir, or delete it to start again"
                     )
+            for section, sha in (images or {}).items():
+                if seen.get(section, sha) != sha:
+                    raise UserError(
+                        f"{self.root} was trained on other images of {content[section]['name']} than those "
+                        f"found now ({seen[section]} then, {sha} now): set {section}.dir (or TFDS_DATA_DIR) "
+                        f"to where they are, or use another --workdir"
+                    )
         processes.wait("config.json is read")
+        commands = [c for c in noted.get("commands") or [] if c != command] + ([command] if command else [])
+        note = {"commands": commands, "images": {**seen, **(images or {})}, **environment()}
         try:
             write_json(path, content)
-            write_json(self.root / "environment.json", {"commands": self._commands(command), **environment()})
+            write_json(self.root / "environment.json", note)
         except OSError as error:
             raise UserError(f"cannot write to the work directory {self.root}: {error.strerror}") from error
 
-    def _commands(self, command: str) -> list[str]:
-        """Those of environment.json and this one; what cannot be read there is written anew."""
+    def _noted(self) -> dict:
+        """environment.json; what cannot be read there is written anew."""
         try:
-            before = read_json(self.root / "environment.json").get("commands", [])
+            return read_json(self.root / "environment.json")
         except UserError:
-            before = []
-        return [*(c for c in before if c != command), *([command] if command else [])]
+            return {}
 
     @contextlib.contextmanager
-    def locked(self):
-        """Hold the directory for this process (the leader of several); UserError if another one does."""
+    def locked(self, say: Callable[[str], None] = print):
+        """Hold the directory for this process (the leader of several); UserError if another one does.
+
+        Some network file systems know no locks: `say` is told so, and the work goes on without one.
+        """
         if fcntl is None or not processes.leader():
             yield
             return
@@ -114,12 +134,14 @@ class Workdir:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 file.seek(0)
                 raise UserError(
                     f"{self.root} is in use by process {file.read().strip() or 'unknown'}; wait for it, stop "
                     f"it, or use another --workdir"
                 ) from error
+            except OSError as error:
+                say(f"warning: no lock on {self.root} ({error.strerror}); see that one process works on it")
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -138,7 +160,7 @@ class Workdir:
         if not self.metrics.exists():
             return []
         kept = []
-        for line in self.metrics.read_text().splitlines():
+        for line in self.metrics.read_text(errors="replace").splitlines():
             try:
                 kept.append(json.loads(line))
             except ValueError:
@@ -174,7 +196,9 @@ def environment() -> dict:
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         commit = ""
-    packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    # an uninstallation that went wrong leaves folders without a name
+    installed = [d for d in importlib.metadata.distributions() if d.metadata and d.metadata["Name"]]
+    packages = {d.metadata["Name"]: d.version for d in installed}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -19,11 +19,12 @@ import importlib
 import json
 import pathlib
 import shutil
-import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+import child  # noqa: E402
 
 import clustr_jax  # noqa: E402
 from clustr_jax import cost, data  # noqa: E402
@@ -208,9 +209,9 @@ def trained(workdir: pathlib.Path) -> dict:
 def start(command: list[str]) -> bool:
     """Whether it ended well; leaves with 75 where it was stopped, so that the same call goes on."""
     print("python", *command, flush=True)
-    code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
-    if code == 75:
-        sys.exit(75)
+    code = child.run(command)
+    if code == child.STOPPED:
+        sys.exit(code)
     if code:
         print(f"exit code {code}", flush=True)
     return code == 0

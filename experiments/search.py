@@ -9,14 +9,15 @@ out: sound.run_quick, one restart. The test images are not looked at. Writes res
 
 import argparse
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
 from ml_collections import ConfigDict
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+import child  # noqa: E402
 
 from clustr_jax import data, loading, results, sound  # noqa: E402
 from clustr_jax.files import read_json, write_json  # noqa: E402
@@ -155,7 +156,8 @@ def main():
         print("python", *command, flush=True)
         if args.list:
             continue
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        if code := child.run(command):
+            sys.exit(code)
         found = measure(args.dataset, name)
         target = ROOT / RESULTS / args.dataset / f"{name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,10 @@
 import importlib
 import importlib.util
 import json
+import os
 import pathlib
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -230,6 +233,37 @@ def test_a_run_that_failed_is_the_exit_code(campaign, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="did not end well: nominal, fast_at"):
         campaign.main()
     assert len(begun) == 2
+
+
+# Takes a second to save when it is told to stop.
+SAVES = """
+import pathlib, signal, sys, time
+
+def stop(*_):
+    time.sleep(1)
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(75)
+
+signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_experiment_lets_its_run_save(number, tmp_path):
+    """Ctrl-C goes to both of them, SIGTERM to the experiment alone."""
+    program = "import sys, child; sys.exit(child.run(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "-c", SAVES, str(tmp_path / "work")],
+        cwd=ROOT / "experiments", stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        assert process.wait(30) == 75
+    assert (tmp_path / "work").read_text() == "saved"
 
 
 def test_a_set_leaves_out_what_it_cannot_run(campaign, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 The frequencies are tested by chi-square at p > 1e-4 with fixed keys (see test_sampling.py).
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -196,6 +198,44 @@ def test_splits_describe_subsets():
     assert set(rows(train, val)) <= set(rows(whole))
     exact = np.bincount(data.load_split("digits", "test").labels) * 50 / 359
     assert (abs(np.bincount(test.labels) - exact) < 1).all()
+
+
+@pytest.mark.parametrize(("classes", "size"), [(10, 400), (250, 1000)])
+def test_a_smoke_run_trains_on_some_of_every_class(classes, size, monkeypatch):
+    labels = np.tile(np.arange(classes, dtype=np.int32), 50)
+    whole = data.Split(np.zeros((len(labels), 1, 1, 1), np.uint8), labels, classes, 255.0, (0.0, 1.0), "")
+    monkeypatch.setattr(data, "load_split", lambda *_: whole)
+    section = ConfigDict(dict(name="many", dir="", train_size=400, test_size=0, val_size=0.0))
+    train = data.splits(section, at_most=True)[0]
+    assert len(train) == size and np.bincount(train.labels).min() >= 4
+    assert len(data.splits(section)[0]) == 400  # elsewhere a size is what was asked for
+
+
+def test_a_set_larger_than_the_memory_is_not_called_damaged(tmp_path, monkeypatch):
+    class Builder:
+        info = SimpleNamespace(splits={"train": SimpleNamespace(num_examples=50_000)})
+
+        def as_data_source(self, split):
+            raise MemoryError("Unable to allocate 143 MiB")
+
+    monkeypatch.setattr(data, "_builder", lambda *_: Builder())
+    with pytest.raises(UserError, match="50,000 images of cifar10/train do not fit .*143 MiB"):
+        data.load_split("cifar10", "train", str(tmp_path))
+
+
+def test_a_digest_names_images_and_labels_and_their_order():
+    split = data.load_split("digits", "test")
+    pixel = split.images.copy()
+    pixel[5, 3, 3] ^= 1
+    label = split.labels.copy()
+    label[5] = 9 - label[5]
+    others = (
+        dataclasses.replace(split, images=pixel), dataclasses.replace(split, labels=label),
+        split.take(slice(None, None, -1), ""), split.take(slice(0, 358), ""),
+    )  # fmt: skip
+    assert len({data.digest(s) for s in (split, *others)}) == 5
+    assert data.digest(split) == data.digest(split.take(slice(None), "said otherwise"))
+    assert data.digest(split, others[0]) != data.digest(others[0], split)
 
 
 def test_subsets_do_not_depend_on_the_held_out_part():

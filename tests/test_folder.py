@@ -5,8 +5,11 @@ The images of the tests are random or scikit-learn's digits, written by Pillow a
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -167,6 +170,23 @@ def _save(path, mode, **settings):
     Image.new(mode, (5, 6)).save(path, **settings)
 
 
+def _sixteen_bits():
+    """A PNG of 5 x 6 colour pixels with 16 bits each, which Pillow reads and cannot write."""
+    rows = b"".join(b"\0" + bytes(5 * 6) for _ in range(6))
+
+    def chunk(kind, content):
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    head = struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
 def _turned():
     exif = Image.Exif()
     exif[274] = 6  # a quarter turn
@@ -224,6 +244,14 @@ FOLDERS = {
     "16 bits": (
         lambda p: _save(p / "train" / "rose" / "a.png", "I;16"),
         "a.png is of mode I;16; expected 8-bit",
+    ),
+    "16 bits of colour": (
+        lambda p: (p / "train" / "rose" / "a.png").write_bytes(_sixteen_bits()),
+        "a.png has 16 bits per channel; expected 8",
+    ),
+    "a name of another encoding": (
+        lambda p: os.rename(p / "train" / "daisy", os.fsencode(p / "train") + b"/caf\xe9"),
+        r"name is not UTF-8, 'caf\\udce9'; rename it",
     ),
     "CMYK": (lambda p: _save(p / "train" / "rose" / "a.jpg", "CMYK"), "a.jpg is of mode CMYK"),
     "a rotation in EXIF": (
@@ -334,7 +362,7 @@ def own(size, channels=3, count=40):
 def config(method="clustr", **model):
     found = ConfigDict(dict(
         method=method, variant="", smoke=False, model=dict(name="auto", mean=(), std=()) | model,
-        data=dict(name="folder", dir="x/flowers.v2"), eval=dict(n=32),
+        data=dict(name="folder", dir="x/flowers"), eval=dict(n=32),
     ))  # fmt: skip
     return found.lock()
 
@@ -376,6 +404,14 @@ def test_the_set_is_called_after_its_folder(tmp_path):
     assert data.label(c.data) == "flowers"
     assert str(settings.default_workdir(c)) == "runs/flowers-clustr_qtrades"
     assert data.label(ConfigDict(dict(name="digits", dir="x"))) == "digits"
+    # a dot is part of a folder's name; the figures of a known set are not those of own images called so
+    (tmp_path / "birds.v2").mkdir()
+    for place, label in (
+        ("birds.v2", "birds.v2"), ("birds.v2.npz", "birds.v2"), ("cifar10", "own-cifar10"),
+        ("svhn.npz", "own-svhn"), ("toy2d_pairs", "own-toy2d_pairs"),
+    ):  # fmt: skip
+        assert data.label(ConfigDict(dict(name="folder", dir=str(tmp_path / place)))) == label
+    assert data.label(ConfigDict(dict(name="svhn", dir=""))) == "svhn_cropped"
 
 
 # A run

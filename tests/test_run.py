@@ -488,6 +488,8 @@ DIGITS_METHOD = f"{DIGITS}:clustr_qtrades"
         ((DIGITS_METHOD, "--config.magnet.k=200"), ("class", "k=200", "magnet.k")),
         ((DIGITS_METHOD, "--config.magnet.clusters=21"), ("magnet.clusters is 21", "20 clusters")),
         ((DIGITS_METHOD, "--stages=2_trian"), ("unknown stage '2_trian'", "2_train")),
+        ((DIGITS_METHOD, "--stages="), ("--stages names no stage", "2_train")),
+        ((f"{DIGITS}:nominal", "--stages=1_warmup"), ("nominal has no 1_warmup", "2_train")),
         (("--config=digit.py:clustr",), ("digit.py",)),
         ((f"--config={ROOT}/configs/digit.py:clustr",), ("digit.py",)),
         ((DIGITS_METHOD, "--config.model.name=resnet50"), ("unknown model 'resnet50'", "resnet18")),
@@ -557,6 +559,46 @@ def test_a_work_directory_of_another_training(change, what, mistake, tmp_path):
     assert "nothing to evaluate" in mistake(
         DIGITS_METHOD, "--stages=evaluate", workdir, "--config.eval.attack.eps=0.1"
     )
+
+
+def test_a_work_directory_of_other_images(mistake, tmp_path, monkeypatch):
+    """A prepared set is known by its name only: another one of that name has other images."""
+    workdir = f"--workdir={tmp_path / 'run'}"
+    mistake(DIGITS_METHOD, "--stages=evaluate", workdir)
+    before = (tmp_path / "run" / "environment.json").read_bytes()
+    original = data._digits
+    monkeypatch.setattr(data, "_digits", lambda split: original(split).take(slice(None, None, -1), ""))
+    message = mistake(DIGITS_METHOD, "--stages=evaluate", workdir)
+    assert "was trained on other images of digits" in message and "data.dir" in message
+    assert (tmp_path / "run" / "environment.json").read_bytes() == before
+    monkeypatch.undo()
+    assert read(tmp_path / "run" / "environment.json")["images"]["data"] in message
+
+
+@pytest.mark.parametrize("name", ["exp[lr=0.1]", "what?", "a*b"])
+def test_a_work_directory_that_orbax_takes_for_a_pattern(name, mistake, tmp_path):
+    """It would write checkpoints that it does not find again."""
+    message = mistake(DIGITS_METHOD, "--stages=evaluate", f"--workdir={tmp_path / name / 'run'}")
+    assert name in message and "may not have *, ? or [" in message
+    assert not list((tmp_path / name).glob("run/config.json"))
+
+
+def test_a_full_device_is_told_in_one_line(mistake, monkeypatch):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.")
+
+    monkeypatch.setattr(stages, "run", full)
+    message = mistake(DIGITS_METHOD)
+    assert "memory is full" in message and "17 bytes" in message and "eval.slots" in message
+
+
+def test_a_run_without_held_out_images(tmp_path):
+    """No accuracy of theirs in the metrics, and the training goes to its end."""
+    config = toy2d("nominal")
+    config.data.val_size = 0.0
+    stages.run(config, str(tmp_path / "run"), ("2_train",), quiet=True)
+    assert [record["val_accuracy"] for record in metrics(tmp_path / "run")] == [None]
+    assert (tmp_path / "run" / "2_train" / "done.json").exists()
 
 
 def test_a_work_directory_of_another_method(mistake, tmp_path):

@@ -27,7 +27,7 @@ def describe(clf: Classifier) -> dict[str, Any]:
 def network(description: Mapping[str, Any]) -> Net:
     """The network of a description; UserError where a field is missing or of another kind.
 
-    network(describe(clf)) == clf.net
+    network(describe(clf)) == clf.net            # but for the type that it was trained in (model.dtype)
     """
     missing = [name for name in _FIELDS if name not in description]
     if missing:

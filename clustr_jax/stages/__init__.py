@@ -60,8 +60,11 @@ def run(
         config, method, net, splits[0], splits[2], held_out=len(splits[1]), source=images[1],
         devices=len(devices),
     )  # fmt: skip
-    with mesh.over(devices), place.locked(), progress:
-        place.open(config, command)
+    seen = {"data": data.digest(*splits)}
+    if source is not None:
+        seen["pretrain"] = data.digest(source.train_split, source.val_split, source.test_split)
+    with mesh.over(devices), place.locked(progress.line), progress:
+        place.open(config, command, seen)
         profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)
         this = Run(config, place, progress, net, *splits, source=source, profiler=profiler)
         _introduce(this)
@@ -89,10 +92,10 @@ def run(
         diagnosis = results.diagnosis(there)
         if diagnosis is not None and "sound" in found:
             console.print(results.checks_table(diagnosis))
-            console.print(diagnosis["verdict"], highlight=False, soft_wrap=True, style="bold")
-        console.print(f"results: {place.results}", highlight=False, soft_wrap=True)
+            console.print(diagnosis["verdict"], markup=False, highlight=False, soft_wrap=True, style="bold")
+        progress.line(f"results: {place.results}")
     if REPORT in wanted:
-        console.print(f"report: {place.root / 'report.html'}", highlight=False, soft_wrap=True)
+        progress.line(f"report: {place.root / 'report.html'}")
     return found
 
 
@@ -125,13 +128,18 @@ def _method(config):
 def _wanted(stages, name):
     """The stages to run, in order: no 1_warmup without a warm-up, no certify without a cluster head."""
     method = METHODS[name]
+    if stages is not None and not any(stages):
+        raise UserError(f"--stages names no stage; known: {', '.join(STAGES)} (leave it out for all)")
     unknown = [s for s in stages or () if s not in STAGES]
     if unknown:
         raise UserError(f"unknown stage {unknown[0]!r}; known: {', '.join(STAGES)}")
     if CERTIFY in (stages or ()) and method.head != "clusters":
         raise UserError(f"certify needs a cluster head, and {name} ends in a linear one; leave the stage out")
     has = {WARMUP: bool(method.warmup), CERTIFY: method.head == "clusters"}
-    return [s for s in STAGES if s in (stages or STAGES) and has.get(s, True)]
+    wanted = [s for s in STAGES if s in (stages or STAGES) and has.get(s, True)]
+    if not wanted:
+        raise UserError(f"{name} has no {WARMUP}, and nothing else was asked for; its training is {TRAIN}")
+    return wanted
 
 
 def _introduce(this):

@@ -43,6 +43,7 @@ def run(this: Run) -> None:
         else:
             records = results.Records(folder, f"{identity}-{network}")
             result, outcomes, seconds = evaluate.run(name, key, clf, examples, config, report, records)
+        this.profiler.close()
         header = {
             "dataset": data.label(config.data), "subset": subset, "n": result.pop("n"),
             "method": config.method,

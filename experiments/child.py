@@ -1,0 +1,31 @@
+"""A program that runs under an experiment, and is given the time to save its work."""
+
+import contextlib
+import pathlib
+import signal
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STOPPED = 75  # the exit code of run.py for it
+
+
+def run(command: list[str]) -> int:
+    """The exit code of `python COMMAND`; STOPPED where this process was told to stop meanwhile.
+
+    Ctrl-C reaches the child from the terminal, SIGTERM is passed on. The child is waited for in any case:
+    run.py saves and leaves.
+    """
+    child, asked = None, []
+
+    def stop(number, _):
+        asked.append(number)
+        if number == signal.SIGTERM and child is not None:
+            child.send_signal(number)
+
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, stop))
+        child = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+        code = child.wait()
+    return STOPPED if asked else code
