@@ -137,7 +137,8 @@ def run_paper(key, clf, examples, config, report, records=None) -> tuple[dict, d
     right = _argmax(clf.scores, examples.x) == examples.y
     outcomes, attacks, sweep, spent, needed = {"clean": right}, {}, {}, 0, 0
     worst, any_restart, outside = right.copy(), right.copy(), np.zeros(len(right), bool)
-    for eps in (settings.eps, *(() if config.eval.quick else config.eval.sweep)):
+    others = () if config.eval.quick else results.other_radii(config.eval.sweep, settings.eps)
+    for eps in (settings.eps, *others):
         for count in steps:
             name = f"pgd{count}"
             found = paper_pgd(

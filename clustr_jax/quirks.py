@@ -148,7 +148,7 @@ def main(argv: list[str]) -> int:
     for name, robust in magnet.items():
         shown.add_row(f"adaptive, {name}", _ADAPTIVE[name], results.percent(robust, {"n": count}), "")
     console.print(shown)
-    results.save(pathlib.Path(args.workdir) / "results", "quirks", {
+    content = {
         "dataset": data.label(config.data), "subset": test.subset, "n": count, "method": config.method,
         "protocol": "quirks-3", "eps": config.eval.attack.eps, "clean": results.fraction(
             np.asarray(clf.predict(examples.x)) == examples.y),
@@ -157,7 +157,13 @@ def main(argv: list[str]) -> int:
         "rows": rows, "adaptive": magnet, "seed": config.seed, "network_sha": network,
         "config_sha": results.sha({**config.to_dict(), "quirks": {"n": count, **budget}}),
         "versions": results.versions(), "wall_seconds": time.perf_counter() - started,
-    }, {"ids": examples.ids, "y": examples.y})  # fmt: skip
+    }  # fmt: skip
+    target = pathlib.Path(args.workdir) / "results"
+    try:
+        results.save(target, "quirks", content, {"ids": examples.ids, "y": examples.y})
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or target}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,13 +1,16 @@
 """Result files (one JSON each, per-example outcomes beside it), intervals, and the side-by-side table."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
 import math
 import pathlib
+import subprocess
 import time
 import zipfile
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -47,6 +50,25 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
+def commit() -> str:
+    """The commit of this package's source, "-dirty" where it was changed since; "" where it is not known."""
+    here = pathlib.Path(__file__)
+    told = []
+    # an installed package can lie in a folder of somebody else's repository
+    for command in (("ls-files", "--error-unmatch", here.name), ("describe", "--always", "--dirty")):
+        try:
+            done = subprocess.run(
+                ["git", *command], cwd=here.parent, capture_output=True, text=True, timeout=5
+            )
+        except (OSError, subprocess.SubprocessError):
+            return ""
+        if done.returncode:
+            return ""
+        told.append(done.stdout.strip())
+    return told[-1]
+
+
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % Wilson score interval of a fraction (Wilson 1927)."""
     if n == 0:
@@ -70,7 +92,7 @@ def comparable(one: dict, other: dict) -> bool:
 def save(directory: pathlib.Path, name: str, result: dict, outcomes: dict[str, np.ndarray]) -> None:
     """Write <name>.npz (per-example outcomes), then <name>.json: no JSON is there without its outcomes.
 
-    The JSON holds the hash of its own content and of the outcomes, which `load` checks.
+    The JSON holds the commit, and the hash of its own content and of the outcomes, which `load` checks.
     """
     if processes.leader():
         _write(directory, name, result, outcomes)
@@ -83,7 +105,7 @@ def _write(directory, name, result, outcomes):
     # pyright minds an array for allow_pickle; no outcome has that name
     np.savez_compressed(temporary, **outcomes)  # pyright: ignore[reportArgumentType]
     temporary.replace(directory / f"{name}.npz")
-    content = json.loads(json.dumps(result))
+    content = json.loads(json.dumps({**result, "commit": commit()}))
     content["outcomes_sha"] = _digest(directory / f"{name}.npz")
     write_json(directory / f"{name}.json", {**content, "content_sha": sha(content)})
 
@@ -256,6 +278,9 @@ def side_by_side(results: dict[str, dict]) -> Table:
         cells = ("" if v is None else percent(v, {"n": row.n}) for v in (row.paper, row.sound))
         indent = "  " if row.kind == "part" else ""
         table.add_row(escape(indent + row.label), "" if row.claim is None else percent(row.claim), *cells)
+    if quick := results.get("quick"):  # a protocol of its own, whose column is not worth its width
+        label = f"{quick['protocol']}, eps {radius(quick['eps'])}"
+        table.add_row(label, "", "", percent(quick["robust"], {"n": quick["n"]}))
     return table
 
 
@@ -278,6 +303,20 @@ def radius(eps: float) -> str:
     """8/255 for the radii that are quoted so (up to 32/255), else the number."""
     scaled = eps * 255
     return f"{scaled:.3g}/255" if abs(scaled - round(scaled)) < 1e-3 and scaled < 33 else f"{eps:.4g}"
+
+
+def other_radii(radii: Iterable[float], eps: float) -> list[float]:
+    """Those that are not `eps`, each once, to the six digits that a radius has in a result's keys.
+
+    On the command line 4/255 is a decimal.
+
+    >>> results.other_radii((0.015686, 2 / 255, 0.00784314), 4 / 255)
+    [0.00784313725490196]
+    """
+    found = {f"{eps:.6f}": eps}
+    for radius in radii:
+        found.setdefault(f"{radius:.6f}", radius)
+    return list(found.values())[1:]
 
 
 def diagnosis_sha(sound: dict | None, paper: dict | None, certified: dict | None) -> str:

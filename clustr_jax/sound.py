@@ -185,8 +185,8 @@ def run_sound(key, clf, examples, config, report, records=None) -> tuple[dict, d
     deployed, right = _right(clf, examples, config)
     broken_by = np.where(right, "", "clean").astype(object)  # names of any length
     survivors, attacks, curves, unconfirmed = {}, {}, {}, np.zeros(len(examples), bool)
-    smaller = [eps for eps in sorted(config.eval.curve) if eps < settings.eps] if not quick else []
-    larger = [eps for eps in sorted(config.eval.curve) if eps > settings.eps] if not quick else []
+    others = [] if quick else sorted(results.other_radii(config.eval.curve, settings.eps))
+    smaller, larger = ([e for e in others if (e < settings.eps) == below] for below in (True, False))
     sweep = Sweep(key, clf, examples, config, report, records)
     alive = sweep.run(right, smaller)
     broken_by[right & ~alive] = "smaller-eps"

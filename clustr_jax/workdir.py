@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import platform
-import subprocess
 from collections.abc import Callable
 
 import jax
@@ -189,13 +188,6 @@ def config_dict(config) -> dict:
 
 def environment() -> dict:
     """Machine, versions and commit, for the record."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=5,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        commit = ""
     # an uninstallation that went wrong leaves folders without a name
     installed = [d for d in importlib.metadata.distributions() if d.metadata and d.metadata["Name"]]
     packages = {d.metadata["Name"]: d.version for d in installed}
@@ -203,7 +195,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
-        "commit": commit,
+        "commit": results.commit(),
         "versions": results.versions(),
         "packages": dict(sorted(packages.items())),
     }

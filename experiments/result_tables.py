@@ -29,10 +29,20 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+_versions: dict[str, str] = {}  # of each kind of result that was read
+
+
 def seeds(dataset: str, name: str, what: str) -> list[dict]:
-    """That result of every seed that has it; of the paper's protocol its PGD^20."""
-    paths = sorted((RESULTS / "campaign" / dataset).glob(f"{name}-[0-9]/{what}.json"))
+    """That result of every seed that has it; of the paper's protocol its PGD^20.
+
+    ValueError where it is of another version than one before: they are never mixed in a table.
+    """
+    paths = sorted((RESULTS / "campaign" / dataset).glob(f"{name}-[0-9]*/{what}.json"))
     found = [json.loads(path.read_text()) for path in paths]
+    for path, result in zip(paths, found, strict=True):
+        kind, version, *_ = result.get("protocol", "none-0").split("-")
+        if _versions.setdefault(kind, version) != version:
+            raise ValueError(f"{path} is of {kind}-{version}, others of {kind}-{_versions[kind]}")
     return [pgd20(result) for result in found] if what.startswith("paper") else found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +210,13 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys, monkeypatch):
     outcomes = np.load(tmp_path / "results" / "quirks.npz")
     assert len(outcomes["ids"]) == 20
     np.testing.assert_array_equal(jnp.asarray(data.load("digits", "test")[1])[outcomes["ids"]], outcomes["y"])
+    # all that was spent, and the result cannot be written: the table was printed, and it is said in a line
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "results")
+    (tmp_path / "results").touch()
+    assert quirks.main([str(tmp_path), *budget]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: ") and told.err.count("\n") == 1 and "exp_scores" in told.out
 
 
 def test_the_hinge_of_the_adaptive_attack_is_flat(small):

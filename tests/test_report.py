@@ -21,7 +21,7 @@ import browser
 from clustr_jax import paper, report, results, workdir
 from clustr_jax.errors import UserError
 from clustr_jax.report import __main__ as command
-from clustr_jax.report import compare, looks, page, svg, words
+from clustr_jax.report import compare, figures, looks, page, svg, words
 from clustr_jax.report.looks import Victim
 from runs import DIGITS, TOY, read
 
@@ -380,6 +380,12 @@ def test_of_many_classes_it_says_which_are_shown(tmp_path):
     (root / "2_train" / "done.json").write_text(json.dumps(done))
     text = Document(page.report(report.read(root), page.Looks(planes(), victims())).html).text
     assert "Only the first 10 classes are shown." in text and "each of the first 10 classes" in text
+    # at_pretrain's first stage has the classes of another set
+    root = make(tmp_path / "pretrained", ("clean",), "at_pretrain")
+    (root / "1_warmup").mkdir()
+    (root / "1_warmup" / "done.json").write_text(json.dumps(done))
+    text = Document(page.report(report.read(root), page.Looks(planes(), victims())).html).text
+    assert "Only the first 10 classes" not in text
 
 
 def test_a_run_of_one_epoch_and_a_colour_gallery(tmp_path):
@@ -564,7 +570,9 @@ def test_a_page_compares_several_runs(tmp_path, capsys):
     folders.append(make(tmp_path / "three", ("clean",), "trades"))
     out = tmp_path / "compare.html"
     assert command.main([*map(str, folders), f"--out={out}"]) == 0
-    assert capsys.readouterr().out == f"report: {out}\n"
+    told = capsys.readouterr()
+    assert told.out == f"report: {out}\n"
+    assert told.err.count("is not known: ") == 3  # there are no weights beside these results
     document, drawings = assert_sound_page(out.read_text())
     assert document.row("one") == [
         shown(0.15), shown(0.2), shown(0.95), shown(0.425), "0.2", "40", "digits", "NONE FAILED",
@@ -776,6 +784,63 @@ def test_results_of_another_network_are_left_out(tmp_path):
     changes["clean"] = {"network_sha": "new"}  # an evaluation that has begun
     other = report.read(make(tmp_path / "other", ("clean", "sound", "certified"), changes=changes))
     assert other.results.keys() == {"clean"}
+    text = compare.compare([other, record])
+    assert "Left out in run" in text and "certified, clean, sound" in text and "Left out in other" in text
+
+
+def test_results_of_another_rule_are_left_out(tmp_path):
+    """With another D the clusters are another classifier: its accuracy stands in no row with the first's."""
+    one = {name: {"nearest": 1} for name in ("paper", "clean")}
+    root = make(tmp_path / "run", ALL[:4], changes=one, eval={"nearest": 1})
+    record = report.read(root)
+    assert record.results.keys() == {"clean", "paper"}
+    assert record.outdated == ("certified", "sound")
+    assert "eval.nearest" in " ".join(words.limits(record))
+    # a linear head has no D
+    linear = {name: {"head": "linear", "nearest": 0} for name in ALL}
+    root = make(tmp_path / "linear", changes=linear, method="trades", eval={"nearest": 1})
+    assert not report.read(root).outdated
+
+
+def test_own_images_are_called_after_their_folder(tmp_path):
+    """And two folders are two data sets, though both are "folder" in the config."""
+    sets = {name: {"name": "folder", "dir": f"/sets/{name}", "sha": name} for name in ("birds", "cars")}
+    names = {"clean": {"class_names": [f"bird {i}" for i in range(10)]}}
+    records = [
+        report.read(make(tmp_path / name, ("clean",), changes=names, data=data))
+        for name, data in sets.items()
+    ]
+    assert [record.title for record in records] == ["clustr_qtrades on birds", "clustr_qtrades on cars"]
+    made = page.report(records[0], page.Looks(planes(), victims()))
+    assert "- Set: birds" in made.card and "clustr_qtrades on birds" in made.html and "bird 3" in made.html
+    different = "The runs are on different data"
+    assert different in compare.compare(records) and different not in compare.compare(records[:1])
+    part = make(tmp_path / "part", ("clean",), changes={"clean": {"subset": "400 train"}}, data=sets["birds"])
+    assert different in compare.compare([records[0], report.read(part)])
+
+
+def test_certificates_at_different_radii_say_theirs(tmp_path):
+    root = make(tmp_path / "other", changes={"certified": {"eps": 0.1}})
+    text = compare.compare([report.read(make(tmp_path / "one")), report.read(root)])
+    rule = OWN["certified"]["rule"]
+    for eps in (OWN["certified"]["eps"], 0.1):
+        assert f"at {results.radius(eps)} ({rule})" in Document(text).text
+    assert "l2 radius of its own" in text
+
+
+def test_the_commit_is_that_of_the_results(tmp_path):
+    """environment.json has the last command's, which may have made nothing."""
+    root = make(tmp_path / "run", ("clean",))
+    pairs = dict(page.provenance(report.read(root)))
+    assert pairs["commit at the last command"] == "abc1234"
+    assert pairs.get("commit", "") == results.commit()
+
+
+def test_a_line_for_every_run_has_a_name(tmp_path):
+    """matplotlib shows no label that begins with an underscore."""
+    records = [report.read(make(tmp_path / name)) for name in ("_old", "new")]
+    drawing = figures.compared(records, ["_old", "new"])
+    assert drawing is not None and b"_old" in drawing.svg
 
 
 def test_what_was_trained_is_said(tmp_path):

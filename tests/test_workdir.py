@@ -83,10 +83,11 @@ def test_names_are_printed_as_they_are():
     }  # fmt: skip
     check = dict(number=1, name="a check", status="PASS", value=None, limit="[0, 1]", note="[/b] see x[y]")
     console = Console(file=io.StringIO(), width=200)
-    console.print(results.side_by_side({"clean": result}))
+    quick = {**result, "protocol": "quick-1", "eps": 0.2, "robust": 0.3}
+    console.print(results.side_by_side({"clean": result, "quick": quick}))
     console.print(results.checks_table({"checks": [check]}))
     assert isinstance(console.file, io.StringIO)
-    for text in ("birds[bold]", "[/red] of it", "[0, 1]", "[/b] see x[y]"):
+    for text in ("birds[bold]", "[/red] of it", "[0, 1]", "[/b] see x[y]", "quick-1, eps 0.2", "30.00"):
         assert text in console.file.getvalue()
 
 

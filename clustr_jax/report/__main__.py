@@ -9,6 +9,15 @@ from clustr_jax.errors import UserError
 from clustr_jax.stages import REPORT, stage_key
 
 
+def _network(path: pathlib.Path, unknown: list[str]) -> str | None:
+    """Its digest; None, and a line more in `unknown`, where results came without weights to compare with."""
+    try:
+        return loading.digest(loading.load(path))
+    except UserError as error:
+        unknown.append(f"warning: whether the results in {path} are of its network is not known: {error}")
+        return None
+
+
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 2 a mistake that the user can mend."""
     parser = argparse.ArgumentParser(
@@ -20,7 +29,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         records = [report.read(path) for path in args.workdirs]
+        unknown = []
         if len(records) > 1:
+            records = [report.read(record.root, _network(record.root, unknown)) for record in records]
             path = report.write_comparison(records, pathlib.Path(args.out or "compare.html"))
         elif args.out:
             raise UserError("--out is for several directories; the page of one is DIR/report.html")
@@ -33,6 +44,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         print(f"error: {error.strerror or error}: {error.filename or 'a file'}", file=sys.stderr)
         return 2
+    for text in unknown:
+        print(text, file=sys.stderr)
     print(f"report: {path}")
     return 0
 

@@ -1,9 +1,13 @@
 """One page for several work directories: the same figures side by side, and curves in one picture."""
 
+import dataclasses
+
 from clustr_jax import results
 from clustr_jax.errors import UserError
 from clustr_jax.report import figures, page, tables, words
 from clustr_jax.report.record import Record
+
+_OWN = "of its own"  # where certificates are about different radii
 
 
 def compare(records: list[Record]) -> str:
@@ -13,14 +17,15 @@ def compare(records: list[Record]) -> str:
     drawing = figures.compared(records, names)
     found = {r["protocol"] for record in records for r in record.results.values()}
     by_name = {n: next((p for p in found if p.startswith(n)), "not run") for n in ("clean", "paper", "sound")}
-    radii = {results.radius(r.results["certified"]["eps"]) for r in records if "certified" in r.results}
-    radius = radii.pop() if len(radii) == 1 else "of its own"
+    certified = [r.results["certified"] for r in records if "certified" in r.results]
+    radii = {f"{results.radius(c['eps'])} ({c['rule']})" for c in certified}
+    radius = radii.pop() if len(radii) == 1 else _OWN
     columns = [f"sound protocol ({by_name['sound']})", f"paper's protocol ({by_name['paper']})"]
     columns += [f"clean, all test images ({by_name['clean']})", f"certified, l2 radius {radius}"]
     columns += ["eps", "images attacked"]
     rows = [
         {
-            "name": name, "data": record.config["data"]["name"], "cells": _cells(record),
+            "name": name, "data": record.data, "cells": _cells(record, radius),
             "tone": words.verdict(record).tone, "status": _status(record),
         }
         for name, record in zip(names, records, strict=True)
@@ -57,16 +62,20 @@ def _names(records):
     raise UserError("the same work directory is given twice; give each once")
 
 
-def _cells(record):
+def _cells(record, radius):
     clean, paper, sound, certified = (record.results.get(n) for n in ("clean", "paper", "sound", "certified"))
     attacked = [r for r in (paper, sound) if r]
     eps = " and ".join(dict.fromkeys(results.radius(r["eps"]) for r in attacked))
     count = " and ".join(dict.fromkeys(str(r["n"]) for r in attacked))
+    certain = tables.cell(certified["robust"], certified["n"]) if certified else None
+    if certified and certain and radius == _OWN:
+        at = f"{certain.interval} at {results.radius(certified['eps'])} ({certified['rule']})"
+        certain = dataclasses.replace(certain, interval=at)
     return [
         tables.cell(sound["robust"], sound["n"]) if sound else None,
         tables.cell(paper["robust"], paper["n"]) if paper else None,
         tables.cell(clean["clean"], clean["n"]) if clean else None,
-        tables.cell(certified["robust"], certified["n"]) if certified else None,
+        certain,
         eps or None,
         count or None,
     ]
@@ -86,8 +95,17 @@ def _compare_notes(records, names, drawing):
         without = [n for n, r in zip(names, records, strict=True) if name not in r.results]
         if without:
             notes.append(f"The {tables.PROTOCOLS[name]} was not run in {', '.join(without)}.")
-    if len({r.config["data"]["name"] for r in records}) > 1:
+    if len({(r.data, r.config["data"].get("sha"), words.subset(r)) for r in records if r.results}) > 1:
         notes.append("The runs are on different data: compare within a data set only.")
+    rules = {c["nearest"] for r in records if (c := r.results.get("sound")) and c["head"] == "clusters"}
+    if len(rules) > 1:
+        notes.append("Different numbers of clusters decide (eval.nearest): the rules are not the same.")
+    for name, record in zip(names, records, strict=True):
+        if record.outdated:
+            left = ", ".join(record.outdated)
+            notes.append(
+                f"Left out in {name}, of another network or eval.nearest: {left}; evaluate it again."
+            )
     if (
         len({(r.results["sound"]["eps"], r.results["sound"]["n"]) for r in records if "sound" in r.results})
         > 1

@@ -64,7 +64,7 @@ def over_eps(record: Record) -> Drawing | None:
             series.append((f"{name} ({claimed['protocol']})", sorted(points.items()), claimed["n"]))
     if not series:
         return None
-    dataset, method = record.config["data"]["name"], record.config["method"]
+    dataset, method = record.data, record.config["method"]
     radii = sorted({e for _, points, _ in series for e, _ in points})
     shown = _interesting(series, radii)
     said = [(e, paper.claim(dataset, method, "pgd100", e)) for e in radii if e]
@@ -269,7 +269,8 @@ def compared(records: list[Record], names: list[str]) -> Drawing | None:
     def paint(figure):
         axes = figure.add_subplot()
         for i, (name, points, n) in enumerate(found):
-            _line(axes, i, points, _short(name, 40), n)
+            label = _short(name, 40)
+            _line(axes, i, points, f" {label}" if label[:1] == "_" else label, n)  # matplotlib hides _labels
         _accuracy_axes(axes, "eps, largest change of a pixel (linf)", legend=False)
         figure.legend(loc="outside lower center", ncols=1)
 

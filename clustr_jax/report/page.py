@@ -91,7 +91,8 @@ def report(record: Record, looks: Looks) -> Report:
         no_checks=_no_checks(record), attack_rows=tables.attack_rows(record),
         curves=[d for d in curves if d], no_curves=_no_curves(record, curves), drawings=single,
         no_certificates=_no_certificates(record), training=training, planes=planes,
-        many=CLASSES if any(d["num_classes"] > CLASSES for d in record.stages.values()) else 0,
+        # the last stage's: the first one of at_pretrain has the classes of another set
+        many=CLASSES if [d["num_classes"] > CLASSES for d in record.stages.values()][-1:] == [True] else 0,
         borders=any(p.borders for p in looks.planes), no_planes=_no_planes(record, looks),
         victims=_shown(record, looks.victims, eps), clustered=_clustered(looks.victims),
         eps=results.radius(eps), gain=f"{pictures.magnification(eps):.3g}",
@@ -166,7 +167,8 @@ def _no_planes(record, looks):
 
 def class_name(record: Record, label: int) -> str:
     """A word where the data set has words for its classes, else the number."""
-    return _CIFAR10[label] if record.config["data"]["name"] == "cifar10" else str(label)
+    words = _CIFAR10 if record.data == "cifar10" else record.results.get("clean", {}).get("class_names")
+    return words[label] if words else str(label)
 
 
 def _clustered(victims):
@@ -228,7 +230,7 @@ def provenance(record: Record, looks: Looks | None = None) -> list[tuple[str, st
     protocols = sorted(r["protocol"] for r in record.results.values())
     stages = [f"{name}: {done['epochs']} epochs, {done['reason']}" for name, done in record.stages.items()]
     pairs = [
-        ("data", f"{config['data']['name']}: {words.subset(record)}"),
+        ("data", f"{record.data}: {words.subset(record)}"),
         ("seed", str(config["seed"])),
         ("stages", "; ".join(stages)),
         ("results", ", ".join(protocols) or "none"),
@@ -237,9 +239,13 @@ def provenance(record: Record, looks: Looks | None = None) -> list[tuple[str, st
     if looks is not None:
         pairs.insert(1, ("sizes", _sizes(looks)))
         pairs.insert(2, ("parameters", f"{looks.parameters:,}" if looks.parameters else ""))
+    made = {r.get("commit") for r in (*record.results.values(), *record.stages.values())}
+    commits = ", ".join(sorted(commit for commit in made if commit))
+    pairs.append(("commit", commits))
     if environment:
+        last = environment.get("commit", "")
         pairs += [
-            ("commit", environment.get("commit", "")),
+            ("commit at the last command", last if last != commits else ""),
             ("Python", environment.get("python", "")),
             ("machine", f"{', '.join(environment.get('devices', []))} on {environment.get('platform', '')}"),
         ]

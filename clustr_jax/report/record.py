@@ -2,17 +2,19 @@
 
 import dataclasses
 import pathlib
+from types import SimpleNamespace
 
 import numpy as np
 
 from clustr_jax import results
+from clustr_jax.data import label
 from clustr_jax.errors import UserError
 from clustr_jax.files import read_json
 from clustr_jax.loading import find_stage, read_config
 from clustr_jax.workdir import Workdir
 
 # Bumped when a report says something else about the same results.
-VERSION = "report-1"
+VERSION = "report-2"
 STAGE_NAMES = ("1_warmup", "2_train")
 
 
@@ -27,12 +29,18 @@ class Record:
     metrics: list[dict]
     stages: dict[str, dict]  # done.json of each finished stage
     network: str | None = None  # the classifier that `results` are of, as in their network_sha
-    outdated: tuple[str, ...] = ()  # results that are there, of another network, and left out of `results`
+    # results that are there and left out of `results`: of another network, or of another D than the config's
+    outdated: tuple[str, ...] = ()
+
+    @property
+    def data(self) -> str:
+        """What the data set is called: "digits", or an own set's folder."""
+        return label(SimpleNamespace(**self.config["data"]))
 
     @property
     def title(self) -> str:
         """ "clustr_qtrades on digits"."""
-        return f"{self.config['method']} on {self.config['data']['name']}"
+        return f"{self.config['method']} on {self.data}"
 
     @property
     def identity(self) -> str:
@@ -58,7 +66,8 @@ def read(path: str | pathlib.Path, network: str | None = None) -> Record:
     """The record of a work directory; UserError where there is no finished stage, or a file is damaged.
 
     `network`: the digest of its classifier (`loading.digest`); without it, what clean.json is about. Results
-    of another one, from before the stage was trained again, are left out.
+    of another one, from before the stage was trained again, are left out, and so are those of another D
+    (`eval.nearest`) than the config has now: with it the clusters are another classifier.
     """
     place = Workdir(path)
     if find_stage(place.root).parent != place.root:
@@ -66,17 +75,25 @@ def read(path: str | pathlib.Path, network: str | None = None) -> Record:
     environment = place.root / "environment.json"
     found = {name: results.load(place.results, name) for name in results.PROTOCOLS}
     network = network or (found["clean"] or {}).get("network_sha")
+    config = read_config(place.root)
+    nearest = config["eval"]["nearest"]
     # results of earlier commits do not say which network they are of, nor do the checks, which name results
     other = {
         name for name, result in found.items()
-        if result is not None and result.get("network_sha", network) != network
+        if result is not None and (
+            result.get("network_sha", network) != network
+            or (result.get("head") == "clusters" and result.get("nearest", nearest) != nearest)
+        )
     }  # fmt: skip
+    kept = {name: result for name, result in found.items() if result is not None and name not in other}
+    if other and results.diagnosis(kept) is None:
+        kept.pop("diagnostics", None)  # of results that are left out
     stages = {name: place.finished(name) for name in STAGE_NAMES}
     return Record(
         place.root,
-        read_config(place.root),
+        config,
         read_json(environment) if environment.exists() else {},
-        {name: result for name, result in found.items() if result is not None and name not in other},
+        kept,
         place.records(),
         {name: done for name, done in stages.items() if done is not None},
         network,

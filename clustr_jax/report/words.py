@@ -193,8 +193,8 @@ def limits(record: Record) -> list[str]:
         )
     if record.outdated:
         found.append(
-            f"Results of another network were left out: {', '.join(record.outdated)}; "
-            f"run the evaluation again."
+            f"Results of another network, or of another number of clusters that decide (eval.nearest), were "
+            f"left out: {', '.join(record.outdated)}; run the evaluation again."
         )
     if certificate:
         found.append(

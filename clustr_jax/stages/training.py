@@ -65,6 +65,7 @@ def run(this: Run, stage: str) -> None:
         "reason": reason, "epochs": epochs, "step": step,
         "gradient_passes": images * cost.gradients(name, config, recipe),
         "num_classes": this.net.num_classes, "input_shape": list(this.net.input_shape),
+        "commit": results.commit(),
     })  # fmt: skip
     processes.wait(f"{stage} is done")
 
