@@ -32,16 +32,16 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 _versions: dict[str, str] = {}  # of each kind of result that was read
 
 
-def seeds(dataset: str, name: str, what: str) -> list[dict]:
+def seeds(dataset: str, name: str, what: str, mixed: bool = False) -> list[dict]:
     """That result of every seed that has it; of the paper's protocol its PGD^20.
 
-    ValueError where it is of another version than one before: they are never mixed in a table.
+    ValueError where it is of another version than one before, unless `mixed`: a table has one of each kind.
     """
     paths = sorted((RESULTS / "campaign" / dataset).glob(f"{name}-[0-9]*/{what}.json"))
     found = [json.loads(path.read_text()) for path in paths]
     for path, result in zip(paths, found, strict=True):
         kind, version, *_ = result.get("protocol", "none-0").split("-")
-        if _versions.setdefault(kind, version) != version:
+        if not mixed and _versions.setdefault(kind, version) != version:
             raise ValueError(f"{path} is of {kind}-{version}, others of {kind}-{_versions[kind]}")
     return [pgd20(result) for result in found] if what.startswith("paper") else found
 
@@ -245,13 +245,20 @@ _QUIRKS = {
 
 
 def quirks() -> str:
-    """What each departure of the official protocol is worth."""
-    columns, header = [], [""]
+    """What each departure of the official protocol is worth, a table for each version of the measurement."""
+    versions = {}
     for dataset, label in DATASETS.items():
         for name in ("clustr_qtrades", "clustr_qtrades+paper_code"):
-            for found in seeds(dataset, name, "quirks"):
-                columns.append(found)
-                header.append(f"{LABELS[name]}, {label}, seed {found['seed']}")
+            for found in seeds(dataset, name, "quirks", mixed=True):
+                header = f"{LABELS[name]}, {label}, seed {found['seed']}"
+                versions.setdefault(found["protocol"], []).append((header, found))
+    return "\n".join(
+        f"By `{version}`:\n\n{_quirks([c for _, c in columns], [h for h, _ in columns])}"
+        for version, columns in sorted(versions.items())
+    )
+
+
+def _quirks(columns: list[dict], headers: list[str]) -> str:
     rows = []
     for i, (off, what) in enumerate(_QUIRKS.items()):
         cells = [f"{percent(c['rows'][i]['robust'])} ({c['rows'][i]['points']:+.1f})" for c in columns]
@@ -260,7 +267,7 @@ def quirks() -> str:
     for kind in ("hinged", "unhinged"):
         what = f"adaptive attack: PGD on the Magnet loss, {kind}"
         rows.append([what, *(percent(c["adaptive"][kind]) for c in columns)])
-    return markdown(header, rows)
+    return markdown(["", *headers], rows)
 
 
 def _setting(key: str, value) -> str:
