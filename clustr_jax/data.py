@@ -157,12 +157,12 @@ def label(config) -> str:
     if config.name != OWN or not config.dir:
         return ALIASES.get(config.name, config.name)
     name = folder.name(config.dir)
-    known = {*NAMES, *ALIASES, "toy2d_moons", "toy2d_pairs"}
-    return f"own-{name}" if name in known else name
+    known = name in (*NAMES, *ALIASES) or name.startswith("toy2d_")
+    return f"own-{name}" if known else name
 
 
 def digest(*splits: Split) -> str:
-    """A short name of what these splits hold: their labels and up to 10,000 images of each.
+    """SHA-256, 16 hex digits, of what these splits hold: labels [N] and up to 10,000 of the images of each.
 
     Points are told by their labels alone, for the last digits of cosines differ between machines.
 
@@ -346,12 +346,12 @@ def stratified(labels: Int[np.ndarray, "N"], size: int, num_classes: int) -> Int
     return np.sort(np.concatenate(chosen))
 
 
-def splits(config, at_most: bool = False) -> tuple[Split, Split, Split]:
+def splits(config, smoke: bool = False) -> tuple[Split, Split, Split]:
     """(train, val, test) as the config asks: subsets, and the held-out part of the training split.
 
-    With `at_most` (a smoke run) a subset that is larger than the split is all of it, and some images of each
-    class are trained on however many classes there are. UserError where own images are no longer those that
-    this config was completed with (`settings.complete`).
+    In a `smoke` run, whose sizes were chosen without knowing the set, a subset that is larger than the split
+    is all of it, and four images of each class are trained on at least. UserError where own images are no
+    longer those that this config was completed with (`settings.complete`).
 
     >>> from ml_collections import ConfigDict
     >>> config = ConfigDict({"name": "digits", "dir": "", "train_size": 100, "test_size": 0, "val_size": 0.1})
@@ -373,11 +373,11 @@ def splits(config, at_most: bool = False) -> tuple[Split, Split, Split]:
         raise UserError(f"data.val_size is a fraction of the training split in [0, 1), got {config.val_size}")
 
     def subset(split, size, what):
-        if not size or (at_most and size >= len(split)):
+        if not size or (smoke and size >= len(split)):
             return split
         return split.take(stratified(split.labels, size, split.num_classes), f"{size} {what}")
 
-    least = _LEAST * train.num_classes if at_most and config.train_size else 0
+    least = _LEAST * train.num_classes if smoke and config.train_size else 0
     train = subset(train, max(config.train_size, least), "train")
     test = subset(test, config.test_size, "test")
     held_out = round(config.val_size * len(train))

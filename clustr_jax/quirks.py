@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
         clf = clf.replace(nearest=0)
         for name in ("eps", "step_size"):
             config.eval.attack[name] = getattr(args, name) or config.eval.attack[name]
-        test = data.splits(config.data, at_most=config.smoke)[2]
+        test = data.splits(config.data, smoke=config.smoke)[2]
         count = min(args.n, len(test))
         index = data.stratified(test.labels, count, test.num_classes)
         examples = data.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))

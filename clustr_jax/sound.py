@@ -186,7 +186,8 @@ def run_sound(key, clf, examples, config, report, records=None) -> tuple[dict, d
     broken_by = np.where(right, "", "clean").astype(object)  # names of any length
     survivors, attacks, curves, unconfirmed = {}, {}, {}, np.zeros(len(examples), bool)
     others = [] if quick else sorted(results.other_radii(config.eval.curve, settings.eps))
-    smaller, larger = ([e for e in others if (e < settings.eps) == below] for below in (True, False))
+    smaller = [eps for eps in others if eps < settings.eps]
+    larger = [eps for eps in others if eps > settings.eps]
     sweep = Sweep(key, clf, examples, config, report, records)
     alive = sweep.run(right, smaller)
     broken_by[right & ~alive] = "smaller-eps"

@@ -29,20 +29,20 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-_versions: dict[str, str] = {}  # of each kind of result that was read
+def check_versions() -> None:
+    """ValueError where the campaign has results of two versions of one protocol (quirks have tables)."""
+    versions = {}
+    for path in sorted((RESULTS / "campaign").glob("*/*/*.json")):
+        kind, _, rest = json.loads(path.read_text()).get("protocol", "").partition("-")
+        version = rest.partition("-")[0]
+        if kind not in ("", "quirks") and versions.setdefault(kind, version) != version:
+            raise ValueError(f"{path} is {kind}-{version}, others {kind}-{versions[kind]}; run it again")
 
 
-def seeds(dataset: str, name: str, what: str, mixed: bool = False) -> list[dict]:
-    """That result of every seed that has it; of the paper's protocol its PGD^20.
-
-    ValueError where it is of another version than one before, unless `mixed`: a table has one of each kind.
-    """
-    paths = sorted((RESULTS / "campaign" / dataset).glob(f"{name}-[0-9]*/{what}.json"))
+def seeds(dataset: str, name: str, what: str) -> list[dict]:
+    """That result of every seed that has it; of the paper's protocol its PGD^20."""
+    paths = sorted((RESULTS / "campaign" / dataset).glob(f"{name}-[0-9]/{what}.json"))
     found = [json.loads(path.read_text()) for path in paths]
-    for path, result in zip(paths, found, strict=True):
-        kind, version, *_ = result.get("protocol", "none-0").split("-")
-        if not mixed and _versions.setdefault(kind, version) != version:
-            raise ValueError(f"{path} is of {kind}-{version}, others of {kind}-{_versions[kind]}")
     return [pgd20(result) for result in found] if what.startswith("paper") else found
 
 
@@ -249,7 +249,7 @@ def quirks() -> str:
     versions = {}
     for dataset, label in DATASETS.items():
         for name in ("clustr_qtrades", "clustr_qtrades+paper_code"):
-            for found in seeds(dataset, name, "quirks", mixed=True):
+            for found in seeds(dataset, name, "quirks"):
                 header = f"{LABELS[name]}, {label}, seed {found['seed']}"
                 versions.setdefault(found["protocol"], []).append((header, found))
     return "\n".join(

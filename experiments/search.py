@@ -120,7 +120,7 @@ def measure(dataset: str, name: str) -> dict:
     config = ConfigDict(read_json(root / "config.json"))
     config.eval.attack.restarts = 1
     clf = loading.load(root)
-    held_out = data.splits(config.data, at_most=False)[1]
+    held_out = data.splits(config.data)[1]
     index = data.stratified(held_out.labels, ATTACKED, held_out.num_classes)
     examples = data.Examples(held_out.pixels(index), held_out.labels[index], index.astype(np.int32))
     result, _ = sound.run_quick(stage_key(config.seed, EVALUATE), clf, examples, config, lambda *_: None)

@@ -202,6 +202,7 @@ def main():
     )
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
+    result_tables.check_versions()
     stale = []
     for path in DOCUMENTS:
         text = path.read_text()

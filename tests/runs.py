@@ -120,12 +120,12 @@ def reference(shared, run):
 
 
 def timeless(value):
-    """JSON without the fields that hold times, and without the hash of the content with them."""
+    """JSON without the fields that hold times, the commit, and the hash of the content with them."""
     if isinstance(value, dict):
         return {
             name: timeless(v)
             for name, v in value.items()
-            if not name.endswith(("_seconds", "_per_second")) and name != "content_sha"
+            if not name.endswith(("_seconds", "_per_second")) and name not in ("content_sha", "commit")
         }
     return [timeless(v) for v in value] if isinstance(value, list) else value
 

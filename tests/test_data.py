@@ -206,7 +206,7 @@ def test_a_smoke_run_trains_on_some_of_every_class(classes, size, monkeypatch):
     whole = data.Split(np.zeros((len(labels), 1, 1, 1), np.uint8), labels, classes, 255.0, (0.0, 1.0), "")
     monkeypatch.setattr(data, "load_split", lambda *_: whole)
     section = ConfigDict(dict(name="many", dir="", train_size=400, test_size=0, val_size=0.0))
-    train = data.splits(section, at_most=True)[0]
+    train = data.splits(section, smoke=True)[0]
     assert len(train) == size and np.bincount(train.labels).min() >= 4
     assert len(data.splits(section)[0]) == 400  # elsewhere a size is what was asked for
 

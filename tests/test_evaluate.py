@@ -272,6 +272,15 @@ def test_what_is_wrong_from_the_start_is_no_success_outside_the_box(key):
     assert result["successes_outside_box"] == fooled[y == 0].sum()  # only below 0
 
 
+def test_a_radius_given_as_a_decimal_is_attacked_once(key):
+    """0.05 and what a command line makes of it: the same keys."""
+    x, y = np.linspace(-1, 1, 40, dtype=np.float32)[:, None], np.zeros(40, int)
+    config = small_attack()
+    config.eval.sweep = (0.0500000004, 0.1, 0.1000000002)
+    result, _ = evaluate.run_paper(key, Stub(two_classes), points(x, y), config, silent)
+    assert list(result["sweep"]) == ["0.100000"] and list(result["attacks"]) == ["pgd3", "pgd5"]
+
+
 # The sound protocol
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import pathlib
 import re
 
@@ -33,6 +34,29 @@ def test_tables_are_those_of_the_results(path, tables):
     text = path.read_text()
     assert tables.rendered(text) == text, "run python experiments/tables.py"
     assert text.count("<!-- table:") == text.count("<!-- end -->")
+
+
+def test_versions_are_never_mixed(tables, tmp_path, monkeypatch):
+    found = tables.result_tables
+    found.check_versions()
+    for name, protocol in (("a/quirks", "quirks-2"), ("b/quirks", "quirks-3"), ("a/sound", "sound-2-quick")):
+        (tmp_path / "campaign" / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "campaign" / "set" / f"{name}.json").write_text(json.dumps({"protocol": protocol}))
+    monkeypatch.setattr(found, "RESULTS", tmp_path)
+    found.check_versions()
+    (tmp_path / "campaign" / "set" / "b" / "sound.json").write_text('{"protocol": "sound-1"}')
+    with pytest.raises(ValueError, match=r"b/sound.json is sound-1, others sound-2"):
+        found.check_versions()
+
+
+def test_the_other_machine_is_that_of_the_readme():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    paper, sound = (
+        json.loads((ROOT / "results" / "digits-other-machine" / f"{name}.json").read_text())["robust"]
+        for name in ("paper", "sound")
+    )
+    assert f"the same command ended at {100 * paper:.1f} % in the paper's column" in text
+    assert f"at the same {100 * sound:.1f} % in the sound one" in text
 
 
 def test_every_table_stands_somewhere(tables):

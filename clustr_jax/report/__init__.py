@@ -45,7 +45,7 @@ def look(record: Record, key: jax.Array, splits: tuple[data.Split, data.Split, d
     last = next(reversed(stages.values()))
     reasons, count = {}, looks.parameters(last)
     try:
-        train, held_out, test = splits or data.splits(config.data, at_most=config.smoke)
+        train, held_out, test = splits or data.splits(config.data, smoke=config.smoke)
     except UserError as error:
         why = f"the data could not be read ({error})"
         return Looks(parameters=count, reasons={"embeddings": why, "gallery": why})

@@ -9,13 +9,16 @@ from clustr_jax.errors import UserError
 from clustr_jax.stages import REPORT, stage_key
 
 
-def _network(path: pathlib.Path, unknown: list[str]) -> str | None:
-    """Its digest; None, and a line more in `unknown`, where results came without weights to compare with."""
+def _checked(record: report.Record) -> tuple[report.Record, str]:
+    """Its record held against its network, and ""; where there are no weights as it is, and a warning."""
     try:
-        return loading.digest(loading.load(path))
+        network = loading.digest(loading.load(record.root))
     except UserError as error:
-        unknown.append(f"warning: whether the results in {path} are of its network is not known: {error}")
-        return None
+        return (
+            record,
+            f"warning: whether the results in {record.root} are of its network is not known: {error}",
+        )
+    return report.read(record.root, network), ""
 
 
 def main(argv: list[str]) -> int:
@@ -29,10 +32,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         records = [report.read(path) for path in args.workdirs]
-        unknown = []
+        warnings = []
         if len(records) > 1:
-            records = [report.read(record.root, _network(record.root, unknown)) for record in records]
-            path = report.write_comparison(records, pathlib.Path(args.out or "compare.html"))
+            records, warnings = zip(*map(_checked, records), strict=True)
+            path = report.write_comparison(list(records), pathlib.Path(args.out or "compare.html"))
         elif args.out:
             raise UserError("--out is for several directories; the page of one is DIR/report.html")
         else:
@@ -44,7 +47,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         print(f"error: {error.strerror or error}: {error.filename or 'a file'}", file=sys.stderr)
         return 2
-    for text in unknown:
+    for text in filter(None, warnings):
         print(text, file=sys.stderr)
     print(f"report: {path}")
     return 0

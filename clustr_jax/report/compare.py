@@ -95,7 +95,8 @@ def _compare_notes(records, names, drawing):
         without = [n for n, r in zip(names, records, strict=True) if name not in r.results]
         if without:
             notes.append(f"The {tables.PROTOCOLS[name]} was not run in {', '.join(without)}.")
-    if len({(r.data, r.config["data"].get("sha"), words.subset(r)) for r in records if r.results}) > 1:
+    sets = {(r.data, r.config["data"].get("sha")) for r in records}
+    if len(sets) > 1 or len({words.subset(r) for r in records if r.results}) > 1:
         notes.append("The runs are on different data: compare within a data set only.")
     rules = {c["nearest"] for r in records if (c := r.results.get("sound")) and c["head"] == "clusters"}
     if len(rules) > 1:

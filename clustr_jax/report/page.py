@@ -91,8 +91,7 @@ def report(record: Record, looks: Looks) -> Report:
         no_checks=_no_checks(record), attack_rows=tables.attack_rows(record),
         curves=[d for d in curves if d], no_curves=_no_curves(record, curves), drawings=single,
         no_certificates=_no_certificates(record), training=training, planes=planes,
-        # the last stage's: the first one of at_pretrain has the classes of another set
-        many=CLASSES if [d["num_classes"] > CLASSES for d in record.stages.values()][-1:] == [True] else 0,
+        many=CLASSES if _many(record) else 0,
         borders=any(p.borders for p in looks.planes), no_planes=_no_planes(record, looks),
         victims=_shown(record, looks.victims, eps), clustered=_clustered(looks.victims),
         eps=results.radius(eps), gain=f"{pictures.magnification(eps):.3g}",
@@ -105,6 +104,12 @@ def report(record: Record, looks: Looks) -> Report:
         markdown=_markdown, **shared,
     )  # fmt: skip
     return Report(html, card, [d for d in drawings if d])
+
+
+def _many(record):
+    """More classes than are shown; the first stage of at_pretrain has those of another set."""
+    last = next(reversed(record.stages.values()))
+    return last["num_classes"] > CLASSES
 
 
 def _lead(record):

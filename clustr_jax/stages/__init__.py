@@ -44,7 +44,7 @@ def run(
     evaluate.check_config(config)
     certified.check_config(config)
     place = Workdir(workdir or settings.default_workdir(config))
-    splits = data.splits(config.data, at_most=config.smoke)
+    splits = data.splits(config.data, smoke=config.smoke)
     config = settings.complete(config, splits[0], splits[2])
     progress = Progress(console)
     source = None
