@@ -3,7 +3,7 @@
 # ARGS=... is passed on: make run ARGS="--config=configs/cifar10.py:trades", make test ARGS="-k pgd -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow test-doors faults lint format docs notebooks prepare-tf clean
+.PHONY: help setup run test test-slow test-long test-doors faults lint format docs notebooks prepare-tf clean
 
 ifndef ACCEL
 ACCEL := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda12 || echo cpu)
@@ -74,8 +74,12 @@ test: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test: $(INSTALLED_DEV)  ## every test that is not marked slow
 	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
+# Those of the doors are left to test-doors, which has their tools.
 test-slow: $(INSTALLED_DEV)  ## the tests marked slow, but for those marked long
-	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not long" $(ARGS) || { [ $$? -eq 5 ] && echo "no test is marked slow"; }
+	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not long" --ignore-glob="*/test_doors*.py" $(ARGS)
+
+test-long: $(INSTALLED_DEV)  ## the tests marked long: everything else that is slow (an hour)
+	$(PY) -m pytest -n 2 --dist worksteal -m long $(ARGS)
 
 # PyTorch and Foolbox stay out of .venv, whose versions are exact: CUDA's wheels of PyTorch and of JAX disagree.
 # Their environment sees .venv's packages through a .pth file and installs the rest.

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import sys
 import traceback
 
@@ -151,11 +152,10 @@ def _prepare_process() -> None:
 
 
 if __name__ == "__main__":
+    # Until the run takes signals over: as an exception, Ctrl-C is often lost in a library that is being imported.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     _prepare_process()
-    try:
-        code = main(sys.argv)
-    except KeyboardInterrupt:  # while modules are still being imported
-        sys.exit(130)
+    code = main(sys.argv)
     if code and _several():  # the usual way out would wait for the others, who wait for this one
         sys.stdout.flush()
         sys.stderr.flush()

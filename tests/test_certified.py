@@ -30,6 +30,7 @@ from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
 from clustr_jax.errors import UserError
 from clustr_jax.evaluate import Examples
+from marks import in_ci
 
 
 @pytest.fixture(autouse=True)
@@ -264,14 +265,18 @@ def test_settings_that_cannot_be_certified_are_refused(changes, message):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method", "model"),
-    [
-        ("digits", "clustr_certified", "lip_sll"),
-        pytest.param("digits", "clustr_certified", "lip_aol", marks=pytest.mark.long),
-        pytest.param("digits", "clustr_certified", "lip_cpl", marks=pytest.mark.long),
+    in_ci(
+        [
+            ("digits", "clustr_certified", "lip_sll"),
+            ("digits", "clustr_certified", "lip_aol"),
+            ("digits", "clustr_certified", "lip_cpl"),
+            ("digits", "clustr", "cnn"),
+            ("toy2d", "clustr_certified", "lip_sll"),
+            ("toy2d", "magnet", "mlp"),
+        ],
         ("digits", "clustr", "cnn"),
         ("toy2d", "clustr_certified", "lip_sll"),
-        ("toy2d", "magnet", "mlp"),
-    ],
+    ),
 )
 def test_training_to_certificate(name, method, model, tmp_path, monkeypatch):
     """Training and certificate; no attack succeeds inside a radius (else it raises); a second run skips."""

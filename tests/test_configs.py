@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from clustr_jax import data, evaluate, loading, objectives, settings, train
 from clustr_jax.errors import UserError
+from marks import in_ci
 
 # ml_collections loads the config file in a way that Python 3.11 calls outdated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -114,16 +115,23 @@ def test_train_step_of_the_small_configs(name, method, smoke):
     one_step_of_each_stage(name, method, smoke)
 
 
-@pytest.mark.parametrize("method", ["free_at", "trades", "clustr_qtrades"])
+@pytest.mark.parametrize(
+    "method", ["free_at", "trades", pytest.param("clustr_qtrades", marks=pytest.mark.slow)]
+)
 def test_train_step_at_full_size(method):
     """ResNet-18 on 50,000 images, one method of each kind; all methods and data sets in the slow test."""
     one_step_of_each_stage("cifar100", method, smoke=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", in_ci(METHODS, "at_pretrain", "clustr_trades", "clustr_certified"))
 @pytest.mark.parametrize(
-    ("name", "smoke"), [("cifar10", False), ("cifar100", True), ("svhn", False), ("folder", True)]
+    ("name", "smoke"),
+    in_ci(
+        [("cifar10", False), ("cifar100", True), ("svhn", False), ("folder", True)],
+        ("cifar10", False),
+        ("folder", True),
+    ),
 )
 def test_train_step_of_the_large_configs(name, method, smoke):
     one_step_of_each_stage(name, method, smoke)

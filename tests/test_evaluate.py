@@ -316,6 +316,7 @@ def test_success_is_recomputed_outside_the_attack(key, monkeypatch):
     assert attack_soundly(key, Stub(two_classes), examples)[0].all()
 
 
+@pytest.mark.slow
 def test_what_nothing_confirms_is_counted(small, key, monkeypatch):
     """Images that attacks fooled in their own program and that stand all the same (check 8)."""
     clf, examples = small
@@ -514,7 +515,7 @@ def small_attack(**changes):
     return eval_config(**settings | changes)
 
 
-@pytest.mark.parametrize("name", ["paper", "sound"])
+@pytest.mark.parametrize("name", ["paper", pytest.param("sound", marks=pytest.mark.slow)])
 def test_padding_is_not_counted(name, small, key):
     """70 images in lanes of 32 are 70 images; each appears once and fractions are of 70."""
     clf, examples = small
@@ -588,7 +589,7 @@ def test_quick_runs_only_the_main_radius(small, key):
     assert list(paper["attacks"]) == ["pgd20"] and paper["sweep"] == {}
 
 
-@pytest.mark.parametrize("protocol", ["paper", "sound"])
+@pytest.mark.parametrize("protocol", [pytest.param("paper", marks=pytest.mark.slow), "sound"])
 def test_outcomes_do_not_depend_on_order_or_split(protocol, small_cnn, key):
     """At a fixed number of lanes an example's outcome is its own, whoever is beside it."""
     clf, examples = small_cnn

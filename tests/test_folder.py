@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 import clustr_jax
 from clustr_jax import data, folder, settings
 from clustr_jax.errors import UserError
+from marks import in_ci
 from runs import ROOT, assert_one_line, read
 
 
@@ -431,7 +432,7 @@ FOLDER = f"--config={ROOT}/configs/folder.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["nominal", "clustr_qtrades"])
+@pytest.mark.parametrize("method", in_ci(["nominal", "clustr_qtrades"], "nominal"))
 def test_a_run_from_a_folder(method, run, start, tmp_path):
     """Trains, evaluates, loads again; a changed folder is refused; tiny: 9 training images per class."""
     digits(tmp_path / "pngs")

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from marks import in_ci
+
 HERE = pathlib.Path(__file__).parent
 METHODS = ("nominal", "free_at", "pgd_at", "trades", "magnet", "clustr_qtrades", "clustr_trades")
 # Training-mode passes of one step, whose batch statistics are sent: the attack's steps (of train.attack_bn
@@ -41,7 +43,9 @@ def on_devices(*arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "tolerance"), [("float32", 1e-4), ("float64", 1e-9)])
+@pytest.mark.parametrize(
+    ("width", "tolerance"), in_ci([("float32", 1e-4), ("float64", 1e-9)], ("float32", 1e-4))
+)
 def test_five_steps_on_eight_devices_are_those_on_one(width, tolerance):
     """By SGD. (Adam divides tiny gradients by their own size, so that it enlarges what is only rounding.)"""
     for method, found in on_devices(width, *METHODS).items():
@@ -65,6 +69,7 @@ def test_clusters_and_checkpoints_move_between_one_and_eight_devices(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_attacks_on_eight_devices_break_what_they_break_on_one():
     """At least 99.5 % of the outcomes; on these, neither nothing nor everything is broken."""
     for attack, found in on_devices("attacks").items():

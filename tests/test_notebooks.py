@@ -6,6 +6,7 @@ import re
 import nbformat
 import pytest
 
+from marks import in_ci
 from runs import ROOT
 
 # tools of Jupyter and their sockets
@@ -57,6 +58,6 @@ def test_outputs_are_stored(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", notebooks.NAMES)
+@pytest.mark.parametrize("name", in_ci(notebooks.NAMES, "bring_your_own_model"))
 def test_runs(name, tmp_path):
     assert SAYS[name] in notebooks.text(notebooks.execute(name, tmp_path))

@@ -10,6 +10,7 @@ import pytest
 
 import clustr_jax
 from clustr_jax import processes
+from marks import in_ci
 from runs import TINY, metrics
 
 
@@ -32,7 +33,7 @@ def ends(processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "victim"), [(2, 1), (4, 0)])
+@pytest.mark.parametrize(("count", "victim"), in_ci([(2, 1), (4, 0)], (4, 0)))
 def test_all_stop_when_one_is_killed_and_go_on_together(start, run, tmp_path, count, victim):
     """One line from each survivor; afterwards another number of processes ends the run."""
     folder = tmp_path / "run"

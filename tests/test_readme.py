@@ -15,6 +15,7 @@ import sys
 
 import pytest
 
+from marks import in_ci
 from runs import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -110,7 +111,7 @@ def test_digits_commands_and_code(execute):
 
 @pytest.mark.slow
 @pytest.mark.needs_cifar10
-@pytest.mark.parametrize("command", ON_IMAGES, ids=lambda command: command[2].partition("/")[2])
+@pytest.mark.parametrize("command", in_ci(ON_IMAGES), ids=lambda command: command[2].partition("/")[2])
 def test_commands_on_images(execute, command, data_dir):
     if not any(pathlib.Path(data_dir).glob(f"{dataset(command)}/*/dataset_info.json")):
         pytest.skip(f"no prepared {dataset(command)} in {data_dir}")

@@ -23,6 +23,7 @@ from clustr_jax.errors import UserError
 from clustr_jax.report import __main__ as command
 from clustr_jax.report import compare, figures, looks, page, svg, words
 from clustr_jax.report.looks import Victim
+from marks import in_ci
 from runs import DIGITS, TOY, read
 
 N, EPS = 40, 0.2
@@ -621,12 +622,12 @@ SMOKES = {
     "linear": (f"{DIGITS}:trades", "--config.eval.quick=True"),
     "points": (f"{TOY}:clustr_qtrades",),
 }
-TRAINED = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings(
-        "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning"
-    ),
-]
+
+
+def on_a_network(test):
+    """Marks a test that trains one."""
+    kinds = ("DeprecationWarning", "UserWarning", "ResourceWarning")
+    return pytest.mark.slow(pytest.mark.filterwarnings(*(f"ignore::{kind}" for kind in kinds))(test))
 
 
 @pytest.fixture
@@ -644,7 +645,8 @@ def trained(smoke, run):
     return directory
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=TRAINED) for name in SMOKES])
+@on_a_network
+@pytest.mark.parametrize("name", in_ci(SMOKES, "digits"))
 def test_a_run_ends_with_its_report(name, trained, run):
     folder = trained(name)
     document, drawings = assert_sound_page((folder / "report.html").read_text())
@@ -665,13 +667,13 @@ def test_a_run_ends_with_its_report(name, trained, run):
     assert "report: made" in stdout and (folder / "report.html").exists()
 
 
-@pytest.mark.parametrize("name", [pytest.param("digits", marks=TRAINED)])
-def test_what_is_shown_of_a_network_is_true(name, trained):
+@on_a_network
+def test_what_is_shown_of_a_network_is_true(trained):
     """The gallery's images are in the ball, and are classified as it says; distances are those of clf."""
     import clustr_jax
     from clustr_jax import data
 
-    folder = trained(name)
+    folder = trained("digits")
     record, clf = report.read(folder), clustr_jax.load(folder)
     found = report.look(record, jax.random.key(0), None)
     assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(clf.variables["params"]))
@@ -692,14 +694,15 @@ def test_what_is_shown_of_a_network_is_true(name, trained):
     assert last.points.shape == first.points.shape and (last.labels == first.labels).all()
 
 
-@pytest.mark.parametrize("name", [pytest.param("digits", marks=TRAINED)])
-def test_without_the_data_there_is_a_report_that_says_so(name, trained, tmp_path):
+@pytest.mark.long
+@on_a_network
+def test_without_the_data_there_is_a_report_that_says_so(trained, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(trained(name), folder)
+    shutil.copytree(trained("digits"), folder)
     config = read(folder / "config.json")
     config["data"] |= {"name": "cifar10", "dir": str(tmp_path / "empty")}
     (folder / "config.json").write_text(json.dumps(config))
-    record = dataclasses.replace(report.read(trained(name)), config=config)
+    record = dataclasses.replace(report.read(trained("digits")), config=config)
     found = report.look(record, jax.random.key(0), None)
     assert found.planes == [] and found.victims == [] and found.parameters
     made = page.report(record, found)

@@ -23,6 +23,7 @@ from clustr_jax.doors import safetensors_file
 from clustr_jax.errors import UserError
 from clustr_jax.objectives import METHODS
 from clustr_jax.report.record import read as read_record
+from marks import in_ci
 from runs import (
     DIGITS,
     REQUIRED,
@@ -149,11 +150,14 @@ def test_a_smoke_run_on_digits(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [m for m in METHODS if not m.endswith("_certified")])  # those want images
+@pytest.mark.parametrize(
+    "method", in_ci((m for m in METHODS if not m.endswith("_certified")), "trades", "clustr_qtrades")
+)
 def test_every_method_is_killed_resumed_and_runs_to_the_end(method, start, run, tmp_path):
     """On points. After the first epoch of its training it dies; without a warm-up there is only 2_train.
 
-    One method of each head meets the other protocols too, which do not know of methods.
+    Certified methods want images. One method of each head meets the other protocols too, which do not know
+    of methods.
     """
     folder, straight = tmp_path / "killed", tmp_path / "straight"
     more = {"nominal": ("sound",), "clustr_qtrades": ("sound",), "trades": ("quick",), "magnet": ("quick",)}
@@ -178,6 +182,7 @@ def test_every_method_is_killed_resumed_and_runs_to_the_end(method, start, run, 
     assert_same_run(folder, straight)
 
 
+@pytest.mark.slow
 def test_the_source_of_at_pretrain_may_have_other_classes(tmp_path, monkeypatch):
     """Its body goes on, with a head for the classes of the target; a whole network is refused."""
     real = data._toy2d
@@ -204,6 +209,7 @@ def test_the_source_of_at_pretrain_may_have_other_classes(tmp_path, monkeypatch)
     stages.run(config, tmp_path / "run", ("1_warmup", "2_train"))
 
 
+@pytest.mark.slow
 def test_each_set_has_its_own_augmentation(tmp_path, monkeypatch):
     """pretrain.augment is the source's, data.augment the target's."""
     seen, real = [], train.TrainSet
@@ -321,6 +327,7 @@ def test_the_next_stage_starts_from_the_last_ones_parameters(reference, run, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_run(reference, run, tmp_path):
     """Everything but times. Another seed gives another run."""
     folder = tmp_path / "again"
@@ -338,6 +345,7 @@ def test_each_stage_compiles_its_step_once(reference):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_stages_one_by_one_give_the_same_run(reference, run, tmp_path):
     folder = tmp_path / "by_stage"
     for stage in ("1_warmup", "2_train", "evaluate", "certify"):
@@ -349,7 +357,7 @@ def test_stages_one_by_one_give_the_same_run(reference, run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["1_warmup", "2_train", "evaluate"])
+@pytest.mark.parametrize("stage", in_ci(("1_warmup", "2_train", "evaluate"), "2_train"))
 def test_a_run_killed_at_a_random_moment_is_resumed(stage, reference, start, run, tmp_path):
     """SIGKILL somewhere within the stage; the run that goes on ends as if nothing had happened."""
     begun = {"1_warmup": "1_warmup", "2_train": "2_train", "evaluate": "2_train/done.json"}[stage]
@@ -433,6 +441,7 @@ MOMENTS = [
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_dies_at_every_delicate_moment(reference, start, run, tmp_path):
     """Eleven crashes of one run, each resumed by the next; a torn line at the end of the metrics, too."""
     folder = tmp_path / "unlucky"

@@ -142,7 +142,14 @@ def spy(p):
     return p, jax.jit(lambda state: p.step(state))
 
 
-@pytest.mark.parametrize("method", ["trades", "qtrades", "clustr_qtrades", "clustr_trades"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "trades",
+        "clustr_qtrades",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("qtrades", "clustr_trades")),
+    ],
+)
 @pytest.mark.parametrize("attack_bn", ["batch", "eval"])
 def test_a_shared_clean_pass_changes_nothing(method, attack_bn, rng):
     """The adversary that starts from the objective's clean outputs is the one that makes its own."""
@@ -340,7 +347,7 @@ def trained(p, steps):
 @pytest.mark.parametrize(
     "method",
     [
-        m if m in ("free_at", "clustr_qtrades") else pytest.param(m, marks=pytest.mark.slow)
+        m if m in ("free_at", "pgd_at") else pytest.param(m, marks=pytest.mark.slow)
         for m in METHODS
         if not m.endswith("_certified")
     ],
