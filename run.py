@@ -152,7 +152,7 @@ def _prepare_process() -> None:
 
 
 if __name__ == "__main__":
-    # Until the run takes signals over: as an exception, Ctrl-C is often lost in a library that is being imported.
+    # Until the run takes signals over: as an exception, Ctrl-C is lost in a library that is being imported.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _prepare_process()
     code = main(sys.argv)

@@ -174,6 +174,7 @@ def digits():
     return clf, x, y
 
 
+@pytest.mark.slow
 def test_attacks_inside_the_radius_fail_and_some_beyond_succeed(digits):
     """l2-PGD on the margin, and the centroid attack (towards the other centroids in feature space).
 

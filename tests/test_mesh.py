@@ -62,6 +62,7 @@ def test_five_steps_on_eight_devices_are_those_on_one(width, tolerance):
             assert found["gradients"] < found["sent"] <= allowed, (method, found, allowed)
 
 
+@pytest.mark.slow
 def test_clusters_and_checkpoints_move_between_one_and_eight_devices(tmp_path):
     found = on_devices("other", str(tmp_path))
     assert found["kmeans"] == 0.0

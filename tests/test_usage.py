@@ -56,6 +56,7 @@ def test_quiet_says_nothing_and_profile_leaves_traces(run, tmp_path):
     assert list((tmp_path / "run" / "profile" / "2_train").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_a_file_gets_no_control_characters(run, tmp_path):
     stdout, stderr = run(
         f"{TOY}:nominal", "--config.smoke=True", "--stages=2_train,evaluate", f"--workdir={tmp_path / 'run'}"
