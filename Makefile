@@ -69,8 +69,8 @@ $(INSTALLED_DOCS): requirements-docs.txt $(INSTALLED)
 run: $(INSTALLED)  ## run.py with its default config (digits, ClusTR+QTRADES), or with ARGS
 	$(PY) run.py $(ARGS)
 
-# Most of their time is compilation: the fast tests do without XLA's optimiser, the slow ones with it.
-test: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
+# Most of their time is compilation: they do without XLA's optimiser, but for the long ones.
+test test-slow test-doors: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test: $(INSTALLED_DEV)  ## every test that is not marked slow
 	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
@@ -91,7 +91,6 @@ $(INSTALLED_DOORS): requirements-doors.txt $(INSTALLED_DEV)
 	@$(VENV_DOORS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-doors.txt
 	@touch $@
 
-test-doors: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test-doors: $(INSTALLED_DOORS)  ## the doors to PyTorch and Foolbox, in .venv-doors
 	$(VENV_DOORS)/bin/python -m pytest -n 2 --dist worksteal tests/test_doors*.py $(ARGS)
 
