@@ -69,8 +69,8 @@ $(INSTALLED_DOCS): requirements-docs.txt $(INSTALLED)
 run: $(INSTALLED)  ## run.py with its default config (digits, ClusTR+QTRADES), or with ARGS
 	$(PY) run.py $(ARGS)
 
-# Most of their time is compilation: they do without XLA's optimiser, but for the long ones.
-test test-slow test-doors: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
+# Most of their time is compilation: they do without XLA's optimiser, which the slow tests have.
+test test-doors: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test: $(INSTALLED_DEV)  ## every test that is not marked slow
 	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
@@ -78,7 +78,7 @@ test: $(INSTALLED_DEV)  ## every test that is not marked slow
 test-slow: $(INSTALLED_DEV)  ## the tests marked slow, but for those marked long
 	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not long" --ignore-glob="*/test_doors*.py" $(ARGS)
 
-test-long: $(INSTALLED_DEV)  ## the tests marked long: everything else that is slow (an hour)
+test-long: $(INSTALLED_DEV)  ## the tests marked long: everything else that is slow
 	$(PY) -m pytest -n 2 --dist worksteal -m long $(ARGS)
 
 # PyTorch and Foolbox stay out of .venv, whose versions are exact: CUDA's wheels of PyTorch and of JAX disagree.

@@ -152,8 +152,9 @@ def _prepare_process() -> None:
 
 
 if __name__ == "__main__":
-    # Until the run takes signals over: as an exception, Ctrl-C is lost in a library that is being imported.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Until the run takes signals over: as an exception, Ctrl-C can be lost in a module that is being imported.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     _prepare_process()
     code = main(sys.argv)
     if code and _several():  # the usual way out would wait for the others, who wait for this one

@@ -7,6 +7,7 @@ derandomised: a red run is red again.
 
 import os
 import pathlib
+import signal
 
 import hypothesis
 import jax
@@ -38,9 +39,16 @@ def _data_dir():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "needs_cifar10: skipped without a prepared TFDS CIFAR-10")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # as a background job of a shell: the runs that tests send it to would inherit that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.slow)
     if _data_dir() is None:
         for item in items:
             if item.get_closest_marker("needs_cifar10"):

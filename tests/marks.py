@@ -4,7 +4,7 @@ import pytest
 
 
 def in_ci(values, *kept):
-    """Parameters of a slow test, of which all but `kept` are marked long."""
+    """Parameters of a test, of which all but `kept` are marked long (and so slow: conftest.py)."""
     values = list(values)
     missing = [value for value in kept if value not in values]
     assert not missing, f"{missing} not among {values}"

@@ -91,7 +91,6 @@ def test_no_sound_radius_exceeds_the_flip_distance_in_200_random_problems():
     assert check_problems(seed=0, count=200) > 0.05
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_no_sound_radius_exceeds_the_flip_distance_in_10000_random_problems():
     assert check_problems(seed=1, count=10_000) > 0.05

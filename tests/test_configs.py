@@ -119,7 +119,7 @@ def test_train_step_of_the_small_configs(name, method, smoke):
     "method", ["free_at", "trades", pytest.param("clustr_qtrades", marks=pytest.mark.slow)]
 )
 def test_train_step_at_full_size(method):
-    """ResNet-18 on 50,000 images, one method of each kind; all methods and data sets in the slow test."""
+    """ResNet-18 on 50,000 images, one method of each kind; others, and other sets, in the test below."""
     one_step_of_each_stage("cifar100", method, smoke=False)
 
 

@@ -142,14 +142,14 @@ def test_sigterm_while_a_larger_network_trains(start, data_dir, tmp_path, table)
 
 
 def test_ctrl_c_is_not_lost_while_modules_are_imported(start, tmp_path):
-    """A KeyboardInterrupt can be caught by a library that is just being imported, and the run went on."""
-    for seconds in np.linspace(0.2, 2.0, 7):
+    """As a KeyboardInterrupt it was: a library caught it, and the run went on; or run.py left with 130."""
+    for seconds in np.linspace(0.2, 4.0, 12):
         process = start(*TINY, f"--workdir={tmp_path / 'run'}")
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
+        # no look at stderr: before run.py's first line it is Python that shows where it was
         assert process.returncode in (preemption.EXIT_CODE, -signal.SIGINT), stderr
-        assert "Traceback" not in stderr
 
 
 def test_a_second_process_in_the_same_work_directory(start, tmp_path, table):

@@ -146,9 +146,7 @@ def test_the_bound_is_above_explicit_jacobians(name):
     assert (lower <= true * (1 + 1e-6)).all() and (lower >= 0.9 * true).all()
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet8", pytest.param("resnet18", marks=[pytest.mark.slow, pytest.mark.long])]
-)
+@pytest.mark.parametrize("name", in_ci(["resnet8", "resnet18"], "resnet8"))
 def test_the_bound_of_a_resnet_is_above_its_lower_bound(name):
     """Explicit Jacobians would take minutes to compile."""
     net, variables, f, x = setup(name)

@@ -69,7 +69,6 @@ def test_clusters_and_checkpoints_move_between_one_and_eight_devices(tmp_path):
     assert found["moved"] == {way: {"equal": True, "step": 10} for way in ("8 to 1", "1 to 8")}
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_attacks_on_eight_devices_break_what_they_break_on_one():
     """At least 99.5 % of the outcomes; on these, neither nothing nor everything is broken."""

@@ -326,7 +326,6 @@ def test_the_next_stage_starts_from_the_last_ones_parameters(reference, run, tmp
     assert_same_arrays(taken.variables, clustr_jax.load(reference / "1_warmup").variables)
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_the_same_seed_gives_the_same_run(reference, run, tmp_path):
     """Everything but times. Another seed gives another run."""
@@ -344,7 +343,6 @@ def test_each_stage_compiles_its_step_once(reference):
     assert (reference / "stderr").read_text().count("Compiling jit(run_steps)") == 2
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_stages_one_by_one_give_the_same_run(reference, run, tmp_path):
     folder = tmp_path / "by_stage"
@@ -440,7 +438,6 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_run_that_dies_at_every_delicate_moment(reference, start, run, tmp_path):
     """Eleven crashes of one run, each resumed by the next; a torn line at the end of the metrics, too."""
