@@ -152,7 +152,7 @@ def _prepare_process() -> None:
 
 
 if __name__ == "__main__":
-    # Until the run takes signals over: as an exception, Ctrl-C can be lost in a module that is being imported.
+    # Until the run takes signals over: as an exception, Ctrl-C can be lost in a module being imported.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background job ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _prepare_process()
