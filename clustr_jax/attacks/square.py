@@ -17,7 +17,7 @@ from clustr_jax.attacks.aims import logits_of, misclassified
 from clustr_jax.attacks.geometry import l2_norm, over
 from clustr_jax.attacks.slots import Attack
 
-# Share of the pixels of the first squares, halved after these queries (of 10,000; scaled to the budget).
+# Share of the pixels of the first squares, halved after these proposals (of 10,000: see `sides`).
 _FIRST_SHARE, _HALVINGS = 0.8, (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
@@ -31,9 +31,18 @@ class SquareState(struct.PyTreeNode):
 
 
 @functools.cache
-def sides(queries: int, shape: tuple[int, ...], smallest: int, odd: bool) -> np.ndarray:
-    """[queries] int: the side of the square of each query (section 3.1), for images [H, W, C]."""
-    at = np.arange(queries) * 10_000 // queries
+def sides(queries: int, shape: tuple[int, ...], smallest: int, odd: bool, rescale: bool = True) -> np.ndarray:
+    """[queries] int: the side of the square of each query (section 3.1), for images [H, W, C].
+
+    `rescale` stretches the schedule for 10,000 queries over the budget, as the authors of Square do. Without
+    it the schedule is AutoAttack's: halved after proposals 10, 50, ... whatever the budget, and at the first
+    share again after 10,000.
+    """
+    if rescale:
+        at = np.arange(queries) * 10_000 // queries
+    else:
+        at = np.arange(queries)
+        at = np.where(at > 10_000, 0, at)
     share = _FIRST_SHARE / 2.0 ** np.searchsorted(_HALVINGS, at, side="left")
     side = np.maximum(np.round(np.sqrt(share * shape[0] * shape[1])).astype(np.int32), smallest)
     if odd:
@@ -43,9 +52,13 @@ def sides(queries: int, shape: tuple[int, ...], smallest: int, odd: bool) -> np.
 
 
 class Square(Attack):
-    """One forward pass per update; `steps` is the number of queries. Images [H, W, C] only."""
+    """One forward pass per update; `steps` is the number of queries. Images [H, W, C] only.
+
+    `rescale`: see `sides`.
+    """
 
     steps: int = struct.field(pytree_node=False)
+    rescale: bool = struct.field(pytree_node=False, default=True)
 
     gradients, forwards = 0, 1
 
@@ -82,7 +95,9 @@ class Square(Attack):
         """One square at +-eps per channel, whatever stood there."""
         height, width, channels = x.shape
         place_key, sign_key = jax.random.split(key)
-        side = jnp.asarray(sides(self.steps, x.shape, 1, False))[jnp.minimum(step, self.steps - 1)]
+        side = jnp.asarray(sides(self.steps, x.shape, 1, False, self.rescale))[
+            jnp.minimum(step, self.steps - 1)
+        ]
         window = _window(place_key, side, height, width)
         signs = jax.random.rademacher(sign_key, (1, 1, channels), jnp.float32)
         delta = jnp.where(window, best - x + 2 * self.eps * signs, best - x)
@@ -92,7 +107,7 @@ class Square(Attack):
         """Norm moves from a second window into the first, in the shape of a bump (algorithm 3)."""
         height, width, channels = x.shape
         first_key, second_key, sign_key, turn_key = jax.random.split(key, 4)
-        table = sides(self.steps, x.shape, 3, True)
+        table = sides(self.steps, x.shape, 3, True, self.rescale)
         kinds, which = np.unique(table, return_inverse=True)
         step = jnp.minimum(step, self.steps - 1)
         side = jnp.asarray(table)[step]
