@@ -21,8 +21,10 @@ from clustr_jax.errors import UserError
 _SUM = 1e-2
 # What to do about a missing axis, by the shape that is asked for.
 _REMEDIES = {
-    ("N E", 1): "one feature per point wants {name}[:, None]",
-    ("B E", 1): "one example wants {name}[None], one feature {name}[:, None]",
+    **dict.fromkeys(
+        [("N E", 1), ("M E", 1), ("B E", 1)],
+        "one feature each wants {name}[:, None], one example {name}[None]",
+    ),
     ("B Y", 1): "one example wants {name}[None]",
     ("Y K E", 2): "one centroid per class wants {name}[:, None]",
     ("", 1): "one number for all wants {name}[0]",
@@ -84,8 +86,8 @@ def floats(
     low, high = (float(v) for v in extent(widened, where))
     wide = double or jax.config.jax_enable_x64
     limits = np.finfo(np.float64 if wide and widened.dtype == np.float64 else np.float32)
-    fits = low >= -limits.max or (infinite and low == -np.inf)
-    if not (fits and high <= limits.max):  # NaN is neither
+    fits = low >= -float(limits.max) or (infinite and low == -np.inf)
+    if not (fits and high <= float(limits.max)):  # NaN is neither
         raise UserError(_not_finite(array, name, limits, infinite))
     if squares:
         _check_squares(low, high, widened.size, limits, name, squares)
@@ -263,9 +265,9 @@ def _widened(array):
 def _check_squares(low, high, count, limits, name, of):
     """UserError where the sum of all squared distances is no float, or that of the farthest two is 0."""
     spread = high - low
-    if spread**2 * count > limits.max:
+    if spread**2 * count > float(limits.max):
         what = "overflow"
-    elif spread and spread**2 < limits.tiny:
+    elif spread and spread**2 < float(limits.tiny):
         what = "vanish in"
     else:
         return
@@ -279,7 +281,8 @@ def _not_finite(array, name, limits, infinite):
     text = "values that are NaN or +inf" if infinite else "values that are not finite"
     if _on_host(array):
         values = np.asarray(array).astype(np.float64).reshape(len(array) if array.ndim else 1, -1)
-        bad = ~((values >= -limits.max) & (values <= limits.max)) & ~(infinite & (values == -np.inf))
+        most = float(limits.max)
+        bad = ~((values >= -most) & (values <= most)) & ~(infinite & (values == -np.inf))
         rows = np.flatnonzero(bad.any(axis=1))
         if array.ndim and len(rows):
             text += f" in {len(rows)} of {len(values)} rows, the first {name}[{rows[0]}]"

@@ -65,11 +65,11 @@ class Clusters:
             ends = [float(v) for a in (z, centroids) for v in arrays.extent(a, None)]
             # 2 sigma^2 may be below 1
             exponent = (max(ends) - min(ends)) ** 2 * z.shape[1] / min(1.0, 2 * float(variance))
-            if exponent > np.finfo(np.float32).max:
+            if exponent > float(np.finfo(np.float32).max):
                 raise UserError(
                     f"z and the centroids reach from {min(ends):.4g} to {max(ends):.4g}; squared distances "
-                    f"over the variance ({float(variance):.4g}) overflow float32: are z the embeddings that the "
-                    f"clusters were fitted to?"
+                    f"over the variance ({float(variance):.4g}) overflow float32: are these the embeddings "
+                    f"that the clusters were fitted to?"
                 )
         return z
 
@@ -141,7 +141,8 @@ class Clusters:
         [1] [0]
         """
         nearest = None if nearest is None else arrays.whole(nearest, "nearest")
-        squared = self.squared_distances(z)
+        z = self._embeddings(z)
+        squared = self._squared(z)
         keep = jnp.broadcast_to(self.valid[None], squared.shape)
         if nearest is not None and nearest < self.centroids.shape[0] * self.centroids.shape[1]:
             flat = jnp.where(keep, squared, jnp.inf).reshape(z.shape[0], -1)
@@ -183,7 +184,7 @@ serialization.register_serialization_state(
 def _positive(variance):
     """UserError for a variance of 0, below it, or so small that 1 / variance is none."""
     return arrays.number(
-        variance, "variance", "positive and finite", lambda v: np.finfo(np.float32).tiny <= v < np.inf
+        variance, "variance", "positive and finite", lambda v: float(np.finfo(np.float32).tiny) <= v < np.inf
     )
 
 
