@@ -36,6 +36,7 @@ def build_net(config, split: data.Split) -> Net:
         std=config.model.std,
         width=config.model.width,
         dtype=config.model.dtype,
+        running_variance=config.get("fidelity", {}).get("running_variance", "biased"),
     )
 
 
@@ -163,6 +164,7 @@ def _own_net(config: ConfigDict, done: dict) -> Net:
         std=tuple(config.model.std),
         width=config.model.width,
         dtype=config.model.dtype,
+        running_variance=config.get("fidelity", {}).get("running_variance", "biased"),
     )
 
 

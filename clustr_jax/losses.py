@@ -146,7 +146,7 @@ def magnet_loss(
     Masked entries have loss 0 and take no part in means and variance; a row without members takes
     none at all; without a cluster of another class the loss is 0. `eps` > 0 is the authors' form
     relu(-log(numerator / (denominator + eps) + eps)), whose gradient dies for hard examples
-    (docs/fidelity.md, hinge). `surplus` adds so many terms exp(0) to the sum, as what the authors log has.
+    (docs/fidelity.md, hinge). `surplus` adds so many terms exp(0) to the sum; what the authors log has both.
 
     `radius` > 0 (of the features, l2) adds radius |mu - mu_own| / sigma^2 to each exponent: a bound of
     the loss over all shifts of z within it, means and variance held (docs/certificates.md).
@@ -236,7 +236,10 @@ def magnet_loss_of_rows(
     attraction = own / (2 * sigma2)
     if eps:
         numerator = jnp.exp(-alpha - attraction)
-        hinge = jax.nn.relu(-jnp.log(numerator / (jnp.sum(jnp.exp(exponents), axis=-1) + eps) + eps))
+        denominator = jnp.sum(jnp.exp(exponents), axis=-1)
+        if surplus:
+            denominator = denominator + surplus
+        hinge = jax.nn.relu(-jnp.log(numerator / (denominator + eps) + eps))
     else:
         attracting = jax.nn.logsumexp(exponents, axis=-1)
         if surplus:

@@ -16,7 +16,7 @@ try:
 except ImportError:  # not on Windows: no lock there
     fcntl = None
 
-from clustr_jax import processes, results
+from clustr_jax import additions, processes, results
 from clustr_jax.errors import UserError
 from clustr_jax.events import Events
 from clustr_jax.files import read_json, write_json
@@ -78,7 +78,7 @@ class Workdir:
         noted = self._noted()
         seen = noted.get("images") or {}
         if path.exists():
-            before = read_json(path)
+            before = additions.filled(read_json(path))
             was, now = (c.get("data", {}).get("sha") for c in (before, content))
             if was and now and was != now:
                 raise UserError(
@@ -178,7 +178,7 @@ class Workdir:
 
 def training_sha(content: dict) -> str:
     """Which training a config (as JSON values) describes, whatever its evaluation."""
-    return results.sha({section: content.get(section) for section in _TRAINING})
+    return results.sha(additions.plain({section: content.get(section) for section in _TRAINING}))
 
 
 def config_dict(config) -> dict:

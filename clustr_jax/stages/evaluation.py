@@ -5,7 +5,18 @@ import time
 import jax
 import numpy as np
 
-from clustr_jax import certified, data, diagnostics, evaluate, loading, mesh, preemption, processes, results
+from clustr_jax import (
+    additions,
+    certified,
+    data,
+    diagnostics,
+    evaluate,
+    loading,
+    mesh,
+    preemption,
+    processes,
+    results,
+)
 from clustr_jax.errors import UserError
 from clustr_jax.progress import duration
 from clustr_jax.stages.context import CERTIFY, EVALUATE, TRAIN, Run
@@ -69,7 +80,7 @@ def run(this: Run) -> None:
 
 def _identity(config, name):
     """What result `name` of this config is recognised by: everything that can change it."""
-    content = config_dict(config)
+    content = additions.plain(config_dict(config))
     content.pop("variant")
     content["data"].pop("dir")
     content["eval"].pop("protocols")
