@@ -26,8 +26,8 @@ from clustr_jax.attacks import slots as scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.steps import PGD
 from clustr_jax.errors import UserError
-from clustr_jax.runtime import canary
 from clustr_jax.evaluate import PAPER_AIM, largest_loss
+from clustr_jax.runtime import canary
 from clustr_jax.stages import EVALUATE, stage_key
 
 # name -> what it is in the authors' code, and instead.

@@ -16,7 +16,11 @@ _KEPT_SECONDS = 14 * 24 * 3600
 
 
 def _folder() -> pathlib.Path:
-    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "clustr_jax" / "tests"
+    base = (
+        pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        / "clustr_jax"
+        / "tests"
+    )
     processor = pathlib.Path("/proc/cpuinfo")
     lines = processor.read_text().splitlines() if processor.exists() else []
     parts = [

@@ -18,9 +18,6 @@ from clustr_jax import data, evaluate, loading, objectives, settings, train
 from clustr_jax.errors import UserError
 from marks import in_ci
 
-# ml_collections loads the config file in a way that Python 3.11 calls outdated.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 # config -> (shape of an example, classes, size of the train split as published)
 DATA = {

@@ -65,7 +65,9 @@ def _by_product(x, mu):
 
 
 def _by_product_exact(x, mu):
-    terms = np.concatenate([x[:, None] * mu[None], np.broadcast_to(-(mu**2) / 2, (len(x), *mu.shape))], axis=2)
+    terms = np.concatenate(
+        [x[:, None] * mu[None], np.broadcast_to(-(mu**2) / 2, (len(x), *mu.shape))], axis=2
+    )
     return _sum(terms, 2)
 
 
@@ -196,7 +198,10 @@ def _input_gradient_exact(stride):
             height, width = upstream.shape[1:3]
             for i in range(3):
                 for j in range(3):
-                    rows, columns = slice(i, i + stride * height, stride), slice(j, j + stride * width, stride)
+                    rows, columns = (
+                        slice(i, i + stride * height, stride),
+                        slice(j, j + stride * width, stride),
+                    )
                     found[:, rows, columns] += upstream @ w[i, j].T
             return found[:, 1:-1, 1:-1]
 
