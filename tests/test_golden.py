@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clustr_jax import attacks, evaluate, losses, models
+from clustr_jax import attacks, losses, models
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
 from clustr_jax.data import Examples
+from clustr_jax.evaluation import protocols
 from clustr_jax.models import Outputs
-from clustr_jax.objectives import METHODS
+from clustr_jax.training.objectives import METHODS
 from linear_problems import Linear, get_config, problem
 
 FILE = pathlib.Path(__file__).with_name("golden.json")
@@ -125,7 +126,7 @@ def of_protocol(name, head):
         "eval.targets": 2,
     })  # fmt: skip
     examples = Examples(x, y, np.arange(len(y), dtype=np.int32) + 5)
-    result, outcomes, _ = evaluate.run(name, jax.random.key(1), clf, examples, config, lambda a, what: None)
+    result, outcomes, _ = protocols.run(name, jax.random.key(1), clf, examples, config, lambda a, what: None)
     kept = {
         what: value.tolist() if value.dtype.kind == "U" else value.astype(int).tolist()
         for what, value in outcomes.items()

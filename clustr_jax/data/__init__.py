@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from clustr_jax import folder, mesh
-from clustr_jax.errors import UserError
+from clustr_jax.data import folder
+from clustr_jax.runtime import mesh
+from clustr_jax.runtime.errors import UserError
 
 # Sets of TFDS, and the published sizes of their splits.
 PREPARED = {
