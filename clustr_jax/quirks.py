@@ -1,4 +1,4 @@
-"""python -m clustr_jax.quirks WORKDIR: what each departure of the protocol buys; see clustr_jax.evaluation.quirks."""
+"""python -m clustr_jax.quirks WORKDIR: what each departure of the paper buys; see evaluation.quirks."""
 
 import sys
 

@@ -2,7 +2,7 @@
 
 Images are kept as uint8 (pixels = uint8 / scale); `load` gives them as float32 in [0, 1].
 Prepared TFDS sets are read without TensorFlow; `python -m clustr_jax.prepare NAME` prepares one.
-Own images are the data set "folder": `clustr_jax.folder` reads them.
+Own images are the data set "folder": `clustr_jax.data.folder` reads them.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ def load(
     """x float32 [N, H, W, C] in [0, 1] and y int32 [N] of the whole split, "train" or "test".
 
     Names: cifar10, cifar100, svhn_cropped (= svhn), digits, toy2d (x [N, 2], no box), and folder, for
-    which `data_dir` is a folder of images or an .npz file (clustr_jax.folder). Otherwise it is where
+    which `data_dir` is a folder of images or an .npz file (clustr_jax.data.folder). Otherwise it is where
     TFDS keeps its prepared sets ($TFDS_DATA_DIR or ~/tensorflow_datasets).
 
     >>> x, y = data.load("digits", "test")

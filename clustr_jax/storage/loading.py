@@ -66,7 +66,7 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
     ((5, 2), None)
     >>> clustr_jax.load(workdir, head="clusters")
     Traceback (most recent call last):
-    clustr_jax.errors.UserError: ...2_train has no clusters: nominal ends in a linear head there; ...
+    clustr_jax.runtime.errors.UserError: ...2_train has no clusters: nominal ends in a linear head there; ...
     """
     if head not in (None, "clusters", "linear"):
         raise UserError(f"head must be clusters, linear or None, got {head!r}")
