@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clustr_jax.errors import UserError
 from clustr_jax.runtime import canary
+from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.patterns import PATTERNS
 from runs import DIGITS, assert_one_line
 
@@ -85,12 +85,12 @@ def test_a_wrong_number_ends_the_program(broken, attempt):
 
 def test_every_door_of_an_evaluation_asks(broken):
     """Without run.py as well."""
-    from clustr_jax import certified, evaluate
+    from clustr_jax.evaluation import certificates, protocols
 
     for door in (
-        lambda: evaluate.run_clean(None, None, None),
-        lambda: evaluate.run("sound", None, None, None, None, None),
-        lambda: certified.run(None, None, None, None, None, None, None),
+        lambda: protocols.run_clean(None, None, None),
+        lambda: protocols.run("sound", None, None, None, None, None),
+        lambda: certificates.run(None, None, None, None, None, None, None),
     ):
         with pytest.raises(UserError, match="wrong numbers"):
             door()

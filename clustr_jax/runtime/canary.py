@@ -17,8 +17,8 @@ import platform
 import jax
 import numpy as np
 
-from clustr_jax.errors import UserError
 from clustr_jax.runtime import patterns
+from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.patterns import PATTERNS, Pattern
 
 # Of the sum of the absolute values of the terms. Rounding stays below 4e-6 on all that was tried (docs/performance.md);

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from clustr_jax import loading, losses, results
-from clustr_jax.attacks import aims
-from clustr_jax.attacks import slots as scheduler
+from clustr_jax import losses
+from clustr_jax.attacks import aims, scheduler
 from clustr_jax.attacks.geometry import ascend, l2_norm, project, random_start
-from clustr_jax.attacks.inputs import diagnose
+from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.pgd import as_partial, pgd
-from clustr_jax.attacks.steps import PGD
+from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.clusters import Clusters
+from clustr_jax.evaluation.sound_protocol import pgd_attack
 from clustr_jax.runtime import canary
-from clustr_jax.sound import pgd_attack
+from clustr_jax.storage import loading, results
 
 PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
 # Test images that the checks look at themselves; the rest is read off the sound result.

@@ -15,8 +15,9 @@ from flax import struct
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import losses, mesh, models
+from clustr_jax import losses, models
 from clustr_jax.attacks import pgd
+from clustr_jax.runtime import mesh
 
 # Log score, below the best class, of a class that owns none of the `train.nearest` clusters: far
 # enough to count as zero probability, near enough to keep cross entropies finite.

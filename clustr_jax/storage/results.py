@@ -17,10 +17,11 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from clustr_jax import paper, preemption, processes
-from clustr_jax.attacks.slots import Outcome
-from clustr_jax.errors import UserError
-from clustr_jax.files import read_json, write_json
+from clustr_jax.attacks.scheduler import Outcome
+from clustr_jax.reference import claims
+from clustr_jax.runtime import preemption, processes
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage.files import read_json, write_json
 
 # Meaning of the protocols; bumped when it changes, and versions never share a table.
 PROTOCOLS = {
@@ -242,7 +243,7 @@ def comparison(results: dict[str, dict]) -> list[Row]:
     clean, claimed, sound = (results.get(name) for name in ("clean", "paper", "sound"))
     rows = []
     if clean:
-        said = paper.claim(dataset, method, "clean")
+        said = claims.claim(dataset, method, "clean")
         label = f"clean, all {clean['n']} test images"
         rows.append(Row(label, "all", 0.0, clean["n"], said, clean["clean"]))
     for n in dict.fromkeys(r["n"] for r in (claimed, sound) if r):  # one row, unless the numbers differ
@@ -251,7 +252,7 @@ def comparison(results: dict[str, dict]) -> list[Row]:
 
     def attacks(found, eps, n):
         for name, value in found.items():
-            said = paper.claim(dataset, method, name, eps)
+            said = claims.claim(dataset, method, name, eps)
             rows.append(Row(f"{name}, eps {radius(eps)}", "attack", eps, n, said, value))
 
     if claimed:

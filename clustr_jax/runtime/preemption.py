@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 
-from clustr_jax import processes
+from clustr_jax.runtime import processes
 
 # sysexits.h, EX_TEMPFAIL: not a failure of the run; start it again.
 EXIT_CODE = 75

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from clustr_jax import processes, seals
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError, first_line
-from clustr_jax.sampling import Sampler
+from clustr_jax.runtime import processes
+from clustr_jax.runtime.errors import UserError, first_line
+from clustr_jax.storage import integrity
+from clustr_jax.training.sampling import Sampler
 
 # What orbax's threads log, with tracebacks, is raised as well, and told in one line.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -72,7 +73,7 @@ class Checkpoints:
         return sorted((int(p.name) for p in folders if p.name.isdigit()), reverse=True)
 
     def _problem(self, step):
-        return seals.problem(self.directory / str(step), self._seals / f"{step}.json", self._identity)
+        return integrity.problem(self.directory / str(step), self._seals / f"{step}.json", self._identity)
 
     def _mend(self, say):
         damaged, whole = [], False
@@ -81,10 +82,10 @@ class Checkpoints:
             if problem is None:
                 whole = True
                 continue
-            if problem != seals.UNFINISHED:
+            if problem != integrity.UNFINISHED:
                 damaged.append(f"{step} ({problem})")
             place = self.directory.with_name("damaged")
-            target = seals.set_aside(self.directory / str(step), self._seals / f"{step}.json", place)
+            target = integrity.set_aside(self.directory / str(step), self._seals / f"{step}.json", place)
             say(f"warning: checkpoint {step} is not used: {problem}; moved to {target}")
         if damaged and not whole:
             raise UserError(
@@ -129,7 +130,7 @@ class Checkpoints:
             response.result()
         if not processes.leader():
             return
-        seals.seal(self.directory / str(step), self._seals / f"{step}.json", self._identity)
+        integrity.seal(self.directory / str(step), self._seals / f"{step}.json", self._identity)
         for path in self._seals.glob("*.json"):  # of checkpoints that are no longer kept
             if not (self.directory / path.stem).exists():
                 path.unlink()

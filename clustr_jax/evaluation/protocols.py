@@ -1,4 +1,4 @@
-"""Evaluations of one classifier, side by side: the paper's protocol to the letter, and sound ones (sound.py).
+"""Evaluations of one classifier, side by side: the paper's protocol to the letter, and sound ones.
 
 Success is recomputed on the returned images in a fresh forward pass, inside the ball and the box.
 """
@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from clustr_jax import loading, losses, results, sound
-from clustr_jax.attacks import aims
-from clustr_jax.attacks import slots as scheduler
+from clustr_jax import losses
+from clustr_jax.attacks import aims, scheduler
 from clustr_jax.attacks.pgd import as_partial, check_settings
-from clustr_jax.attacks.steps import PGD
+from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
-from clustr_jax.errors import UserError
+from clustr_jax.evaluation import sound_protocol
 from clustr_jax.runtime import canary
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import loading, results
 
 # Batch of the authors' evaluation: their loss is the mean over it, so gradients are 64 times smaller,
 # which decides when they underflow.
@@ -207,7 +208,7 @@ def check_transfer(config, net) -> None:
             )
 
 
-RUNNERS = {"paper": run_paper, "sound": sound.run_sound, "quick": sound.run_quick}
+RUNNERS = {"paper": run_paper, "sound": sound_protocol.run_sound, "quick": sound_protocol.run_quick}
 
 
 def run(

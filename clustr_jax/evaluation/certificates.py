@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from clustr_jax import attacks, certify, lipschitz, losses, results
+from clustr_jax import attacks, certify, lipschitz, losses
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
-from clustr_jax.errors import UserError
 from clustr_jax.runtime import canary
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import results
 
 # Images whose Jacobians give the lower bound of the Lipschitz constant.
 _PROBES = 64

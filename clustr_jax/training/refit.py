@@ -5,11 +5,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from clustr_jax import clusters as clusters_lib
-from clustr_jax import mesh, models, sampling, train
+from clustr_jax import models
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
 from clustr_jax.models import Net
-from clustr_jax.train import Trainer, TrainSet, TrainState
+from clustr_jax.runtime import mesh
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.training import sampling, train
+from clustr_jax.training.train import Trainer, TrainSet, TrainState
 
 # Images per pass.
 _EVAL_BATCH = 200

@@ -1,4 +1,4 @@
-"""The train step of every objective, and the epoch as compiled loops; between epochs: fitting.py."""
+"""The train step of every objective, and the epoch as compiled loops; between epochs: refit.py."""
 
 import dataclasses
 import functools
@@ -11,14 +11,16 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 from ml_collections import FrozenConfigDict
 
-from clustr_jax import data, mesh, sampling
+from clustr_jax import data
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
 from clustr_jax.models import Net
-from clustr_jax.objectives import Batch, Method, box, shares_clean
-from clustr_jax.sampling import Sampler
+from clustr_jax.runtime import mesh
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.training import sampling
+from clustr_jax.training.objectives import Batch, Method, box, shares_clean
+from clustr_jax.training.sampling import Sampler
 
-# Steps, permutations, k-means++ seeds (fitting.py) and the monitor draw from separate streams of the stage's
+# Steps, permutations, k-means++ seeds (refit.py) and the monitor draw from separate streams of the stage's
 # key; the first parameters are drawn from that of the steps, which fold their number into it.
 _STEPS, _ORDER, REFIT, MONITOR = 0, 1, 2, 3
 # Beside the metrics of an epoch where recipe.nonfinite is "skip": how many steps were.

@@ -9,7 +9,7 @@ import json
 import pathlib
 import shutil
 
-from clustr_jax.files import write_json
+from clustr_jax.storage.files import write_json
 
 UNFINISHED = "it was not finished"
 

@@ -20,10 +20,10 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import mesh
 from clustr_jax.attacks.aims import logits_of, misclassified
-from clustr_jax.attacks.inputs import check_found
-from clustr_jax.errors import UserError
+from clustr_jax.attacks.input_checks import check_found
+from clustr_jax.runtime import mesh
+from clustr_jax.runtime.errors import UserError
 
 # Pairs that the device gets to work on before it asks for more, in slots.
 _QUEUE = 2

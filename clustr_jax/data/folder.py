@@ -16,7 +16,7 @@ import zipfile
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from clustr_jax.errors import UserError, first_line
+from clustr_jax.runtime.errors import UserError, first_line
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _ORIENTATION = 274  # EXIF tag; viewers turn the image by it, Pillow and other loaders do not

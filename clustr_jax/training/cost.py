@@ -1,6 +1,6 @@
 """How many passes through the network a method's step makes, by its definition."""
 
-from clustr_jax.objectives import METHODS, shares_clean, towards_clean
+from clustr_jax.training.objectives import METHODS, shares_clean, towards_clean
 
 
 def passes(method: str, config, recipe=None) -> dict[str, int]:

@@ -7,11 +7,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from clustr_jax import data, evaluate, fidelity, fitting, models, train
+from clustr_jax import data, models
 from clustr_jax.data import Split
-from clustr_jax.errors import UserError
+from clustr_jax.evaluation import protocols
 from clustr_jax.models import Net
-from clustr_jax.objectives import CERTIFIED, METHODS, Method
+from clustr_jax.reference import switches
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.training import refit, train
+from clustr_jax.training.objectives import CERTIFIED, METHODS, Method
 
 # Of a setting: counts must fit the device's int32, and no rate or radius is larger.
 _LARGEST = 2**31
@@ -61,7 +64,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """The config as it will run: smoke settings applied, fidelity switches spelled out."""
     check_values(config)
     method = METHODS.get(config.method)  # an unknown one is refused later
-    return fidelity.apply(
+    return switches.apply(
         shrink(config) if config.smoke else config.copy_and_resolve_references(),
         fine_tunes=method is not None and method.sampler == "magnet" and method.warmup is not None,
     )
@@ -264,7 +267,7 @@ def check(
                 f"model.name={config.model.name}"
             )
         for switch in _NOT_AVERAGED if recipe.ema and own.sampler == "magnet" else ():
-            if config.fidelity[switch] == fidelity.SWITCHES[switch].authors:
+            if config.fidelity[switch] == switches.SWITCHES[switch].authors:
                 raise UserError(
                     f"{name}.ema={recipe.ema} evaluates averaged weights, which fidelity.{switch}="
                     f"{config.fidelity[switch]} does not reach; set {name}.ema=0"
@@ -283,7 +286,7 @@ def check(
             f"train.attack.steps must be >= 1 and train.nearest >= 0, "
             f"got {config.train.attack.steps} and {config.train.nearest}"
         )
-    evaluate.check_settings(
+    protocols.check_settings(
         eps=config.train.attack.eps, step_size=config.train.attack.step_size, start=config.train.attack.start
     )
     for section in ("data", "pretrain"):
@@ -300,7 +303,7 @@ def check(
                 f"magnet.fit=linear_head takes one cluster per class from a warm-up's head; got "
                 f"{config.method} with magnet.k={config.magnet.k}: set magnet.k=1, or magnet.fit=kmeans"
             )
-        fitting.check_linear(net, net.init(jax.random.key(0)), train_split.pixels(slice(0, 8)))
+        refit.check_linear(net, net.init(jax.random.key(0)), train_split.pixels(slice(0, 8)))
     if method.sampler == "magnet":
         train.rows(config, net.num_classes)
         counts = np.bincount(train_split.labels, minlength=net.num_classes)

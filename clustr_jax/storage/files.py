@@ -3,8 +3,8 @@
 import json
 import pathlib
 
-from clustr_jax import processes
-from clustr_jax.errors import UserError
+from clustr_jax.runtime import processes
+from clustr_jax.runtime.errors import UserError
 
 
 def read_json(path: pathlib.Path) -> dict:

@@ -8,14 +8,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from clustr_jax import data, models
-from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.classifier import Classifier
-from clustr_jax.doors import safetensors_file
-from clustr_jax.errors import UserError
-from clustr_jax.files import read_json
 from clustr_jax.models import Net
-from clustr_jax.objectives import METHODS
-from clustr_jax.workdir import training_sha
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import safetensors_file
+from clustr_jax.storage.checkpoints import Checkpoints
+from clustr_jax.storage.files import read_json
+from clustr_jax.storage.workdir import training_sha
+from clustr_jax.training.objectives import METHODS
 
 
 def build_net(config, split: data.Split) -> Net:
@@ -66,7 +66,7 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
     ((5, 2), None)
     >>> clustr_jax.load(workdir, head="clusters")
     Traceback (most recent call last):
-    clustr_jax.errors.UserError: ...2_train has no clusters: nominal ends in a linear head there; ...
+    clustr_jax.runtime.errors.UserError: ...2_train has no clusters: nominal ends in a linear head there; ...
     """
     if head not in (None, "clusters", "linear"):
         raise UserError(f"head must be clusters, linear or None, got {head!r}")

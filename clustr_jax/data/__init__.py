@@ -2,7 +2,7 @@
 
 Images are kept as uint8 (pixels = uint8 / scale); `load` gives them as float32 in [0, 1].
 Prepared TFDS sets are read without TensorFlow; `python -m clustr_jax.prepare NAME` prepares one.
-Own images are the data set "folder": `clustr_jax.folder` reads them.
+Own images are the data set "folder": `clustr_jax.data.folder` reads them.
 """
 
 import dataclasses
@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from clustr_jax import folder, mesh
-from clustr_jax.errors import UserError
+from clustr_jax.data import folder
+from clustr_jax.runtime import mesh
+from clustr_jax.runtime.errors import UserError
 
 # Sets of TFDS, and the published sizes of their splits.
 PREPARED = {
@@ -109,7 +110,7 @@ def load(
     """x float32 [N, H, W, C] in [0, 1] and y int32 [N] of the whole split, "train" or "test".
 
     Names: cifar10, cifar100, svhn_cropped (= svhn), digits, toy2d (x [N, 2], no box), and folder, for
-    which `data_dir` is a folder of images or an .npz file (clustr_jax.folder). Otherwise it is where
+    which `data_dir` is a folder of images or an .npz file (clustr_jax.data.folder). Otherwise it is where
     TFDS keeps its prepared sets ($TFDS_DATA_DIR or ~/tensorflow_datasets).
 
     >>> x, y = data.load("digits", "test")

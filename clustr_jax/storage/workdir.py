@@ -16,10 +16,11 @@ try:
 except ImportError:  # not on Windows: no lock there
     fcntl = None
 
-from clustr_jax import processes, results
-from clustr_jax.errors import UserError
-from clustr_jax.events import Events
-from clustr_jax.files import read_json, write_json
+from clustr_jax.runtime import processes
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import results
+from clustr_jax.storage.files import read_json, write_json
+from clustr_jax.storage.tensorboard import Events
 
 # A work directory belongs to one training; evaluation settings may change from run to run.
 _TRAINING = (

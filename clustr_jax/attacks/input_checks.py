@@ -7,7 +7,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax.errors import UserError
+from clustr_jax.runtime.errors import UserError
 
 # Pixels may be off the box by float rounding (of a division by 255, say), and by no more.
 _ROUNDING = 1e-6

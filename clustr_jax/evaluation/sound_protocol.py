@@ -16,17 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from clustr_jax import loading, results
-from clustr_jax.attacks import aims, ensemble
-from clustr_jax.attacks import slots as scheduler
+from clustr_jax.attacks import aims, ensemble, scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.pgd import as_partial, pgd
+from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.attacks.square import Square
-from clustr_jax.attacks.steps import PGD
 from clustr_jax.classifier import Classifier, correct
 from clustr_jax.data import Examples
 from clustr_jax.losses import margin
+from clustr_jax.storage import loading, results
 
 # Of a two-stage attack, the part that only runs away from the own cluster.
 _AWAY_SHARE = 0.5

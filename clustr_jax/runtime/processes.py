@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from clustr_jax.errors import UserError, first_line
+from clustr_jax.runtime.errors import UserError, first_line
 
 # A batch is worth sharing by so many cores.
 _MOST_CORES = 8
