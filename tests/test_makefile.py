@@ -1,4 +1,4 @@
-"""`make setup` finds a suitable Python wherever version managers keep theirs, and says what to do where there is none."""
+"""`make setup` finds a suitable Python where version managers keep theirs, or says what to do."""
 
 import pathlib
 import shutil
