@@ -1,12 +1,13 @@
 """Square by AutoAttack's schedule against pyautoattack's, image by image, on a committed network.
 
-    python benchmarks/square.py [--n=200] [--queries=5000] [--row=cifar10/trades-0] [--seeds=2] [--save]
+    python benchmarks/square.py [--n=200] [--queries=5000] [--row=cifar10/trades-0]
+        [--our_seeds=2] [--their_seeds=1] [--threads=1] [--save]
 
 Needs requirements-doors.txt and a prepared TFDS CIFAR-10. The network is that of a row of results/campaign,
-the images are the first n of the test split that it classifies, the radius is 8/255. For each seed: ours with
-AutoAttack's schedule, theirs, and ours with the schedule stretched over the queries. Both are random
-searches, so that two seeds of one and the same attack differ as well: `theirs_again` and `ours_again` say by
-how much. All verdicts are PyTorch's: an image is broken where it is misclassified, in the ball and the box.
+the images are the first n of the test split that it classifies, the radius is 8/255. Run are theirs, ours
+with AutoAttack's schedule, and ours with the schedule stretched over the queries. Both are random searches,
+so that two seeds of one and the same attack differ as well: `theirs_again` and `ours_again` say by how much.
+All verdicts are PyTorch's: an image is broken where it is misclassified, in the ball and in the box.
 """
 
 import argparse
@@ -72,10 +73,12 @@ def main():
     parser.add_argument("--n", type=int, default=200)
     parser.add_argument("--queries", type=int, default=attacks.ensemble.QUERIES)
     parser.add_argument("--row", default="cifar10/trades-0")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--our_seeds", type=int, default=2)
+    parser.add_argument("--their_seeds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     x, y = data.load("cifar10", "test")
     clf = clustr_jax.load(process.ROOT / "results" / "campaign" / args.row / "model.safetensors")
     net = to_torch(clf).eval()
@@ -83,32 +86,29 @@ def main():
     x, y = x[index], y[index]
     with torch.no_grad():
         logits = net(torch.tensor(x).permute(0, 3, 1, 2)).numpy()
-    verdicts, spent = {}, {}
     attack = {
-        "ours": lambda seed: ours(clf, x, y, seed, args.queries, False),
         "theirs": lambda seed: theirs(net, x, y, seed, args.queries),
+        "ours": lambda seed: ours(clf, x, y, seed, args.queries, False),
         "ours_rescaled": lambda seed: ours(clf, x, y, seed, args.queries, True),
     }
-    for seed in range(args.seeds):
-        for name, run in attack.items():
+    verdicts, spent = {}, {}
+    for name, run in attack.items():
+        verdicts[name] = []
+        for seed in range(args.their_seeds if name == "theirs" else args.our_seeds):
             started = time.perf_counter()
-            verdicts[name, seed] = broken(net, run(seed), x, y)
+            verdicts[name].append(broken(net, run(seed), x, y))
             spent[f"{name}-{seed}"] = time.perf_counter() - started
-            print(name, seed, verdicts[name, seed].sum(), f"{spent[f'{name}-{seed}']:.0f} s", flush=True)
-    seeds = range(args.seeds)
+            print(name, seed, verdicts[name][-1].sum(), f"{spent[f'{name}-{seed}']:.0f} s", flush=True)
+    own, other, stretched = (verdicts[name] for name in ("ours", "theirs", "ours_rescaled"))
     content = {
         "row": args.row, "n": len(y), "queries": args.queries, "eps": EPS, "torch": torch.__version__,
         "logits_differ_by": float(np.abs(np.asarray(clf.logits(x)) - logits).max()),
         "right_in_torch": float(np.mean(logits.argmax(1) == y)),
-        "robust": {f"{name}-{seed}": float(np.mean(~v)) for (name, seed), v in verdicts.items()},
-        # of each seed, and the worst case over all seeds
-        "ours_theirs": [compare(verdicts["ours", s], verdicts["theirs", s]) for s in seeds],
-        "ours_theirs_any_seed": compare(
-            *(np.any([verdicts[name, s] for s in seeds], axis=0) for name in ("ours", "theirs"))
-        ),
-        "theirs_again": compare(verdicts["theirs", 0], verdicts["theirs", args.seeds - 1]),
-        "ours_again": compare(verdicts["ours", 0], verdicts["ours", args.seeds - 1]),
-        "rescaled_theirs": [compare(verdicts["ours_rescaled", s], verdicts["theirs", s]) for s in seeds],
+        "robust": {name: [float(np.mean(~v)) for v in found] for name, found in verdicts.items()},
+        "ours_theirs": [compare(a, b) for a in own for b in other],
+        "ours_again": [compare(own[0], v) for v in own[1:]],
+        "theirs_again": [compare(other[0], v) for v in other[1:]],
+        "rescaled_theirs": [compare(a, b) for a in stretched for b in other],
         "seconds": spent,
     }  # fmt: skip
     process.finish(f"square-{args.row.replace('/', '-')}", content, args.save)

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from clustr_jax import arrays
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
+from clustr_jax.runtime import arrays
+from clustr_jax.runtime.errors import UserError
 
 # rule -> what it certifies
 RULES = {

@@ -10,10 +10,10 @@ import numpy as np
 from flax import serialization
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import arrays, mesh
-from clustr_jax.errors import UserError
 from clustr_jax.kmeans import kmeans
 from clustr_jax.losses import MIN_VARIANCE
+from clustr_jax.runtime import arrays, mesh
+from clustr_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Clusters:
     def replace(self, **changes) -> "Clusters":
         """A copy with these fields changed.
 
-        >>> print(c.replace(variance=jnp.float32(2.0)).log_scores(z))
-        [[-0.243 -0.974]]
+        >>> print(c.replace(variance=jnp.float32(2.0)).exponents(z)[:, 0])
+        [[-0.25 -4.25]]
         """
         return dataclasses.replace(self, **changes)
 

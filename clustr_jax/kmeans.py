@@ -13,7 +13,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import arrays
+from clustr_jax.runtime import arrays
 
 
 class KMeans(struct.PyTreeNode):

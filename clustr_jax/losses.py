@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import arrays
-from clustr_jax.errors import UserError
+from clustr_jax.runtime import arrays
+from clustr_jax.runtime.errors import UserError
 
 # Below this a variance is a rounding artefact: all embeddings coincide (losses stay finite there).
 MIN_VARIANCE = 1e-12

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from clustr_jax import UserError, additions
+from clustr_jax import UserError
 from clustr_jax.stages import evaluation
-from clustr_jax.workdir import Workdir, config_dict, training_sha
+from clustr_jax.storage import additions
+from clustr_jax.storage.workdir import Workdir, config_dict, training_sha
 from linear_problems import get_config
 
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clustr_jax import UserError, arrays, certify, clusters, losses
+from clustr_jax import UserError, certify, clusters, losses
 from clustr_jax.clusters import Clusters
 from clustr_jax.kmeans import _kmeans, kmeans
+from clustr_jax.runtime import arrays
 
 rng = np.random.default_rng(0)
 Z = rng.normal(size=(12, 3)).astype(np.float32)
