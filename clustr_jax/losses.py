@@ -169,10 +169,10 @@ def magnet_loss(
     z = arrays.floats(z, "z", "M S E", sizes)
     num_rows, num_samples, size = z.shape
     classes = arrays.labels(classes, None, sizes, "classes", axis="M")
-    full = jnp.ones((num_rows, num_samples), bool)
-    mask = full if mask is None else arrays.mask(mask, "mask", "M S", sizes)
+    given = jnp.ones((num_rows, num_samples), bool) if mask is None else mask
+    given = arrays.mask(given, "mask", "M S", sizes)
     loss, variance = magnet_loss_of_rows(
-        z.reshape(-1, size), jnp.arange(num_rows * num_samples) // num_samples, classes, mask.reshape(-1),
+        z.reshape(-1, size), jnp.arange(num_rows * num_samples) // num_samples, classes, given.reshape(-1),
         alpha=alpha, eps=eps, surplus=surplus, radius=radius, sharpness=sharpness,
     )  # fmt: skip
     return loss.reshape(num_rows, num_samples), variance

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import reference_objectives as naive
 from clustr_jax import data, models, stages
@@ -73,7 +74,7 @@ def test_the_authors_order_is_clean_attack_adversarial(method, bn, rng):
     def parts(state, key):
         batch, _, made, _ = train.prepare(p.trainer, state, p.train_set, p.order, key)
         *shared, attack_key, config, strength = made.args
-        none = config.copy_and_resolve_references()
+        none = ConfigDict(config.to_dict())
         none.train.attack.steps = 0
         start = made.func(*shared, jax.random.clone(attack_key), none, strength)[0]
         return batch.x, start, made()[0]

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from clustr_jax.models import unit
+from clustr_jax.models.batch_norm import BatchNorm
 from clustr_jax.models.convolution import conv2d
 from clustr_jax.runtime import mesh
 from clustr_jax.runtime.errors import UserError
@@ -68,24 +69,6 @@ def _linear_init(key, shape, dtype=jnp.float32):
 
 
 _BATCH_NORM_EPSILON = 1e-5  # flax's default, which the modules here keep
-
-
-class BatchNorm(nn.BatchNorm):
-    """Batch norm whose running variance is that of PyTorch: of the unbiased variance, sum / (n - 1).
-
-    The batch itself is divided by its biased one in both. flax averages the biased one.
-    """
-
-    @nn.compact
-    def __call__(self, x, use_running_average=None, *, mask=None):
-        before = self.get_variable("batch_stats", "var")
-        outputs = super().__call__(x, use_running_average, mask=mask)
-        if not (self.use_running_average or use_running_average or self.is_initializing()):
-            after, count = self.get_variable("batch_stats", "var"), mesh.whole(x.size // x.shape[-1])
-            # (1 - momentum) v n / (n - 1) instead of (1 - momentum) v
-            more = (after - self.momentum * before) / max(count - 1, 1)
-            self.put_variable("batch_stats", "var", after + more)
-        return outputs
 
 
 def _batch_norm(train, dtype=None, unbiased=False):
