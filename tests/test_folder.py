@@ -219,7 +219,7 @@ FOLDERS = {
     ),
     "a folder in a class": (
         lambda p: (p / "train" / "rose" / "more").mkdir(),
-        "more is no .png, .jpg, .jpeg file",
+        "more is a folder without images in the class 'rose'; take it out",
     ),
     "an unreadable image": (
         lambda p: _touch(p / "train" / "rose" / "a.png", "x"),
@@ -228,7 +228,7 @@ FOLDERS = {
     "a truncated image": (lambda p: _cut(p / "test" / "rose" / "001.png"), "cannot read the image .*001.png"),
     "another size": (
         lambda p: write(p / "train" / "rose" / "005.png", np.zeros((7, 5, 3), np.uint8)),
-        "005.png is 7x5x3, .*daisy/000.png is 6x5x3 .*one size",
+        r"005.png is 7x5x3, 20 others \(such as .*daisy/000.png\) are 6x5x3 .*one size",
     ),
     "grey among colour": (
         lambda p: write(p / "train" / "rose" / "005.png", np.zeros((6, 5), np.uint8)),
@@ -236,7 +236,7 @@ FOLDERS = {
     ),
     "test images of another size": (
         lambda p: [write(f, np.zeros((8, 8, 3), np.uint8)) for f in (p / "test").glob("*/*.png")],
-        "training images are 6x5x3, the test images 8x8x3",
+        r"test/daisy/000.png is 8x8x3, 16 others \(such as .*train.*\) are 6x5x3 .*5 images of another size",
     ),
     "transparency": (
         lambda p: _save(p / "train" / "rose" / "a.png", "RGBA"),
