@@ -12,6 +12,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 from types import ModuleType
 
 import jax
@@ -119,7 +120,8 @@ def load(
 
     Names: cifar10, cifar100, svhn_cropped (= svhn), digits, toy2d (x [N, 2], no box), and folder, for
     which `data_dir` is a folder of images or an .npz file (clustr_jax.folder). Otherwise it is where
-    TFDS keeps its prepared sets ($TFDS_DATA_DIR or ~/tensorflow_datasets).
+    TFDS keeps its prepared sets ($TFDS_DATA_DIR or ~/tensorflow_datasets). What is there of own images and
+    not read is a warning.
 
     >>> x, y = data.load("digits", "test")
     >>> x.shape, x.dtype, float(x.min()), float(x.max())
@@ -128,6 +130,8 @@ def load(
     ((359,), dtype('int32'))
     """
     read = load_split(name, split, data_dir)
+    for note in read.notes:
+        warnings.warn(f"{shown(data_dir)}: {note}", stacklevel=2)
     return read.pixels(), read.labels
 
 
@@ -411,7 +415,7 @@ def splits(config, smoke: bool = False) -> tuple[Split, Split, Split]:
 def _with_own_val(config, train, val, test):
     """The splits of own images that have a split to be held out: it is, unless nothing is to be."""
     if not config.val_size:
-        note = f"not used: the {len(val):,} images of val, as data.val_size is 0; set it above 0 to hold them out"
+        note = f"not used: the {len(val):,} images of val, as data.val_size is 0; above 0 they are held out"
         return dataclasses.replace(train, notes=(*train.notes, note)), val.take(slice(0, 0), "none"), test
     note = f"held out: the {len(val):,} images of val, and not data.val_size={config.val_size} of train"
     return dataclasses.replace(train, notes=(*train.notes, note)), val, test
@@ -424,8 +428,8 @@ def _held_out(config, train, size):
     if quota.sum() < size:
         last = int(np.argmin(np.where(counts > 0, counts, len(train) + 1)))
         raise UserError(
-            f"data.val_size={config.val_size} holds {size} of {len(train)} training images out, and leaves none "
-            f"of class {train.who(last)}, which has {counts[last]}; lower it (0 = none), or add images"
+            f"data.val_size={config.val_size} holds {size} of {len(train)} training images out and leaves "
+            f"none of class {train.who(last)}, which has {counts[last]}; lower it (0 = none), or add images"
         )
     # the held-out images of prepared sets stay what they always were, whatever occurs in them twice
     return shares.chosen(train.labels, quota, shares.contents(train.images) if train.sha else None)

@@ -32,7 +32,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """What was read: `test` and `val` are None where there is none; `sha` names the content, not the place."""
+    """What was read: `test`, `val` are None where there is none; `sha` names the content, not the place."""
 
     train: Part
     test: Part | None

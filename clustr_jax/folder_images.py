@@ -100,8 +100,8 @@ def _other_shapes(files, heads, shapes, common):
     most = f"{_shape(common)} (height x width x channels)"
     if 2 * shapes[common] <= len(there):
         text = (
-            f"{shown(others[0][0])} is {_shape(others[0][1])}: {len(there):,} images have {len(shapes):,} sizes "
-            f"and kinds, most often {most}; {remedy}"
+            f"{shown(others[0][0])} is {_shape(others[0][1])}: {len(there):,} images have {len(shapes):,} "
+            f"sizes and kinds, most often {most}; {remedy}"
         )
     else:
         text = (
@@ -145,12 +145,15 @@ def _fault(path, image):
     if transparent or image.mode not in _MODES:
         what = f"{image.mode} with transparency" if transparent else image.mode
         return Fault(
-            f"images of mode {what}", f"{shown(path)} is of mode {what}; expected 8-bit grey (L) or RGB: convert it"
+            f"images of mode {what}",
+            f"{shown(path)} is of mode {what}; expected 8-bit grey (L) or RGB: convert it",
         )
     if any(";16" in str(part) for tile in image.tile for part in tile):  # Pillow takes the upper 8
         return Fault("images of 16 bits", f"{shown(path)} has 16 bits per channel; expected 8: convert it")
     if getattr(image, "is_animated", False) and image.format != "MPO":  # of a camera, with a preview
-        return Fault("animated images", f"{shown(path)} has {image.n_frames} frames; expected one image: convert it")
+        return Fault(
+            "animated images", f"{shown(path)} has {image.n_frames} frames; expected one image: convert it"
+        )
     return None
 
 

@@ -50,7 +50,9 @@ def look(path: pathlib.Path) -> Layout:
     for split in ("test", "val"):
         for name in sorted(set(found.files.get(split, ())) - set(found.files["train"])):
             alike = [other for other in found.names if visible(other).casefold() == visible(name).casefold()]
-            hint = f", but {ascii(alike[0])}: rename one" if alike else "; take it out, or train on it as well"
+            hint = (
+                f", but {ascii(alike[0])}: rename one" if alike else "; take it out, or train on it as well"
+            )
             found.faults.append(
                 Fault(
                     "classes without training images",
@@ -83,7 +85,7 @@ def _splits(path):
     others = [e for e in entries if path / e not in places.values() and not e.startswith(".")]
     if "test" not in places:
         _expect_no_test(path, places, others)
-    notes = [f"not read: {listed(others)} in {shown(path)}"] if others else []
+    notes = [f"not read: {listed(others)}, beside train"] if others else []
     return places, notes
 
 
@@ -152,12 +154,13 @@ def _classes(place, faults, hidden):
             raise UserError(
                 f"{shown(place)} has a class whose name is not UTF-8, {shown(ascii(entry))}; rename it"
             ) from error
-        name = unicodedata.normalize("NFC", entry)
+        name = same_name(entry)
         other = spelled.setdefault(visible(name), entry)
         if other != entry:
             raise UserError(
-                f"{shown(place)} has two folders called {shown(name, 40)!r}, spelled with different Unicode "
-                f"characters ({shown(ascii(other), 60)} and {shown(ascii(entry), 60)}); merge them, or rename one"
+                f"{shown(place)} has two folders called {shown(name, 40)!r}, spelled with different "
+                f"Unicode characters ({shown(ascii(other), 60)} and {shown(ascii(entry), 60)}); merge them, "
+                f"or rename one"
             )
         found[name] = _files(name, place / entry, faults, hidden)
     if not found:
@@ -206,9 +209,14 @@ def _inner(name, path):
     )
 
 
+def same_name(name: str) -> str:
+    """A name in the one Unicode form (NFC) in which classes are compared; macOS stores another."""
+    return unicodedata.normalize("NFC", name)
+
+
 def visible(name: str) -> str:
     """What is to be seen of a name: one Unicode form, no spaces at its ends, no characters without width."""
-    text = "".join(c for c in unicodedata.normalize("NFC", name) if unicodedata.category(c) not in ("Cf", "Cc"))
+    text = "".join(c for c in same_name(name) if unicodedata.category(c) not in ("Cf", "Cc"))
     return " ".join(text.split())
 
 

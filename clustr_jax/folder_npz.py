@@ -65,7 +65,7 @@ def read(path: pathlib.Path) -> tuple[Parts, tuple[str, ...], tuple[str, ...]]:
     faults.tell(path)
     # narrowed only now, when all labels are known to fit
     parts = {split: (images[split], labels[split].astype(np.int32)) for split in splits}
-    notes = (f"not read: the arrays {listed(unused)} of {shown(path)}",) if unused else ()
+    notes = (f"not read: {'array' if len(unused) == 1 else 'arrays'} {listed(unused)}",) if unused else ()
     return parts, (), notes
 
 
@@ -74,7 +74,7 @@ def _expect_arrays(path, members):
     if members and any(name.endswith(".npy") for name in members):
         return
     raise UserError(
-        f"{shown(path)} is a zip archive of {len(members):,} files ({listed(members) or 'none'}) and no .npz; "
+        f"{shown(path)} is a zip archive of {len(members):,} files ({listed(members) or 'none'}), no .npz; "
         f"unpack it (unzip FILE -d DIR) and set data.dir to the folder that has train/ in it; or expected "
         f"arrays {', '.join(_ARRAYS)}, as np.savez writes them"
     )
@@ -135,7 +135,7 @@ def _images(name, x, faults):
         faults.append(f"{name} has {x.shape[-1]} channels {x.shape}; expected 1 or 3{hint}")
     elif x.max() <= 1:
         faults.append(f"{name} has no value above 1; expected uint8, 0 to 255: multiply by 255")
-    return x
+    return np.ascontiguousarray(x)
 
 
 def _labels(split, arrays, faults):

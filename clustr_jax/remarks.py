@@ -41,7 +41,7 @@ class Remarks:
         return {"data_notes": list(self.notes), "duplicates": self.duplicates}
 
 
-def of(train: Split, val: Split, test: Split, *, attacked: int = 0, pretrain: Split | None = None) -> Remarks:
+def of(train: Split, val: Split, test: Split, *, attacked: int = 0) -> Remarks:
     """The remarks on the splits of a run that attacks `attacked` test images (0 = all)."""
     notes = list(train.notes)
     if len(val):
@@ -50,7 +50,7 @@ def of(train: Split, val: Split, test: Split, *, attacked: int = 0, pretrain: Sp
     if 0 < attacked < len(test):
         chosen = test.take(data.stratified(test.labels, attacked, test.num_classes), "")
         notes += _missing(chosen, f"eval.n={attacked}", "nothing is said of their robustness", test)
-    return Remarks(tuple(notes), _duplicates(train, val, test, pretrain))
+    return Remarks(tuple(notes), _duplicates(train, val, test))
 
 
 def sentence(duplicates: dict[str, dict] | None) -> str:
@@ -74,22 +74,32 @@ def _missing(split, what, remedy, among):
     gone = np.flatnonzero(there & (np.bincount(split.labels, minlength=among.num_classes) == 0))
     if not len(gone):
         return []
-    names = ", ".join(among.who(c) for c in gone[:3]) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
+    names = ", ".join(among.who(c) for c in gone[:3]) + (
+        f" and {len(gone) - 3} more" if len(gone) > 3 else ""
+    )
     return [f"{what}: no image of class {names} ({len(gone)} of {there.sum()} classes); {remedy}"]
 
 
-def _duplicates(train, val, test, pretrain):
+def _duplicates(train, val, test):
     if train.images.dtype != np.uint8:
         return None
-    hashes = {"train": (shares.contents(train.images), train.labels)}
-    if len(val):
-        hashes["held_out"] = shares.contents(val.images), val.labels
-    hashes["test"] = shares.contents(test.images), test.labels
-    pairs = [("train", "held_out"), ("train", "test"), ("held_out", "test")]
-    if pretrain is not None and pretrain.images.dtype == np.uint8:
-        hashes["pretrain"] = shares.contents(pretrain.images), None
-        pairs.append(("pretrain", "test"))
-    return {f"{a}/{b}": _between(*hashes[a], *hashes[b]) for a, b in pairs if a in hashes and b in hashes}
+    splits = {"train": train, "held_out": val, "test": test}
+    hashes = {name: shares.contents(split.images) for name, split in splits.items() if len(split)}
+    return {
+        f"{first}/{second}": _between(
+            hashes[first], splits[first].labels, hashes[second], splits[second].labels
+        )
+        for first, second in (("train", "held_out"), ("train", "test"), ("held_out", "test"))
+        if first in hashes and second in hashes
+    }
+
+
+def of_pretraining(pretrain: Split, test: Split) -> str:
+    """The sentence on test images that another set, trained on first, has as well; "" without any."""
+    if pretrain.images.dtype != np.uint8:
+        return ""
+    hashes = (shares.contents(split.images) for split in (pretrain, test))
+    return sentence({"pretrain/test": _between(next(hashes), None, next(hashes), test.labels)})
 
 
 def _between(first, first_labels, second, second_labels):
@@ -99,8 +109,6 @@ def _between(first, first_labels, second, second_labels):
     found = np.flatnonzero(end > start)
     other = None
     if first_labels is not None:
-        other = sum(
-            second_labels[j] not in first_labels[order[start[j] : end[j]]] for j in found.tolist()
-        )
+        other = sum(second_labels[j] not in first_labels[order[start[j] : end[j]]] for j in found.tolist())
     pairs = [[int(order[start[j]]), int(j)] for j in found[:_PAIRS].tolist()]
     return {"images": len(found), "other_labels": None if other is None else int(other), "pairs": pairs}

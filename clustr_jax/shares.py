@@ -15,9 +15,7 @@ def contents(images: np.ndarray) -> UInt64[np.ndarray, "N"]:
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
 
-def quotas(
-    counts: Int[np.ndarray, "Y"], size: int, *, least: int = 0, keep: int = 0
-) -> Int[np.ndarray, "Y"]:
+def quotas(counts: Int[np.ndarray, "Y"], size: int, *, least: int = 0, keep: int = 0) -> Int[np.ndarray, "Y"]:
     """How many of each class a subset of `size` has: its share of `counts`, by largest remainders.
 
     `least`: no class that has images gets fewer, where `size` allows it; `keep`: so many of each class stay

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from clustr_jax import data, models
 from clustr_jax.profiling import Profiler
 from clustr_jax.progress import Progress
+from clustr_jax.remarks import Remarks
 from clustr_jax.workdir import Workdir
 
 WARMUP, TRAIN, EVALUATE, CERTIFY, REPORT = "1_warmup", "2_train", "evaluate", "certify", "report"
@@ -27,6 +28,7 @@ class Run:
     test_split: data.Split
     source: "Run | None" = None  # the same for the data set of at_pretrain's first stage
     profiler: Profiler = dataclasses.field(default_factory=lambda: Profiler(None))
+    remarks: Remarks = Remarks()  # on the images; results keep them
 
     def key(self, stage: str):
         """A stream of randomness for each stage."""
