@@ -36,9 +36,13 @@ def read(path: pathlib.Path) -> tuple[Parts, tuple[str, ...], tuple[str, ...]]:
     common = shapes.most_common(1)[0][0] if shapes else None
     faults = layout.faults + [fault for fault in heads if isinstance(fault, Fault)]
     if faults or len(shapes) > 1:
-        sound = [file for file, head in zip(files, heads, strict=True) if isinstance(head, tuple)]
-        faults += [found for found in map(_pixels, sound) if isinstance(found, Fault)]
-        faults += _other_shapes(files, heads, shapes, common)
+        # also what only the pixels tell, so that it is no fault of the next round
+        for i, (file, head) in enumerate(zip(files, heads, strict=True)):
+            found = _pixels(file) if isinstance(head, tuple) else None
+            if isinstance(found, Fault):
+                heads[i] = found
+                faults.append(found)
+        faults += _other_shapes(files, heads, common)
     _raise(faults, path)
     assert common is not None  # without an image there is a fault
     needed = COPIES * len(files) * int(np.prod(common))
@@ -89,14 +93,15 @@ def _command(path, options=""):
     return " ".join(filter(None, (command, place if known else "DIR", "MENDED", options)))
 
 
-def _other_shapes(files, heads, shapes, common):
+def _other_shapes(files, heads, common):
     """Images that are not as most are; one fault for all where most are of no shape."""
     there = [(f, h) for f, h in zip(files, heads, strict=True) if isinstance(h, tuple)]
+    shapes = collections.Counter(shape for _, shape in there)
     kind, remedy = "images of another size or kind", "make all images of one size and kind"
     others = [(file, shape) for file, shape in there if shape != common]
     if not others:
         return []
-    like = next(file for file, shape in there if shape == common)
+    like = next((file for file, shape in there if shape == common), "none")
     most = f"{_shape(common)} (height x width x channels)"
     if 2 * shapes[common] <= len(there):
         text = (

@@ -44,7 +44,10 @@ def read(path: pathlib.Path) -> tuple[Parts, tuple[str, ...], tuple[str, ...]]:
     except UserError:
         raise
     except Exception as error:  # NumPy and zipfile raise many types for damaged files
-        raise UserError(f"cannot read {shown(path)} as an .npz file: {first_line(error, 150)}") from error
+        # NumPy advises to unpickle it, which no data set needs
+        pickled = "allow_pickle" in str(error)
+        why = "it is damaged, or holds objects and not numbers" if pickled else first_line(error, 150)
+        raise UserError(f"cannot read {shown(path)} as an .npz file: {why}; save it again") from error
     faults = _Faults()
     splits = [name[2:] for name in names if name.startswith("x_")]
     images = {split: _images(f"x_{split}", arrays[f"x_{split}"], faults) for split in splits}
