@@ -436,6 +436,9 @@ FOLDER = f"--config={ROOT}/configs/folder.py"
 def test_a_run_from_a_folder(method, run, start, tmp_path):
     """Trains, evaluates, loads again; a changed folder is refused; tiny: 9 training images per class."""
     digits(tmp_path / "pngs")
+    (tmp_path / "pngs" / "README.txt").write_text("not read")
+    leaked = sorted((tmp_path / "pngs" / "test" / "two").iterdir())[0]
+    shutil.copy(leaked, tmp_path / "pngs" / "train" / "three")
     arguments = (f"{FOLDER}:{method}", "--config.smoke=True", "--config.data.dir=pngs", "--workdir=out")
     stdout, _ = run(*arguments)
     assert "10 classes: eight, five, four, nine, one" in stdout
@@ -450,6 +453,16 @@ def test_a_run_from_a_folder(method, run, start, tmp_path):
     clean = read(place / "results" / "clean.json")
     assert clean["dataset"] == "pngs" and clean["n"] == 30
     assert clean["class_names"][:3] == ["eight", "five", "four"]
+    # the image on two sides, and the file that is not read: in the output, the results, the report, the card
+    said = "1 test image is among the training images as well, 1 under another label"
+    assert f"duplicates: {said}" in stdout and "not read: README.txt, beside train" in stdout
+    for name in ("clean", "sound"):
+        found = read(place / "results" / f"{name}.json")
+        assert found["duplicates"]["train/test"]["images"] == 1
+        assert "not read: README.txt, beside train" in found["data_notes"]
+    for document in ("report.html", "MODEL_CARD.md"):
+        text = (place / document).read_text(encoding="utf-8")
+        assert said in text and "README.txt, beside train" in text
     clf = clustr_jax.load(place)
     x, y = data.load("folder", "test", data_dir=str(tmp_path / "pngs"))
     assert float(np.mean(np.asarray(clf.predict(x)) == y)) == clean["clean"]
