@@ -72,7 +72,7 @@ run: $(INSTALLED)  ## run.py with its default config (digits, ClusTR+QTRADES), o
 # Most of their time is compilation: they do without XLA's optimiser, which the slow tests have.
 test test-doors: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test: $(INSTALLED_DEV)  ## every test that is not marked slow
-	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 # Those of the doors are left to test-doors, which has their tools.
 test-slow: $(INSTALLED_DEV)  ## the tests marked slow, but for those marked long

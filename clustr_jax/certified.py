@@ -12,6 +12,7 @@ from clustr_jax import attacks, certify, lipschitz, losses, results
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
 from clustr_jax.errors import UserError
+from clustr_jax.runtime import canary
 
 # Images whose Jacobians give the lower bound of the Lipschitz constant.
 _PROBES = 64
@@ -89,6 +90,7 @@ def run(key, clf: Classifier, x, y, examples: Examples, config, report) -> tuple
     `violations` counts attacked images that were broken within their certified radius: anything but 0
     is a bug, and raises.
     """
+    canary.check()
     started = time.perf_counter()
     settings = config.certify
     constant = bounds(clf, x)

@@ -26,6 +26,7 @@ from clustr_jax.attacks import slots as scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.steps import PGD
 from clustr_jax.errors import UserError
+from clustr_jax.runtime import canary
 from clustr_jax.evaluate import PAPER_AIM, largest_loss
 from clustr_jax.stages import EVALUATE, stage_key
 
@@ -108,6 +109,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     console = Console()
     try:
+        canary.check()
         clf = loading.load(args.workdir)
         network = loading.digest(clf)
         if clf.clusters is None:

@@ -15,6 +15,7 @@ from clustr_jax.errors import UserError
 from clustr_jax.objectives import METHODS
 from clustr_jax.profiling import Profiler
 from clustr_jax.progress import Progress
+from clustr_jax.runtime import canary
 from clustr_jax.stages import evaluation, reporting, training
 from clustr_jax.stages.context import CERTIFY, EVALUATE, REPORT, STAGES, TRAIN, WARMUP, Run, stage_key
 from clustr_jax.workdir import Workdir
@@ -64,6 +65,7 @@ def run(
     seen = {"data": data.digest(*splits)}
     if source is not None:
         seen["pretrain"] = data.digest(source.train_split, source.val_split, source.test_split)
+    canary.check()  # before anything is computed that somebody may believe
     with mesh.over(devices), place.locked(progress.line), progress:
         place.open(config, command, seen)
         profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)
