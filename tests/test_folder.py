@@ -464,7 +464,8 @@ def test_a_run_from_a_folder(method, run, start, tmp_path):
         text = (place / document).read_text(encoding="utf-8")
         assert said in text and "README.txt, beside train" in text
     clf = clustr_jax.load(place)
-    x, y = data.load("folder", "test", data_dir=str(tmp_path / "pngs"))
+    with pytest.warns(UserWarning, match="not read: README.txt"):
+        x, y = data.load("folder", "test", data_dir=str(tmp_path / "pngs"))
     assert float(np.mean(np.asarray(clf.predict(x)) == y)) == clean["clean"]
     stdout, _ = run(*arguments)
     assert "2_train: finished before" in stdout and "clean was done before" in stdout

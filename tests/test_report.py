@@ -363,7 +363,8 @@ def test_duplicates_and_notes_are_in_the_page_and_the_card(found, card, limit, t
     assert (card in made.card) if card else ("Duplicates" not in made.card)
     assert ("- Note: not read: a" in made.card) == bool(fields)
     assert bool(limit) == ("The same image is on two sides" in made.card)
-    assert ("duplicates" in made.html) == bool(fields) and "<b> file" not in made.html
+    assert ("notes on the data" in made.html) == bool(fields) and "<b> file" not in made.html
+    assert ("between the splits" in made.html or "2 test images are" in made.html) == bool(fields)
 
 
 @pytest.mark.parametrize(
