@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import compiled
-from clustr_jax.errors import UserError
 from clustr_jax.runtime import canary
+from clustr_jax.runtime.errors import UserError
 from runs import attempt, program, reference, run, shared, start  # noqa: F401  fixtures, for all files
 
 jax.config.update("jax_compilation_cache_dir", str(compiled.PROGRAMS))

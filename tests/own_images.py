@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from clustr_jax import data
-from clustr_jax.errors import LONGEST, UserError
+from clustr_jax.runtime.errors import LONGEST, UserError
 
 SIZE = (6, 5, 3)
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))

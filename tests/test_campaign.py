@@ -14,9 +14,11 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from clustr_jax import cost, results, settings
-from clustr_jax.errors import UserError
-from clustr_jax.objectives import METHODS
+from clustr_jax import settings
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import results
+from clustr_jax.training import cost
+from clustr_jax.training.objectives import METHODS
 from configs import cifar10
 
 ROOT = pathlib.Path(__file__).parents[1]

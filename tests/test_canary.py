@@ -5,11 +5,12 @@ import json
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import pytest
 
-from clustr_jax.errors import UserError
 from clustr_jax.runtime import canary
+from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.patterns import PATTERNS
 from runs import DIGITS, assert_one_line
 
@@ -77,7 +78,7 @@ def test_a_wrong_number_ends_the_program(broken, attempt):
     code, stderr = attempt(f"{DIGITS}:nominal", "--config.smoke=True", "--workdir=here")
     assert code == 2
     assert_one_line(stderr)
-    for part in (PATTERNS[0].name, "size 33", jax.__version__, jax.lib.__version__, "make setup"):
+    for part in (PATTERNS[0].name, "size 33", jax.__version__, jaxlib.__version__, "make setup"):
         assert part in stderr
     assert len(stderr) < 500
     assert not list(broken.glob("*.json"))  # what failed is asked again
@@ -85,12 +86,12 @@ def test_a_wrong_number_ends_the_program(broken, attempt):
 
 def test_every_door_of_an_evaluation_asks(broken):
     """Without run.py as well."""
-    from clustr_jax import certified, evaluate
+    from clustr_jax.evaluation import certificates, protocols
 
     for door in (
-        lambda: evaluate.run_clean(None, None, None),
-        lambda: evaluate.run("sound", None, None, None, None, None),
-        lambda: certified.run(None, None, None, None, None, None, None),
+        lambda: protocols.run_clean(None, None, None),
+        lambda: protocols.run("sound", None, None, None, None, None),
+        lambda: certificates.run(None, None, None, None, None, None, None),
     ):
         with pytest.raises(UserError, match="wrong numbers"):
             door()
@@ -119,7 +120,8 @@ def test_without_a_folder_to_write_to_it_is_asked_each_time(monkeypatch, tmp_pat
     """A read-only home is no reason to end."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(canary, "measure", lambda few=canary.measure(PATTERNS[:1]): few)
+    few = canary.measure(PATTERNS[:1])
+    monkeypatch.setattr(canary, "measure", lambda: few)
     canary._answer.cache_clear()
     try:
         assert canary.check().patterns == 1

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clustr_jax import data, remarks
-from clustr_jax.errors import LONGEST, UserError
+from clustr_jax import data
+from clustr_jax.data import remarks
+from clustr_jax.runtime.errors import LONGEST, UserError
 from own_images import COMPOSED, DECOMPOSED, arrays, make, section, write
 
 # Any folder, any file

@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clustr_jax import data, folder, folder_images, memory, mend, remarks, settings
-from clustr_jax.errors import cut, listed, shown
+from clustr_jax import data, settings
+from clustr_jax.data import folder, folder_images, mend, remarks
+from clustr_jax.runtime import memory
+from clustr_jax.runtime.errors import cut, listed, shown
 from own_images import COMPOSED, DECOMPOSED, SIZE, arrays, make, refused, section, write
 
 # Left out
@@ -301,7 +303,7 @@ def test_all_faults_are_told_together_and_the_command_mends_them(tmp_path, rng, 
     ):  # fmt: skip
         assert count in message, message
     command = shlex.split(message.split("a copy without such: ")[1])
-    assert command == ["python", "-m", "clustr_jax.mend", "own", "MENDED"]
+    assert command == ["python", "-m", "clustr_jax.data.mend", "own", "MENDED"]
     assert mend.main(command[3:]) == 0
     found = folder.read("MENDED")
     assert found.class_names == ("c00", "c01", "c02") and found.train.images.shape[1:] == SIZE

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
-from clustr_jax import data, remarks, settings, shares
-from clustr_jax.errors import UserError
+from clustr_jax import data, settings
+from clustr_jax.data import remarks, shares
+from clustr_jax.runtime.errors import UserError
 from configs import cifar10, digits
 from own_images import SIZE, make, refused, section
 

@@ -9,6 +9,7 @@ one compilation per attack and shapes. Where an image is not broken they return 
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,13 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import aims, slots
+from clustr_jax.attacks import aims, scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
-from clustr_jax.attacks.inputs import check_ids, check_images, check_logits
+from clustr_jax.attacks.input_checks import check_ids, check_images, check_logits
 from clustr_jax.attacks.pgd import as_partial, check_settings
 from clustr_jax.attacks.square import Square
-from clustr_jax.errors import UserError
+from clustr_jax.runtime.errors import UserError
 
 # Of "standard": steps of the gradient attacks, queries of Square, targets of APGD-T and FAB-T.
 STEPS, QUERIES, TARGETS = 100, 5000, 9
@@ -42,9 +43,9 @@ class AutoAttackResult:
 
 def build(
     name: str, *, eps, norm="linf", bounds=(0.0, 1.0), steps=STEPS, queries=QUERIES, restarts=1
-) -> slots.Attack:
+) -> scheduler.Attack:
     """An attack of the ensemble by name: apgd-ce, apgd-dlr, apgd-t, fab-t or square."""
-    common = dict(eps=jnp.float32(eps), norm=norm, bounds=bounds)
+    common: dict[str, Any] = dict(eps=jnp.float32(eps), norm=norm, bounds=bounds)
     if name == "square":
         return Square(steps=queries, **common)
     if name == "fab-t":
@@ -241,7 +242,7 @@ def _run(key, attack, model, x, y, logits, targeted, ids, restarts, lanes):
     targets = likely_targets(logits, y) if targeted else None
     if isinstance(attack, Square) and x.ndim != 4:
         raise UserError(f"square takes images [B, H, W, C], got {x.shape}; leave it out for points")
-    return slots.run(attack, key, model, x, y, ids=ids, targets=targets, restarts=restarts, slots=lanes)
+    return scheduler.run(attack, key, model, x, y, ids=ids, targets=targets, restarts=restarts, slots=lanes)
 
 
 def _prepare(logits_fn, x, y, eps, norm, bounds, lanes) -> tuple[Partial, np.ndarray, np.ndarray, np.ndarray]:
@@ -253,6 +254,6 @@ def _prepare(logits_fn, x, y, eps, norm, bounds, lanes) -> tuple[Partial, np.nda
     check_images(x, y, bounds)
     x = x if bounds is None else np.clip(x, *bounds)
     model = as_partial(logits_fn)
-    logits = slots.forward(model, x, lanes)
+    logits = scheduler.forward(model, x, lanes)
     check_logits(logits, y)
     return model, x, y.astype(np.int32), logits

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
 from clustr_jax.attacks.geometry import ascend, project, random_start
-from clustr_jax.attacks.inputs import (
+from clustr_jax.attacks.input_checks import (
     check_found,
     check_ids,
     check_images,
@@ -34,7 +34,7 @@ from clustr_jax.attacks.inputs import (
     check_shape,
     concrete,
 )
-from clustr_jax.errors import UserError
+from clustr_jax.runtime.errors import UserError
 
 # Restarts run side by side as long as the batch stays below this many images (memory), then in turns.
 _LANES = 512

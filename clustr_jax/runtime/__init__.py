@@ -1,1 +1,1 @@
-"""What a run needs of the machine that it runs on."""
+"""Devices and processes, signals, mistakes of the user, what is seen while work runs. Needs no other room."""
