@@ -13,7 +13,7 @@ TOOLS = ("make", "sh", "sed", "awk", "rm", "touch", "uname")
 
 @pytest.fixture
 def setup(tmp_path):
-    """setup() -> (exit code, output) of `make setup` for a user with this home, up to making the environment."""
+    """setup() -> (exit code, output) of `make setup` for a user with this home."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in TOOLS:

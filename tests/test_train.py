@@ -635,7 +635,7 @@ def test_three_epochs_trace_a_step_once(method, sampler, rng, monkeypatch):
     for _ in range(3):
         state = p.run(state, p.trainer.steps_per_epoch)
         if p.trainer.magnet:
-            state = fitting.refit(p.trainer, state, p.train_set, jax.random.key(9))
+            state = refit.refit(p.trainer, state, p.train_set, jax.random.key(9))
         state = train.reset_totals(state)
         assert not any(float(value) for value in state.totals.values())
     assert len(traces) == 1
