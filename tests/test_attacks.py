@@ -474,6 +474,18 @@ def test_the_schedule_of_autoattack_is_that_of_10000_queries(norm, smallest, odd
     assert (sides(10_100, (32, 32, 3), smallest, odd, False)[10_001:] == found[0]).all()
 
 
+@pytest.mark.parametrize("rescale", [True, False])
+def test_where_squares_lie(rescale):
+    """Everywhere; with AutoAttack's schedule where its own do: never in the last row and column."""
+    attack = ensemble.build("square", eps=0.1, rescale_schedule=rescale)
+    keys = jax.random.split(jax.random.key(0), 2000)
+    rows, columns = jax.vmap(lambda key: attack._corner(key, 3, 8, 6))(keys)
+    assert (int(rows.max()), int(columns.max())) == ((5, 3) if rescale else (4, 2))
+    assert int(rows.min()) == int(columns.min()) == 0
+    whole = jax.vmap(lambda key: attack._corner(key, 8, 8, 8))(keys)
+    assert not np.any(whole)  # a square that is the whole image has one place
+
+
 def test_which_schedule_is_whose(monkeypatch):
     """AutoAttack's by default in the ensemble, Square's own in `square`, and each has the other's."""
     seen = []

@@ -219,7 +219,8 @@ def square(
 
     The squares shrink by a schedule for 10,000 queries. `rescale_schedule` stretches it over `queries`, as
     the authors of Square and the `sound` protocol do; without it 5,000 queries end at squares of 3 x 3
-    pixels on 32 x 32 images, not of one: AutoAttack's "standard" (its `resc_schedule=False`).
+    pixels on 32 x 32 images, not of one, and none reaches the last row or column: AutoAttack's "standard"
+    (its `resc_schedule=False`), which breaks a little less.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)

@@ -54,7 +54,8 @@ def sides(queries: int, shape: tuple[int, ...], smallest: int, odd: bool, rescal
 class Square(Attack):
     """One forward pass per update; `steps` is the number of queries. Images [H, W, C] only.
 
-    `rescale`: see `sides`.
+    `rescale`: see `sides`. Without it squares lie where AutoAttack's do as well: never in the last row or
+    column.
     """
 
     steps: int = struct.field(pytree_node=False)
@@ -91,6 +92,14 @@ class Square(Attack):
         candidate = jnp.where(over(fooled, work.x), state.candidate, proposed)
         return SquareState(candidate, fooled, best, jnp.where(better, value, state.best_value))
 
+    def _corner(self, key, side, height, width):
+        """(row, column) where a square of this side begins."""
+        row_key, column_key = jax.random.split(key)
+        rows, columns = height - side + 1, width - side + 1  # that there are
+        if not self.rescale:
+            rows, columns = jnp.maximum(rows - 1, 1), jnp.maximum(columns - 1, 1)
+        return jax.random.randint(row_key, (), 0, rows), jax.random.randint(column_key, (), 0, columns)
+
     def _square(self, key, best, x, step):
         """One square at +-eps per channel, whatever stood there."""
         height, width, channels = x.shape
@@ -98,7 +107,7 @@ class Square(Attack):
         side = jnp.asarray(sides(self.steps, x.shape, 1, False, self.rescale))[
             jnp.minimum(step, self.steps - 1)
         ]
-        window = _window(place_key, side, height, width)
+        window = _box(*self._corner(place_key, side, height, width), side, height, width)
         signs = jax.random.rademacher(sign_key, (1, 1, channels), jnp.float32)
         delta = jnp.where(window, best - x + 2 * self.eps * signs, best - x)
         return x + jnp.clip(delta, -jnp.asarray(self.eps), self.eps)
@@ -111,9 +120,9 @@ class Square(Attack):
         kinds, which = np.unique(table, return_inverse=True)
         step = jnp.minimum(step, self.steps - 1)
         side = jnp.asarray(table)[step]
-        row, column = _corner(first_key, side, height, width)
+        row, column = self._corner(first_key, side, height, width)
         first = _box(row, column, side, height, width)
-        second = _window(second_key, side, height, width)
+        second = _box(*self._corner(second_key, side, height, width), side, height, width)
         bump = jnp.asarray(np.stack([_bump(s, height, width) for s in kinds]))[jnp.asarray(which)[step]]
         bump = jnp.where(jax.random.bernoulli(turn_key), bump, _turned(bump, height, width))
         bump = jnp.roll(jnp.roll(bump, row, 0), column, 1)[:, :, None]
@@ -138,20 +147,10 @@ def _fold(keys, step):
     return jax.vmap(jax.random.fold_in)(keys, step)
 
 
-def _corner(key, side, height, width):
-    row_key, column_key = jax.random.split(key)
-    row = jax.random.randint(row_key, (), 0, height - side + 1)
-    return row, jax.random.randint(column_key, (), 0, width - side + 1)
-
-
 def _box(row, column, side, height, width):
     """Bool [H, W, 1]."""
     rows, columns = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
     return (rows >= row) & (rows < row + side) & (columns >= column) & (columns < column + side)
-
-
-def _window(key, side, height, width):
-    return _box(*_corner(key, side, height, width), side, height, width)
 
 
 def _pyramid(rows: int, columns: int) -> np.ndarray:
