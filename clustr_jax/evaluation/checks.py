@@ -21,6 +21,7 @@ from clustr_jax.attacks.pgd import as_partial, pgd
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.clusters import Clusters
 from clustr_jax.evaluation.sound_protocol import pgd_attack
+from clustr_jax.runtime import streams
 from clustr_jax.storage import loading, results
 
 PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
@@ -60,7 +61,7 @@ def run(key, clf, examples, config, sound: dict, outcomes: dict, paper: dict | N
     probe = Probe(key, clf, part, config, outcomes["robust"][index])
     checks = [
         *probe.outputs(), *probe.gradients(), *probe.precision(), *probe.scales(), *probe.effort(),
-        *probe.black_box(), toy(jax.random.fold_in(key, 99)),
+        *probe.black_box(), toy(jax.random.fold_in(key, streams.Checks.KNOWN_ANSWER)),
         *from_result(sound, outcomes, paper),
         certificates(sound, outcomes, radius, int(np.prod(examples.x.shape[1:]))),
     ]  # fmt: skip

@@ -26,7 +26,8 @@ from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.evaluation.protocols import PAPER_AIM, largest_loss
 from clustr_jax.runtime.errors import UserError
-from clustr_jax.stages import EVALUATE, stage_key
+from clustr_jax.runtime.stage_names import EVALUATE
+from clustr_jax.runtime.streams import stage_key
 from clustr_jax.storage import loading, results
 
 # name -> what it is in the authors' code, and instead.

@@ -25,6 +25,7 @@ from clustr_jax.attacks.square import Square
 from clustr_jax.classifier import Classifier, correct
 from clustr_jax.data import Examples
 from clustr_jax.losses import margin
+from clustr_jax.runtime import streams
 from clustr_jax.storage import loading, results
 
 # Of a two-stage attack, the part that only runs away from the own cluster.
@@ -43,7 +44,7 @@ class Plan:
     attack: scheduler.Attack
     restarts: int = 1
     targets: str | None = None
-    number: int = 0  # of its stream of randomness
+    number: int = 0  # of its stream (runtime.streams)
 
 
 def plans(clf: Classifier, config, *, eps: float, shape: tuple[int, ...]) -> list[Plan]:
@@ -202,7 +203,9 @@ def run_sound(key, clf, examples, config, report, records=None) -> tuple[dict, d
             curves[plan.name] = _curves(outcome, right, plan)
     for name, source in transfer_sources(clf, config).items():
         started = time.perf_counter()
-        survivors[name] = transfer(jax.random.fold_in(key, 100), source, clf, examples, right, config)
+        survivors[name] = transfer(
+            jax.random.fold_in(key, streams.Evaluation.TRANSFER), source, clf, examples, right, config
+        )
         attacks[name] = {"wall_seconds": time.perf_counter() - started}
 
     for name, survived in survivors.items():
@@ -278,7 +281,7 @@ class Sweep:
                 eps=jnp.float32(eps), steps=self.config.eval.apgd_steps, norm="linf", bounds=self.clf.bounds,
                 aim=aims.among(aims.margin, options),
             )  # fmt: skip
-            plan = Plan(f"apgd-margin-{eps:.6f}", attack, number=50)
+            plan = Plan(f"apgd-margin-{eps:.6f}", attack, number=streams.Evaluation.SWEEP)
             outcome, _ = execute(
                 plan, self.key, self.clf, self.examples, alive, self.config,
                 lambda a, what: self.report(a, f"sound, {what}"), self.records,

@@ -20,8 +20,9 @@ from clustr_jax import data
 from clustr_jax.report import compare, looks, page
 from clustr_jax.report.page import Looks, Report
 from clustr_jax.report.record import VERSION, Record, read
-from clustr_jax.runtime import mesh
+from clustr_jax.runtime import mesh, streams
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.stage_names import TRAIN
 from clustr_jax.storage import loading
 from clustr_jax.storage.files import write_bytes
 
@@ -53,13 +54,13 @@ def look(record: Record, key: jax.Array, splits: tuple[data.Split, data.Split, d
         return Looks(parameters=count, reasons={"embeddings": why, "gallery": why})
     if len(test.images.shape) != 4:
         reasons["gallery"] = f"{config.data.name} has points, not images"
-    elif "2_train" not in stages:
-        reasons["gallery"] = "2_train is not finished"
+    elif TRAIN not in stages:
+        reasons["gallery"] = f"{TRAIN} is not finished"
     victims = []
     if not reasons:  # of the images that were attacked, if any were
         attacked = record.outcomes("sound")["ids"] if "sound" in record.results else np.arange(len(test))
-        victims = looks.gallery(jax.random.fold_in(key, 0), last, config, test, attacked)
-    planes = looks.embeddings(jax.random.fold_in(key, 1), stages, config, train, test)
+        victims = looks.gallery(jax.random.fold_in(key, streams.Report.GALLERY), last, config, test, attacked)
+    planes = looks.embeddings(jax.random.fold_in(key, streams.Report.EMBEDDINGS), stages, config, train, test)
     return Looks(planes, victims, count, (len(train), len(held_out), len(test)), reasons)
 
 

@@ -15,6 +15,7 @@ from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.classifier import Classifier
 from clustr_jax.evaluation.sound_protocol import pgd_attack
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.stage_names import TRAIN
 
 # Test images in the plane, training images that clusters are fitted to where the network has none.
 _POINTS, _FITTED = 600, 2000
@@ -163,9 +164,9 @@ def _first_clusters(key, clf, config, train):
         fitted = clusters.fit(key, z, y, num_classes=train.num_classes, k=k, max_iter=config.magnet.max_iter)
         source = f"k-means++ on {size:,} training images"
         if config.magnet.fit == "linear_head":
-            source += " (2_train starts from the linear head's instead)"
+            source += f" ({TRAIN} starts from the linear head's instead)"
         else:
-            source += ", as at the start of 2_train"
+            source += f", as at the start of {TRAIN}"
     except UserError:  # of so few images a class has fewer than k
         fitted = clusters.fit(key, z, y, num_classes=train.num_classes, k=1)
         source = f"one cluster per class, fitted to {size:,} training images"

@@ -16,8 +16,10 @@ from clustr_jax.runtime import mesh, processes
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.profiling import Profiler
 from clustr_jax.runtime.progress import Progress
+from clustr_jax.runtime.stage_names import CERTIFY, EVALUATE, REPORT, STAGES, TRAIN, WARMUP
+from clustr_jax.runtime.streams import stage_key
 from clustr_jax.stages import evaluation, reporting, training
-from clustr_jax.stages.context import CERTIFY, EVALUATE, REPORT, STAGES, TRAIN, WARMUP, Run, stage_key
+from clustr_jax.stages.context import Run
 from clustr_jax.storage import loading, results
 from clustr_jax.storage.workdir import Workdir
 from clustr_jax.training import train

@@ -7,16 +7,13 @@ import numpy as np
 
 from clustr_jax import data
 from clustr_jax.evaluation import certificates, checks, protocols
-from clustr_jax.runtime import mesh, preemption, processes
+from clustr_jax.runtime import mesh, preemption, processes, streams
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.progress import duration
-from clustr_jax.stages.context import CERTIFY, EVALUATE, TRAIN, Run
+from clustr_jax.runtime.stage_names import CERTIFY, EVALUATE, TRAIN
+from clustr_jax.stages.context import Run
 from clustr_jax.storage import loading, results
 from clustr_jax.storage.workdir import config_dict
-
-# The stream of the checks: apart from those of the attacks (`sound.Plan.number`), whose starts they must not
-# try again.
-_DIAGNOSTICS = 1000
 
 
 def run(this: Run) -> None:
@@ -127,7 +124,7 @@ def diagnose(this: Run) -> None:
     radius = None
     if certain is not None and certain.get("network_sha") == network and this.test_split.bounds is not None:
         radius = results.load_outcomes(folder, "certified")[f"radius_{certain['rule']}"][outcomes["ids"]]
-    key = jax.random.fold_in(this.key(EVALUATE), _DIAGNOSTICS)
+    key = jax.random.fold_in(this.key(EVALUATE), streams.Evaluation.CHECKS)
     found = checks.run(key, clf, examples, config, sound, outcomes, paper, radius)
     shared = ("dataset", "subset", "n", "method", "eps", "clean", "robust", "attack", "seed", "versions")
     content = {name: sound[name] for name in shared} | checks.as_result(sound, found, paper)

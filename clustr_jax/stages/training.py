@@ -9,10 +9,11 @@ import numpy as np
 from clustr_jax import data, models
 from clustr_jax.attacks import pgd
 from clustr_jax.classifier import Classifier, correct
-from clustr_jax.runtime import mesh, preemption, processes
+from clustr_jax.runtime import mesh, preemption, processes, streams
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.progress import duration
-from clustr_jax.stages.context import WARMUP, Run
+from clustr_jax.runtime.stage_names import WARMUP
+from clustr_jax.stages.context import Run
 from clustr_jax.storage import loading, results
 from clustr_jax.storage.checkpoints import Checkpoints
 from clustr_jax.storage.files import write_json
@@ -83,7 +84,7 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
         progress.line(f"{stage}: resuming after {int(state.step)} steps")
         return state
     first = METHODS[config.method].warmup is None or stage == WARMUP
-    fresh = this.net.init(jax.random.fold_in(key, 0))
+    fresh = this.net.init(jax.random.fold_in(key, streams.Training.INITIAL))
     this.workdir.rewind(stage, -1)  # records of a run that was killed before its first checkpoint
     if first and config.init_from:
         progress.line(f"{stage}: starting from {config.init_from}")
@@ -223,7 +224,7 @@ def _monitor(this, clf, key):
     index = data.stratified(labels, min(len(labels), 256), this.val_split.num_classes)
     x, y = this.val_split.pixels(index), labels[index]
     eps = this.config.train.attack.eps
-    found, key = {}, jax.random.fold_in(key, train.MONITOR)
+    found, key = {}, jax.random.fold_in(key, streams.Training.MONITOR)
     for name, steps, step_size in (("single_step", 1, 1.25 * eps), ("multi_step", 10, eps / 4)):
         try:
             x_adv = pgd(key, clf.logits, x, y, eps=eps, step_size=step_size, steps=steps, bounds=clf.bounds)

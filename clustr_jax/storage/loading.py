@@ -11,6 +11,7 @@ from clustr_jax import data, models
 from clustr_jax.classifier import Classifier
 from clustr_jax.models import Net
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.stage_names import TRAIN, WARMUP
 from clustr_jax.storage import safetensors_file
 from clustr_jax.storage.checkpoints import Checkpoints
 from clustr_jax.storage.files import read_json
@@ -79,7 +80,7 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
     config = ConfigDict(read_config(stage.parent))
     done = read_json(stage / "done.json")
     method = METHODS[config.method]
-    if stage.name != "2_train":
+    if stage.name != TRAIN:
         assert method.warmup is not None  # else there is no such stage
         method = METHODS[method.warmup]
     own = method.head
@@ -183,9 +184,9 @@ def read_config(workdir: pathlib.Path) -> dict:
 def find_stage(path: str | pathlib.Path) -> pathlib.Path:
     """The folder of a finished stage: the path itself, or the newest one in it; UserError without one."""
     path = pathlib.Path(path).expanduser().resolve()
-    for folder in (path, path / "2_train", path / "1_warmup"):
+    for folder in (path, path / TRAIN, path / WARMUP):
         if (folder / "done.json").exists():
             return folder
     raise UserError(
-        f"no finished stage in {path}; expected a work directory of run.py, or its 1_warmup or 2_train"
+        f"no finished stage in {path}; expected a work directory of run.py, or its {WARMUP} or {TRAIN}"
     )

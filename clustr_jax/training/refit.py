@@ -8,7 +8,7 @@ from clustr_jax import clusters as clusters_lib
 from clustr_jax import models
 from clustr_jax.clusters import Clusters
 from clustr_jax.models import Net
-from clustr_jax.runtime import mesh
+from clustr_jax.runtime import mesh, streams
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.training import sampling, train
 from clustr_jax.training.train import Trainer, TrainSet, TrainState
@@ -58,7 +58,7 @@ def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> Trai
     """Cluster the training set by the network as it is now; examples keep their last seen losses."""
     fidelity = trainer.config.fidelity
     first = state.sampler is None
-    key = jax.random.fold_in(jax.random.fold_in(key, train.REFIT), state.step)
+    key = jax.random.fold_in(jax.random.fold_in(key, streams.Training.REFIT), state.step)
     fit_key, images_key, variance_key, average_key = jax.random.split(key, 4)
     augmented = images_key if fidelity.cluster_images == "augmented" else None
     train_mode = first and fidelity.first_clusters == "train"

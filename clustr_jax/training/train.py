@@ -14,15 +14,12 @@ from ml_collections import ConfigDict
 from clustr_jax import data
 from clustr_jax.clusters import Clusters
 from clustr_jax.models import Net
-from clustr_jax.runtime import mesh
+from clustr_jax.runtime import mesh, streams
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.training import sampling
 from clustr_jax.training.objectives import Batch, Method, box, shares_clean
 from clustr_jax.training.sampling import Sampler
 
-# Steps, permutations, k-means++ seeds (refit.py) and the monitor draw from separate streams of the stage's
-# key; the first parameters are drawn from that of the steps, which fold their number into it.
-_STEPS, _ORDER, REFIT, MONITOR = 0, 1, 2, 3
 # Beside the metrics of an epoch where recipe.nonfinite is "skip": how many steps were.
 SKIPPED = "skipped"
 
@@ -235,7 +232,7 @@ def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
 
     x_adv can be a function of the clean outputs (`objectives.shares_clean`).
     """
-    key = jax.random.fold_in(key, _STEPS)
+    key = jax.random.fold_in(key, streams.Training.STEPS)
     draw_key, attack_key = jax.random.split(jax.random.fold_in(key, state.step // trainer.replays))
     batch, ids = draw_batch(trainer, state, train_set, order, draw_key)
     x_adv, stats = None, state.batch_stats
@@ -393,5 +390,5 @@ def run_steps(trainer: Trainer, state: TrainState, train_set: TrainSet, order, k
 @jax.jit(static_argnums=1)
 def epoch_order(key, size: int, epoch) -> Int[Array, "N"]:
     """The permutation of the training set in this epoch."""
-    key = jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch)
+    key = jax.random.fold_in(jax.random.fold_in(key, streams.Training.ORDER), epoch)
     return jax.random.permutation(key, size).astype(jnp.int32)
