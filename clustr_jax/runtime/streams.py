@@ -1,6 +1,6 @@
 """Every stream of randomness that is told from others by a number: which key is folded with what.
 
-A stream is `jax.random.fold_in(key, number)`. A run's key is that of its seed, a stage's is the run's with the
+A stream is `jax.random.fold_in(key, number)`. A run's key is of its seed, a stage's is the run's with the
 place of the stage, and the numbers below are folded into a stage's key. Of an attack, (example, restart) has
 fold_in(fold_in(key, id), restart). A number that changes changes every result.
 """
