@@ -58,7 +58,7 @@ def ours(args):
     key = jax.random.key(0)
     state = mesh.place(train.create(trainer, net.init(key)))
     state = refit.refit(trainer, state, train_set, key)
-    state = train.reset_totals(trainer, state, train_set, key)
+    state = train.with_totals(trainer, state, train_set, key)
     order = train.epoch_order(key, args.n, 0)
 
     def epoch():

@@ -55,7 +55,7 @@ def epoch(n, k, samples):
     trainer = train.Trainer(net, METHODS["clustr_qtrades"], config, config.train, n)
     key = jax.random.key(0)
     state = refit.refit(trainer, train.create(trainer, net.init(key)), train_set, key)
-    state = train.reset_totals(trainer, state, train_set, key)
+    state = train.with_totals(trainer, state, train_set, key)
     order = train.epoch_order(key, n, 0)
 
     def once():

@@ -145,7 +145,7 @@ class Problem(Stage):
     def run(self, count, state=None):
         """`count` steps, as in a run."""
         state = self.state if state is None else state
-        state = train.reset_totals(self.trainer, state, self.train_set, jax.random.key(7))
+        state = train.with_totals(self.trainer, state, self.train_set, jax.random.key(7))
         key = jax.random.clone(self.key)
         return train.run_steps(self.trainer, state, self.train_set, self.order, key, count)
 

@@ -64,7 +64,7 @@ def trained(devices, trainer, variables, train_set, *, folder=None, steps=STEPS)
         state = train.create(trainer, variables)
         if trainer.magnet:
             state = refit.refit(trainer, mesh.place(state), train_set, key)
-        state = mesh.place(train.reset_totals(trainer, state, train_set, key))
+        state = mesh.place(train.with_totals(trainer, state, train_set, key))
         order = train.epoch_order(key, SIZE, 0)
         compiled = train.run_steps.lower(trainer, state, train_set, order, key, steps).compile()
         state = train.run_steps(trainer, state, train_set, order, key, steps)

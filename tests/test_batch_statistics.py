@@ -85,7 +85,7 @@ def trained(method, rng, **changes):
     saved = []
     checkpoints = types.SimpleNamespace(directory="", save=lambda *what: saved.append(what))
     run = stages.Run(p.trainer.config, workdir, silent, net, train_split, train_split, test_split)
-    state = train.reset_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
+    state = train.with_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
     training._epochs(run, stages.TRAIN, p.trainer, checkpoints, state, p.train_set, jax.random.key(5))
     return saved, p, test
 

@@ -21,9 +21,6 @@ from clustr_jax.storage import loading
 from clustr_jax.training import objectives, train
 from marks import in_ci
 
-# ml_collections loads the config file in a way that Python 3.11 calls outdated.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 # config -> (shape of an example, classes, size of the train split as published)
 DATA = {

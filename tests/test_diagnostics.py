@@ -1,4 +1,4 @@
-"""The twenty checks: each passes on a small healthy classifier and notices one that is built to violate it.
+"""The twenty-one checks: each passes on a small healthy classifier and notices one that is built to violate it.
 
 The healthy one has linear features and a nearest-centroid head, whose robust examples are known exactly.
 """
@@ -111,7 +111,7 @@ def test_all_checks_of_a_healthy_classifier():
     paper = {"robust": 1.0, "successes_lost_by_max_loss_rule": 2}
     listed = checks.run(jax.random.key(1), clf, examples, config, result, outcomes, paper, radius)
     numbers = [check.number for check in listed]
-    assert numbers == sorted(numbers) and set(numbers) == set(range(1, 21))
+    assert numbers == sorted(numbers) and set(numbers) == set(range(1, 22))
     assert not [check for check in listed if check.status == FAIL], listed
     assert "(no check failed" in checks.verdict(result, listed)
     found = json.loads(json.dumps(checks.as_result(result, listed, paper)))
@@ -267,7 +267,7 @@ def test_no_image_is_right():
     clf, examples, config, _ = problem()
     outcomes = {"clean": np.zeros(N, bool), "robust": np.zeros(N, bool)}
     listed = checks.run(jax.random.key(0), clf, examples, config, {}, outcomes, None)
-    assert [check.number for check in listed] == list(range(1, 21))
+    assert [check.number for check in listed] == list(range(1, 22))
     assert all(check.status == SKIP for check in listed)
 
 

@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 from clustr_jax import attacks, certify, lipschitz, losses
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
+from clustr_jax.runtime import canary
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.storage import results
 
@@ -90,6 +91,7 @@ def run(key, clf: Classifier, x, y, examples: Examples, config, report) -> tuple
     `violations` counts attacked images that were broken within their certified radius: anything but 0
     is a bug, and raises.
     """
+    canary.check()
     started = time.perf_counter()
     settings = config.certify
     constant = bounds(clf, x)

@@ -1,6 +1,6 @@
-"""Can the sound protocol's number be believed? Twenty checks (PASS, WARN, FAIL or SKIP) and one verdict.
+"""Can the sound protocol's number be believed? Twenty-one checks (PASS, WARN, FAIL or SKIP) and one verdict.
 
-The numbering is that of soundness checklists: Carlini et al. 2019, Athalye et al. 2018, Tramer et al. 2020,
+The numbering up to 20 is that of soundness checklists: Carlini et al. 2019, Athalye et al. 2018, Tramer et al. 2020,
 Pintor et al. 2022 and AutoAttack's own flags. The figure is an upper bound in any case; a failed check
 does not change it, but is a reason to expect the truth well below.
 """
@@ -21,7 +21,7 @@ from clustr_jax.attacks.pgd import as_partial, pgd
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.clusters import Clusters
 from clustr_jax.evaluation.sound_protocol import pgd_attack
-from clustr_jax.runtime import streams
+from clustr_jax.runtime import canary, streams
 from clustr_jax.storage import loading, results
 
 PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
@@ -55,13 +55,13 @@ def run(key, clf, examples, config, sound: dict, outcomes: dict, paper: dict | N
     # in any order but their own: image folders are stored class by class
     index = np.random.default_rng(0).permutation(np.flatnonzero(outcomes["clean"]))[:_IMAGES]
     if not len(index):  # nothing to attack: nothing to check either
-        names = {number: "no image is classified correctly" for number in range(1, 21)}
+        names = dict.fromkeys(range(1, 22), "no image is classified correctly")
         return [Check(number, name, SKIP, None, "") for number, name in names.items()]
     part = examples.take(index)
     probe = Probe(key, clf, part, config, outcomes["robust"][index])
     checks = [
         *probe.outputs(), *probe.gradients(), *probe.precision(), *probe.scales(), *probe.effort(),
-        *probe.black_box(), toy(jax.random.fold_in(key, streams.Checks.KNOWN_ANSWER)),
+        *probe.black_box(), toy(jax.random.fold_in(key, streams.Checks.KNOWN_ANSWER)), compiler(),
         *from_result(sound, outcomes, paper),
         certificates(sound, outcomes, radius, int(np.prod(examples.x.shape[1:]))),
     ]  # fmt: skip
@@ -315,6 +315,14 @@ def toy(key) -> Check:
     outcome = scheduler.run(attack, key, model, x, y, targets=targets)
     wrong = int(np.sum(outcome.broken == exact))
     return Check(17, "known answer (linear features): mistakes", _status(wrong == 0), wrong, "0 of 100")
+
+
+def compiler() -> Check:
+    """21: the compiler computes right numbers; a wrong one has ended the program before this."""
+    answer = canary.check()
+    note = f"{answer.programs} programs of {answer.patterns} kinds against NumPy in float64"
+    limit = f"<= {canary.TOLERANCE:g}"
+    return Check(21, "error of programs whose answers are known", PASS, answer.worst, limit, note)
 
 
 def _nearest_centroid(clusters, x):

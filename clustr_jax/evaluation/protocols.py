@@ -17,6 +17,7 @@ from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
 from clustr_jax.evaluation import sound_protocol
+from clustr_jax.runtime import canary
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.storage import loading, results
 
@@ -109,6 +110,7 @@ def run_clean(clf, x, y) -> tuple[dict, dict, float]:
     `predicted` and `labelled` are each class's share of the predictions and of the labels: a network that
     says one class only is "robust" on that class's share of the images.
     """
+    canary.check()
     started = time.perf_counter()
     predictions = np.asarray(clf.predict(x))
     right = predictions == y
@@ -213,6 +215,7 @@ def run(
     name: str, key, clf: Classifier, examples: Examples, config, report, records=None
 ) -> tuple[dict, dict, float]:
     """(result, per-example outcomes, seconds) of one protocol; `records` lets an interrupted one go on."""
+    canary.check()
     started = time.perf_counter()
     result, outcomes = RUNNERS[name](key, clf, examples, config, report, records)
     outcomes |= {"ids": examples.ids, "y": examples.y}

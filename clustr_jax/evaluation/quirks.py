@@ -25,6 +25,7 @@ from clustr_jax.attacks import aims, scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.evaluation.protocols import PAPER_AIM, largest_loss
+from clustr_jax.runtime import canary
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.stage_names import EVALUATE
 from clustr_jax.runtime.streams import stage_key
@@ -109,6 +110,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     console = Console()
     try:
+        canary.check()
         clf = loading.load(args.workdir)
         network = loading.digest(clf)
         if clf.clusters is None:

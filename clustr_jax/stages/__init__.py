@@ -12,7 +12,7 @@ from rich.console import Console
 
 from clustr_jax import data, settings
 from clustr_jax.evaluation import certificates, protocols
-from clustr_jax.runtime import mesh, processes
+from clustr_jax.runtime import canary, mesh, processes
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.profiling import Profiler
 from clustr_jax.runtime.progress import Progress
@@ -69,6 +69,7 @@ def run(
     seen = {"data": data.digest(*splits)}
     if source is not None:
         seen["pretrain"] = data.digest(source.train_split, source.val_split, source.test_split)
+    canary.check()  # before anything is computed that somebody may believe
     with mesh.over(devices), place.locked(progress.line), progress:
         place.open(config, command, seen)
         profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)

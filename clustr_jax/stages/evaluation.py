@@ -119,7 +119,7 @@ def diagnose(this: Run) -> None:
         this.progress.line("evaluate: diagnostics were done before")
         return
     started = time.monotonic()
-    this.progress.status("evaluate  diagnostics: twenty checks")
+    this.progress.status("evaluate  diagnostics: twenty-one checks")
     outcomes = results.load_outcomes(folder, "sound")
     radius = None
     if certain is not None and certain.get("network_sha") == network and this.test_split.bounds is not None:

@@ -104,7 +104,7 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
     if trainer.magnet:
         progress.status(f"{stage}: first k-means++ on the network's own embeddings")
         state = refit.refit(trainer, state, train_set, key)
-    return train.reset_totals(trainer, state, train_set, key)
+    return train.with_totals(trainer, state, train_set, key)
 
 
 def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
@@ -167,7 +167,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             "epoch_seconds": time.monotonic() - started, "images_per_second": speed,
         }  # fmt: skip
         this.workdir.log(record)
-        state = train.reset_totals(trainer, state, train_set, key)
+        state = train.reset_totals(state)
         # while the adversary's radius still grows, accuracy says how small it is, and no model is the best
         checkpoints.save(state, val if train.strength(trainer, step - 1) >= 1 else None)
         saved = time.monotonic()

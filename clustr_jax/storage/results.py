@@ -26,7 +26,7 @@ from clustr_jax.storage.files import read_json, write_json
 # Meaning of the protocols; bumped when it changes, and versions never share a table.
 PROTOCOLS = {
     "clean": "clean-1", "paper": "paper-1", "sound": "sound-2", "quick": "quick-1",
-    "diagnostics": "diagnostics-3", "certified": "certified-2",
+    "diagnostics": "diagnostics-4", "certified": "certified-2",
 }  # fmt: skip
 # Arrays of an Outcome that are kept; images are not.
 _OUTCOME = ("broken", "restart", "step", "spent", "unconfirmed")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
-from ml_collections import ConfigDict
+from ml_collections import FrozenConfigDict
 
 from clustr_jax import data
 from clustr_jax.clusters import Clusters
@@ -96,15 +96,19 @@ def optimizer(recipe, steps_per_epoch: int) -> tuple[optax.GradientTransformatio
     return transform, rate
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Trainer:
-    """What is fixed in a stage. Compiled functions take it as a static argument (hashed by identity)."""
+    """What is fixed in a stage. Compiled functions take it as a static argument, hashed by value."""
 
     net: Net
     method: Method
-    config: ConfigDict
-    recipe: ConfigDict  # config.warmup or config.train
+    config: FrozenConfigDict
+    recipe: FrozenConfigDict  # config.warmup or config.train
     size: int  # of the training set
+
+    def __post_init__(self):
+        for name in ("config", "recipe"):  # what can change has no value to hash by
+            object.__setattr__(self, name, FrozenConfigDict(getattr(self, name)))
 
     @property
     def magnet(self) -> bool:
@@ -194,7 +198,7 @@ def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key) -> TrainS
             ),
             average_clusters=clusters if state.average else None,
         )
-    return reset_totals(trainer, state, train_set, key)
+    return with_totals(trainer, state, train_set, key)
 
 
 def draw_batch(
@@ -346,12 +350,37 @@ def worst_weights(gradients, params, gamma: float):
     return jax.tree.map(perturb, gradients, params)
 
 
-def reset_totals(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> TrainState:
-    """Metric sums at zero, under the names that this objective reports."""
+@jax.jit(static_argnums=0, inline=True)
+def _step(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key) -> tuple[TrainState, dict]:
+    """`train_step` of a state without totals: traced once, for `with_totals` as for `run_steps`."""
+    return train_step(trainer, state, train_set, order, key)
+
+
+def with_totals(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> TrainState:
+    """The state with metric sums at zero, under the names that this objective reports."""
+    state = state.replace(totals={})
+    specs = _specs(state)
+    step = mesh.spread(functools.partial(_step, trainer), _inputs(specs), (specs, mesh.SAME))
     order = jax.ShapeDtypeStruct((trainer.size,), jnp.int32)
-    _, metrics = jax.eval_shape(functools.partial(train_step, trainer), state, train_set, order, key)
+    metrics = jax.eval_shape(step, state, train_set, order, key)[1]
     names = (*metrics, SKIPPED) if trainer.recipe.nonfinite == "skip" else tuple(metrics)
     return state.replace(totals={name: jnp.zeros(()) for name in names})
+
+
+def reset_totals(state: TrainState) -> TrainState:
+    """For the next epoch: the sums of this one at zero."""
+    return state.replace(totals=jax.tree.map(jnp.zeros_like, state.totals))
+
+
+def _specs(state: TrainState) -> TrainState:
+    """What of a state each device has to itself: its rows of Free AT's perturbation."""
+    specs = jax.tree.map(lambda _: mesh.SAME, state)
+    return specs.replace(delta=None if state.delta is None else mesh.ROWS)
+
+
+def _inputs(specs: TrainState) -> tuple:
+    """The state, and train set, order, key (and count) that every device has."""
+    return specs, mesh.SAME, mesh.SAME, mesh.SAME
 
 
 @jax.jit(static_argnums=0)
@@ -367,7 +396,7 @@ def run_steps(trainer: Trainer, state: TrainState, train_set: TrainSet, order, k
 
         def body(carry):
             before, _ = carry
-            after, metrics = train_step(trainer, before, train_set, order, key)
+            after, metrics = _step(trainer, before.replace(totals={}), train_set, order, key)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
             totals = {name: before.totals[name] + value for name, value in metrics.items()}
             if skip:
@@ -381,10 +410,8 @@ def run_steps(trainer: Trainer, state: TrainState, train_set: TrainSet, order, k
 
         return jax.lax.while_loop(lambda c: (c[0].step < end) & c[1], body, (state, jnp.array(True)))[0]
 
-    specs = jax.tree.map(lambda _: mesh.SAME, state)
-    specs = specs.replace(delta=None if state.delta is None else mesh.ROWS)
-    inputs = (specs, mesh.SAME, mesh.SAME, mesh.SAME, mesh.SAME)
-    return mesh.spread(steps, inputs, specs)(state, train_set, order, key, count)
+    specs = _specs(state)
+    return mesh.spread(steps, (*_inputs(specs), mesh.SAME), specs)(state, train_set, order, key, count)
 
 
 @jax.jit(static_argnums=1)
