@@ -9,8 +9,8 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "clustr_jax"
 # From the ground up. An import may only go down; those of a file that lies flat are a room of their own.
 ROOMS = (
-    "runtime", "reference", "losses", "kmeans", "clusters", "certify", "lipschitz", "attacks", "models",
-    "classifier", "data", "training", "storage", "evaluation", "settings", "doors", "report", "stages",
+    "runtime", "reference", "settings", "losses", "kmeans", "clusters", "certify", "lipschitz", "attacks",
+    "models", "classifier", "data", "training", "storage", "evaluation", "doors", "report", "stages",
     "__init__", "prepare", "quirks", "fidelity",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -51,6 +51,13 @@ def test_there_are_no_cycles():
     """Nor within a room."""
     graph = {module(path): imports(path) - {module(path)} for path in FILES}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_configs_stay_at_the_doors(path):
+    """Other rooms take the dataclasses of `settings`."""
+    if module(path).split(".")[0] not in ("settings", "stages"):
+        assert "ml_collections" not in "".join(map(ast.unparse, code(path)))
 
 
 def test_few_things_lie_flat():

@@ -2,13 +2,13 @@
 
 import dataclasses
 import pathlib
-from types import SimpleNamespace
 
 import numpy as np
 
 from clustr_jax.data import label
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.stage_names import TRAINING
+from clustr_jax.settings import DataSettings
 from clustr_jax.storage import results
 from clustr_jax.storage.files import read_json
 from clustr_jax.storage.loading import find_stage, read_config
@@ -35,7 +35,7 @@ class Record:
     @property
     def data(self) -> str:
         """What the data set is called: "digits", or an own set's folder."""
-        return label(SimpleNamespace(**self.config["data"]))
+        return label(DataSettings.of(self.config["data"]))
 
     @property
     def title(self) -> str:

@@ -8,6 +8,7 @@ from clustr_jax.report import tables
 from clustr_jax.report.record import Record
 from clustr_jax.report.tables import Cell, cell
 from clustr_jax.runtime.stage_names import TRAIN, WARMUP
+from clustr_jax.settings import DataSettings
 from clustr_jax.storage import results
 from clustr_jax.training.objectives import METHODS
 
@@ -71,7 +72,7 @@ def verdict(record: Record) -> Verdict:
 
 
 def _images(record):
-    return not record.config["data"]["name"].startswith("toy2d")
+    return DataSettings.of(record.config["data"]).bounds is not None
 
 
 def _no_better(record):

@@ -8,6 +8,7 @@ from clustr_jax import data, models
 from clustr_jax.runtime.profiling import Profiler
 from clustr_jax.runtime.progress import Progress
 from clustr_jax.runtime.streams import stage_key
+from clustr_jax.settings import Settings
 from clustr_jax.storage.workdir import Workdir
 
 
@@ -15,7 +16,8 @@ from clustr_jax.storage.workdir import Workdir
 class Run:
     """What every stage needs."""
 
-    config: ConfigDict
+    config: ConfigDict  # as it is kept in config.json
+    settings: Settings  # the same, typed
     workdir: Workdir
     progress: Progress
     net: models.Net
@@ -27,4 +29,4 @@ class Run:
 
     def key(self, stage: str):
         """A stream of randomness for each stage."""
-        return stage_key(self.config.seed, stage)
+        return stage_key(self.settings.seed, stage)
