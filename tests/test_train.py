@@ -633,7 +633,7 @@ def test_mean_counts_the_unmasked(rng):
 @pytest.mark.parametrize("method", ["nominal", "free_at", "trades", "clustr_qtrades"])
 @pytest.mark.parametrize("sampler", ["floor", "stale"])
 def test_three_epochs_trace_a_step_once(method, sampler, rng, monkeypatch):
-    """Every kind of sampler: the names of the metrics and the loop share one trace, later epochs need none."""
+    """Every kind of sampler: the metrics' names and the loop share one trace, later epochs need none."""
     traces, original = [], train.train_step
     monkeypatch.setattr(train, "train_step", lambda *a: traces.append(1) or original(*a))
     changes = {"train.batch_size": 8, "train.lr": 0.0123, "fidelity.sampler": sampler}

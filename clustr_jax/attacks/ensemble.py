@@ -9,6 +9,7 @@ one compilation per attack and shapes. Where an image is not broken they return 
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def build(
     name: str, *, eps, norm="linf", bounds=(0.0, 1.0), steps=STEPS, queries=QUERIES, restarts=1
 ) -> scheduler.Attack:
     """An attack of the ensemble by name: apgd-ce, apgd-dlr, apgd-t, fab-t or square."""
-    common = dict(eps=jnp.float32(eps), norm=norm, bounds=bounds)
+    common: dict[str, Any] = dict(eps=jnp.float32(eps), norm=norm, bounds=bounds)
     if name == "square":
         return Square(steps=queries, **common)
     if name == "fab-t":

@@ -10,6 +10,7 @@ kills. quick-1: margin PGD, cluster PGD and APGD-T with 20 steps, each on what t
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def plans(clf: Classifier, settings: EvalSettings, *, eps: float, shape: tuple[i
     attack, quick = settings.attack, settings.quick
     steps, apgd_steps = (20, 20) if quick else (attack.steps, settings.apgd_steps)
     queries = 200 if quick else settings.queries
-    common = dict(eps=jnp.float32(eps), norm="linf", bounds=clf.bounds)
+    common: dict[str, Any] = dict(eps=jnp.float32(eps), norm="linf", bounds=clf.bounds)
     step_size = jnp.float32(attack.step_size * eps / attack.eps if attack.eps else 0.0)
 
     options = options_of(clf)

@@ -11,6 +11,7 @@ import jax
 from rich.console import Console
 
 from clustr_jax import data
+from clustr_jax.data import remarks
 from clustr_jax.evaluation import certificates, protocols
 from clustr_jax.runtime import canary, mesh, processes
 from clustr_jax.runtime.errors import UserError
@@ -69,6 +70,7 @@ def run(
         known, method, net, splits[0], splits[2], held_out=len(splits[1]), source=images[1],
         devices=len(devices),
     )  # fmt: skip
+    found_in_data = remarks.of(*splits, attacked=known.eval.n)
     seen = {"data": data.digest(*splits)}
     if source is not None:
         seen["pretrain"] = data.digest(source.train_split, source.val_split, source.test_split)
@@ -76,11 +78,17 @@ def run(
     with mesh.over(devices), place.locked(progress.line), progress:
         place.open(config, command, seen)
         profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)
-        this = Run(config, known, place, progress, net, *splits, source=source, profiler=profiler)
+        this = Run(
+            config, known, place, progress, net, *splits,
+            source=source, profiler=profiler, remarks=found_in_data,
+        )  # fmt: skip
         _introduce(this)
         if source is not None:
             source.profiler = profiler
             _introduce_data("pre-training data", source)
+            leaked = remarks.of_pretraining(source.train_split, this.test_split)
+            if leaked:
+                progress.line(f"duplicates: {leaked}")
         for stage in wanted:
             if stage == EVALUATE:
                 evaluation.run(this)
@@ -124,6 +132,7 @@ def _source(config, settings, place, progress, target):
     if images.name == data.OWN:
         raise UserError("pretrain.name cannot be own images; name a prepared set, e.g. cifar100")
     splits = data.splits(images)
+    refusals.check_classes("pretrain", images, splits[0])
     if splits[0].images.shape[1:] != target.images.shape[1:]:
         raise UserError(
             f"pretrain.name={images.name} has inputs of shape {splits[0].images.shape[1:]}, "
@@ -164,6 +173,8 @@ def _introduce(this):
     where = data.label(settings.data)
     progress.line(f"{settings.method} on {where}, {settings.model.name} with {count:,} parameters, {devices}")
     _introduce_data("data", this)
+    for line in this.remarks.lines:
+        progress.line(line)
     names = this.train_split.class_names
     if names:
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

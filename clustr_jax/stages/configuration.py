@@ -25,7 +25,8 @@ _ENTRIES = {
 }  # fmt: skip
 # The network of "auto" up to this side is cnn, whose hidden layer sees every pixel.
 _SMALL = 16
-_CHUNK = 1000  # images turned into float64 at a time
+# Bytes of float64 pixels at a time, whatever the size of the images: 1,000 of 32 x 32 and more.
+_CHUNK_BYTES = 2**25
 _KINDS = {int: "whole numbers", float: "numbers", str: "words in quotes"}
 
 
@@ -88,13 +89,14 @@ def complete(config: ConfigDict, train_split: Split, test_split: Split) -> Confi
 
 def statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) of each channel's pixels in [0, 1], six digits; a channel of one colour has std 1."""
-    total, squares, axes = 0.0, 0.0, tuple(range(split.images.ndim - 1))
-    for start in range(0, len(split), _CHUNK):
-        pixels = split.pixels(slice(start, start + _CHUNK)).astype(np.float64)
-        total, squares = total + pixels.sum(axis=axes), squares + np.square(pixels).sum(axis=axes)
-    count = split.images.size / split.images.shape[-1]
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
+    rows = split.images.reshape(-1, split.images.shape[-1])  # of pixels: one image can be too large
+    total, squares = np.zeros((2, rows.shape[1]))
+    chunk = max(1, _CHUNK_BYTES // (8 * rows.shape[1]))
+    for start in range(0, len(rows), chunk):
+        pixels = (rows[start : start + chunk].astype(np.float32) / np.float32(split.scale)).astype(np.float64)
+        total, squares = total + pixels.sum(axis=0), squares + np.square(pixels).sum(axis=0)
+    mean = total / len(rows)
+    std = np.sqrt(np.maximum(squares / len(rows) - np.square(mean), 0.0))
     std = np.where(std < 1e-6, 1.0, std)
     return tuple(round(float(v), 6) for v in mean), tuple(round(float(v), 6) for v in std)
 

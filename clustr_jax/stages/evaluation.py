@@ -27,6 +27,8 @@ def run(this: Run) -> None:
         if _kept(results.load(folder, name), identity, network):
             progress.line(f"evaluate: {name} was done before")
             continue
+        # what was begun goes on with the same images only
+        record = f"{identity}-{network}-{results.sha(examples.ids.tolist())}"
         started = time.monotonic()
 
         def report(unbroken, what, name=name, started=started):
@@ -41,7 +43,7 @@ def run(this: Run) -> None:
             if test.class_names:
                 result["class_names"] = list(test.class_names)
         else:
-            records = results.Records(folder, f"{identity}-{network}")
+            records = results.Records(folder, record)
             result, outcomes, seconds = protocols.run(
                 name, key, clf, examples, settings.eval, report, records
             )
@@ -54,12 +56,12 @@ def run(this: Run) -> None:
         footer = {
             "head": "linear" if clf.clusters is None else "clusters", "nearest": clf.nearest,
             "seed": settings.seed, "config_sha": identity, "network_sha": network,
-            "versions": results.versions(), "wall_seconds": seconds,
+            "versions": results.versions(), **this.remarks.fields, "wall_seconds": seconds,
         }  # fmt: skip
         for figure in ("clean", "robust"):
             header[f"{figure}_interval"] = results.wilson(round(result[figure] * header["n"]), header["n"])
         results.save(folder, name, {**header, **result, **footer}, outcomes)
-        results.Records(folder, f"{identity}-{network}").clear()
+        results.Records(folder, record).clear()
         most = ""
         if name == "clean":
             top = int(np.argmax(result["predicted"]))
@@ -110,7 +112,7 @@ def diagnose(this: Run) -> None:
     sound, paper, certain = (results.load(folder, name) for name in ("sound", "paper", "certified"))
     if sound is None:
         return
-    clf, examples, network = _under_test(this, EVALUATE)
+    clf, _, network = _under_test(this, EVALUATE)
     if not _kept(sound, _identity(this.config, "sound"), network):
         return
     identity = results.diagnosis_sha(sound, paper, certain)
@@ -123,13 +125,16 @@ def diagnose(this: Run) -> None:
     started = time.monotonic()
     this.progress.status("evaluate  diagnostics: twenty-one checks")
     outcomes = results.load_outcomes(folder, "sound")
+    ids, test = outcomes["ids"], this.test_split  # those that were attacked then
+    examples = data.Examples(test.pixels(ids), test.labels[ids], ids)
     radius = None
     if certain is not None and certain.get("network_sha") == network and this.test_split.bounds is not None:
         radius = results.load_outcomes(folder, "certified")[f"radius_{certain['rule']}"][outcomes["ids"]]
     key = jax.random.fold_in(this.key(EVALUATE), streams.Evaluation.CHECKS)
     found = checks.run(key, clf, examples, this.settings.eval, sound, outcomes, paper, radius)
     shared = ("dataset", "subset", "n", "method", "eps", "clean", "robust", "attack", "seed", "versions")
-    content = {name: sound[name] for name in shared} | checks.as_result(sound, found, paper)
+    content = {name: sound[name] for name in shared} | this.remarks.fields
+    content |= checks.as_result(sound, found, paper)
     seconds = time.monotonic() - started
     content |= {"protocol": results.PROTOCOLS["diagnostics"], "config_sha": identity, "wall_seconds": seconds}
     results.save(folder, "diagnostics", content, {"ids": examples.ids})
@@ -165,7 +170,8 @@ def certify(this: Run) -> None:
         "subset": "; ".join(s.subset for s in (this.train_split, test) if s.subset),
         "n": result.pop("n"), "method": settings.method, "protocol": results.PROTOCOLS["certified"], **result,
         "head": "clusters", "nearest": clf.nearest, "seed": settings.seed, "config_sha": identity,
-        "network_sha": network, "versions": results.versions(), "wall_seconds": seconds,
+        "network_sha": network, "versions": results.versions(), **this.remarks.fields,
+        "wall_seconds": seconds,
     }  # fmt: skip
     results.save(folder, "certified", result, outcomes)
     if processes.leader():

@@ -49,6 +49,7 @@ def check(
     check_model(settings.model)
     for name, recipe in (("warmup", settings.warmup), ("train", settings.recipe)):
         check_recipe(name, recipe)
+    check_classes("data", settings.data, train_split)
     for name, (own, images) in stages.items():
         _check_stage(name, own, images, settings, pretrained=bool(name == "warmup" and source))
     for what, size in _batches(settings, stages, net).items():
@@ -62,6 +63,20 @@ def check(
     check_augment("pretrain", settings.pretrain, points=points and method.source)
     if method.sampler == "magnet":
         _check_clusters(settings.training.magnet, settings.method, method, net, train_split)
+
+
+def check_classes(section: str, settings: DataSettings, train_split: Split) -> None:
+    """UserError where a class has no image to train on, with the setting that decides it."""
+    counts = np.bincount(train_split.labels, minlength=train_split.num_classes)
+    gone = np.flatnonzero(counts == 0)
+    if not len(gone):
+        return
+    more = f" (and {len(gone) - 1} more of {len(counts)} classes)" if len(gone) > 1 else ""
+    setting = f"{section}.train_size={settings.train_size}: raise it to {len(counts)} or more, or 0 for all"
+    remedy = (
+        setting if settings.train_size else f"{section}.val_size={settings.val_size}: lower it, or add some"
+    )
+    raise UserError(f"class {train_split.who(gone[0])} has no training images{more}, with {remedy}")
 
 
 def divisor(
