@@ -1,7 +1,7 @@
 """While tests run, every array annotation of clustr_jax is checked: dtype, rank, and sizes that share a name.
 
 beartype checks the annotations that jaxtyping made; others (float, Callable, ...) are documentation, for a
-traced number is no float. An array of NumPy passes for one of JAX, which takes both. Tests that hand over wrong
+traced number is no float. Arrays of NumPy and of JAX pass for each other. Tests that hand over wrong
 arrays on purpose are marked wrong_arrays. Nothing of this happens to users. To be imported before clustr_jax.
 """
 
@@ -15,10 +15,8 @@ from beartype import beartype
 
 
 def _of_arrays(annotation):
-    """The annotation with NumPy's arrays beside JAX's; None if it is not of arrays at all."""
+    """The annotation for arrays of NumPy and of JAX alike; None if it is not of arrays at all."""
     if isinstance(annotation, type) and issubclass(annotation, jaxtyping.AbstractArray):
-        if annotation.array_type is not jax.Array:
-            return annotation
         return annotation.dtype[jax.Array | np.ndarray | np.generic, annotation.dim_str]
     parts = typing.get_args(annotation)
     found = [_of_arrays(part) for part in parts]
@@ -34,8 +32,11 @@ def _of_arrays(annotation):
 
 
 def arrays_only(what):
-    """beartype for a function, as far as its annotations are of arrays."""
-    if isinstance(what, type):
+    """beartype for a function, as far as its annotations are of arrays.
+
+    Not for a constructor: a pytree is also made of other leaves than arrays (specs, shapes, None).
+    """
+    if isinstance(what, type) or what.__name__ == "__init__":
         return what
     kept = {name: _of_arrays(a) for name, a in getattr(what, "__annotations__", {}).items()}
     what.__annotations__ = {name: a for name, a in kept.items() if a is not None}
