@@ -5,12 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.kmeans import kmeans
 from clustr_jax.losses import MIN_VARIANCE
-from clustr_jax.runtime import mesh
+from clustr_jax.runtime import mesh, struct
 from clustr_jax.runtime.errors import UserError
 
 

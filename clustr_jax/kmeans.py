@@ -9,9 +9,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from clustr_jax.runtime import struct
 
 
 class KMeans(struct.PyTreeNode):

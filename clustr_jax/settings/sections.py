@@ -6,18 +6,24 @@ What a field means stands beside its default in configs/common.py.
 import dataclasses
 import functools
 import typing
-from typing import Any, Self
-
-from ml_collections import ConfigDict
+from typing import Any, Protocol, Self
 
 from clustr_jax.runtime.errors import UserError
+
+
+class Keyed(Protocol):
+    """A ConfigDict, or what JSON holds."""
+
+    def __getitem__(self, name: Any, /) -> Any: ...
+
+    def __contains__(self, name: Any, /) -> bool: ...
 
 
 class Section:
     """A frozen dataclass that can be read from a mapping of its fields' names."""
 
     @classmethod
-    def of(cls, section: ConfigDict | dict[str, Any]) -> Self:
+    def of(cls, section: Keyed) -> Self:
         """From a ConfigDict or from JSON; what is not a field is left where it is.
 
         UserError where a field without a default is missing: the config is not one of a run.
@@ -162,7 +168,7 @@ class TrainingSettings:
     bounds: tuple[float, float] | None  # the box of the pixels
 
     @classmethod
-    def of(cls, config: ConfigDict | dict[str, Any]) -> Self:
+    def of(cls, config: Keyed) -> Self:
         """Of a whole config."""
         return cls(
             config["method"],
@@ -232,7 +238,7 @@ class Settings:
     certify: CertifySettings
 
     @classmethod
-    def of(cls, config: ConfigDict | dict[str, Any]) -> Self:
+    def of(cls, config: Keyed) -> Self:
         """Of a whole config whose switches are spelled out."""
         return cls(
             config["method"], config["variant"], config["seed"], config["smoke"], config["init_from"],

@@ -11,13 +11,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses, models
 from clustr_jax.attacks import pgd
-from clustr_jax.runtime import mesh
+from clustr_jax.runtime import mesh, struct
 from clustr_jax.settings import TrainingSettings
 
 # Log score, below the best class, of a class that owns none of the `train.nearest` clusters: far

@@ -7,13 +7,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jaxtyping import Array, Float, Int
 
 from clustr_jax import data
 from clustr_jax.clusters import Clusters
 from clustr_jax.models import Net
-from clustr_jax.runtime import mesh, streams
+from clustr_jax.runtime import mesh, streams, struct
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import MagnetSettings, Recipe, TrainingSettings
 from clustr_jax.training import sampling
