@@ -31,7 +31,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def check_versions() -> None:
-    """ValueError where the campaign has results of two versions of one protocol (quirks have tables) or of JAX.
+    """ValueError where the campaign has results of two versions of a protocol (quirks have tables) or of JAX.
 
     Between versions of JAX numbers differ by more than rounding: 0.10.2 adds some squares up wrongly on CPU.
     """
