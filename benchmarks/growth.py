@@ -38,7 +38,9 @@ def epoch(n, k, samples):
     import jax
     import jax.numpy as jnp
 
-    from clustr_jax import data, settings
+    from clustr_jax import data
+    from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
+    from clustr_jax.stages import configuration
     from clustr_jax.storage import loading
     from clustr_jax.training import refit, train
     from clustr_jax.training.objectives import METHODS
@@ -47,12 +49,16 @@ def epoch(n, k, samples):
     config = cifar10.get_config("clustr_qtrades")
     config.model.name, config.magnet.k, config.magnet.samples = "resnet8", k, samples
     config.magnet.clusters = 10  # with K = 1 there are no more
-    config = settings.resolve(config)
+    config = configuration.resolve(config)
     images = np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
     labels = (np.arange(n) % 10).astype(np.int32)
-    net = loading.build_net(config, data.Split(images, labels, 10, 255.0, (0.0, 1.0), ""))
+    net = loading.build_net(
+        ModelSettings.of(config.model), data.Split(images, labels, 10, 255.0, (0.0, 1.0), "")
+    )
     train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
-    trainer = train.Trainer(net, METHODS["clustr_qtrades"], config, config.train, n)
+    trainer = train.Trainer(
+        net, METHODS["clustr_qtrades"], TrainingSettings.of(config), Recipe.of(config.train), n
+    )
     key = jax.random.key(0)
     state = refit.refit(trainer, train.create(trainer, net.init(key)), train_set, key)
     state = train.with_totals(trainer, state, train_set, key)

@@ -1,15 +1,18 @@
 """A trained network with its head, as one pytree: what attacks, evaluation and notebooks work on."""
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks.aims import View
 from clustr_jax.clusters import Clusters
-from clustr_jax.models import Net
-from clustr_jax.runtime import mesh
+from clustr_jax.runtime import mesh, struct
+
+if TYPE_CHECKING:  # flax comes with it
+    from clustr_jax.models import Net
 
 # Whole test sets go through the network in pieces of this many images.
 _CHUNK = 500
@@ -33,7 +36,7 @@ class Classifier(struct.PyTreeNode):
 
     variables: dict
     clusters: Clusters | None
-    net: Net = struct.field(pytree_node=False)
+    net: "Net" = struct.field(pytree_node=False)
     nearest: int = struct.field(pytree_node=False, default=0)
     bounds: tuple[float, float] | None = struct.field(pytree_node=False, default=(0.0, 1.0))
 

@@ -7,12 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+<<<<<<< HEAD
 from flax import serialization
+=======
+>>>>>>> main
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.kmeans import kmeans
 from clustr_jax.losses import MIN_VARIANCE
+<<<<<<< HEAD
 from clustr_jax.runtime import arrays, mesh
+=======
+from clustr_jax.runtime import mesh, struct
+>>>>>>> main
 from clustr_jax.runtime.errors import UserError
 
 

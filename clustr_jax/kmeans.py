@@ -9,11 +9,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+<<<<<<< HEAD
 from clustr_jax.runtime import arrays
+=======
+from clustr_jax.runtime import struct
+>>>>>>> main
 
 
 class KMeans(struct.PyTreeNode):

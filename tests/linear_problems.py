@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clustr_jax import settings
 from clustr_jax.models import Outputs
+from clustr_jax.settings import Recipe, TrainingSettings
+from clustr_jax.stages import configuration
 from clustr_jax.training import refit, train
 from clustr_jax.training.objectives import METHODS, Batch
 
@@ -29,7 +30,7 @@ def get_config(method, name="toy2d", **changes):
         patch.syspath_prepend(str(pathlib.Path(__file__).parents[1]))
         config = importlib.import_module(f"configs.{name}").get_config(method)
     config.update_from_flattened_dict(changes)
-    return settings.resolve(config)
+    return configuration.resolve(config)
 
 
 def label(value):
@@ -119,7 +120,9 @@ def attack(method, net, variables, x, key, y=None, clusters=None, **changes):
 @functools.cache
 def _adversary(method, net, changes):
     return jax.jit(
-        functools.partial(METHODS[method].adversary, net, config=get_config(method, **dict(changes)))
+        functools.partial(
+            METHODS[method].adversary, net, settings=TrainingSettings.of(get_config(method, **dict(changes)))
+        )
     )
 
 
@@ -160,10 +163,10 @@ class Problem(Stage):
             seen = []
             objective = self.trainer.method.objective
 
-            def spy(net, variables, batch, x_adv, clusters, config):
+            def spy(net, variables, batch, x_adv, clusters, settings):
                 # Free AT differentiates by its x_adv, so that is a tracer
                 seen.append((batch, None if self.trainer.replays > 1 else x_adv))
-                return objective(net, variables, batch, x_adv, clusters, config)
+                return objective(net, variables, batch, x_adv, clusters, settings)
 
             method = dataclasses.replace(self.trainer.method, objective=spy)
             trainer = dataclasses.replace(self.trainer, method=method)
@@ -194,7 +197,9 @@ def problem(method, rng, net=None, images=None, labels=None, fit=True, **changes
         **changes,
     }
     config = get_config(method, **changes)
-    trainer = train.Trainer(net, METHODS[method], config, config.train, len(labels))
+    trainer = train.Trainer(
+        net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), len(labels)
+    )
     if images.dtype != np.uint8:
         images = np.float32(images)
     scale = 255.0 if images.dtype == np.uint8 else 1.0

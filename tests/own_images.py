@@ -4,11 +4,11 @@ import unicodedata
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
 from clustr_jax import data
 from clustr_jax.runtime.errors import LONGEST, UserError
+from clustr_jax.settings import DataSettings
 
 SIZE = (6, 5, 3)
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
@@ -32,8 +32,7 @@ def make(root, rng, train=(6, 6), test=(3, 3), names=None, size=SIZE, val=()):
 
 def section(root, **changes):
     """The data section of a config about own images."""
-    values = dict(name="folder", dir=str(root), train_size=0, test_size=0, val_size=0.0)
-    return ConfigDict(values | changes)
+    return DataSettings("folder", str(root), **changes)
 
 
 def refused(root, **changes):

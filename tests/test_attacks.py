@@ -478,12 +478,14 @@ def test_the_schedule_of_autoattack_is_that_of_10000_queries(norm, smallest, odd
 def test_where_squares_lie(rescale):
     """Everywhere; with AutoAttack's schedule where its own do: never in the last row and column."""
     attack = ensemble.build("square", eps=0.1, rescale_schedule=rescale)
-    keys = jax.random.split(jax.random.key(0), 2000)
-    rows, columns = jax.vmap(lambda key: attack._corner(key, 3, 8, 6))(keys)
+
+    def corners(*size):
+        return jax.vmap(lambda key: attack._corner(key, *size))(jax.random.split(jax.random.key(0), 2000))
+
+    rows, columns = corners(3, 8, 6)
     assert (int(rows.max()), int(columns.max())) == ((5, 3) if rescale else (4, 2))
     assert int(rows.min()) == int(columns.min()) == 0
-    whole = jax.vmap(lambda key: attack._corner(key, 8, 8, 8))(keys)
-    assert not np.any(whole)  # a square that is the whole image has one place
+    assert not np.any(corners(8, 8, 8))  # a square that is the whole image has one place
 
 
 def test_which_schedule_is_whose(monkeypatch):

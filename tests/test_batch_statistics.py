@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 import reference_objectives as naive
 from clustr_jax import data, models, stages
 from clustr_jax.clusters import Clusters
+from clustr_jax.settings import TrainingSettings
 from clustr_jax.stages import training
 from clustr_jax.storage import loading
 from clustr_jax.training import objectives, refit, train
@@ -39,7 +40,9 @@ def test_which_passes_update_the_running_statistics(method, rng):
     clusters = Clusters(jnp.asarray(rng.normal(size=(2, 1, 3)), jnp.float32), jnp.float32(1.0))
     batch = Batch(jnp.asarray(x[0]), jnp.arange(6) // 3, jnp.ones(6, bool), jnp.arange(2))
     given = METHODS[method].adversary is not None or method == "free_at"
-    objective = jax.jit(functools.partial(METHODS[method].objective, net, config=get_config(method)))
+    objective = jax.jit(
+        functools.partial(METHODS[method].objective, net, settings=TrainingSettings.of(get_config(method)))
+    )
     _, aux = objective(variables, batch, jnp.asarray(x[1]) if given else None, clusters)
     both = METHODS[method].objective is not objectives.nominal
     seen = (x if both else x[1:]) if given else x[:1]
@@ -155,7 +158,8 @@ def trained(method, rng, **changes):
     workdir = types.SimpleNamespace(records=list, log=lambda record: None)
     saved = []
     checkpoints = types.SimpleNamespace(directory="", save=lambda *what: saved.append(what))
-    run = stages.Run(p.trainer.config, workdir, silent, net, train_split, train_split, test_split)
+    settings = types.SimpleNamespace(training=p.trainer.settings)
+    run = stages.Run(None, settings, workdir, silent, net, train_split, train_split, test_split)
     state = train.with_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
     training._epochs(run, stages.TRAIN, p.trainer, checkpoints, state, p.train_set, jax.random.key(5))
     return saved, p, test

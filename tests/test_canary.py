@@ -91,7 +91,7 @@ def test_every_door_of_an_evaluation_asks(broken):
     for door in (
         lambda: protocols.run_clean(None, None, None),
         lambda: protocols.run("sound", None, None, None, None, None),
-        lambda: certificates.run(None, None, None, None, None, None, None),
+        lambda: certificates.run(None, None, None, None, None, None, None, slots=1),
     ):
         with pytest.raises(UserError, match="wrong numbers"):
             door()

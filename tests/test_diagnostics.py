@@ -18,7 +18,7 @@ from clustr_jax.clusters import Clusters
 from clustr_jax.evaluation import checks, sound_protocol
 from clustr_jax.evaluation.checks import FAIL, PASS, SKIP, WARN, Check, Probe
 from clustr_jax.models import Outputs
-from test_evaluate import LinearNet, eval_config, exact_robust, points, separated, silent
+from test_evaluate import LinearNet, eval_settings, exact_robust, points, separated, silent
 
 N, EPS = 32, 0.3
 
@@ -55,7 +55,7 @@ def problem(kind="plain", scale=1.0):
         Features(kind),
         bounds=None,
     )
-    config = eval_config(**{"eval.attack.eps": EPS, "eval.attack.step_size": EPS / 4, "eval.slots": N})
+    config = eval_settings(**{"eval.attack.eps": EPS, "eval.attack.step_size": EPS / 4, "eval.slots": N})
     return clf, points(x, y), config, exact_robust(x, y, mu, EPS)
 
 
@@ -101,7 +101,7 @@ def test_scaled_logits_break_nothing_more():
 def test_all_checks_of_a_healthy_classifier():
     """From the sound protocol to the verdict: each number once or twice, in order, nothing failed."""
     clf, examples, _, exact = problem()
-    config = eval_config(**{
+    config = eval_settings(**{
         "eval.attack.eps": EPS, "eval.attack.step_size": EPS / 4, "eval.slots": N, "eval.curve": (0.15, 1.5),
     })  # fmt: skip
     result, outcomes = sound_protocol.run_sound(jax.random.key(0), clf, examples, config, silent)

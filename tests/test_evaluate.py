@@ -26,6 +26,7 @@ from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
 from clustr_jax.evaluation import protocols, sound_protocol
 from clustr_jax.models import Outputs
+from clustr_jax.settings import EvalSettings
 from clustr_jax.storage import results
 
 
@@ -276,8 +277,7 @@ def test_what_is_wrong_from_the_start_is_no_success_outside_the_box(key):
 def test_a_radius_given_as_a_decimal_is_attacked_once(key):
     """0.05 and what a command line makes of it: the same keys."""
     x, y = np.linspace(-1, 1, 40, dtype=np.float32)[:, None], np.zeros(40, int)
-    config = small_attack()
-    config.eval.sweep = (0.0500000004, 0.1, 0.1000000002)
+    config = dataclasses.replace(small_attack(), sweep=(0.0500000004, 0.1, 0.1000000002))
     result, _ = protocols.run_paper(key, Stub(two_classes), points(x, y), config, silent)
     assert list(result["sweep"]) == ["0.100000"] and list(result["attacks"]) == ["pgd3", "pgd5"]
 
@@ -321,7 +321,7 @@ def test_success_is_recomputed_outside_the_attack(key, monkeypatch):
 def test_what_nothing_confirms_is_counted(small, key, monkeypatch):
     """Images that attacks fooled in their own program and that stand all the same (check 8)."""
     clf, examples = small
-    config = eval_config(**{"eval.quick": True, "eval.attack.eps": 0.1, "eval.slots": 16})
+    config = eval_settings(**{"eval.quick": True, "eval.attack.eps": 0.1, "eval.slots": 16})
     counts = []
     for _ in range(2):
         result, outcomes = sound_protocol.run_sound(jax.random.clone(key), clf, examples, config, silent)
@@ -424,12 +424,17 @@ def eval_config(**changes):
     return config
 
 
+def eval_settings(**changes):
+    """The same, typed."""
+    return EvalSettings.of(eval_config(**changes).eval)
+
+
 @pytest.mark.parametrize("eps", [0.5, 0.7, 0.9])
 def test_sound_pgd_finds_the_exact_robust_accuracy(eps, key, rng):
     """Two classes, example by example: what the closed form calls robust survives, the rest is broken."""
     weight, centroids, variance, x, y = separated(rng, n=150, classes=2, noise=0.8)
     clf = linear_classifier(weight, centroids, variance, bounds=None)
-    config = eval_config(**{"eval.attack.eps": eps, "eval.attack.step_size": eps / 4})
+    config = eval_settings(**{"eval.attack.eps": eps, "eval.attack.step_size": eps / 4})
     result, outcomes = sound_protocol.run_sound(key, clf, points(x, y), config, silent)
     exact = exact_robust(x, y, centroids, eps)
     assert 0.1 < exact.mean() < 0.9
@@ -448,7 +453,7 @@ def test_the_paper_protocol_overestimates(scale, eps, key, rng):
     clf = linear_classifier(weight, centroids, variance, bounds=None)
     exact = exact_robust(x, y, centroids, eps)
     assert exact.mean() == (0.775 if eps == 0.6 else 0.0)
-    config = eval_config(**{"eval.attack.eps": eps, "eval.attack.step_size": eps / 4})
+    config = eval_settings(**{"eval.attack.eps": eps, "eval.attack.step_size": eps / 4})
     examples = points(x, y)
     found, outcomes = sound_protocol.run_sound(jax.random.clone(key), clf, examples, config, silent)
     paper, _ = protocols.run_paper(jax.random.clone(key), clf, examples, config, silent)
@@ -463,7 +468,11 @@ def test_log_cross_entropy_alone_is_not_enough_for_large_margins(key, rng):
     weight, centroids, variance, x, y = separated(rng, scale=20.0, noise=0.05)
     clf = linear_classifier(weight, centroids, variance, bounds=None)
     _, outcomes = sound_protocol.run_sound(
-        key, clf, points(x, y), eval_config(**{"eval.attack.eps": 1.0, "eval.attack.step_size": 0.1}), silent
+        key,
+        clf,
+        points(x, y),
+        eval_settings(**{"eval.attack.eps": 1.0, "eval.attack.step_size": 0.1}),
+        silent,
     )
     assert not outcomes["robust"].any()
     assert outcomes["robust_ce"].mean() > 0.9 and not outcomes["robust_margin"].any()
@@ -513,7 +522,7 @@ def small_attack(**changes):
         "eval.attack.eps": 0.05, "eval.attack.step_size": 0.0125, "eval.attack.steps": 5,
         "eval.attack.restarts": 2, "eval.paper_steps": (3, 5), "eval.sweep": (0.02, 0.1),
     }  # fmt: skip
-    return eval_config(**settings | changes)
+    return eval_settings(**settings | changes)
 
 
 @pytest.mark.parametrize("name", ["paper", pytest.param("sound", marks=pytest.mark.slow)])

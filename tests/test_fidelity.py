@@ -5,8 +5,9 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from clustr_jax import UserError, settings
+from clustr_jax import UserError
 from clustr_jax.reference import switches
+from clustr_jax.stages import configuration
 from configs import cifar10
 
 
@@ -35,7 +36,7 @@ def test_the_authors_epochs_are_those_of_fine_tuning(method, epochs):
     """A schedule of a method without it, cut short, would end before its rate ever falls."""
     settled = cifar10.get_config(method)
     settled.fidelity.preset = "paper_code"
-    assert settings.resolve(settled).train.epochs == epochs
+    assert configuration.resolve(settled).train.epochs == epochs
 
 
 def test_docs_have_the_table():

@@ -18,9 +18,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import clustr_jax
-from clustr_jax import data, settings
+from clustr_jax import data
 from clustr_jax.data import folder
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import DataSettings
+from clustr_jax.stages import configuration
 from marks import in_ci
 from runs import ROOT, assert_one_line, read
 
@@ -147,11 +149,9 @@ def test_the_sha_names_the_content_and_not_the_place(tmp_path, rng):
     shutil.rmtree(tmp_path / "b" / "test")
     shas.append(folder.read(tmp_path / "b").sha)
     assert len(set(shas)) == 5
-    section = ConfigDict(
-        dict(name="folder", dir=str(tmp_path / "a"), train_size=0, test_size=0, val_size=0.0, sha=shas[0])
-    )
+    section = DataSettings("folder", str(tmp_path / "a"), sha=shas[0])
     assert len(data.splits(section)[0]) == 16
-    section.dir = str(tmp_path / "b")
+    section = dataclasses.replace(section, dir=str(tmp_path / "b"))
     with pytest.raises(UserError, match=f"b has changed: {shas[-1]} now, {shas[0]} when this was trained"):
         data.splits(section)
 
@@ -371,13 +371,13 @@ def config(method="clustr", **model):
 
 def test_mean_and_std_are_those_of_the_training_images():
     split = own(20, count=2500)  # more than are looked at together
-    found = settings.complete(config(), split, split)
+    found = configuration.complete(config(), split, split)
     pixels = split.images.astype(np.float64) / 255
     np.testing.assert_allclose(found.model.mean, pixels.mean(axis=(0, 1, 2)), atol=1e-6)
     np.testing.assert_allclose(found.model.std[:2], pixels.std(axis=(0, 1, 2))[:2], atol=1e-6)
     assert found.model.std[2] == 1.0  # and not 0, by which nothing can be divided
     assert found.data.sha == "abc"
-    given = settings.complete(config(mean=(0.1,), std=(0.3,)), split, split)
+    given = configuration.complete(config(mean=(0.1,), std=(0.3,)), split, split)
     assert given.model.mean == (0.1,) and given.model.std == (0.3,)
     assert json.loads(json.dumps(found.to_dict()))["data"]["sha"] == "abc"
 
@@ -389,31 +389,31 @@ def test_mean_and_std_are_those_of_the_training_images():
 def test_the_network_goes_by_the_size_of_the_images(size, variant, expected):
     c = config()
     c.variant = variant
-    assert settings.complete(c, own(size), own(size)).model.name == expected
+    assert configuration.complete(c, own(size), own(size)).model.name == expected
 
 
 def test_eval_n_fits_own_images_and_a_smoke_run():
     """Elsewhere too many are refused: there the sizes are known."""
     c, other = config(), dataclasses.replace(own(8), sha="")
-    assert settings.complete(c, own(8), own(8, count=9)).eval.n == 9
-    assert settings.complete(c, other, own(8, count=9)).eval.n == 32
+    assert configuration.complete(c, own(8), own(8, count=9)).eval.n == 9
+    assert configuration.complete(c, other, own(8, count=9)).eval.n == 32
     c.smoke = True
-    assert settings.complete(c, other, own(8, count=9)).eval.n == 9
+    assert configuration.complete(c, other, own(8, count=9)).eval.n == 9
 
 
 def test_the_set_is_called_after_its_folder(tmp_path):
     c = config(method="clustr_qtrades")
-    assert data.label(c.data) == "flowers"
-    assert str(settings.default_workdir(c)) == "runs/flowers-clustr_qtrades"
-    assert data.label(ConfigDict(dict(name="digits", dir="x"))) == "digits"
+    assert data.label(DataSettings.of(c.data)) == "flowers"
+    assert str(configuration.default_workdir(c)) == "runs/flowers-clustr_qtrades"
+    assert data.label(DataSettings(**dict(name="digits", dir="x"))) == "digits"
     # a dot is part of a folder's name; the figures of a known set are not those of own images called so
     (tmp_path / "birds.v2").mkdir()
     for place, label in (
         ("birds.v2", "birds.v2"), ("birds.v2.npz", "birds.v2"), ("cifar10", "own-cifar10"),
         ("svhn.npz", "own-svhn"), ("toy2d_pairs", "own-toy2d_pairs"),
     ):  # fmt: skip
-        assert data.label(ConfigDict(dict(name="folder", dir=str(tmp_path / place)))) == label
-    assert data.label(ConfigDict(dict(name="svhn", dir=""))) == "svhn_cropped"
+        assert data.label(DataSettings(**dict(name="folder", dir=str(tmp_path / place)))) == label
+    assert data.label(DataSettings(**dict(name="svhn", dir=""))) == "svhn_cropped"
 
 
 # A run

@@ -20,6 +20,7 @@ from clustr_jax.clusters import Clusters
 from clustr_jax.data import Examples
 from clustr_jax.evaluation import protocols
 from clustr_jax.models import Outputs
+from clustr_jax.settings import EvalSettings
 from clustr_jax.training.objectives import METHODS
 from linear_problems import Linear, get_config, problem
 
@@ -126,7 +127,9 @@ def of_protocol(name, head):
         "eval.targets": 2,
     })  # fmt: skip
     examples = Examples(x, y, np.arange(len(y), dtype=np.int32) + 5)
-    result, outcomes, _ = protocols.run(name, jax.random.key(1), clf, examples, config, lambda a, what: None)
+    result, outcomes, _ = protocols.run(
+        name, jax.random.key(1), clf, examples, EvalSettings.of(config.eval), lambda a, what: None
+    )
     kept = {
         what: value.tolist() if value.dtype.kind == "U" else value.astype(int).tolist()
         for what, value in outcomes.items()

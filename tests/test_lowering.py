@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from clustr_jax import clusters, data, settings
+from clustr_jax import clusters, data
 from clustr_jax.attacks import aims, scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
@@ -17,6 +17,8 @@ from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.attacks.square import Square
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
+from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
+from clustr_jax.stages import configuration
 from clustr_jax.storage import loading
 from clustr_jax.training import train
 from clustr_jax.training.objectives import METHODS
@@ -37,15 +39,19 @@ def problem(method, model="resnet8", dtype="float32"):
     config = cifar10.get_config(method)
     config.model.name = model if config.model.name == "resnet18" else config.model.name
     config.model.dtype = dtype
-    config = settings.resolve(config)
+    config = configuration.resolve(config)
     images, labels = np.zeros((240, 32, 32, 3), np.uint8), (np.arange(240) % 10).astype(np.int32)
-    net = loading.build_net(config, data.Split(images, labels, 10, 255.0, (0.0, 1.0), ""))
+    net = loading.build_net(
+        ModelSettings.of(config.model), data.Split(images, labels, 10, 255.0, (0.0, 1.0), "")
+    )
     return config, net, images, labels
 
 
 def lowered_steps(method, **model):
     config, net, images, labels = problem(method, **model)
-    trainer = train.Trainer(net, METHODS[method], config, config.train, len(labels))
+    trainer = train.Trainer(
+        net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), len(labels)
+    )
     train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
     key = jax.random.key(0)
     variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(net.init, key))

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clustr_jax import data, settings
+from clustr_jax import data
 from clustr_jax.data import folder, folder_images, mend, remarks
 from clustr_jax.runtime import memory
 from clustr_jax.runtime.errors import cut, listed, shown
+from clustr_jax.stages import configuration
 from own_images import COMPOSED, DECOMPOSED, SIZE, arrays, make, refused, section, write
 
 # Left out
@@ -263,10 +264,10 @@ def test_statistics_take_a_bounded_number_of_bytes(side):
     )
     split = data.Split(images, np.zeros(len(images), np.int32), 2, 255.0, (0.0, 1.0), "")
     tracemalloc.start()
-    mean, std = settings.statistics(split)
+    mean, std = configuration.statistics(split)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 5 * settings._CHUNK_BYTES
+    assert peak < 5 * configuration._CHUNK_BYTES
     for c in range(3):
         levels = np.bincount(images[..., c].ravel(), minlength=256) / images[..., c].size
         expected = (levels * np.arange(256)).sum()

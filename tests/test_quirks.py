@@ -15,7 +15,7 @@ from clustr_jax.attacks import scheduler
 from clustr_jax.classifier import Classifier
 from clustr_jax.evaluation import protocols, quirks
 from clustr_jax.storage import results
-from test_evaluate import bounded_problem, eval_config, linear_classifier, points, silent
+from test_evaluate import bounded_problem, eval_config, eval_settings, linear_classifier, points, silent
 
 STEPS, RESTARTS = 6, 3
 NAMES = ["none", "exp_scores", "mean_loss", "max_loss", "start_outside", "all"]
@@ -26,7 +26,7 @@ def small():
     """40 points in the unit box about 5 x 2 clusters in a linear feature space."""
     weight, centroids, variance, x, y = bounded_problem(np.random.default_rng(0), n=40)
     clf = linear_classifier(weight, centroids, variance, bounds=(0.0, 1.0))
-    config = eval_config(**{"eval.attack.eps": 0.1, "eval.attack.step_size": 0.025, "eval.slots": 16})
+    config = eval_settings(**{"eval.attack.eps": 0.1, "eval.attack.step_size": 0.025, "eval.slots": 16})
     return clf, points(x, y), config
 
 
@@ -223,12 +223,8 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys, monkeypatch):
 
 def test_the_hinge_of_the_adaptive_attack_is_flat(small):
     """Without a margin the hinged loss has no gradient at a correct example: only the starts are left."""
-    clf, examples, config = small
     found = {}
     for alpha in (0.0, 100.0):
-        config.magnet.alpha = alpha
-        found[alpha] = quirks.adaptive(
-            jax.random.key(1), clf, examples, config, steps=STEPS, restarts=RESTARTS
-        )
+        found[alpha] = quirks.adaptive(jax.random.key(1), *small, alpha=alpha, steps=STEPS, restarts=RESTARTS)
     assert found[0.0]["unhinged"] == found[100.0]["unhinged"] == found[100.0]["hinged"]
     assert found[0.0]["hinged"] > found[0.0]["unhinged"] > 0

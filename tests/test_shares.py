@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
 from PIL import Image
 
-from clustr_jax import data, settings
+from clustr_jax import data
 from clustr_jax.data import remarks, shares
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import DataSettings
+from clustr_jax.stages import refusals
 from configs import cifar10, digits
 from own_images import SIZE, make, refused, section
 
@@ -57,7 +58,7 @@ def digest(index):
 
 
 def split_digests(config):
-    train, val, test = data.splits(config.data)
+    train, val, test = data.splits(DataSettings.of(config.data))
     return len(val), data.digest(val), data.digest(train, val, test), digest(
         data.stratified(test.labels, 1000 if len(test) > 1000 else 100, 10)
     )  # fmt: skip
@@ -125,11 +126,11 @@ def test_train_size_keeps_every_class_that_it_can(size, least, tmp_path, rng):
 def test_training_without_a_class_is_refused_by_name_and_setting(setting):
     labels = np.array([0, 0, 2, 2], np.int32)
     split = data.Split(np.zeros((4, *SIZE), np.uint8), labels, 4, 255.0, (0.0, 1.0), "", ("a", "b", "c", "d"))
-    given_config = ConfigDict(dict(train_size=4 if setting == "train_size" else 0, val_size=0.1))
+    asked = DataSettings("folder", train_size=4 if setting == "train_size" else 0, val_size=0.1)
     with pytest.raises(
         UserError, match=rf"class 'b' has no training .*\(and 1 more of 4 classes\).*data.{setting}"
     ):
-        settings.check_classes("data", given_config, split)
+        refusals.check_classes("data", asked, split)
 
 
 def test_few_attacked_images_of_many_classes_are_drawn_and_the_rest_named(tmp_path, rng):

@@ -17,6 +17,7 @@ import reference
 from clustr_jax import data, models
 from clustr_jax.clusters import Clusters
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
 from clustr_jax.storage import loading
 from clustr_jax.storage.checkpoints import Checkpoints
 from clustr_jax.training import objectives, refit, train
@@ -65,8 +66,10 @@ def problem(method, rng, split=None, **changes):
     config = get_config(
         method, **{"data.name": "digits", "magnet.k": 2, "model.mean": (0.0,), "model.std": (1.0,), **changes}
     )
-    net = loading.build_net(config, split)
-    trainer = train.Trainer(net, METHODS[method], config, config.train, len(split))
+    net = loading.build_net(ModelSettings.of(config.model), split)
+    trainer = train.Trainer(
+        net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), len(split)
+    )
     train_set = train.TrainSet(
         jnp.asarray(split.images), jnp.asarray(split.labels), scale=1.0, augment="none"
     )
@@ -133,10 +136,10 @@ def spy(p):
     """`p`, and a compiled step of it whose metrics hold what its objective saw."""
     objective = p.trainer.method.objective
 
-    def record(net, variables, batch, x_adv, clusters, config):
+    def record(net, variables, batch, x_adv, clusters, settings):
         if callable(x_adv):  # made from the objective's own clean pass
             x_adv, _ = x_adv()
-        loss, aux = objective(net, variables, batch, x_adv, clusters, config)
+        loss, aux = objective(net, variables, batch, x_adv, clusters, settings)
         return loss, aux.replace(metrics={**aux.metrics, "batch": batch, "x_adv": x_adv})
 
     method = dataclasses.replace(p.trainer.method, objective=record)
@@ -156,7 +159,7 @@ def spy(p):
 def test_a_shared_clean_pass_changes_nothing(method, attack_bn, rng):
     """The adversary that starts from the objective's clean outputs is the one that makes its own."""
     p = problem(method, rng, **{"train.attack_bn": attack_bn, "train.lr": 0.1})
-    assert objectives.shares_clean(p.trainer.method, p.trainer.config) == (attack_bn == "batch")
+    assert objectives.shares_clean(p.trainer.method, p.trainer.settings) == (attack_bn == "batch")
     own, step = spy(p)
     expected = step(own.state)[0].params
     after = jax.jit(p.step)(p.state)[0].params
@@ -199,11 +202,11 @@ def test_a_step_has_separate_streams_of_randomness(rng, monkeypatch):
     def note(key):
         keys.append(bytes(np.asarray(jax.random.key_data(key))))
 
-    def adversary(net, variables, batch, clusters, key, config, strength=1.0):
+    def adversary(net, variables, batch, clusters, key, settings, strength=1.0):
         note(key)
         return batch.x, {}
 
-    def objective(net, variables, batch, x_adv, clusters, config):
+    def objective(net, variables, batch, x_adv, clusters, settings):
         aux = objectives.Aux({}, jnp.zeros(len(batch.y)), {})
         return sum(jnp.sum(w) for w in jax.tree.leaves(variables["params"])), aux
 
@@ -286,7 +289,7 @@ def test_refit_clusters_are_consistent(k, rng, key):
             assert distances[c % max(k)] <= distances.min() * (1 + 1e-4) + 1e-9
     expected = reference.variance(z, labels, clusters.centroids, mask=clusters.mask)
     np.testing.assert_allclose(clusters.variance, expected, rtol=1e-4)
-    np.testing.assert_array_equal(sampler.losses, np.full(90, p.trainer.config.magnet.alpha, np.float32))
+    np.testing.assert_array_equal(sampler.losses, np.full(90, p.trainer.settings.magnet.alpha, np.float32))
 
 
 def test_refit_keeps_the_losses_and_follows_the_network(rng, key):
@@ -316,12 +319,12 @@ def test_losses_of_a_magnet_batch_land_in_the_sampler(method, rng):
     _, z = numpy_mlp(p.state.params, batch.x)
     expected, _ = reference.magnet_loss(
         z.reshape(rows, -1, z.shape[-1]), np.asarray(batch.classes),
-        alpha=p.trainer.config.magnet.alpha, mask=mask.reshape(rows, -1),
+        alpha=p.trainer.settings.magnet.alpha, mask=mask.reshape(rows, -1),
     )  # fmt: skip
     losses = np.asarray(p.state.sampler.losses).copy()
     losses[ids[mask]] = expected.reshape(-1)[mask]
     np.testing.assert_allclose(after.sampler.losses, losses, rtol=1e-4, atol=1e-4)
-    assert (losses != p.trainer.config.magnet.alpha).any()
+    assert (losses != p.trainer.settings.magnet.alpha).any()
     # each row is one cluster, of the class it says
     labels = np.asarray(p.train_set.labels)
     np.testing.assert_array_equal(labels[ids].reshape(rows, -1)[:, 0], batch.classes)
@@ -384,7 +387,7 @@ def test_clustr_qtrades_by_the_formula(rng):
     x = np.asarray(p.train_set.images)[ids.reshape(-1)]
     x_adv = np.clip(x + rng.uniform(-0.05, 0.05, x.shape), 0, 1).astype(np.float32)
     batch = Batch(x, labels[ids.reshape(-1)], mask.reshape(-1), classes)
-    config, clusters = p.trainer.config, p.state.clusters
+    config, clusters = p.trainer.settings, p.state.clusters
 
     @jax.jit
     @jax.value_and_grad
@@ -438,7 +441,9 @@ def test_the_adversary_depends_on_the_parameters(rng, key):
     @jax.jit
     def attack(params, clusters):
         variables = {"params": params, "batch_stats": {}}
-        return p.trainer.method.adversary(p.trainer.net, variables, batch, clusters, key, p.trainer.config)[0]
+        return p.trainer.method.adversary(p.trainer.net, variables, batch, clusters, key, p.trainer.settings)[
+            0
+        ]
 
     with jax.debug_key_reuse(False):  # the same attack on purpose
         other = jax.tree.map(lambda w: w[::-1], p.state.params)
@@ -466,7 +471,7 @@ def test_a_step_is_the_optimiser_on_the_gradient_of_the_objective(nesterov, fact
     def objective(params):
         variables = {"params": params, "batch_stats": {}}
         return METHODS["pgd_at"].objective(
-            p.trainer.net, variables, metrics["batch"], metrics["x_adv"], None, p.trainer.config
+            p.trainer.net, variables, metrics["batch"], metrics["x_adv"], None, p.trainer.settings
         )[0]
 
     value, gradient = objective(p.state.params)
@@ -521,8 +526,8 @@ def test_the_recipe_moves_with_its_stage():
     ],
 )
 def test_learning_rates(schedule, expected):
-    recipe = get_config("nominal", **{"train.schedule": schedule, "train.lr": 1.0, "train.epochs": 10}).train
-    recipe.milestones = (3, 6)
+    recipe = get_config("nominal", **{"train.schedule": schedule, "train.lr": 1.0, "train.epochs": 10})
+    recipe = dataclasses.replace(Recipe.of(recipe.train), milestones=(3, 6))
     _, rate = train.optimizer(recipe, 2)
     np.testing.assert_allclose([float(rate(i)) for i in range(20)], expected, rtol=1e-5)
 
@@ -531,6 +536,7 @@ def test_one_cycle_rises_and_falls():
     recipe = get_config(
         "nominal", **{"train.schedule": "onecycle", "train.lr": 1.0, "train.epochs": 10}
     ).train
+    recipe = Recipe.of(recipe)
     _, rate = train.optimizer(recipe, 10)
     rates = np.array([float(rate(i)) for i in range(100)])
     assert rates.max() == pytest.approx(1.0, rel=1e-3) and rates.argmax() == 30
@@ -540,8 +546,7 @@ def test_one_cycle_rises_and_falls():
 
 @pytest.mark.parametrize(("name", "value"), [("schedule", "linear"), ("optimizer", "adagrad")])
 def test_unknown_optimisers_are_refused(name, value):
-    recipe = get_config("nominal").train
-    recipe[name] = value
+    recipe = dataclasses.replace(Recipe.of(get_config("nominal").train), **{name: value})
     with pytest.raises(UserError, match=f"{name} must be .*{value}"):
         train.optimizer(recipe, 1)
 
@@ -551,7 +556,9 @@ def after_warmup(rng, split=None, **changes):
     warm = problem("nominal", rng, split, **{"train.batch_size": 16, "train.lr": 0.01, **changes})
     settings = {"magnet.fit": "linear_head", "magnet.k": 1, "magnet.clusters": 3, "magnet.sharpness": 1.0}
     config = get_config("clustr_trades", **{"data.name": "digits", **settings})
-    trainer = dataclasses.replace(warm.trainer, method=METHODS["clustr_trades"], config=config)
+    trainer = dataclasses.replace(
+        warm.trainer, method=METHODS["clustr_trades"], settings=TrainingSettings.of(config)
+    )
     return trainer, warm, warm.run(warm.state, 40).variables
 
 

@@ -1,13 +1,13 @@
 """PGD as slots run it: one gradient and one step of fixed size per update."""
 
 import jax.numpy as jnp
-from flax import struct
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from clustr_jax.attacks.aims import Aim
 from clustr_jax.attacks.geometry import ascend, over, project, random_start
 from clustr_jax.attacks.scheduler import Attack, climb
+from clustr_jax.runtime import struct
 
 
 class PGDState(struct.PyTreeNode):

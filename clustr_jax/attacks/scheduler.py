@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
@@ -22,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks.aims import logits_of, misclassified
 from clustr_jax.attacks.input_checks import check_found
-from clustr_jax.runtime import mesh
+from clustr_jax.runtime import mesh, struct
 from clustr_jax.runtime.errors import UserError
 
 # Pairs that the device gets to work on before it asks for more, in slots.

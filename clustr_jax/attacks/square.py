@@ -9,13 +9,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from clustr_jax import losses
 from clustr_jax.attacks.aims import logits_of, misclassified
 from clustr_jax.attacks.geometry import l2_norm, over
 from clustr_jax.attacks.scheduler import Attack
+from clustr_jax.runtime import struct
 
 # Share of the pixels of the first squares, halved after these proposals (of 10,000: see `sides`).
 _FIRST_SHARE, _HALVINGS = 0.8, (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from clustr_jax.data import folder, shares
 from clustr_jax.runtime import mesh
 from clustr_jax.runtime.errors import UserError, shown
+from clustr_jax.settings import DataSettings
 
 # Sets of TFDS, and the published sizes of their splits.
 PREPARED = {
@@ -158,20 +159,20 @@ def load_split(name: str, split: str, data_dir: str | None = None) -> Split:
     raise UserError(f"unknown data set {name!r}; known: {', '.join(NAMES)}")
 
 
-def label(config) -> str:
+def label(settings: DataSettings) -> str:
     """What the set of this config section is called: its name; an own set by its folder or file.
 
     Own images in a folder that is called as a known set are "own-NAME": the paper says nothing of them.
 
-    >>> from ml_collections import ConfigDict
-    >>> data.label(ConfigDict({"name": "digits", "dir": ""}))
+    >>> from clustr_jax.settings import DataSettings
+    >>> data.label(DataSettings("digits"))
     'digits'
-    >>> data.label(ConfigDict({"name": "folder", "dir": "/sets/birds"}))
+    >>> data.label(DataSettings("folder", "/sets/birds"))
     'birds'
     """
-    if config.name != OWN or not config.dir:
-        return ALIASES.get(config.name, config.name)
-    name = folder.name(config.dir)
+    if settings.name != OWN or not settings.dir:
+        return ALIASES.get(settings.name, settings.name)
+    name = folder.name(settings.dir)
     known = name in (*NAMES, *ALIASES) or name.startswith("toy2d_")
     return f"own-{name}" if known else name
 
@@ -365,31 +366,34 @@ def stratified(labels: Int[np.ndarray, "N"], size: int, num_classes: int) -> Int
     return shares.chosen(labels, shares.quotas(np.bincount(labels, minlength=num_classes), size))
 
 
-def splits(config, smoke: bool = False) -> tuple[Split, Split, Split]:
+def splits(settings: DataSettings, smoke: bool = False) -> tuple[Split, Split, Split]:
     """(train, val, test) as the config asks: subsets, and the held-out part of the training split.
 
     In a `smoke` run, whose sizes were chosen without knowing the set, a subset that is larger than the split
     is all of it, and four images of each class are trained on at least. UserError where own images are no
-    longer those that this config was completed with (`settings.complete`).
+    longer those that this config was completed with (`stages.configuration.complete`).
 
-    >>> from ml_collections import ConfigDict
-    >>> config = ConfigDict({"name": "digits", "dir": "", "train_size": 100, "test_size": 0, "val_size": 0.1})
-    >>> train, val, test = data.splits(config)
+    >>> from clustr_jax.settings import DataSettings
+    >>> train, val, test = data.splits(DataSettings("digits", train_size=100, val_size=0.1))
     >>> len(train), len(val), len(test), train.subset
     (90, 10, 359, '100 train')
     """
-    directory, own_val = config.dir or None, None
-    if config.name == OWN:
+    directory, own_val = settings.dir or None, None
+    if settings.name == OWN:
         train, own_val, test = _own(directory)
-        if config.get("sha") and config.sha != train.sha:
-            raise UserError(f"{config.dir} has changed: {train.sha} now, {config.sha} when this was trained")
+        if settings.sha and settings.sha != train.sha:
+            raise UserError(
+                f"{settings.dir} has changed: {train.sha} now, {settings.sha} when this was trained"
+            )
     else:
-        train, test = (load_split(config.name, split, directory) for split in ("train", "test"))
+        train, test = (load_split(settings.name, split, directory) for split in ("train", "test"))
     for name in ("train_size", "test_size"):
-        if config[name] < 0:
-            raise UserError(f"data.{name} must be >= 0 (0 = all), got {config[name]}")
-    if not 0 <= config.val_size < 1:
-        raise UserError(f"data.val_size is a fraction of the training split in [0, 1), got {config.val_size}")
+        if getattr(settings, name) < 0:
+            raise UserError(f"data.{name} must be >= 0 (0 = all), got {getattr(settings, name)}")
+    if not 0 <= settings.val_size < 1:
+        raise UserError(
+            f"data.val_size is a fraction of the training split in [0, 1), got {settings.val_size}"
+        )
 
     def subset(split, size, what, least=0):
         if not size or (smoke and size >= len(split)):
@@ -400,36 +404,38 @@ def splits(config, smoke: bool = False) -> tuple[Split, Split, Split]:
         index = shares.chosen(split.labels, shares.quotas(counts, size, least=least))
         return split.take(index, f"{size} {what}")
 
-    least = _LEAST * train.num_classes if smoke and config.train_size else 0
-    train = subset(train, max(config.train_size, least), "train", least=1)
-    test = subset(test, config.test_size, "test")
+    least = _LEAST * train.num_classes if smoke and settings.train_size else 0
+    train = subset(train, max(settings.train_size, least), "train", least=1)
+    test = subset(test, settings.test_size, "test")
     if own_val is not None:
-        return _with_own_val(config, train, subset(own_val, config.test_size if smoke else 0, "val"), test)
-    held_out = round(config.val_size * len(train))
+        return _with_own_val(
+            settings, train, subset(own_val, settings.test_size if smoke else 0, "val"), test
+        )
+    held_out = round(settings.val_size * len(train))
     if not held_out:
         return train, train.take(slice(0, 0), "none"), test
-    index = _held_out(config, train, held_out)
+    index = _held_out(settings, train, held_out)
     rest = np.setdiff1d(np.arange(len(train)), index)
     return dataclasses.replace(train.take(rest, ""), subset=train.subset), train.take(index, "held out"), test
 
 
-def _with_own_val(config, train, val, test):
+def _with_own_val(settings, train, val, test):
     """The splits of own images that have a split to be held out: it is, unless nothing is to be."""
-    if not config.val_size:
+    if not settings.val_size:
         note = f"not used: the {len(val):,} images of val, as data.val_size is 0; above 0 they are held out"
         return dataclasses.replace(train, notes=(*train.notes, note)), val.take(slice(0, 0), "none"), test
-    note = f"held out: the {len(val):,} images of val, and not data.val_size={config.val_size} of train"
+    note = f"held out: the {len(val):,} images of val, and not data.val_size={settings.val_size} of train"
     return dataclasses.replace(train, notes=(*train.notes, note)), val, test
 
 
-def _held_out(config, train, size):
+def _held_out(settings, train, size):
     """Indices of the `size` training images that are held out; none is the last of its class."""
     counts = np.bincount(train.labels, minlength=train.num_classes)
     quota = shares.quotas(counts, size, keep=1)
     if quota.sum() < size:
         last = int(np.argmin(np.where(counts > 0, counts, len(train) + 1)))
         raise UserError(
-            f"data.val_size={config.val_size} holds {size} of {len(train)} training images out and leaves "
+            f"data.val_size={settings.val_size} holds {size} of {len(train)} training images out and leaves "
             f"none of class {train.who(last)}, which has {counts[last]}; lower it (0 = none), or add images"
         )
     # the held-out images of prepared sets stay what they always were, whatever occurs in them twice

@@ -13,6 +13,7 @@ from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
 from clustr_jax.runtime import canary
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import CertifySettings, MagnetSettings
 from clustr_jax.storage import results
 
 # Images whose Jacobians give the lower bound of the Lipschitz constant.
@@ -21,17 +22,16 @@ _PROBES = 64
 _CURVE = 101
 
 
-def check_config(config) -> None:
+def check_config(settings: CertifySettings, magnet: MagnetSettings, nearest: int) -> None:
     """UserError for settings that cannot be certified, before hours have gone into training."""
-    settings = config.certify
     if settings.rule not in certify.SOUND:
         raise UserError(f"certify.rule must be one of {', '.join(certify.SOUND)}, got {settings.rule!r}")
-    k = max(config.magnet.k_per_class or (config.magnet.k,))
-    rules = certify.sound_rules(k, config.eval.nearest)
+    k = max(magnet.k_per_class or (magnet.k,))
+    rules = certify.sound_rules(k, nearest)
     if settings.rule not in rules:
         raise UserError(
             f"certify.rule={settings.rule} certifies another decision than that of K = {k} clusters per "
-            f"class with eval.nearest={config.eval.nearest}; these hold for it: {', '.join(rules)}"
+            f"class with eval.nearest={nearest}; these hold for it: {', '.join(rules)}"
         )
     if not settings.radii or not all(0 < r < math.inf for r in settings.radii):
         raise UserError(f"certify.radii must be one or more radii > 0, got {settings.radii}")
@@ -85,7 +85,9 @@ def _correct(clf, x, y):
     return (np.asarray(clf.logits(x)).argmax(axis=1) == y) & (np.asarray(clf.predict(x)) == y)
 
 
-def run(key, clf: Classifier, x, y, examples: Examples, config, report) -> tuple[dict, dict, float]:
+def run(
+    key, clf: Classifier, x, y, examples: Examples, settings: CertifySettings, report, *, slots: int
+) -> tuple[dict, dict, float]:
     """(result, per-example outcomes, seconds): certificates of x, attacks on `examples` (some of them).
 
     `violations` counts attacked images that were broken within their certified radius: anything but 0
@@ -93,7 +95,6 @@ def run(key, clf: Classifier, x, y, examples: Examples, config, report) -> tuple
     """
     canary.check()
     started = time.perf_counter()
-    settings = config.certify
     constant = bounds(clf, x)
     assert clf.clusters is not None
     sound = certify.sound_rules(int(jnp.max(jnp.sum(clf.clusters.valid, axis=1))), clf.nearest)
@@ -111,7 +112,7 @@ def run(key, clf: Classifier, x, y, examples: Examples, config, report) -> tuple
     for i, e in enumerate(() if vacuous else sorted(eps)):
         alive = attack(
             jax.random.fold_in(key, i), clf, examples, alive, eps=e, steps=settings.steps,
-            restarts=settings.restarts, lanes=min(config.eval.slots, len(examples)),
+            restarts=settings.restarts, lanes=min(slots, len(examples)),
         )  # fmt: skip
         outcomes[f"l2_pgd_{e:.6f}"] = alive
         certain = own[examples.ids] > e

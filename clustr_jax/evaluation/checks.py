@@ -21,7 +21,8 @@ from clustr_jax.attacks.pgd import as_partial, pgd
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.clusters import Clusters
 from clustr_jax.evaluation.sound_protocol import pgd_attack
-from clustr_jax.runtime import canary
+from clustr_jax.runtime import canary, streams
+from clustr_jax.settings import EvalSettings
 from clustr_jax.storage import loading, results
 
 PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
@@ -46,7 +47,9 @@ class Check:
     note: str = ""
 
 
-def run(key, clf, examples, config, sound: dict, outcomes: dict, paper: dict | None, radius=None):
+def run(
+    key, clf, examples, settings: EvalSettings, sound: dict, outcomes: dict, paper: dict | None, radius=None
+):
     """All checks of a classifier and its sound result. Returns a list of `Check`, by number.
 
     `sound` and `paper` are results, `outcomes` the sound one's per-example arrays; `radius` [N] the
@@ -58,10 +61,10 @@ def run(key, clf, examples, config, sound: dict, outcomes: dict, paper: dict | N
         names = dict.fromkeys(range(1, 22), "no image is classified correctly")
         return [Check(number, name, SKIP, None, "") for number, name in names.items()]
     part = examples.take(index)
-    probe = Probe(key, clf, part, config, outcomes["robust"][index])
+    probe = Probe(key, clf, part, settings, outcomes["robust"][index])
     checks = [
         *probe.outputs(), *probe.gradients(), *probe.precision(), *probe.scales(), *probe.effort(),
-        *probe.black_box(), toy(jax.random.fold_in(key, 99)), compiler(),
+        *probe.black_box(), toy(jax.random.fold_in(key, streams.Checks.KNOWN_ANSWER)), compiler(),
         *from_result(sound, outcomes, paper),
         certificates(sound, outcomes, radius, int(np.prod(examples.x.shape[1:]))),
     ]  # fmt: skip
@@ -104,11 +107,11 @@ class Probe:
     `slack` shows that the protocol's figure is too high.
     """
 
-    def __init__(self, key, clf, examples, config, robust):
-        self.key, self.clf, self.examples, self.settings = key, clf, examples, config.eval.attack
-        self.eps, self.n = config.eval.attack.eps, max(len(examples), 1)
+    def __init__(self, key, clf, examples, settings: EvalSettings, robust):
+        self.key, self.clf, self.examples, self.settings = key, clf, examples, settings.attack
+        self.eps, self.n = settings.attack.eps, max(len(examples), 1)
         self.slack = max(_POINTS, 1.0 / self.n)
-        self.robust, self.slots = robust, config.eval.slots
+        self.robust, self.slots = robust, settings.slots
         self.before = loading.digest(clf)
 
     def _right(self, x_adv):

@@ -3,6 +3,7 @@
 Success is recomputed on the returned images in a fresh forward pass, inside the ball and the box.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from clustr_jax.data import Examples
 from clustr_jax.evaluation import sound_protocol
 from clustr_jax.runtime import canary
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import EvalSettings
 from clustr_jax.storage import loading, results
 
 # Batch of the authors' evaluation: their loss is the mean over it, so gradients are 64 times smaller,
@@ -133,27 +135,27 @@ def _shares(classes, num_classes) -> list[float]:
     return (np.bincount(classes, minlength=num_classes) / len(classes)).tolist()
 
 
-def run_paper(key, clf, examples, config, report, records=None) -> tuple[dict, dict]:
+def run_paper(key, clf, examples, settings: EvalSettings, report, records=None) -> tuple[dict, dict]:
     """paper.json: PGD^20 and PGD^100 at the main eps (`robust` = both together), then the other radii."""
-    settings = config.eval.attack
-    steps = (20,) if config.eval.quick else tuple(config.eval.paper_steps)
+    attack = settings.attack
+    steps = (20,) if settings.quick else tuple(settings.paper_steps)
     right = _argmax(clf.scores, examples.x) == examples.y
     outcomes, attacks, sweep, spent, needed = {"clean": right}, {}, {}, 0, 0
     worst, any_restart, outside = right.copy(), right.copy(), np.zeros(len(right), bool)
-    others = () if config.eval.quick else results.other_radii(config.eval.sweep, settings.eps)
-    for eps in (settings.eps, *others):
+    others = () if settings.quick else results.other_radii(settings.sweep, attack.eps)
+    for eps in (attack.eps, *others):
         for count in steps:
             name = f"pgd{count}"
             found = paper_pgd(
-                key, clf, examples, eps=eps, step_size=settings.step_size, steps=count,
-                restarts=settings.restarts, slots=config.eval.slots,
+                key, clf, examples, eps=eps, step_size=attack.step_size, steps=count,
+                restarts=attack.restarts, slots=settings.slots,
                 report=lambda a, name=name, eps=eps: report(a, f"{name} at eps {results.radius(eps)}"),
                 records=records, name=f"{name}_{eps:.6f}",
             )  # fmt: skip
             robust = found["robust"]
             spent, needed = spent + found["evaluations"], needed + found["needed"]
             outcomes[f"{name}_{eps:.6f}"] = robust
-            if eps == settings.eps:
+            if eps == attack.eps:
                 attacks[name] = results.fraction(robust)
                 worst &= robust
                 any_restart &= found["any_restart"]
@@ -161,10 +163,11 @@ def run_paper(key, clf, examples, config, report, records=None) -> tuple[dict, d
             else:
                 sweep.setdefault(f"{eps:.6f}", {})[name] = results.fraction(robust)
     result = {
-        "n": len(examples), "eps": settings.eps,
+        "n": len(examples), "eps": attack.eps,
         "clean": results.fraction(right), "robust": results.fraction(worst),
         "attack": {
-            **settings.to_dict(), "steps": list(steps), "loss": "cross_entropy(exp scores)", "select": "loss",
+            **dataclasses.asdict(attack), "steps": list(steps), "loss": "cross_entropy(exp scores)",
+            "select": "loss",
         },
         "attacks": attacks, "sweep": sweep,
         # images, each counted once however many attacks met it
@@ -175,31 +178,31 @@ def run_paper(key, clf, examples, config, report, records=None) -> tuple[dict, d
     return result, outcomes
 
 
-def check_config(config) -> None:
+def check_config(settings: EvalSettings) -> None:
     """UserError for evaluation settings that cannot be run, before hours have gone into training."""
-    attack = config.eval.attack
+    attack = settings.attack
     check_settings(eps=attack.eps, step_size=attack.step_size)
     for name, value, low in (
         ("eval.attack.steps", attack.steps, 1), ("eval.attack.restarts", attack.restarts, 1),
-        ("eval.n", config.eval.n, 0), ("eval.slots", config.eval.slots, 1),
-        ("eval.nearest", config.eval.nearest, 0), ("eval.targets", config.eval.targets, 1),
-        ("eval.apgd_steps", config.eval.apgd_steps, 1), ("eval.queries", config.eval.queries, 1),
+        ("eval.n", settings.n, 0), ("eval.slots", settings.slots, 1),
+        ("eval.nearest", settings.nearest, 0), ("eval.targets", settings.targets, 1),
+        ("eval.apgd_steps", settings.apgd_steps, 1), ("eval.queries", settings.queries, 1),
     ):  # fmt: skip
         if value < low:
             raise UserError(f"{name} must be at least {low}, got {value}")
-    if not config.eval.paper_steps or min(config.eval.paper_steps) < 1:
-        raise UserError(f"eval.paper_steps must be one or more numbers >= 1, got {config.eval.paper_steps}")
-    for eps in (*config.eval.sweep, *config.eval.curve):
+    if not settings.paper_steps or min(settings.paper_steps) < 1:
+        raise UserError(f"eval.paper_steps must be one or more numbers >= 1, got {settings.paper_steps}")
+    for eps in (*settings.sweep, *settings.curve):
         check_settings(eps=eps, step_size=attack.step_size)
-    unknown = [name for name in config.eval.protocols if name not in RUNNERS]
+    unknown = [name for name in settings.protocols if name not in RUNNERS]
     if unknown:
         raise UserError(f"eval.protocols: unknown {unknown[0]!r}; known: {', '.join(RUNNERS)}")
 
 
-def check_transfer(config, net) -> None:
+def check_transfer(settings: EvalSettings, net) -> None:
     """UserError for a source of transfer whose images or classes are not those of `net`."""
     own = tuple(net.input_shape), net.num_classes
-    for path in config.eval.transfer:
+    for path in settings.transfer:
         found = loading.input_and_classes(path)
         if found != own:
             raise UserError(
@@ -212,11 +215,11 @@ RUNNERS = {"paper": run_paper, "sound": sound_protocol.run_sound, "quick": sound
 
 
 def run(
-    name: str, key, clf: Classifier, examples: Examples, config, report, records=None
+    name: str, key, clf: Classifier, examples: Examples, settings: EvalSettings, report, records=None
 ) -> tuple[dict, dict, float]:
     """(result, per-example outcomes, seconds) of one protocol; `records` lets an interrupted one go on."""
     canary.check()
     started = time.perf_counter()
-    result, outcomes = RUNNERS[name](key, clf, examples, config, report, records)
+    result, outcomes = RUNNERS[name](key, clf, examples, settings, report, records)
     outcomes |= {"ids": examples.ids, "y": examples.y}
     return result, outcomes, time.perf_counter() - started

@@ -16,7 +16,6 @@ import time
 
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +26,9 @@ from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.evaluation.protocols import PAPER_AIM, largest_loss
 from clustr_jax.runtime import canary
 from clustr_jax.runtime.errors import UserError
-from clustr_jax.stages import EVALUATE, stage_key
+from clustr_jax.runtime.stage_names import EVALUATE
+from clustr_jax.runtime.streams import stage_key
+from clustr_jax.settings import DataSettings, EvalSettings
 from clustr_jax.storage import loading, results
 
 # name -> what it is in the authors' code, and instead.
@@ -44,51 +45,55 @@ _ADAPTIVE = {
 _EXP_AIM = aims.one(aims.cross_entropy)
 
 
-def evaluate(key, clf, examples, config, on: frozenset[str], *, steps: int, restarts: int):
+def evaluate(key, clf, examples, settings: EvalSettings, on: frozenset[str], *, steps: int, restarts: int):
     """Bool [N]: who survives PGD with the departures `on`, all others switched off."""
-    settings = config.eval.attack
+    budget = settings.attack
     model = as_partial(clf.scores if "exp_scores" in on else clf.logits)
     attack = PGD(
-        eps=jnp.float32(settings.eps), steps=steps, norm="linf", bounds=clf.bounds,
-        step_size=jnp.float32(settings.step_size), aim=PAPER_AIM if "mean_loss" in on else _EXP_AIM,
+        eps=jnp.float32(budget.eps), steps=steps, norm="linf", bounds=clf.bounds,
+        step_size=jnp.float32(budget.step_size), aim=PAPER_AIM if "mean_loss" in on else _EXP_AIM,
         clip_start="start_outside" not in on,
     )  # fmt: skip
-    found = largest_loss(key, model, attack, examples, restarts=restarts, slots=config.eval.slots)
+    found = largest_loss(key, model, attack, examples, restarts=restarts, slots=settings.slots)
     if "max_loss" in on:
         return found["robust"]
-    right = np.argmax(scheduler.forward(model, examples.x, config.eval.slots), axis=1) == examples.y
+    right = np.argmax(scheduler.forward(model, examples.x, settings.slots), axis=1) == examples.y
     return found["any_restart"] & right
 
 
-def table(key, clf, examples, config, *, steps: int, restarts: int, report=lambda text: None) -> list[dict]:
+def table(
+    key, clf, examples, settings: EvalSettings, *, steps: int, restarts: int, report=lambda text: None
+) -> list[dict]:
     """Rows {quirk off, robust, points}: all on, each off in turn, all off."""
     everything = frozenset(QUIRKS)
     rows, base = [], None
     for name in ("", *QUIRKS, "all"):
         on = everything - ({name} if name in QUIRKS else everything if name else frozenset())
         report(f"without {name or 'nothing'}")
-        robust = results.fraction(evaluate(key, clf, examples, config, on, steps=steps, restarts=restarts))
+        robust = results.fraction(evaluate(key, clf, examples, settings, on, steps=steps, restarts=restarts))
         base = robust if base is None else base
         rows.append({"off": name or "none", "robust": robust, "points": 100 * (robust - base)})
     return rows
 
 
-def adaptive(key, clf, examples, config, *, steps: int, restarts: int) -> dict[str, float]:
+def adaptive(
+    key, clf, examples, settings: EvalSettings, *, alpha: float, steps: int, restarts: int
+) -> dict[str, float]:
     """Accuracy under PGD on the Magnet loss, {alpha + ...}_+ as in the paper and without the hinge.
 
     Any restart that succeeds counts. The hinged loss is flat wherever the margin exceeds alpha.
     """
-    settings = config.eval.attack
+    budget = settings.attack
     right = scheduler.judge(as_partial(clf.view), examples.x, examples.y)[0]
     found = {}
-    for name, aim in (("hinged", aims.magnet_hinged(config.magnet.alpha)), ("unhinged", aims.magnet)):
+    for name, aim in (("hinged", aims.magnet_hinged(alpha)), ("unhinged", aims.magnet)):
         attack = PGD(
-            eps=jnp.float32(settings.eps), steps=steps, norm="linf", bounds=clf.bounds,
-            step_size=jnp.float32(settings.step_size), aim=aims.one(aim),
+            eps=jnp.float32(budget.eps), steps=steps, norm="linf", bounds=clf.bounds,
+            step_size=jnp.float32(budget.step_size), aim=aims.one(aim),
         )  # fmt: skip
         outcome = scheduler.run(
             attack, key, as_partial(clf.view), examples.x, examples.y, ids=examples.ids, restarts=restarts,
-            slots=config.eval.slots,
+            slots=settings.slots,
         )  # fmt: skip
         found[name] = results.fraction(~outcome.broken & ~np.asarray(right))
     return found
@@ -114,32 +119,33 @@ def main(argv: list[str]) -> int:
         network = loading.digest(clf)
         if clf.clusters is None:
             raise UserError(f"{args.workdir} has a linear head; the departures are those of cluster scores")
-        config = ConfigDict(loading.read_config(pathlib.Path(args.workdir)))
+        config = loading.read_config(pathlib.Path(args.workdir))
         if args.n < 1 or args.steps < 1 or args.restarts < 1:
             raise UserError("--n, --steps and --restarts must be at least 1")
         if not all(value is None or value > 0 for value in (args.eps, args.step_size)):
             raise UserError(f"--eps and --step_size must be above 0, got {args.eps} and {args.step_size}")
-        config.eval.nearest = 0  # the log scores of one row know no other rule
+        config["eval"]["nearest"] = 0  # the log scores of one row know no other rule
         clf = clf.replace(nearest=0)
         for name in ("eps", "step_size"):
-            config.eval.attack[name] = getattr(args, name) or config.eval.attack[name]
-        test = data.splits(config.data, smoke=config.smoke)[2]
+            config["eval"]["attack"][name] = getattr(args, name) or config["eval"]["attack"][name]
+        images, settings = DataSettings.of(config["data"]), EvalSettings.of(config["eval"])
+        test = data.splits(images, smoke=config["smoke"])[2]
         count = min(args.n, len(test))
         index = data.stratified(test.labels, count, test.num_classes)
         examples = data.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
         started = time.perf_counter()
-        key, budget = stage_key(config.seed, EVALUATE), {"steps": args.steps, "restarts": args.restarts}
+        key, budget = stage_key(config["seed"], EVALUATE), {"steps": args.steps, "restarts": args.restarts}
         with console.status("quirks") as status:
             rows = table(
-                key, clf, examples, config, **budget, report=lambda text: status.update(f"quirks: {text}")
+                key, clf, examples, settings, **budget, report=lambda text: status.update(f"quirks: {text}")
             )
             status.update("quirks: the adaptive attack")
-            magnet = adaptive(key, clf, examples, config, **budget)
+            magnet = adaptive(key, clf, examples, settings, alpha=config["magnet"]["alpha"], **budget)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     shown = Table(
-        title=f"{config.method} on {data.label(config.data)}, PGD^{args.steps} x {args.restarts}, n = {count}"
+        title=f"{config['method']} on {data.label(images)}, PGD^{args.steps} x {args.restarts}, n = {count}"
     )
     for column in ("switched off", "instead", "accuracy %", "points"):
         shown.add_column(column)
@@ -151,13 +157,13 @@ def main(argv: list[str]) -> int:
         shown.add_row(f"adaptive, {name}", _ADAPTIVE[name], results.percent(robust, {"n": count}), "")
     console.print(shown)
     content = {
-        "dataset": data.label(config.data), "subset": test.subset, "n": count, "method": config.method,
-        "protocol": "quirks-3", "eps": config.eval.attack.eps, "clean": results.fraction(
+        "dataset": data.label(images), "subset": test.subset, "n": count, "method": config["method"],
+        "protocol": "quirks-3", "eps": settings.attack.eps, "clean": results.fraction(
             np.asarray(clf.predict(examples.x)) == examples.y),
         "robust": rows[-1]["robust"], "nearest": clf.nearest,
-        "attack": budget | {"step_size": config.eval.attack.step_size},
-        "rows": rows, "adaptive": magnet, "seed": config.seed, "network_sha": network,
-        "config_sha": results.sha({**config.to_dict(), "quirks": {"n": count, **budget}}),
+        "attack": budget | {"step_size": settings.attack.step_size},
+        "rows": rows, "adaptive": magnet, "seed": config["seed"], "network_sha": network,
+        "config_sha": results.sha({**config, "quirks": {"n": count, **budget}}),
         "versions": results.versions(), "wall_seconds": time.perf_counter() - started,
     }  # fmt: skip
     target = pathlib.Path(args.workdir) / "results"

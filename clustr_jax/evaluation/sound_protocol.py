@@ -26,6 +26,8 @@ from clustr_jax.attacks.square import Square
 from clustr_jax.classifier import Classifier, correct
 from clustr_jax.data import Examples
 from clustr_jax.losses import margin
+from clustr_jax.runtime import streams
+from clustr_jax.settings import EvalSettings
 from clustr_jax.storage import loading, results
 
 # Of a two-stage attack, the part that only runs away from the own cluster.
@@ -44,16 +46,16 @@ class Plan:
     attack: scheduler.Attack
     restarts: int = 1
     targets: str | None = None
-    number: int = 0  # of its stream of randomness
+    number: int = 0  # of its stream (runtime.streams)
 
 
-def plans(clf: Classifier, config, *, eps: float, shape: tuple[int, ...]) -> list[Plan]:
+def plans(clf: Classifier, settings: EvalSettings, *, eps: float, shape: tuple[int, ...]) -> list[Plan]:
     """The attacks of sound-2 for this classifier, in order."""
-    settings, quick = config.eval.attack, config.eval.quick
-    steps, apgd_steps = (20, 20) if quick else (settings.steps, config.eval.apgd_steps)
-    queries = 200 if quick else config.eval.queries
+    attack, quick = settings.attack, settings.quick
+    steps, apgd_steps = (20, 20) if quick else (attack.steps, settings.apgd_steps)
+    queries = 200 if quick else settings.queries
     common: dict[str, Any] = dict(eps=jnp.float32(eps), norm="linf", bounds=clf.bounds)
-    step_size = jnp.float32(settings.step_size * eps / settings.eps if settings.eps else 0.0)
+    step_size = jnp.float32(attack.step_size * eps / attack.eps if attack.eps else 0.0)
 
     options = options_of(clf)
 
@@ -64,15 +66,15 @@ def plans(clf: Classifier, config, *, eps: float, shape: tuple[int, ...]) -> lis
         return APGD(steps=apgd_steps, aim=aims.among(aim, options), **common)
 
     found = [
-        Plan("ce", pgd_on(aims.cross_entropy), settings.restarts),
-        Plan("margin", pgd_on(aims.margin), settings.restarts),
+        Plan("ce", pgd_on(aims.cross_entropy), attack.restarts),
+        Plan("margin", pgd_on(aims.margin), attack.restarts),
     ]
     if clf.clusters is not None:
         away = pgd_on(aims.margin, opening=aims.away, opening_steps=int(_AWAY_SHARE * steps))
         found += [
             Plan("centroid", pgd_on(aims.centroid), 1, "clusters"),
             Plan("feature", pgd_on(aims.feature), 1, "clusters"),
-            Plan("away", away, settings.restarts),
+            Plan("away", away, attack.restarts),
         ]
     found += [
         Plan("apgd-ce", apgd_on(aims.cross_entropy)),
@@ -113,18 +115,18 @@ def nearest_clusters(exponents, y, count: int):
 
 
 def execute(
-    plan: Plan, key, clf: Classifier, examples: Examples, alive, config, report, records=None
+    plan: Plan, key, clf: Classifier, examples: Examples, alive, settings: EvalSettings, report, records=None
 ) -> tuple[scheduler.Outcome, dict]:
     """Run one attack on the examples that are `alive`. Returns (its outcome for those, what it cost)."""
     started = time.perf_counter()
     index = np.flatnonzero(alive)
     part, model = examples.take(index), as_partial(clf.view)
-    view = scheduler.forward(model, part.x, config.eval.slots)
+    view = scheduler.forward(model, part.x, settings.slots)
     targets = None
     if plan.targets == "classes":
-        targets = ensemble.likely_targets(view.logits, part.y, config.eval.targets)
+        targets = ensemble.likely_targets(view.logits, part.y, settings.targets)
     elif plan.targets == "clusters":
-        targets = nearest_clusters(view.exponents, part.y, config.eval.targets)
+        targets = nearest_clusters(view.exponents, part.y, settings.targets)
     total = plan.restarts * (1 if targets is None else len(targets))
     outcome, _ = records.load(plan.name, part.x, total) if records else (None, {})
 
@@ -136,7 +138,7 @@ def execute(
     if len(index):
         outcome = scheduler.run(
             plan.attack, jax.random.fold_in(key, plan.number), model, part.x, part.y, ids=part.ids,
-            targets=targets, restarts=plan.restarts, slots=config.eval.slots, outcome=outcome, report=note,
+            targets=targets, restarts=plan.restarts, slots=settings.slots, outcome=outcome, report=note,
         )  # fmt: skip
         if records:
             records.save(plan.name, outcome, now=True)
@@ -146,7 +148,7 @@ def execute(
         "gradient_evaluations": plan.attack.gradients * outcome.evaluations,
         "forward_evaluations": plan.attack.forwards * outcome.evaluations,
         "evaluations_needed": outcome.needed,
-        "evaluations_bound": bound(plan.attack, outcome, config.eval.slots),
+        "evaluations_bound": bound(plan.attack, outcome, settings.slots),
         "wall_seconds": time.perf_counter() - started,
     }
     return outcome, cost
@@ -158,52 +160,54 @@ def bound(attack, outcome: scheduler.Outcome, slots: int) -> int:
 
 
 def transfer(
-    key, source: Classifier, clf: Classifier, examples: Examples, alive, config
+    key, source: Classifier, clf: Classifier, examples: Examples, alive, settings: EvalSettings
 ) -> Bool[np.ndarray, "N"]:
     """Which of `alive` survive images made on another model: margin PGD there, without stopping."""
-    settings, alive = config.eval.attack, alive.copy()
-    lanes = config.eval.slots
+    attack, alive = settings.attack, alive.copy()
+    lanes = settings.slots
     for start in range(0, len(examples), lanes):
         index = np.arange(start, min(start + lanes, len(examples)))
         padded = np.resize(index, lanes)
         x_adv = np.asarray(
             pgd(
-                key, source.logits, examples.x[padded], examples.y[padded], eps=settings.eps,
-                step_size=settings.step_size, steps=20, loss_fn=margin, select="last", bounds=clf.bounds,
+                key, source.logits, examples.x[padded], examples.y[padded], eps=attack.eps,
+                step_size=attack.step_size, steps=20, loss_fn=margin, select="last", bounds=clf.bounds,
                 ids=examples.ids[padded],
             )
         )  # fmt: skip
-        scheduler.verify_inside(x_adv, examples.x[padded], settings.eps, "linf", clf.bounds)
+        scheduler.verify_inside(x_adv, examples.x[padded], attack.eps, "linf", clf.bounds)
         fooled = scheduler.misjudged(as_partial(clf.view), x_adv, examples.y[padded], len(index))
         alive[index] &= ~fooled
     return alive
 
 
-def run_sound(key, clf, examples, config, report, records=None) -> tuple[dict, dict]:
+def run_sound(key, clf, examples, settings: EvalSettings, report, records=None) -> tuple[dict, dict]:
     """sound.json: every attack on all correct examples, the union, curves, and other radii."""
-    settings, quick = config.eval.attack, config.eval.quick
-    deployed, right = _right(clf, examples, config)
+    attack, quick = settings.attack, settings.quick
+    deployed, right = _right(clf, examples, settings)
     broken_by = np.where(right, "", "clean").astype(object)  # names of any length
     survivors, attacks, curves, unconfirmed = {}, {}, {}, np.zeros(len(examples), bool)
-    others = [] if quick else sorted(results.other_radii(config.eval.curve, settings.eps))
-    smaller = [eps for eps in others if eps < settings.eps]
-    larger = [eps for eps in others if eps > settings.eps]
-    sweep = Sweep(key, clf, examples, config, report, records)
+    others = [] if quick else sorted(results.other_radii(settings.curve, attack.eps))
+    smaller = [eps for eps in others if eps < attack.eps]
+    larger = [eps for eps in others if eps > attack.eps]
+    sweep = Sweep(key, clf, examples, settings, report, records)
     alive = sweep.run(right, smaller)
     broken_by[right & ~alive] = "smaller-eps"
 
-    for plan in plans(clf, config, eps=settings.eps, shape=examples.x.shape[1:]):
+    for plan in plans(clf, settings, eps=attack.eps, shape=examples.x.shape[1:]):
         outcome, cost = execute(
-            plan, key, clf, examples, right, config, lambda a, what: report(a, f"sound, {what}"), records
+            plan, key, clf, examples, right, settings, lambda a, what: report(a, f"sound, {what}"), records
         )
         survivors[plan.name] = _spread(right, ~outcome.broken)
         unconfirmed |= _spread(right, outcome.unconfirmed)
         attacks[plan.name] = cost
         if plan.name in ("ce", "margin"):
             curves[plan.name] = _curves(outcome, right, plan)
-    for name, source in transfer_sources(clf, config).items():
+    for name, source in transfer_sources(clf, settings).items():
         started = time.perf_counter()
-        survivors[name] = transfer(jax.random.fold_in(key, 100), source, clf, examples, right, config)
+        survivors[name] = transfer(
+            jax.random.fold_in(key, streams.Evaluation.TRANSFER), source, clf, examples, right, settings
+        )
         attacks[name] = {"wall_seconds": time.perf_counter() - started}
 
     for name, survived in survivors.items():
@@ -217,18 +221,18 @@ def run_sound(key, clf, examples, config, report, records=None) -> tuple[dict, d
         }  # fmt: skip
     unbounded = None
     if not quick:
-        wide = 1.0 if clf.bounds is not None else _UNBOUNDED * settings.eps
+        wide = 1.0 if clf.bounds is not None else _UNBOUNDED * attack.eps
         left = sweep.run(alive, [*larger, wide])
         unbounded = results.fraction(left)
-        radii = {0.0: right, settings.eps: alive, **sweep.robust}
+        radii = {0.0: right, attack.eps: alive, **sweep.robust}
         curves["eps"] = [[eps, results.fraction(radii[eps])] for eps in sorted(radii)]
     result = {
-        "n": len(examples), "eps": settings.eps,
+        "n": len(examples), "eps": attack.eps,
         "clean": results.fraction(deployed), "robust": results.fraction(alive),
         "attack": {
-            **settings.to_dict(), "steps": 20 if quick else settings.steps, "select": "success",
-            "apgd_steps": 20 if quick else config.eval.apgd_steps,
-            "queries": 200 if quick else config.eval.queries, "targets": config.eval.targets,
+            **dataclasses.asdict(attack), "steps": 20 if quick else attack.steps, "select": "success",
+            "apgd_steps": 20 if quick else settings.apgd_steps,
+            "queries": 200 if quick else settings.queries, "targets": settings.targets,
         },
         "attacks": attacks, "curves": curves, "unbounded": unbounded,
         # left, though an attack fooled them in its own program: rounding decided in the pass that judges
@@ -240,14 +244,13 @@ def run_sound(key, clf, examples, config, report, records=None) -> tuple[dict, d
     return result, outcomes
 
 
-def run_quick(key, clf, examples, config, report, records=None) -> tuple[dict, dict]:
+def run_quick(key, clf, examples, settings: EvalSettings, report, records=None) -> tuple[dict, dict]:
     """quick.json: margin PGD, the clusters, then APGD-T, with 20 steps, each on what is left."""
-    settings = config.eval.attack
-    quick = config.copy_and_resolve_references()
-    quick.eval.quick = True
-    deployed, alive = _right(clf, examples, config)
+    attack = settings.attack
+    quick = dataclasses.replace(settings, quick=True)
+    deployed, alive = _right(clf, examples, settings)
     broken_by, attacks = np.where(alive, "", "clean").astype("U32"), {}
-    for plan in plans(clf, quick, eps=settings.eps, shape=examples.x.shape[1:]):
+    for plan in plans(clf, quick, eps=attack.eps, shape=examples.x.shape[1:]):
         if plan.name in ("margin", "centroid", "apgd-t"):
             outcome, cost = execute(
                 plan, key, clf, examples, alive, quick, lambda a, what: report(a, f"quick, {what}"), records
@@ -256,9 +259,9 @@ def run_quick(key, clf, examples, config, report, records=None) -> tuple[dict, d
             alive = broken_by == ""
             attacks[plan.name] = {"unbroken_after": results.fraction(alive), **cost}
     result = {
-        "n": len(examples), "eps": settings.eps,
+        "n": len(examples), "eps": attack.eps,
         "clean": results.fraction(deployed), "robust": results.fraction(alive),
-        "attack": {**settings.to_dict(), "steps": 20}, "attacks": attacks, "sweep": {},
+        "attack": {**dataclasses.asdict(attack), "steps": 20}, "attacks": attacks, "sweep": {},
     }  # fmt: skip
     return result, {"clean": deployed, "robust": alive, "broken_by": broken_by}
 
@@ -266,8 +269,8 @@ def run_quick(key, clf, examples, config, report, records=None) -> tuple[dict, d
 class Sweep:
     """APGD on the margin at other radii, ascending; what breaks at a smaller one counts at larger ones."""
 
-    def __init__(self, key, clf, examples, config, report: Callable, records=None):
-        self.key, self.clf, self.examples, self.config = key, clf, examples, config
+    def __init__(self, key, clf, examples, settings, report: Callable, records=None):
+        self.key, self.clf, self.examples, self.settings = key, clf, examples, settings
         self.report, self.records = report, records
         self.robust: dict[float, np.ndarray] = {}
 
@@ -276,12 +279,12 @@ class Sweep:
         options = options_of(self.clf)
         for eps in radii:
             attack = APGD(
-                eps=jnp.float32(eps), steps=self.config.eval.apgd_steps, norm="linf", bounds=self.clf.bounds,
+                eps=jnp.float32(eps), steps=self.settings.apgd_steps, norm="linf", bounds=self.clf.bounds,
                 aim=aims.among(aims.margin, options),
             )  # fmt: skip
-            plan = Plan(f"apgd-margin-{eps:.6f}", attack, number=50)
+            plan = Plan(f"apgd-margin-{eps:.6f}", attack, number=streams.Evaluation.SWEEP)
             outcome, _ = execute(
-                plan, self.key, self.clf, self.examples, alive, self.config,
+                plan, self.key, self.clf, self.examples, alive, self.settings,
                 lambda a, what: self.report(a, f"sound, {what}"), self.records,
             )  # fmt: skip
             alive = _spread(alive, ~outcome.broken)
@@ -289,20 +292,20 @@ class Sweep:
         return alive
 
 
-def transfer_sources(clf: Classifier, config) -> dict[str, Classifier]:
+def transfer_sources(clf: Classifier, settings: EvalSettings) -> dict[str, Classifier]:
     """Models to transfer from: the same network with its linear head, and `eval.transfer`."""
     sources = {}
     if clf.clusters is not None:
         sources["transfer-linear-head"] = clf.replace(clusters=None, nearest=0)
-    for path in config.eval.transfer:
+    for path in settings.transfer:
         sources[f"transfer-{path}"] = loading.load(path)  # the whole path: folders can share a name
     return sources
 
 
-def _right(clf, examples, config):
+def _right(clf, examples, settings):
     """(right by the deployed rule, right by both it and the logits) of each example."""
     deployed = correct(clf, examples.x, examples.y)
-    view = scheduler.forward(as_partial(clf.view), examples.x, config.eval.slots)
+    view = scheduler.forward(as_partial(clf.view), examples.x, settings.slots)
     return deployed, deployed & (view.logits.argmax(axis=1) == examples.y)
 
 

@@ -6,7 +6,8 @@ import sys
 
 from clustr_jax import report
 from clustr_jax.runtime.errors import UserError
-from clustr_jax.stages import REPORT, stage_key
+from clustr_jax.runtime.stage_names import REPORT
+from clustr_jax.runtime.streams import stage_key
 from clustr_jax.storage import loading
 
 

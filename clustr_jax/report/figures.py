@@ -5,6 +5,7 @@ import numpy as np
 from clustr_jax.reference import claims
 from clustr_jax.report.record import Record
 from clustr_jax.report.svg import DASHES, MARKERS, SERIES, Drawing, draw
+from clustr_jax.runtime.stage_names import TRAIN, WARMUP
 from clustr_jax.storage import results
 
 # Of metrics.jsonl: field -> what the legend calls it.
@@ -18,7 +19,7 @@ _LOSSES = {
 }  # fmt: skip
 # Losses whose largest is so many times the smallest are drawn on a logarithmic axis.
 _WIDE = 20
-_STAGES = {"1_warmup": "Warm-up", "2_train": "Stage 2"}
+_STAGES = {WARMUP: "Warm-up", TRAIN: "Stage 2"}
 
 
 def _percent(value: float) -> str:

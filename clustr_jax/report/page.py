@@ -16,6 +16,7 @@ from clustr_jax.report import figures, pictures, tables, words
 from clustr_jax.report.looks import CLASSES, Plane, Victim
 from clustr_jax.report.record import VERSION, Record
 from clustr_jax.report.svg import Drawing
+from clustr_jax.runtime.stage_names import TRAIN
 from clustr_jax.storage import results
 
 _TEMPLATES = pathlib.Path(__file__).parent / "templates"
@@ -159,7 +160,7 @@ def _no_planes(record, looks):
     texts = []
     if len(looks.planes) == 1:
         shown = looks.planes[0].stage
-        if shown == "2_train":
+        if shown == TRAIN:
             texts.append("There is no picture from before: this method has no warm-up stage here.")
         else:
             texts.append("There is no picture of stage 2, which is not finished.")

@@ -4,6 +4,7 @@ import numpy as np
 
 from clustr_jax.report.looks import Plane, Victim, cells, limits
 from clustr_jax.report.svg import INK, MUTED, SERIES, Drawing, draw
+from clustr_jax.runtime.stage_names import TRAIN, WARMUP
 
 
 def planes(found: list[Plane]) -> list[Drawing]:
@@ -52,7 +53,7 @@ def _plane(plane: Plane, box) -> Drawing:
         f"{spread.max():.2f} units from the centre."
     )
     ratio = (box[3] - box[2]) / (box[1] - box[0])
-    when = {"1_warmup": "Before: after the warm-up", "2_train": "After: the trained network"}
+    when = {WARMUP: "Before: after the warm-up", TRAIN: "After: the trained network"}
     return draw(
         f"embeddings-{plane.stage}", when.get(plane.stage, plane.stage),
         f"Circles: {plane.source}.", alt, paint, float(np.clip(0.5 + 3.72 * ratio, 2.6, 6.0)),

@@ -8,6 +8,8 @@ from clustr_jax.data import remarks
 from clustr_jax.report import tables
 from clustr_jax.report.record import Record
 from clustr_jax.report.tables import Cell, cell
+from clustr_jax.runtime.stage_names import TRAIN, WARMUP
+from clustr_jax.settings import DataSettings
 from clustr_jax.storage import results
 from clustr_jax.training.objectives import METHODS
 
@@ -71,7 +73,7 @@ def verdict(record: Record) -> Verdict:
 
 
 def _images(record):
-    return not record.config["data"]["name"].startswith("toy2d")
+    return DataSettings.of(record.config["data"]).bounds is not None
 
 
 def _no_better(record):
@@ -120,16 +122,16 @@ def facts(record: Record) -> list[tuple[str, Cell, str]]:
 def method(record: Record) -> list[str]:
     """What was trained, stage by stage, in the words of the objectives' docstrings."""
     row, config = METHODS[record.config["method"]], record.config
-    stages = [("1_warmup", row.warmup, config["warmup"])] if row.warmup else []
+    stages = [(WARMUP, row.warmup, config["warmup"])] if row.warmup else []
     lines = []
-    for stage, name, recipe in [*stages, ("2_train", record.config["method"], config["train"])]:
+    for stage, name, recipe in [*stages, (TRAIN, record.config["method"], config["train"])]:
         known = METHODS[name]
         text = f"{stage} ({name}): {first_sentence(known.objective)}"
         epochs = (record.stages[stage] if stage in record.stages else recipe)["epochs"]
         text += f" {epochs} epoch{'s' * (epochs != 1)} of {recipe['optimizer']}, rate {recipe['lr']:g}."
-        if stage == "1_warmup" and row.source:
+        if stage == WARMUP and row.source:
             text += f" Data: {config['pretrain']['name']}."
-        if stage == "1_warmup" or not row.warmup:
+        if stage == WARMUP or not row.warmup:
             text += f" Started from {config['init_from']}." if config["init_from"] else ""
         if recipe["replays"] > 1:
             text += (

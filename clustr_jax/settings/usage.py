@@ -5,7 +5,7 @@ import pathlib
 import textwrap
 from collections.abc import Callable
 
-from clustr_jax.stages.context import STAGES
+from clustr_jax.runtime.stage_names import STAGES
 
 _WIDTH = 80  # columns of the narrowest terminal that people use
 

@@ -5,12 +5,13 @@ import pathlib
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from clustr_jax import data, models
 from clustr_jax.classifier import Classifier
 from clustr_jax.models import Net
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.stage_names import TRAIN, WARMUP
+from clustr_jax.settings import DataSettings, ModelSettings
 from clustr_jax.storage import safetensors_file
 from clustr_jax.storage.checkpoints import Checkpoints
 from clustr_jax.storage.files import read_json
@@ -18,25 +19,32 @@ from clustr_jax.storage.workdir import training_sha
 from clustr_jax.training.objectives import METHODS
 
 
-def build_net(config, split: data.Split) -> Net:
-    """The config's network for the shape and classes of this data."""
+def build_net(model: ModelSettings, split: data.Split) -> Net:
+    """The network for the shape and classes of this data."""
     shape = split.images.shape[1:]
     channels = shape[-1]
     for name in ("mean", "std"):
-        if len(config.model[name]) not in (1, channels):
+        if len(getattr(model, name)) not in (1, channels):
             raise UserError(
-                f"model.{name} must have 1 or {channels} values for {config.data.name}, "
-                f"got {config.model[name]}"
+                f"model.{name} must have 1 or {channels} values for images of {channels} channels, "
+                f"got {getattr(model, name)}"
             )
     return models.build(
-        config.model.name,
+        model.name,
         num_classes=split.num_classes,
         input_shape=shape,
+<<<<<<< HEAD
         mean=config.model.mean,
         std=config.model.std,
         width=config.model.width,
         dtype=config.model.dtype,
         running_variance=config.get("fidelity", {}).get("running_variance", "biased"),
+=======
+        mean=model.mean,
+        std=model.std,
+        width=model.width,
+        dtype=model.dtype,
+>>>>>>> main
     )
 
 
@@ -77,19 +85,19 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
             raise UserError(f"{path} has no clusters; fit some with clusters.fit")
         return clf.replace(clusters=None, nearest=0) if head == "linear" else clf
     stage = find_stage(path)
-    config = ConfigDict(read_config(stage.parent))
+    config = read_config(stage.parent)
     done = read_json(stage / "done.json")
-    method = METHODS[config.method]
-    if stage.name != "2_train":
+    method = METHODS[config["method"]]
+    if stage.name != TRAIN:
         assert method.warmup is not None  # else there is no such stage
         method = METHODS[method.warmup]
     own = method.head
     if head == "clusters" and own == "linear":
         raise UserError(
-            f"{stage} has no clusters: {config.method} ends in a linear head there; "
+            f"{stage} has no clusters: {config['method']} ends in a linear head there; "
             f"fit some with clusters.fit"
         )
-    net = _own_net(config, done)
+    net = _own_net(ModelSettings.of(config["model"]), done)
     checkpoints, step = _checkpoints(stage), done["step"]
     try:
         abstract = _abstract(net)
@@ -99,7 +107,7 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
             embedding = jax.eval_shape(
                 net.eval, abstract, jax.ShapeDtypeStruct((1, *net.input_shape), "float32")
             )
-            k = max(config.magnet.k_per_class) if config.magnet.k_per_class else config.magnet.k
+            k = max(config["magnet"]["k_per_class"] or (config["magnet"]["k"],))
             clusters = checkpoints.clusters(net.num_classes, k, embedding.embeddings.shape[-1], step)
     finally:
         checkpoints.close()
@@ -107,8 +115,8 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
         variables,
         clusters,
         net,
-        nearest=config.eval.nearest if clusters is not None else 0,
-        bounds=None if config.data.name.startswith("toy2d") else (0.0, 1.0),
+        nearest=config["eval"]["nearest"] if clusters is not None else 0,
+        bounds=DataSettings.of(config["data"]).bounds,
     )
 
 
@@ -125,7 +133,9 @@ def model_variables(path: str | pathlib.Path, net: Net, *, body: bool = False) -
         config, done = read_config(stage.parent), read_json(stage / "done.json")
         checkpoints = _checkpoints(stage)
         try:
-            found = checkpoints.model(_abstract(_own_net(ConfigDict(config), done)), done["step"])
+            found = checkpoints.model(
+                _abstract(_own_net(ModelSettings.of(config["model"]), done)), done["step"]
+            )
         finally:
             checkpoints.close()
     shapes = [
@@ -154,17 +164,24 @@ def _abstract(net: Net) -> dict:
     return jax.eval_shape(net.init, jax.random.key(0))
 
 
-def _own_net(config: ConfigDict, done: dict) -> Net:
+def _own_net(model: ModelSettings, done: dict) -> Net:
     """The network that a finished stage trained: its work directory's config.json, its own done.json."""
     return models.build(
-        config.model.name,
+        model.name,
         num_classes=done["num_classes"],
         input_shape=tuple(done["input_shape"]),
+<<<<<<< HEAD
         mean=tuple(config.model.mean),
         std=tuple(config.model.std),
         width=config.model.width,
         dtype=config.model.dtype,
         running_variance=config.get("fidelity", {}).get("running_variance", "biased"),
+=======
+        mean=model.mean,
+        std=model.std,
+        width=model.width,
+        dtype=model.dtype,
+>>>>>>> main
     )
 
 
@@ -185,9 +202,9 @@ def read_config(workdir: pathlib.Path) -> dict:
 def find_stage(path: str | pathlib.Path) -> pathlib.Path:
     """The folder of a finished stage: the path itself, or the newest one in it; UserError without one."""
     path = pathlib.Path(path).expanduser().resolve()
-    for folder in (path, path / "2_train", path / "1_warmup"):
+    for folder in (path, path / TRAIN, path / WARMUP):
         if (folder / "done.json").exists():
             return folder
     raise UserError(
-        f"no finished stage in {path}; expected a work directory of run.py, or its 1_warmup or 2_train"
+        f"no finished stage in {path}; expected a work directory of run.py, or its {WARMUP} or {TRAIN}"
     )

@@ -23,8 +23,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
-from clustr_jax.doors import description
 from clustr_jax.runtime.errors import UserError, first_line
+from clustr_jax.storage import description
 
 FORMAT = "clustr_jax-1"
 _CLUSTERS = ("centroids", "variance", "mask")

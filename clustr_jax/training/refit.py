@@ -8,7 +8,7 @@ from clustr_jax import clusters as clusters_lib
 from clustr_jax import models
 from clustr_jax.clusters import Clusters
 from clustr_jax.models import Net
-from clustr_jax.runtime import mesh
+from clustr_jax.runtime import mesh, streams
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.training import sampling, train
 from clustr_jax.training.train import Trainer, TrainSet, TrainState
@@ -56,20 +56,20 @@ def embed_all(
 
 def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> TrainState:
     """Cluster the training set by the network as it is now; examples keep their last seen losses."""
-    fidelity = trainer.config.fidelity
+    magnet, switches = trainer.settings.magnet, trainer.settings.switches
     first = state.sampler is None
-    key = jax.random.fold_in(jax.random.fold_in(key, train.REFIT), state.step)
+    key = jax.random.fold_in(jax.random.fold_in(key, streams.Training.REFIT), state.step)
     fit_key, images_key, variance_key, average_key = jax.random.split(key, 4)
-    augmented = images_key if fidelity.cluster_images == "augmented" else None
-    train_mode = first and fidelity.first_clusters == "train"
+    augmented = images_key if switches.cluster_images == "augmented" else None
+    train_mode = first and switches.first_clusters == "train"
     clusters, assignments = _fit(trainer, state.variables, train_set, fit_key, augmented, train_mode)
-    if fidelity.variance_images == "augmented":
+    if switches.variance_images == "augmented":
         z = embed_all(trainer.net, state.variables, train_set, variance_key, train_mode=True)
-        clusters = _sharpened(clusters_lib.with_variance(clusters, z, train_set.labels), trainer.config)
+        clusters = _sharpened(clusters_lib.with_variance(clusters, z, train_set.labels), magnet)
     if state.sampler is None:
         sampler = sampling.init(
-            None, assignments, clusters.valid.size, initial=trainer.config.magnet.alpha,
-            stale=fidelity.sampler == "stale",
+            None, assignments, clusters.valid.size, initial=magnet.alpha,
+            stale=switches.sampler == "stale",
         )  # fmt: skip
     else:
         sampler = sampling.refit(state.sampler, assignments)
@@ -80,20 +80,20 @@ def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> Trai
 
 
 def _fit(trainer, variables, train_set, key, augmented=None, train_mode=False):
-    config, num_classes = trainer.config, trainer.net.num_classes
+    magnet, num_classes = trainer.settings.magnet, trainer.net.num_classes
     z = embed_all(trainer.net, variables, train_set, augmented, train_mode)
-    if config.magnet.fit == "linear_head":
-        return _sharpened(_of_linear_head(trainer.net, variables, train_set, z), config), train_set.labels
+    if magnet.fit == "linear_head":
+        return _sharpened(_of_linear_head(trainer.net, variables, train_set, z), magnet), train_set.labels
     clusters, assignments = clusters_lib.fit_assign(
         key,
         z,
         train_set.labels,
         num_classes=num_classes,
-        k=train.per_class(config, num_classes),
-        n_init=config.magnet.n_init,
-        max_iter=config.magnet.max_iter,
+        k=train.per_class(magnet, num_classes),
+        n_init=magnet.n_init,
+        max_iter=magnet.max_iter,
     )
-    return _sharpened(clusters, config), assignments
+    return _sharpened(clusters, magnet), assignments
 
 
 def _of_linear_head(net: Net, variables, train_set: TrainSet, z) -> Clusters:
@@ -115,9 +115,9 @@ def check_linear(net: Net, variables, x) -> None:
         )
 
 
-def _sharpened(clusters, config):
+def _sharpened(clusters, magnet):
     """What training and the deployed head work with, as the Magnet loss does: sigma^2 / magnet.sharpness."""
-    return clusters.replace(variance=clusters.variance / config.magnet.sharpness)
+    return clusters.replace(variance=clusters.variance / magnet.sharpness)
 
 
 @jax.jit(static_argnums=0)

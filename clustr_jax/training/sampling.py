@@ -6,10 +6,10 @@ other classes ("impostors"), and S examples of each cluster without replacement.
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.clusters import Clusters
+from clustr_jax.runtime import struct
 
 
 class Sampler(struct.PyTreeNode):

@@ -7,22 +7,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jaxtyping import Array, Float, Int
-from ml_collections import FrozenConfigDict
 
 from clustr_jax import data
 from clustr_jax.clusters import Clusters
 from clustr_jax.models import Net
-from clustr_jax.runtime import mesh
+from clustr_jax.runtime import mesh, streams, struct
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import MagnetSettings, Recipe, TrainingSettings
 from clustr_jax.training import sampling
-from clustr_jax.training.objectives import Batch, Method, box, shares_clean
+from clustr_jax.training.objectives import Batch, Method, shares_clean
 from clustr_jax.training.sampling import Sampler
 
-# Steps, permutations, k-means++ seeds (refit.py) and the monitor draw from separate streams of the stage's
-# key; the first parameters are drawn from that of the steps, which fold their number into it.
-_STEPS, _ORDER, REFIT, MONITOR = 0, 1, 2, 3
 # Beside the metrics of an epoch where recipe.nonfinite is "skip": how many steps were.
 SKIPPED = "skipped"
 
@@ -71,7 +67,7 @@ class TrainSet(struct.PyTreeNode):
         return images.astype(jnp.float32) / self.scale, self.labels[ids]
 
 
-def optimizer(recipe, steps_per_epoch: int) -> tuple[optax.GradientTransformation, Callable]:
+def optimizer(recipe: Recipe, steps_per_epoch: int) -> tuple[optax.GradientTransformation, Callable]:
     """(optax transformation at rate 1, learning rate as a function of the step) of a config section.
 
     The rate goes by the step, not by the transformation's own count: a step that is passed over has its turn.
@@ -107,13 +103,9 @@ class Trainer:
 
     net: Net
     method: Method
-    config: FrozenConfigDict
-    recipe: FrozenConfigDict  # config.warmup or config.train
+    settings: TrainingSettings
+    recipe: Recipe  # of config.warmup or config.train
     size: int  # of the training set
-
-    def __post_init__(self):
-        for name in ("config", "recipe"):  # what can change has no value to hash by
-            object.__setattr__(self, name, FrozenConfigDict(getattr(self, name)))
 
     @property
     def magnet(self) -> bool:
@@ -129,7 +121,7 @@ class Trainer:
     def batch_size(self) -> int:
         """Images per step: M x S, or the recipe's batch (at most the set)."""
         if self.magnet:
-            return rows(self.config, self.net.num_classes) * self.config.magnet.samples
+            return rows(self.settings.magnet, self.net.num_classes) * self.settings.magnet.samples
         return min(self.recipe.batch_size, self.size)
 
     @property
@@ -138,25 +130,25 @@ class Trainer:
         return max(1, self.size // self.batch_size) * self.replays
 
 
-def rows(config, num_classes: int) -> int:
-    """M, the clusters of a Magnet batch: min(12, all clusters) where config.magnet.clusters is 0."""
-    total = sum(per_class(config, num_classes))
-    wanted = config.magnet.clusters
+def rows(magnet: MagnetSettings, num_classes: int) -> int:
+    """M, the clusters of a Magnet batch: min(12, all clusters) where magnet.clusters is 0."""
+    total = sum(per_class(magnet, num_classes))
+    wanted = magnet.clusters
     if wanted > total:
         raise UserError(
             f"magnet.clusters is {wanted}, but there are only {total} clusters; lower it or set 0"
         )
-    if wanted < 0 or wanted == 1 or config.magnet.samples < 2:
+    if wanted < 0 or wanted == 1 or magnet.samples < 2:
         raise UserError(
             f"magnet.clusters must be 0 (automatic) or at least 2 and magnet.samples at least 2, "
-            f"got {wanted} and {config.magnet.samples}"
+            f"got {wanted} and {magnet.samples}"
         )
     return wanted or min(12, total)
 
 
-def per_class(config, num_classes: int) -> tuple[int, ...]:
+def per_class(magnet: MagnetSettings, num_classes: int) -> tuple[int, ...]:
     """Clusters of each class: magnet.k_per_class, or magnet.k for all."""
-    k = tuple(config.magnet.k_per_class) or (config.magnet.k,) * num_classes
+    k = magnet.k_per_class or (magnet.k,) * num_classes
     if len(k) != num_classes or min(k) < 1:
         raise UserError(
             f"magnet.k must be at least 1 and magnet.k_per_class have {num_classes} entries, got {k}"
@@ -186,7 +178,7 @@ def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key) -> TrainS
     state = create(trainer, variables)
     if trainer.magnet:
         num_classes = trainer.net.num_classes
-        k = max(per_class(trainer.config, num_classes))
+        k = max(per_class(trainer.settings.magnet, num_classes))
         x = jax.ShapeDtypeStruct((1, *trainer.net.input_shape), jnp.float32)
         embedding = jax.eval_shape(trainer.net.eval, variables, x).embeddings.shape[-1]
         clusters = Clusters(
@@ -199,7 +191,7 @@ def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key) -> TrainS
                 jnp.zeros(trainer.size, jnp.int32),
                 num_classes * k,
                 initial=0.0,
-                stale=trainer.config.fidelity.sampler == "stale",
+                stale=trainer.settings.switches.sampler == "stale",
             ),
             average_clusters=clusters if state.average else None,
         )
@@ -211,16 +203,16 @@ def draw_batch(
 ) -> tuple[Batch, Int[Array, "B"]]:
     """The batch of this step, augmented, and the ids of its examples (on a mesh: those of all devices)."""
     draw_key, augment_key = jax.random.split(key)
-    config = trainer.config
+    magnet, stale = trainer.settings.magnet, trainer.settings.switches.sampler == "stale"
     if trainer.magnet:
         assert state.sampler is not None and state.clusters is not None  # `refit` comes first
         drawn = sampling.draw(
             draw_key,
             state.sampler,
             state.clusters,
-            num_clusters=rows(config, trainer.net.num_classes),
-            samples=config.magnet.samples,
-            floor=0.0 if config.fidelity.sampler == "stale" else config.magnet.seed_floor,
+            num_clusters=rows(magnet, trainer.net.num_classes),
+            samples=magnet.samples,
+            floor=0.0 if stale else magnet.seed_floor,
         )
         ids, mask, classes = drawn.ids.reshape(-1), drawn.mask.reshape(-1), drawn.classes
     else:
@@ -241,17 +233,17 @@ def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
 
     x_adv can be a function of the clean outputs (`objectives.shares_clean`).
     """
-    key = jax.random.fold_in(key, _STEPS)
+    key = jax.random.fold_in(key, streams.Training.STEPS)
     draw_key, attack_key = jax.random.split(jax.random.fold_in(key, state.step // trainer.replays))
     batch, ids = draw_batch(trainer, state, train_set, order, draw_key)
     x_adv, stats = None, state.batch_stats
     if trainer.method.adversary is not None:
         adversary = functools.partial(
             trainer.method.adversary, trainer.net, state.variables, batch, _head_clusters(trainer, state),
-            attack_key, trainer.config, strength(trainer, state.step),
+            attack_key, trainer.settings, strength(trainer, state.step),
         )  # fmt: skip
         # adversarial weights need the same images at two places
-        if shares_clean(trainer.method, trainer.config) and not trainer.recipe.awp:
+        if shares_clean(trainer.method, trainer.settings) and not trainer.recipe.awp:
             x_adv = adversary
         else:
             x_adv, stats = adversary()
@@ -260,8 +252,8 @@ def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
 
 def _carried(trainer, state, batch):
     """Free AT: (the perturbed images in the box, where the box cut nothing off, radius, step size)."""
-    scale, bounds = strength(trainer, state.step), box(trainer.config)
-    attack = trainer.config.train.attack
+    scale, bounds = strength(trainer, state.step), trainer.settings.bounds
+    attack = trainer.settings.train.attack
     low, high = (-jnp.inf, jnp.inf) if bounds is None else bounds
     eps = attack.eps * scale
     moved = batch.x + jnp.clip(state.delta, -eps, eps)
@@ -284,13 +276,13 @@ def train_step(
 
     Returns (state, metrics of the batch). All randomness comes from (key, state.step).
     """
-    config, recipe, before = trainer.config, trainer.recipe, state
+    settings, recipe, before = trainer.settings, trainer.recipe, state
     clusters = _head_clusters(trainer, state)
     batch, ids, x_adv, stats = prepare(trainer, state, train_set, order, key)
 
     def loss_fn(params, x_adv):
         variables = {"params": params, "batch_stats": stats}
-        return trainer.method.objective(trainer.net, variables, batch, x_adv, clusters, config)
+        return trainer.method.objective(trainer.net, variables, batch, x_adv, clusters, settings)
 
     if trainer.replays > 1:
         # Free AT (Shafahi et al. 2019): one backward pass moves the weights and the perturbation
@@ -330,7 +322,7 @@ def train_step(
         decay = jnp.minimum(recipe.ema, (1.0 + state.step) / (10.0 + state.step))
         average = jax.tree.map(lambda a, v: decay * a + (1 - decay) * v, state.average, state.variables)
         state = state.replace(average=average)
-    if trainer.magnet and config.fidelity.small_clusters == "skip":
+    if trainer.magnet and settings.switches.small_clusters == "skip":
         state = jax.tree.map(lambda new, old: jnp.where(jnp.all(mask), new, old), state, before)
     state = state.replace(step=before.step + 1)
     return state, {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **aux.metrics}
@@ -356,7 +348,9 @@ def worst_weights(gradients, params, gamma: float):
 
 
 @jax.jit(static_argnums=0, inline=True)
-def _step(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key) -> tuple[TrainState, dict]:
+def traced_step(
+    trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
+) -> tuple[TrainState, dict]:
     """`train_step` of a state without totals: traced once, for `with_totals` as for `run_steps`."""
     return train_step(trainer, state, train_set, order, key)
 
@@ -365,7 +359,7 @@ def with_totals(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -
     """The state with metric sums at zero, under the names that this objective reports."""
     state = state.replace(totals={})
     specs = _specs(state)
-    step = mesh.spread(functools.partial(_step, trainer), _inputs(specs), (specs, mesh.SAME))
+    step = mesh.spread(functools.partial(traced_step, trainer), _inputs(specs), (specs, mesh.SAME))
     order = jax.ShapeDtypeStruct((trainer.size,), jnp.int32)
     metrics = jax.eval_shape(step, state, train_set, order, key)[1]
     names = (*metrics, SKIPPED) if trainer.recipe.nonfinite == "skip" else tuple(metrics)
@@ -401,7 +395,7 @@ def run_steps(trainer: Trainer, state: TrainState, train_set: TrainSet, order, k
 
         def body(carry):
             before, _ = carry
-            after, metrics = _step(trainer, before.replace(totals={}), train_set, order, key)
+            after, metrics = traced_step(trainer, before.replace(totals={}), train_set, order, key)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
             totals = {name: before.totals[name] + value for name, value in metrics.items()}
             if skip:
@@ -422,5 +416,5 @@ def run_steps(trainer: Trainer, state: TrainState, train_set: TrainSet, order, k
 @jax.jit(static_argnums=1)
 def epoch_order(key, size: int, epoch) -> Int[Array, "N"]:
     """The permutation of the training set in this epoch."""
-    key = jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch)
+    key = jax.random.fold_in(jax.random.fold_in(key, streams.Training.ORDER), epoch)
     return jax.random.permutation(key, size).astype(jnp.int32)
