@@ -7,19 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-<<<<<<< HEAD
-from flax import serialization
-=======
->>>>>>> main
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.kmeans import kmeans
 from clustr_jax.losses import MIN_VARIANCE
-<<<<<<< HEAD
 from clustr_jax.runtime import arrays, mesh
-=======
-from clustr_jax.runtime import mesh, struct
->>>>>>> main
 from clustr_jax.runtime.errors import UserError
 
 
@@ -185,13 +177,6 @@ def _unflatten(_, children):
 
 
 jax.tree_util.register_pytree_with_keys(Clusters, _flatten_with_keys, _unflatten, _flatten)
-serialization.register_serialization_state(
-    Clusters,
-    lambda c: {name: serialization.to_state_dict(getattr(c, name)) for name in _FIELDS},
-    lambda c, state: c.replace(
-        **{name: serialization.from_state_dict(getattr(c, name), value) for name, value in state.items()}
-    ),
-)
 
 
 def _positive(variance):

@@ -12,11 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-<<<<<<< HEAD
-from clustr_jax.runtime import arrays
-=======
-from clustr_jax.runtime import struct
->>>>>>> main
+from clustr_jax.runtime import arrays, struct
 
 
 class KMeans(struct.PyTreeNode):

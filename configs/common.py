@@ -115,9 +115,7 @@ def _recipe(epochs, lr, milestones):
     r.epochs = epochs
     r.batch_size = 128  # not used with Magnet batches
     r.optimizer = "adam"  # or "sgd", with momentum 0.9
-    r.nesterov = (
-        True  # of SGD; the code of Free AT, Fast AT, TRADES and Pang et al. has plain momentum: False
-    )
+    r.nesterov = True  # of SGD; the code of Free AT, Fast AT, TRADES, Pang et al.: plain momentum, False
     r.lr = lr
     r.weight_decay = 0.0
     r.schedule = "multistep"  # x decay at the epochs `milestones`; or "cosine", "onecycle"

@@ -156,15 +156,6 @@ def test_jax_puts_anything_into_a_head():
     ]  # fmt: skip
 
 
-def test_a_head_can_be_written_by_flax():
-    from flax import serialization
-
-    head = HEAD.replace(mask=np.ones((3, 2), bool))
-    found = serialization.from_bytes(head, serialization.to_bytes(head))
-    assert isinstance(found, Clusters)
-    jax.tree.map(np.testing.assert_array_equal, found, head)
-
-
 @pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf, "1", None, True, np.ones(3)], ids=str)
 def test_lipschitz_constants_that_are_none(value):
     text = refused(lambda v: certify.radius(HEAD, Z, Y, lipschitz=v), value)

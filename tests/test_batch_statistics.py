@@ -1,5 +1,6 @@
 """Which passes update the running statistics of batch norm, in objectives, attacks and after epochs."""
 
+import dataclasses
 import functools
 import types
 
@@ -7,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import reference_objectives as naive
 from clustr_jax import data, models, stages
 from clustr_jax.clusters import Clusters
-from clustr_jax.settings import TrainingSettings
+from clustr_jax.settings import Settings, TrainingSettings
 from clustr_jax.stages import training
 from clustr_jax.storage import loading
 from clustr_jax.training import objectives, refit, train
@@ -76,9 +76,9 @@ def test_the_authors_order_is_clean_attack_adversarial(method, bn, rng):
     @jax.jit
     def parts(state, key):
         batch, _, made, _ = train.prepare(p.trainer, state, p.train_set, p.order, key)
-        *shared, attack_key, config, strength = made.args
-        none = ConfigDict(config.to_dict())
-        none.train.attack.steps = 0
+        *shared, attack_key, settings, strength = made.args
+        none = dataclasses.replace(settings.train.attack, steps=0)
+        none = dataclasses.replace(settings, train=dataclasses.replace(settings.train, attack=none))
         start = made.func(*shared, jax.random.clone(attack_key), none, strength)[0]
         return batch.x, start, made()[0]
 
@@ -128,10 +128,11 @@ def test_the_unbiased_running_variance(where, rng):
 
 
 def test_the_config_builds_the_network_of_its_preset():
-    config = get_config("clustr", "digits", **{"fidelity.preset": "paper_code"})
     split = data.Split(np.zeros((10, 8, 8, 1), np.uint8), np.zeros(10, np.int32), 10, 255.0, (0, 1), "")
-    assert loading.build_net(config, split).module.unbiased
-    assert not loading.build_net(get_config("clustr", "digits"), split).module.unbiased
+    for preset, unbiased in (("paper_code", True), ("", False)):
+        found = Settings.of(get_config("clustr", "digits", **{"fidelity.preset": preset}))
+        net = loading.build_net(found.model, split, found.training.switches.running_variance)
+        assert net.module.unbiased == unbiased
 
 
 @pytest.mark.parametrize(("size", "batch"), [(50, 1), (801, 3)])

@@ -10,14 +10,9 @@ from clustr_jax.evaluation import certificates, checks, protocols
 from clustr_jax.runtime import mesh, preemption, processes, streams
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.progress import duration
-<<<<<<< HEAD
-from clustr_jax.stages.context import CERTIFY, EVALUATE, TRAIN, Run
-from clustr_jax.storage import additions, loading, results
-=======
 from clustr_jax.runtime.stage_names import CERTIFY, EVALUATE, TRAIN
 from clustr_jax.stages.context import Run
-from clustr_jax.storage import loading, results
->>>>>>> main
+from clustr_jax.storage import additions, loading, results
 from clustr_jax.storage.workdir import config_dict
 
 

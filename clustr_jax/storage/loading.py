@@ -19,8 +19,8 @@ from clustr_jax.storage.workdir import training_sha
 from clustr_jax.training.objectives import METHODS
 
 
-def build_net(model: ModelSettings, split: data.Split) -> Net:
-    """The network for the shape and classes of this data."""
+def build_net(model: ModelSettings, split: data.Split, running_variance: str = "biased") -> Net:
+    """The network for the shape and classes of this data; `running_variance`: as `models.build` has it."""
     shape = split.images.shape[1:]
     channels = shape[-1]
     for name in ("mean", "std"):
@@ -33,18 +33,11 @@ def build_net(model: ModelSettings, split: data.Split) -> Net:
         model.name,
         num_classes=split.num_classes,
         input_shape=shape,
-<<<<<<< HEAD
-        mean=config.model.mean,
-        std=config.model.std,
-        width=config.model.width,
-        dtype=config.model.dtype,
-        running_variance=config.get("fidelity", {}).get("running_variance", "biased"),
-=======
         mean=model.mean,
         std=model.std,
         width=model.width,
         dtype=model.dtype,
->>>>>>> main
+        running_variance=running_variance,
     )
 
 
@@ -170,18 +163,10 @@ def _own_net(model: ModelSettings, done: dict) -> Net:
         model.name,
         num_classes=done["num_classes"],
         input_shape=tuple(done["input_shape"]),
-<<<<<<< HEAD
-        mean=tuple(config.model.mean),
-        std=tuple(config.model.std),
-        width=config.model.width,
-        dtype=config.model.dtype,
-        running_variance=config.get("fidelity", {}).get("running_variance", "biased"),
-=======
         mean=model.mean,
         std=model.std,
         width=model.width,
         dtype=model.dtype,
->>>>>>> main
     )
 
 

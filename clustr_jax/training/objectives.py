@@ -90,11 +90,9 @@ def towards_labels(net, variables, batch, clusters, key, settings, strength=1.0)
     return _adversary(net, variables, batch, clusters, key, settings, strength, *what)
 
 
-<<<<<<< HEAD
-def towards_clean(net, variables, batch, clusters, key, config, strength=1.0, outputs=None, statistics=None):
-=======
-def towards_clean(net, variables, batch, clusters, key, settings, strength=1.0, outputs=None):
->>>>>>> main
+def towards_clean(
+    net, variables, batch, clusters, key, settings, strength=1.0, outputs=None, statistics=None
+):
     """Steps on the divergence from the clean prediction (TRADES; one step: QTRADES, Eq. 5).
 
     The authors step on the term that they train with: with train.consistency=mse and a cluster head that is
@@ -112,11 +110,7 @@ def towards_clean(net, variables, batch, clusters, key, settings, strength=1.0, 
         authors = settings.method == "qtrades" and settings.switches.kl == "probs"
         target = head_probs(outputs, clusters, settings)
         what = head_logits, target, _authors_kl if authors else losses.cross_entropy
-<<<<<<< HEAD
-    return _adversary(net, variables, batch, clusters, key, config, strength, *what, statistics)
-=======
-    return _adversary(net, variables, batch, clusters, key, settings, strength, *what)
->>>>>>> main
+    return _adversary(net, variables, batch, clusters, key, settings, strength, *what, statistics)
 
 
 def _embeddings(outputs, clusters, settings):
@@ -127,15 +121,10 @@ def _mean_square(a, b):
     return jnp.mean(jnp.square(a - b), axis=1)
 
 
-<<<<<<< HEAD
 def _adversary(
-    net, variables, batch, clusters, key, config, strength, of_outputs, target, loss_fn, statistics=None
+    net, variables, batch, clusters, key, settings, strength, of_outputs, target, loss_fn, statistics=None
 ):
-    """PGD on loss_fn(of_outputs(outputs, clusters, config), target); KL has cross entropy's gradient."""
-=======
-def _adversary(net, variables, batch, clusters, key, settings, strength, of_outputs, target, loss_fn):
     """PGD on loss_fn(of_outputs(outputs, clusters, settings), target); KL has cross entropy's gradient."""
->>>>>>> main
 
     def attacked(variables, clusters, x):
         outputs = net.eval(variables, x) if settings.train.attack_bn == "eval" else net.train(variables, x)[0]
@@ -156,17 +145,10 @@ def _adversary(net, variables, batch, clusters, key, settings, strength, of_outp
         select="last",
         loss_fn=loss_fn,
     )
-<<<<<<< HEAD
-    x_adv = attack(steps=config.train.attack.steps)
-    stats = variables["batch_stats"] if statistics is None else statistics
-    if config.fidelity.attack_statistics == "update":  # as one forward pass of the attack would
-        stats = net.train({**variables, "batch_stats": stats}, attack(steps=0))[1]
-=======
     x_adv = attack(steps=settings.train.attack.steps)
-    stats = variables["batch_stats"]
+    stats = variables["batch_stats"] if statistics is None else statistics
     if settings.switches.attack_statistics == "update":  # as one forward pass of the attack would
-        stats = net.train(variables, attack(steps=0))[1]
->>>>>>> main
+        stats = net.train({**variables, "batch_stats": stats}, attack(steps=0))[1]
     return jax.lax.stop_gradient(x_adv), jax.lax.stop_gradient(stats)
 
 
@@ -177,13 +159,8 @@ def shares_clean(method, settings: TrainingSettings) -> bool:
     that two passes with batch statistics are the same one. It does so too where its forward pass updates the
     running statistics, for the authors' order is clean, attack, adversarial.
     """
-<<<<<<< HEAD
-    updates = config.fidelity.attack_statistics == "update"
-    return method.adversary is towards_clean and (updates or config.train.attack_bn != "eval")
-=======
-    other_pass = settings.train.attack_bn == "eval" or settings.switches.attack_statistics == "update"
-    return method.adversary is towards_clean and not other_pass
->>>>>>> main
+    updates = settings.switches.attack_statistics == "update"
+    return method.adversary is towards_clean and (updates or settings.train.attack_bn != "eval")
 
 
 def _seen(x_adv: Array | Callable[..., tuple[Array, dict]] | None, outputs, stats):
@@ -255,18 +232,11 @@ def clustr_qtrades(net, variables, batch, x_adv, clusters, settings):
     unless `train.stop_target`.
     """
     outputs, stats = net.train(variables, batch.x)
-<<<<<<< HEAD
-    magnet, metrics = _magnet(outputs, batch, clusters, config)
+    magnet, metrics = _magnet(outputs, batch, clusters, settings)
     x_adv, stats = _seen(x_adv, outputs, stats)
     adv, stats = net.train({**variables, "batch_stats": stats}, x_adv)
-    logits = head_logits(adv, clusters, config)
-    target = head_probs(outputs, clusters, config)
-=======
-    magnet, metrics = _magnet(outputs, batch, clusters, settings)
-    adv, stats = net.train({**variables, "batch_stats": stats}, _seen(x_adv, outputs))
     logits = head_logits(adv, clusters, settings)
     target = head_probs(outputs, clusters, settings)
->>>>>>> main
     embeddings = outputs.embeddings
     if settings.train.stop_target:
         target, embeddings = jax.lax.stop_gradient((target, embeddings))
