@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import mesh
 from clustr_jax.attacks.aims import View
+from clustr_jax.attacks.inputs import check_input
 from clustr_jax.clusters import Clusters
 from clustr_jax.models import Net
 
@@ -43,7 +44,7 @@ class Classifier(struct.PyTreeNode):
         >>> clf.embed(x).shape
         (500, 20)
         """
-        return _apply(self, x, "embed")
+        return _apply(self, self._checked(x), "embed")
 
     def logits(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B Y"]:
         """Log-domain logits: logsumexp_j(-|f - mu_cj|^2 / 2 sigma^2) for clusters, else the linear head.
@@ -54,7 +55,7 @@ class Classifier(struct.PyTreeNode):
         >>> print(jnp.allclose(jax.nn.softmax(z), clf.clusters.probs(clf.embed(x)), atol=1e-4))
         True
         """
-        return _apply(self, x, "logits")
+        return _apply(self, self._checked(x), "logits")
 
     def scores(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B Y"]:
         """What the authors attack: exp scores over the D nearest clusters; the logits of a linear head.
@@ -88,7 +89,11 @@ class Classifier(struct.PyTreeNode):
         >>> print(bool((clf.predict(x) == clf.deployed(x).argmax(axis=1)).all()))
         True
         """
-        return jnp.argmax(_apply(self, x, "deployed"), axis=1).astype(jnp.int32)
+        return jnp.argmax(_apply(self, self._checked(x), "deployed"), axis=1).astype(jnp.int32)
+
+    def _checked(self, x):
+        """UserError for images that are not the network's; `clf.replace(bounds=None)` takes any values."""
+        return check_input(x, self.net.input_shape, self.bounds)
 
 
 @jax.jit(static_argnames="what")

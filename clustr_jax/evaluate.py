@@ -13,6 +13,7 @@ from jaxtyping import Int
 from clustr_jax import loading, losses, results, sound
 from clustr_jax.attacks import aims
 from clustr_jax.attacks import slots as scheduler
+from clustr_jax.attacks.options import too_wide
 from clustr_jax.attacks.pgd import as_partial, check_settings
 from clustr_jax.attacks.steps import PGD
 from clustr_jax.classifier import Classifier
@@ -191,6 +192,16 @@ def check_config(config) -> None:
     unknown = [name for name in config.eval.protocols if name not in RUNNERS]
     if unknown:
         raise UserError(f"eval.protocols: unknown {unknown[0]!r}; known: {', '.join(RUNNERS)}")
+
+
+def wide_radii(config, bounds, shape: tuple[int, ...]) -> list[str]:
+    """What to say of radii of a config that are larger than the box of its pixels."""
+    radii = {}
+    for name, attack in (("train.attack", config.train.attack), ("eval.attack", config.eval.attack)):
+        radii |= {f"{name}.eps": attack.eps, f"{name}.step_size": attack.step_size}
+    for name in ("sweep", "curve"):
+        radii |= {f"eval.{name}": max((*config.eval[name], 0.0))}
+    return too_wide(radii, "linf", bounds, shape)
 
 
 def check_transfer(config, net) -> None:

@@ -9,19 +9,21 @@ one compilation per attack and shapes. Where an image is not broken they return 
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import losses
-from clustr_jax.attacks import aims, slots
+from clustr_jax import losses, mesh
+from clustr_jax.attacks import aims
+from clustr_jax.attacks import slots as scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
-from clustr_jax.attacks.inputs import check_ids, check_images, check_logits
-from clustr_jax.attacks.pgd import as_partial, check_settings
+from clustr_jax.attacks.gate import Admitted, admit
+from clustr_jax.attacks.inputs import check_logits, concrete
+from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
 from clustr_jax.attacks.square import Square
 from clustr_jax.errors import UserError
 
@@ -33,18 +35,20 @@ SLOTS = 64
 @dataclasses.dataclass
 class AutoAttackResult:
     """x_adv [B, ...] (x where nothing succeeded), robust [B], and the attack that broke each ("": none, or
-    "clean": misclassified before)."""
+    "clean": misclassified before). `notes`: what makes these numbers doubtful, for a model that was wrapped
+    with steady=False."""
 
     x_adv: Float[np.ndarray, "B ..."]
     robust: Bool[np.ndarray, "B"]
     broken_by: np.ndarray
+    notes: tuple[str, ...] = ()
 
 
 def build(
     name: str, *, eps, norm="linf", bounds=(0.0, 1.0), steps=STEPS, queries=QUERIES, restarts=1
-) -> slots.Attack:
+) -> scheduler.Attack:
     """An attack of the ensemble by name: apgd-ce, apgd-dlr, apgd-t, fab-t or square."""
-    common = dict(eps=jnp.float32(eps), norm=norm, bounds=bounds)
+    common: dict[str, Any] = dict(eps=jnp.float32(eps), norm=norm, bounds=bounds)
     if name == "square":
         return Square(steps=queries, **common)
     if name == "fab-t":
@@ -55,6 +59,7 @@ def build(
 _AIMS = {"apgd-ce": aims.cross_entropy, "apgd-dlr": aims.dlr, "apgd-t": aims.dlr_targeted}
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 TARGETED = ("apgd-t", "fab-t")
+_ALL = (*_AIMS, "fab-t", "square")
 
 
 def likely_targets(logits, y, count: int = TARGETS) -> Int[np.ndarray, "T B"]:
@@ -101,28 +106,33 @@ def autoattack(
     >>> print(np.abs(result.x_adv - x).max() <= 0.1 + 1e-6, bool((result.x_adv[1] == x[1]).all()))
     True True
     """
-    unknown = [name for name in attacks if name not in (*_AIMS, "fab-t", "square")]
+    if isinstance(attacks, str) or not attacks:
+        raise UserError(
+            f"attacks must name one or more of {', '.join(_ALL)}, got {attacks!r}; without any, nothing is "
+            f"attacked and every image counts as robust"
+        )
+    unknown = [name for name in attacks if name not in _ALL]
     if unknown:
-        raise UserError(f"attacks: unknown {unknown[0]!r}; known: {', '.join((*_AIMS, 'fab-t', 'square'))}")
-    model, x, y, logits = _prepare(logits_fn, x, y, eps, norm, bounds, slots)
+        raise UserError(f"attacks: unknown {unknown[0]!r}; known: {', '.join(_ALL)}")
+    given, logits = _prepare(key, logits_fn, x, y, eps, norm, bounds, ids, slots)
+    x, y = given.x, given.y
     if "apgd-dlr" in attacks and logits.shape[1] < 3:
         raise UserError("apgd-dlr needs at least 3 classes, got 2; leave it out")
     alive = logits.argmax(axis=1) == y
     broken_by = np.where(alive, "", "clean").astype("U16")
     x_adv = x.copy()
-    ids = _ids(ids, len(x))
     for number, name in enumerate(attacks):
         index = np.flatnonzero(alive)
         if not len(index):
             break
         outcome = _run(
-            jax.random.fold_in(key, number), build(name, eps=eps, norm=norm, bounds=bounds), model,
-            x[index], y[index], logits[index], name in TARGETED, ids[index], 1, slots,
+            jax.random.fold_in(given.key, number), build(name, eps=eps, norm=given.norm, bounds=given.bounds),
+            given.model, x[index], y[index], logits[index], name in TARGETED, given.ids[index], 1, slots,
         )  # fmt: skip
         x_adv[index] = outcome.x_adv
         broken_by[index[outcome.broken]] = name
         alive[index] = ~outcome.broken
-    return AutoAttackResult(x_adv, alive, broken_by)
+    return AutoAttackResult(x_adv, alive, broken_by, (given.note,) if given.note else ())
 
 
 def apgd(
@@ -153,7 +163,7 @@ def apgd(
     [ True False] True
     """
     aim = aims.one(aims.dlr_targeted if targeted else aims.untargeted(loss_fn))
-    attack = APGD(eps=jnp.float32(eps), steps=steps, norm=norm, bounds=bounds, aim=aim)
+    attack = APGD(steps=whole("steps", steps, 1), aim=aim, **_common(eps, norm, bounds))
     return _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots)
 
 
@@ -184,7 +194,8 @@ def fab(
     >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
     [ True False] True
     """
-    attack = FAB(eps=jnp.float32(eps), steps=steps, norm=norm, bounds=bounds, restarts=restarts)
+    restarts = whole("restarts", restarts, 1)
+    attack = FAB(steps=whole("steps", steps, 1), restarts=restarts, **_common(eps, norm, bounds))
     return _attack(key, attack, logits_fn, x, y, True, ids, restarts, slots)
 
 
@@ -213,46 +224,46 @@ def square(
     >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
     [ True False] True
     """
-    attack = Square(eps=jnp.float32(eps), steps=queries, norm=norm, bounds=bounds)
+    attack = Square(steps=whole("queries", queries, 1), **_common(eps, norm, bounds))
     return _attack(key, attack, logits_fn, x, y, False, ids, restarts, slots)
 
 
+def _common(eps, norm, bounds) -> dict[str, Any]:
+    check_radius("eps", eps)
+    return dict(eps=jnp.float32(eps), norm=norm_of(norm), bounds=bounds_of(bounds))
+
+
 def _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots):
-    if attack.steps < 1 or restarts < 1:
-        raise UserError(f"steps and restarts must be at least 1, got {attack.steps} and {restarts}")
-    model, x, y, logits = _prepare(logits_fn, x, y, attack.eps, attack.norm, attack.bounds, slots)
-    x_adv, alive = x.copy(), np.flatnonzero(logits.argmax(axis=1) == y)
-    ids = _ids(ids, len(x))
+    restarts = whole("restarts", restarts, 1)
+    given, logits = _prepare(key, logits_fn, x, y, float(attack.eps), attack.norm, attack.bounds, ids, slots)
+    x_adv, alive = given.x.copy(), np.flatnonzero(logits.argmax(axis=1) == given.y)
     if len(alive):
         outcome = _run(
-            key, attack, model, x[alive], y[alive], logits[alive], targeted, ids[alive], restarts, slots
-        )
+            given.key, attack, given.model, given.x[alive], given.y[alive], logits[alive], targeted,
+            given.ids[alive], restarts, slots,
+        )  # fmt: skip
         x_adv[alive] = outcome.x_adv
     return x_adv
-
-
-def _ids(ids, count):
-    ids = np.arange(count) if ids is None else np.asarray(ids)
-    check_ids(ids, count)
-    return ids.astype(np.int32)
 
 
 def _run(key, attack, model, x, y, logits, targeted, ids, restarts, lanes):
     targets = likely_targets(logits, y) if targeted else None
     if isinstance(attack, Square) and x.ndim != 4:
         raise UserError(f"square takes images [B, H, W, C], got {x.shape}; leave it out for points")
-    return slots.run(attack, key, model, x, y, ids=ids, targets=targets, restarts=restarts, slots=lanes)
+    return scheduler.run(attack, key, model, x, y, ids=ids, targets=targets, restarts=restarts, slots=lanes)
 
 
-def _prepare(logits_fn, x, y, eps, norm, bounds, lanes) -> tuple[Partial, np.ndarray, np.ndarray, np.ndarray]:
-    """(model, x, y, clean logits), or UserError for what cannot be attacked."""
-    check_settings(eps=eps, step_size=0.0, norm=norm)
-    if lanes < 1:
-        raise UserError(f"slots must be at least 1, got {lanes}")
-    x, y = np.asarray(x, np.float32), np.asarray(y)
-    check_images(x, y, bounds)
-    x = x if bounds is None else np.clip(x, *bounds)
-    model = as_partial(logits_fn)
-    logits = slots.forward(model, x, lanes)
+def _prepare(key, logits_fn, x, y, eps, norm, bounds, ids, lanes) -> tuple[Admitted, np.ndarray]:
+    """(what the attack goes on with, in NumPy; clean logits), or UserError for what cannot be attacked."""
+    lanes = whole("slots", lanes, 1)
+    rows = -(-lanes // mesh.devices())  # what one device sees
+    given = admit(key, logits_fn, x, y, eps=eps, norm=norm, bounds=bounds, ids=ids, rows=rows)
+    if not concrete(given.x, given.y, given.key):
+        raise UserError("this attack cannot be inside jit: it schedules images from the host; pgd can")
+    if given.y.ndim != 1:
+        raise UserError(f"y must be labels [B], got probabilities {given.y.shape}; give y.argmax(axis=1)")
+    x, y = np.asarray(given.x), np.asarray(given.y).astype(np.int32)
+    x = x if given.bounds is None else np.clip(x, *given.bounds)
+    logits = scheduler.forward(given.model, x, lanes)
     check_logits(logits, y)
-    return model, x, y.astype(np.int32), logits
+    return given._replace(x=x, y=y, ids=np.asarray(given.ids).astype(np.int32)), logits

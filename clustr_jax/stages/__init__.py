@@ -52,6 +52,8 @@ def run(
         source = _source(config, place, progress, splits[0])
     net = loading.build_net(config, splits[0])
     evaluate.check_transfer(config, net)
+    for text in evaluate.wide_radii(config, splits[0].bounds, net.input_shape):
+        progress.line(f"warning: {text}")
     images = (_images(splits), _images((source.train_split, source.val_split)) if source else None)
     devices = jax.devices()
     if processes.on_cores():  # a core left idle is no mistake to report
