@@ -22,7 +22,7 @@ _TUNABLE = "glibc.malloc.hugetlb=1"
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 2 a mistake that the user can mend, 75 stopped by a signal."""
     if {"--help", "-h", "--list"} & set(argv):
-        from clustr_jax import usage
+        from clustr_jax.settings import usage
         from configs.common import METHODS, VARIANTS
 
         text = usage.listing if "--list" in argv else usage.screen
@@ -46,8 +46,9 @@ def main(argv: list[str]) -> int:
 
     from jax.errors import JaxRuntimeError
 
-    from clustr_jax import preemption, processes, stages
-    from clustr_jax.errors import UserError
+    from clustr_jax import stages
+    from clustr_jax.runtime import preemption, processes
+    from clustr_jax.runtime.errors import UserError
 
     joined = processes.joined(values.coordinator, values.num_processes, values.process_id, values.platform)
     try:

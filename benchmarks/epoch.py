@@ -44,8 +44,11 @@ def ours(args):
     import jax
     import jax.numpy as jnp
 
-    from clustr_jax import data, fitting, loading, mesh, train
-    from clustr_jax.objectives import METHODS
+    from clustr_jax import data
+    from clustr_jax.runtime import mesh
+    from clustr_jax.storage import loading
+    from clustr_jax.training import refit, train
+    from clustr_jax.training.objectives import METHODS
 
     config = configured(args)
     x, y = images(args.n)
@@ -54,14 +57,14 @@ def ours(args):
     trainer = train.Trainer(net, METHODS["clustr_qtrades"], config, config.train, args.n)
     key = jax.random.key(0)
     state = mesh.place(train.create(trainer, net.init(key)))
-    state = fitting.refit(trainer, state, train_set, key)
-    state = train.reset_totals(trainer, state, train_set, key)
+    state = refit.refit(trainer, state, train_set, key)
+    state = train.with_totals(trainer, state, train_set, key)
     order = train.epoch_order(key, args.n, 0)
 
     def epoch():
         # a step's number decides the randomness, not its cost: every epoch may be the first
         after = train.run_steps(trainer, state, train_set, order, key, trainer.steps_per_epoch)
-        jax.block_until_ready(fitting.refit(trainer, after, train_set, key))
+        jax.block_until_ready(refit.refit(trainer, after, train_set, key))
 
     draw = jax.jit(lambda state, train_set, key: train.draw_batch(trainer, state, train_set, order, key))
     pixels = train_set.batch(jnp.arange(trainer.batch_size))[0]

@@ -14,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import process
 
-from clustr_jax import data, loading, mesh, settings, train
-from clustr_jax.objectives import METHODS
+from clustr_jax import data, settings
+from clustr_jax.runtime import mesh
+from clustr_jax.storage import loading
+from clustr_jax.training import train
+from clustr_jax.training.objectives import METHODS
 from configs import cifar10
 
 SIZE = 2400

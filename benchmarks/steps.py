@@ -20,8 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import process
 
-from clustr_jax import cost, data, fitting, loading, mesh, models, settings, train
-from clustr_jax.objectives import METHODS
+from clustr_jax import data, models, settings
+from clustr_jax.runtime import mesh
+from clustr_jax.storage import loading
+from clustr_jax.training import cost, refit, train
+from clustr_jax.training.objectives import METHODS
 from configs import cifar10
 
 SIZE = 2400
@@ -81,8 +84,8 @@ def stepping(net, method, config, train_set, key):
     trainer = train.Trainer(net, METHODS[method], config, config.train, SIZE)
     state = mesh.place(train.create(trainer, net.init(key)))
     if trainer.magnet:
-        state = fitting.refit(trainer, state, train_set, key)
-    state = train.reset_totals(trainer, state, train_set, key)
+        state = refit.refit(trainer, state, train_set, key)
+    state = train.with_totals(trainer, state, train_set, key)
     order = train.epoch_order(key, SIZE, 0)
     return trainer, (lambda: train.run_steps(trainer, state, train_set, order, key, 3).step), state
 

@@ -28,8 +28,8 @@ R restarts. Pixels are float32 NHWC in [0, 1]; normalisation is inside the model
 
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
-from clustr_jax.loading import load
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["Classifier", "Clusters", "UserError", "load"]

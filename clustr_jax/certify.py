@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
+from clustr_jax.runtime.errors import UserError
 
 # rule -> what it certifies
 RULES = {

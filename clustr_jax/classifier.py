@@ -6,11 +6,11 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import mesh
 from clustr_jax.attacks.aims import View
-from clustr_jax.attacks.inputs import check_input
+from clustr_jax.attacks.input_checks import check_input
 from clustr_jax.clusters import Clusters
 from clustr_jax.models import Net
+from clustr_jax.runtime import mesh
 
 # Whole test sets go through the network in pieces of this many images.
 _CHUNK = 500

@@ -8,10 +8,10 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import mesh
-from clustr_jax.errors import UserError
 from clustr_jax.kmeans import kmeans
 from clustr_jax.losses import MIN_VARIANCE
+from clustr_jax.runtime import mesh
+from clustr_jax.runtime.errors import UserError
 
 
 class Clusters(struct.PyTreeNode):

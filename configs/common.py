@@ -8,7 +8,7 @@ JSON values (numbers, words, tuples), so that any of them can be set on the comm
 
 from ml_collections import ConfigDict
 
-from clustr_jax.fidelity import SWITCHES
+from clustr_jax.reference.switches import SWITCHES
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # authors' code, CIFAR-10 and -100
 SVHN_MEAN, SVHN_STD = (0.4378, 0.4439, 0.4729), (0.1980, 0.2011, 0.1971)  # authors' code
@@ -87,7 +87,7 @@ def base(dataset: str) -> ConfigDict:
     c.eval.quick = False  # main eps only, 20 steps, 200 queries; protocols are then called ...-quick
     c.eval.slots = 64  # (example, restart) pairs attacked side by side: sets the memory; 512 or more on a GPU
     c.eval.protocols = ("paper", "sound")  # of "paper", "sound", "quick"
-    c.eval.diagnostics = True  # twenty checks of the sound result, and a verdict
+    c.eval.diagnostics = True  # twenty-one checks of the sound result, and a verdict
     c.eval.transfer = ()  # work directories whose models attack this one as well
     c.eval.attack = ConfigDict()  # keyword arguments of attacks.pgd
     c.eval.attack.eps = 8 / 255

@@ -27,10 +27,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import child  # noqa: E402
 
 import clustr_jax  # noqa: E402
-from clustr_jax import cost, data  # noqa: E402
-from clustr_jax.doors import safetensors_file  # noqa: E402
-from clustr_jax.errors import UserError  # noqa: E402
-from clustr_jax.files import read_json, write_json  # noqa: E402
+from clustr_jax import data  # noqa: E402
+from clustr_jax.runtime.errors import UserError  # noqa: E402
+from clustr_jax.storage import safetensors_file  # noqa: E402
+from clustr_jax.storage.files import read_json, write_json  # noqa: E402
+from clustr_jax.training import cost  # noqa: E402
 
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
 RUNS, RESULTS = pathlib.Path("runs", "campaign"), pathlib.Path("results", "campaign")

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from clustr_jax import cost, models, results, settings  # noqa: E402
-from clustr_jax.objectives import METHODS  # noqa: E402
+from clustr_jax import models, settings  # noqa: E402
+from clustr_jax.storage import results  # noqa: E402
+from clustr_jax.training import cost  # noqa: E402
+from clustr_jax.training.objectives import METHODS  # noqa: E402
 
 RATE = 0.2 * 156e12
 # Training images of the full sets, 2 % of which are held out.

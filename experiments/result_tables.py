@@ -6,7 +6,8 @@ import pathlib
 import numpy as np
 from campaign import source_of
 
-from clustr_jax import paper, results
+from clustr_jax.reference import claims
+from clustr_jax.storage import results
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -86,8 +87,8 @@ def by_seed(found: list[dict], show) -> str:
 
 def claimed(dataset: str, name: str) -> str:
     """Clean and PGD^20 accuracy as the paper has them; with a star where it took them from others."""
-    row = paper.CLAIMS.get(dataset, {}).get(name)
-    copied = " *" if name in paper.COPIED.get(dataset, ()) else ""
+    row = claims.CLAIMS.get(dataset, {}).get(name)
+    copied = " *" if name in claims.COPIED.get(dataset, ()) else ""
     return f"{row[0]:.1f}, {row[1]:.1f}{copied}" if row else ""
 
 
@@ -188,7 +189,7 @@ def times(dataset: str) -> str:
     short = "svhn" if dataset == "svhn_cropped" else dataset
     found = json.loads((RESULTS / "fullsize.json").read_text())["rows"]
     passes = {row["method"]: row["gradient_passes"] for row in found if row["dataset"] == short}
-    seconds, minutes = _pass_seconds(), paper.MINUTES[dataset]
+    seconds, minutes = _pass_seconds(), claims.MINUTES[dataset]
     trades = passes["trades"] * seconds["trades"]
     rows = [
         [
@@ -210,7 +211,7 @@ def radii(dataset: str) -> str:
     for radius in (2, 8, 16, 25.5):
         ours = seeds(dataset, "clustr_qtrades", "paper" if radius == 8 else f"paper-eps{radius}")
         true = seeds(dataset, "clustr_qtrades", "sound" if radius == 8 else f"quick-eps{radius}")
-        claim = paper.claim(dataset, "clustr_qtrades", "pgd20", radius / 255)
+        claim = claims.claim(dataset, "clustr_qtrades", "pgd20", radius / 255)
         rows.append(
             [
                 f"{radius}/255", by_seed(ours, figure), by_seed(true, figure),
@@ -363,7 +364,7 @@ def fullsize() -> str:
     rows = []
     for row in found["rows"]:
         name = {"svhn": "svhn_cropped"}.get(row["dataset"], row["dataset"])
-        claim = paper.CLAIMS.get(name, {}).get(row["method"])
+        claim = claims.CLAIMS.get(name, {}).get(row["method"])
         rows.append(
             [
                 f"`{row['command']}`", f"{row['gradient_passes'] / 1e6:.1f}", f"{row['gpu_hours']:.1f}",

@@ -19,9 +19,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import child  # noqa: E402
 
-from clustr_jax import data, loading, results, sound  # noqa: E402
-from clustr_jax.files import read_json, write_json  # noqa: E402
+from clustr_jax import data  # noqa: E402
+from clustr_jax.evaluation import sound_protocol  # noqa: E402
 from clustr_jax.stages import EVALUATE, stage_key  # noqa: E402
+from clustr_jax.storage import loading, results  # noqa: E402
+from clustr_jax.storage.files import read_json, write_json  # noqa: E402
 
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
 RUNS, RESULTS = pathlib.Path("runs", "search"), pathlib.Path("results", "search")
@@ -123,7 +125,9 @@ def measure(dataset: str, name: str) -> dict:
     held_out = data.splits(config.data)[1]
     index = data.stratified(held_out.labels, ATTACKED, held_out.num_classes)
     examples = data.Examples(held_out.pixels(index), held_out.labels[index], index.astype(np.int32))
-    result, _ = sound.run_quick(stage_key(config.seed, EVALUATE), clf, examples, config, lambda *_: None)
+    result, _ = sound_protocol.run_quick(
+        stage_key(config.seed, EVALUATE), clf, examples, config, lambda *_: None
+    )
     done = [read_json(path) for path in root.glob("*/done.json")]
     if config.init_from:  # the stage that it started from
         done.append(read_json(ROOT / config.init_from / "done.json"))

@@ -1,8 +1,8 @@
 """Settings and fixtures shared by all tests.
 
-Rank promotion raises, so a forgotten axis cannot broadcast silently; a PRNG key used twice
-raises (tests that repeat a call on purpose say so with `jax.random.clone`). Hypothesis is
-derandomised: a red run is red again.
+Compiled programs are kept between sessions (compiled.py). Rank promotion raises, so a forgotten axis cannot
+broadcast silently; a PRNG key used twice raises (tests that repeat a call on purpose say so with
+`jax.random.clone`). Hypothesis is derandomised: a red run is red again.
 """
 
 import contextlib
@@ -15,8 +15,13 @@ import jax
 import numpy as np
 import pytest
 
+import compiled
+from clustr_jax.runtime import canary
+from clustr_jax.runtime.errors import UserError
 from runs import attempt, program, reference, run, shared, start  # noqa: F401  fixtures, for all files
 
+jax.config.update("jax_compilation_cache_dir", str(compiled.PROGRAMS))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
@@ -29,6 +34,14 @@ NO_CIFAR10 = (
     "no prepared TFDS CIFAR-10 (looked for cifar10/*/dataset_info.json in $TFDS_DATA_DIR "
     "or ~/tensorflow_datasets)"
 )
+
+
+def pytest_sessionstart():
+    """No test says anything where the compiler computes wrong numbers."""
+    try:
+        canary.check()
+    except UserError as error:
+        pytest.exit(str(error), returncode=2)
 
 
 def _data_dir():

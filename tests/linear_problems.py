@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clustr_jax import fitting, settings, train
+from clustr_jax import settings
 from clustr_jax.models import Outputs
-from clustr_jax.objectives import METHODS, Batch
+from clustr_jax.training import refit, train
+from clustr_jax.training.objectives import METHODS, Batch
 
 # A distance is a sum of a few squares and a loss the mean of some such terms, each rounded by 6e-8.
 FLOAT32 = 1e-5
@@ -144,7 +145,7 @@ class Problem(Stage):
     def run(self, count, state=None):
         """`count` steps, as in a run."""
         state = self.state if state is None else state
-        state = train.reset_totals(self.trainer, state, self.train_set, jax.random.key(7))
+        state = train.with_totals(self.trainer, state, self.train_set, jax.random.key(7))
         key = jax.random.clone(self.key)
         return train.run_steps(self.trainer, state, self.train_set, self.order, key, count)
 
@@ -202,7 +203,7 @@ def problem(method, rng, net=None, images=None, labels=None, fit=True, **changes
     )
     state = train.create(trainer, net.variables(rng))
     if trainer.magnet and fit:
-        state = fitting.refit(trainer, state, train_set, jax.random.key(8))
+        state = refit.refit(trainer, state, train_set, jax.random.key(8))
     order = train.epoch_order(jax.random.key(6), len(labels), 0)
     return Problem(trainer, train_set, state, order, jax.random.key(5))
 

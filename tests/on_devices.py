@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax import attacks, clusters, data, fitting, loading, mesh, settings, train
-from clustr_jax.checkpoints import Checkpoints
-from clustr_jax.objectives import METHODS
+from clustr_jax import attacks, clusters, data, settings
+from clustr_jax.runtime import mesh
+from clustr_jax.storage import loading
+from clustr_jax.storage.checkpoints import Checkpoints
+from clustr_jax.training import refit, train
+from clustr_jax.training.objectives import METHODS
 from configs import digits
 
 ONE, ALL = jax.devices()[:1], jax.devices()
@@ -60,8 +63,8 @@ def trained(devices, trainer, variables, train_set, *, folder=None, steps=STEPS)
         key, train_set = jax.random.key(0), mesh.place(train_set)
         state = train.create(trainer, variables)
         if trainer.magnet:
-            state = fitting.refit(trainer, mesh.place(state), train_set, key)
-        state = mesh.place(train.reset_totals(trainer, state, train_set, key))
+            state = refit.refit(trainer, mesh.place(state), train_set, key)
+        state = mesh.place(train.with_totals(trainer, state, train_set, key))
         order = train.epoch_order(key, SIZE, 0)
         compiled = train.run_steps.lower(trainer, state, train_set, order, key, steps).compile()
         state = train.run_steps(trainer, state, train_set, order, key, steps)

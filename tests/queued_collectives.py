@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clustr_jax import processes
+from clustr_jax.runtime import processes
 
 processes.use_cores()
 MESH = Mesh(jax.devices(), ("d",))

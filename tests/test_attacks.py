@@ -16,16 +16,17 @@ from jax.tree_util import Partial
 
 import reference
 import reference_attacks
-from clustr_jax import attacks, losses, sound
-from clustr_jax.attacks import aims, ensemble, slots
+from clustr_jax import attacks, losses
+from clustr_jax.attacks import aims, ensemble, scheduler
 from clustr_jax.attacks.aims import View
 from clustr_jax.attacks.apgd import APGD, windows
 from clustr_jax.attacks.fab import onto_hyperplane
 from clustr_jax.attacks.geometry import ascend
-from clustr_jax.attacks.inputs import check_logits
+from clustr_jax.attacks.input_checks import check_logits
 from clustr_jax.attacks.square import sides
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
+from clustr_jax.evaluation import sound_protocol
+from clustr_jax.runtime.errors import UserError
 
 SHAPE, CLASSES, N = (6, 6, 1), 5, 48
 STEPS, QUERIES, SLOTS = 20, 400, 16
@@ -341,7 +342,7 @@ def test_apgd_matches_a_slow_one(norm, steps):
     )
     number = np.arange(16, dtype=np.int32)
     target = 1 + number % 2
-    work = slots._work(jax.random.key(0), number, number, 0 * number, x, y, target)
+    work = scheduler._work(jax.random.key(0), number, number, 0 * number, x, y, target)
     state, update = jax.jit(APGD.init)(attack, work), jax.jit(APGD.update)
     path, sizes = [np.asarray(state.candidate)], []
     for step in range(steps):
@@ -376,7 +377,7 @@ def test_apgd_starts_at_the_border_of_the_ball():
     """x + eps t / |t|: a uniform draw scaled by its largest entry, a Gaussian by its length."""
     x = np.full((4, 50), 0.5, np.float32)
     number = np.arange(4, dtype=np.int32)
-    work = slots._work(jax.random.key(0), number, number, 0 * number, x, number, number)
+    work = scheduler._work(jax.random.key(0), number, number, 0 * number, x, number, number)
     for norm, size in (("linf", lambda d: np.abs(d).max(1)), ("l2", lambda d: np.linalg.norm(d, axis=1))):
         attack = APGD(eps=jnp.float32(0.1), steps=5, norm=norm, bounds=None, aim=aims.one(aims.cross_entropy))
         delta = np.asarray(attack.init(work).candidate) - x
@@ -467,7 +468,7 @@ def test_square_starts_with_stripes_and_paints_one_square_a_query():
     """linf: each column +-eps; then a square of at most the scheduled side at +-eps, per channel."""
     x, number = np.full((4, 8, 8, 3), 0.5, np.float32), np.arange(4, dtype=np.int32)
     attack = ensemble.build("square", eps=0.1, queries=100)
-    work = slots._work(jax.random.key(0), number, number, 0 * number, x, number, number)
+    work = scheduler._work(jax.random.key(0), number, number, 0 * number, x, number, number)
     state = attack.init(work)
     first = np.asarray(state.candidate) - x
     np.testing.assert_allclose(np.abs(first), 0.1, atol=1e-6)
@@ -516,9 +517,9 @@ def test_targets_are_the_likeliest_other_classes():
 def test_nearest_clusters_are_those_of_other_classes():
     """Numbered class * K + j, best first; where clusters are missing the best one stands in."""
     u = np.array([[[-1.0, -9.0], [-2.0, -3.0], [-0.5, -np.inf]]])
-    np.testing.assert_array_equal(sound.nearest_clusters(u, [0], 9), [[4], [2], [3], [4]])
-    np.testing.assert_array_equal(sound.nearest_clusters(u, [1], 2), [[4], [0]])
-    np.testing.assert_array_equal(sound.nearest_clusters(u, [2], 3), [[0], [2], [3]])
+    np.testing.assert_array_equal(sound_protocol.nearest_clusters(u, [0], 9), [[4], [2], [3], [4]])
+    np.testing.assert_array_equal(sound_protocol.nearest_clusters(u, [1], 2), [[4], [0]])
+    np.testing.assert_array_equal(sound_protocol.nearest_clusters(u, [2], 3), [[0], [2], [3]])
 
 
 def cluster_view(z, centroids, variance, mask=None):
@@ -717,8 +718,8 @@ def test_a_transferred_image_without_finite_logits_is_no_success():
     model = Partial(lambda x: jnp.stack([jnp.sqrt(x[:, 0] - 0.5), x[:, 0]], axis=1))
     x, y = np.float32([[0.6], [0.4], [0.7]]), np.int32([0, 1, 1])
     with pytest.raises(UserError, match="non-finite logits"):
-        slots.misjudged(model, x, y)
-    np.testing.assert_array_equal(slots.misjudged(model, x[[0, 2]], y[[0, 2]]), [True, False])
+        scheduler.misjudged(model, x, y)
+    np.testing.assert_array_equal(scheduler.misjudged(model, x[[0, 2]], y[[0, 2]]), [True, False])
 
 
 @pytest.mark.parametrize("name", ["apgd", "fab", "square", "autoattack"])

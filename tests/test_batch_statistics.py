@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import reference_objectives as naive
-from clustr_jax import data, fitting, objectives, stages, train
+from clustr_jax import data, stages
 from clustr_jax.clusters import Clusters
-from clustr_jax.objectives import METHODS, Batch
 from clustr_jax.stages import training
+from clustr_jax.training import objectives, refit, train
+from clustr_jax.training.objectives import METHODS, Batch
 from linear_problems import (
     FLOAT32,
     Linear,
@@ -64,7 +65,7 @@ def test_a_pass_in_train_mode(size, batch, rng):
     """epoch_statistics=leak_test: 400 updates, or as many as batches of one size allow, the rest a batch."""
     net = Linear((4, 4, 2), 2, normed=True)
     variables, pixels = net.variables(rng), rng.normal(size=(size, 4, 4, 2)).astype(np.float32)
-    stats = fitting.pass_in_train_mode(net, variables, pixels)
+    stats = refit.pass_in_train_mode(net, variables, pixels)
     batches = [pixels[i : i + batch] for i in range(0, size, batch)]
     mean, variance = naive.running(variables["batch_stats"].values(), batches)
     np.testing.assert_allclose(stats["mean"], mean, rtol=FLOAT32, atol=1e-6)
@@ -84,7 +85,7 @@ def trained(method, rng, **changes):
     saved = []
     checkpoints = types.SimpleNamespace(directory="", save=lambda *what: saved.append(what))
     run = stages.Run(p.trainer.config, workdir, silent, net, train_split, train_split, test_split)
-    state = train.reset_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
+    state = train.with_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
     training._epochs(run, stages.TRAIN, p.trainer, checkpoints, state, p.train_set, jax.random.key(5))
     return saved, p, test
 

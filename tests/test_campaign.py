@@ -14,9 +14,11 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from clustr_jax import cost, results, settings
-from clustr_jax.errors import UserError
-from clustr_jax.objectives import METHODS
+from clustr_jax import settings
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import results
+from clustr_jax.training import cost
+from clustr_jax.training.objectives import METHODS
 from configs import cifar10
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -55,7 +57,6 @@ def passes(config):
     return count + (config.warmup.epochs * cost.gradients(warmup, config, config.warmup) if warmup else 0)
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
 @pytest.mark.parametrize("dataset", ["svhn_cropped", "cifar10", "cifar100"])
 def test_methods_take_equal_passes(dataset, campaign, config_of):
     budget = campaign.SCALES[dataset].passes
@@ -68,7 +69,6 @@ def test_methods_take_equal_passes(dataset, campaign, config_of):
     assert passes(ours) == 0 and ours.init_from.endswith("trades-0/model.safetensors")
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
 @pytest.mark.parametrize("name", ["nominal", "trades"])
 def test_kept_weights_are_evaluated_as_they_are(name, campaign, config_of):
     command = campaign.run("cifar10", name, 1, kept=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import reference_certify as reference
 from clustr_jax import attacks, certify
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
+from clustr_jax.runtime.errors import UserError
 
 SOUND = certify.SOUND
 

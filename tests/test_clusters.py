@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import reference
 from clustr_jax import clusters, losses
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
+from clustr_jax.runtime.errors import UserError
 from reference import close
 
 RTOL, GRAD_RTOL = 1e-5, 1e-4

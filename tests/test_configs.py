@@ -14,12 +14,12 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from clustr_jax import data, evaluate, loading, objectives, settings, train
-from clustr_jax.errors import UserError
+from clustr_jax import data, settings
+from clustr_jax.evaluation import protocols
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import loading
+from clustr_jax.training import objectives, train
 from marks import in_ci
-
-# ml_collections loads the config file in a way that Python 3.11 calls outdated.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 # config -> (shape of an example, classes, size of the train split as published)
@@ -78,7 +78,7 @@ def one_step_of_each_stage(name, method, smoke):
     split = fake_split(*DATA[name][:2], size)
     config = settings.complete(config, split, split)
     net = loading.build_net(config, split)
-    evaluate.check_config(config)
+    protocols.check_config(config)
     settings.check(config, own, net, split, split, held_out=1)
     _one_step(config, own, config.train, net, split)
     if own.warmup:
@@ -147,7 +147,7 @@ def test_variants_are_named_after_the_method(method, variant):
     assert config != parse("cifar10", method=method)
     split = fake_split(*DATA["cifar10"])
     config = settings.resolve(config)
-    evaluate.check_config(config)
+    protocols.check_config(config)
     settings.check(
         config, objectives.METHODS[method], loading.build_net(config, split), split, split, held_out=1
     )
@@ -425,12 +425,12 @@ def test_transfer_from_a_network_of_other_images_is_refused(tmp_path):
     for shape, classes in (((8, 8, 3), 10), ((8, 8, 1), 100)):
         done.write_text(json.dumps({"input_shape": shape, "num_classes": classes}))
         with pytest.raises(UserError, match="eval.transfer: .* name a run on the same data"):
-            evaluate.check_transfer(config, net)
+            protocols.check_transfer(config, net)
     done.write_text(json.dumps({"input_shape": (8, 8, 1), "num_classes": 10}))
-    evaluate.check_transfer(config, net)
+    protocols.check_transfer(config, net)
     config.eval.transfer = (str(tmp_path / "nowhere"),)
     with pytest.raises(UserError, match="no finished stage"):
-        evaluate.check_transfer(config, net)
+        protocols.check_transfer(config, net)
 
 
 @pytest.mark.parametrize(
@@ -454,4 +454,4 @@ def test_settings_that_cannot_be_evaluated_are_refused(changes, message):
     config = get_config("digits", "clustr_qtrades")
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
-        evaluate.check_config(config)
+        protocols.check_config(config)

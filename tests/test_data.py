@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 
 from clustr_jax import data
-from clustr_jax.errors import UserError
-from clustr_jax.train import TrainSet
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.training.train import TrainSet
 
 ROOT = pathlib.Path(__file__).parents[1]
 PADDING = 4  # of the random crop, on each side

@@ -19,10 +19,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import clustr_jax
-from clustr_jax import loading, preemption, results, stages, train, workdir
-from clustr_jax.checkpoints import Checkpoints
-from clustr_jax.errors import UserError
-from clustr_jax.files import read_json
+from clustr_jax import stages
+from clustr_jax.runtime import preemption
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import loading, results, workdir
+from clustr_jax.storage.checkpoints import Checkpoints
+from clustr_jax.storage.files import read_json
+from clustr_jax.training import train
 from configs import digits
 from runs import (
     DIGITS,

@@ -18,8 +18,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import clustr_jax
-from clustr_jax import data, folder, settings
-from clustr_jax.errors import UserError
+from clustr_jax import data, settings
+from clustr_jax.data import folder
+from clustr_jax.runtime.errors import UserError
 from marks import in_ci
 from runs import ROOT, assert_one_line, read
 

@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 
 from clustr_jax import Classifier, attacks, models
 from clustr_jax.attacks.models import open_model
-from clustr_jax.errors import UserError
+from clustr_jax.runtime.errors import UserError
 
 SHAPE, CLASSES, B = (6, 6, 1), 3, 8
 KEY = jax.random.key(0)

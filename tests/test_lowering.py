@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from jax import export
 
-from clustr_jax import clusters, data, loading, settings, train
-from clustr_jax.attacks import aims, slots
+from clustr_jax import clusters, data, settings
+from clustr_jax.attacks import aims, scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.pgd import as_partial, pgd
+from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.attacks.square import Square
-from clustr_jax.attacks.steps import PGD
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
-from clustr_jax.objectives import METHODS
+from clustr_jax.storage import loading
+from clustr_jax.training import train
+from clustr_jax.training.objectives import METHODS
 from configs import cifar10
 
 PLATFORMS = ("cuda", "tpu")
@@ -122,11 +124,13 @@ def test_every_attack(name, cluster_head):
     key = jax.random.key(0)
 
     def call(key, model, x, y):
-        work = slots._work(key, y, y, y, x, y, y + 1)
-        state = slots._empty(attack, jax.tree.map(lambda a: a[:lanes], work))
-        orders = slots._Orders(np.int32(5), np.int32(0), np.array([False]))
+        work = scheduler._work(key, y, y, y, x, y, y + 1)
+        state = scheduler._empty(attack, jax.tree.map(lambda a: a[:lanes], work))
+        orders = scheduler._Orders(np.int32(5), np.int32(0), np.array([False]))
         best = jnp.full(1024, 10, jnp.int32)
-        return slots._advance(attack, model, state, work, np.ones(2 * lanes, bool), best, orders, first=True)
+        return scheduler._advance(
+            attack, model, state, work, np.ones(2 * lanes, bool), best, orders, first=True
+        )
 
     assert "convolution" in lowered(call, key, model, x, y)
     if name == "pgd":

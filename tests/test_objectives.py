@@ -14,9 +14,10 @@ import pytest
 
 import reference
 import reference_objectives as naive
-from clustr_jax import models, objectives
+from clustr_jax import models
 from clustr_jax.clusters import Clusters
-from clustr_jax.objectives import METHODS, Batch
+from clustr_jax.training import objectives
+from clustr_jax.training.objectives import METHODS, Batch
 from linear_problems import (
     FLOAT32,
     FLOAT64,

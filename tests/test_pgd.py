@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 
 import reference
 from clustr_jax import attacks, losses
-from clustr_jax.errors import UserError
+from clustr_jax.runtime.errors import UserError
 
 ULP = 6e-8
 SHAPE = (4, 4, 1)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import clustr_jax
-from clustr_jax import processes
+from clustr_jax.runtime import processes
 from marks import in_ci
 from runs import TINY, metrics
 

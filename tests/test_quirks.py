@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 import reference
-from clustr_jax import attacks, data, evaluate, quirks, results
-from clustr_jax.attacks import slots as scheduler
+from clustr_jax import attacks, data
+from clustr_jax.attacks import scheduler
 from clustr_jax.classifier import Classifier
+from clustr_jax.evaluation import protocols, quirks
+from clustr_jax.storage import results
 from test_evaluate import bounded_problem, eval_config, linear_classifier, points, silent
 
 STEPS, RESTARTS = 6, 3
@@ -50,7 +52,7 @@ def test_each_row_switches_one_departure_off(small):
     rows, seen = recorded(small)
     assert [row["off"] for row in rows] == NAMES == ["none", *quirks.QUIRKS, "all"]
     settings = {
-        name: (f == "scores", attack.aim.options == evaluate.PAPER_AIM.options, attack.clip_start, restarts)
+        name: (f == "scores", attack.aim.options == protocols.PAPER_AIM.options, attack.clip_start, restarts)
         for name, (f, attack, restarts) in zip(NAMES, seen, strict=True)
     }
     assert settings == {
@@ -78,13 +80,13 @@ def test_the_aims_of_the_rows(rng):
     logits, y = rng.normal(size=(6, 4)).astype(np.float32), np.arange(6) % 4
     expected = reference.cross_entropy(logits, y)
     reference.close(quirks._EXP_AIM(logits, y, y), expected, 1e-5)
-    reference.close(evaluate.PAPER_AIM(logits, y, y), expected / 64, 1e-5)
+    reference.close(protocols.PAPER_AIM(logits, y, y), expected / 64, 1e-5)
 
 
 def paper(small, **changes):
     clf, examples, _ = small
     settings = dict(eps=0.1, step_size=0.025, steps=STEPS, restarts=RESTARTS, slots=16, report=silent)
-    return evaluate.paper_pgd(jax.random.key(2), clf, examples, **settings | changes)
+    return protocols.paper_pgd(jax.random.key(2), clf, examples, **settings | changes)
 
 
 def survivors(small, on):

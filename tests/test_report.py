@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 
 import browser
-from clustr_jax import paper, report, results, workdir
-from clustr_jax.errors import UserError
+from clustr_jax import report
+from clustr_jax.reference import claims
 from clustr_jax.report import __main__ as command
 from clustr_jax.report import compare, figures, looks, page, svg, words
 from clustr_jax.report.looks import Victim
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import results, workdir
 from marks import in_ci
 from runs import DIGITS, TOY, read
 
@@ -437,11 +439,11 @@ def test_checks_of_earlier_results_are_not_shown(tmp_path):
 def test_the_papers_figure_stands_beside_its_own_radius_only():
     eight, four = ({**result("paper")[0], "dataset": "cifar10", "eps": e / 255} for e in (8, 4))
     assert [row.claim for row in results.comparison({"paper": eight})][1:3] == [
-        paper.claim("cifar10", "clustr_qtrades", name) for name in ("pgd20", "pgd100")
+        claims.claim("cifar10", "clustr_qtrades", name) for name in ("pgd20", "pgd100")
     ]
     rows = results.comparison({"paper": four})
     assert [row.claim for row in rows][:3] == [None] * 3
-    assert rows[3].claim == paper.claim("cifar10", "clustr_qtrades", "pgd20", 0.1)  # in the paper's sweep
+    assert rows[3].claim == claims.claim("cifar10", "clustr_qtrades", "pgd20", 0.1)  # in the paper's sweep
 
 
 def test_one_class_that_is_predicted_too_often_is_a_fact(tmp_path):

@@ -14,11 +14,13 @@ import pytest
 
 import linear_problems
 import reference
-from clustr_jax import data, fitting, loading, models, objectives, train
-from clustr_jax.checkpoints import Checkpoints
+from clustr_jax import data, models
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
-from clustr_jax.objectives import METHODS, Batch
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import loading
+from clustr_jax.storage.checkpoints import Checkpoints
+from clustr_jax.training import objectives, refit, train
+from clustr_jax.training.objectives import METHODS, Batch
 from linear_problems import Stage
 from runs import assert_same_arrays
 
@@ -71,8 +73,8 @@ def problem(method, rng, split=None, **changes):
     keys = jax.random.split(jax.random.key(4), 4)
     state = train.create(trainer, net.init(keys[0]))
     if trainer.magnet:
-        state = fitting.refit(trainer, state, train_set, keys[1])
-    state = train.reset_totals(trainer, state, train_set, keys[2])
+        state = refit.refit(trainer, state, train_set, keys[1])
+    state = train.with_totals(trainer, state, train_set, keys[2])
     return Problem(trainer, train_set, state, train.epoch_order(keys[3], trainer.size, 0), jax.random.key(5))
 
 
@@ -249,7 +251,7 @@ def test_numpy_mlp_is_the_mlp(rng):
 def test_embeddings_of_the_whole_set_in_pieces(rng):
     """1,100 examples are not a multiple of the piece; each has its own embedding, in order."""
     p = problem("nominal", rng, split=squares(rng, n=1100, classes=2))
-    z = fitting.embed_all(p.trainer.net, p.state.variables, p.train_set)
+    z = refit.embed_all(p.trainer.net, p.state.variables, p.train_set)
     np.testing.assert_allclose(z, numpy_mlp(p.state.params, p.train_set.images)[1], atol=1e-5)
 
 
@@ -291,7 +293,7 @@ def test_refit_keeps_the_losses_and_follows_the_network(rng, key):
     """After some steps: new centroids from the new embeddings, every example's last seen loss kept."""
     p = problem("clustr", rng, **{"train.lr": 0.05})
     state = p.run(p.state, 4)
-    again = fitting.refit(p.trainer, state, p.train_set, key)
+    again = refit.refit(p.trainer, state, p.train_set, key)
     np.testing.assert_array_equal(again.sampler.losses, state.sampler.losses)
     assert (np.asarray(again.clusters.centroids) != np.asarray(state.clusters.centroids)).any()
     _, z = numpy_mlp(state.params, p.train_set.images)
@@ -339,8 +341,8 @@ def trained(p, steps):
         state = p.run(state, tenth)
         found.append(float(state.totals["loss"]) / tenth)
         if p.trainer.magnet:
-            state = fitting.refit(p.trainer, state, p.train_set, jax.random.key(1))
-        state = train.reset_totals(p.trainer, state, p.train_set, jax.random.key(0))
+            state = refit.refit(p.trainer, state, p.train_set, jax.random.key(1))
+        state = train.with_totals(p.trainer, state, p.train_set, jax.random.key(0))
     return found[0], found[-1]
 
 
@@ -535,7 +537,7 @@ def test_clusters_of_the_linear_head_are_the_same_classifier(rng):
     images = np.tile(points.images[:, None, None, :1], (1, 8, 8, 1)) * np.linspace(0.2, 1, 8)[:, None, None]
     split = dataclasses.replace(points, images=images.astype(np.float32))
     trainer, warm, variables = after_warmup(rng, split, **{"model.name": "cnn", "model.mean": (0.5,)})
-    state = fitting.refit(trainer, train.create(trainer, variables), warm.train_set, jax.random.key(1))
+    state = refit.refit(trainer, train.create(trainer, variables), warm.train_set, jax.random.key(1))
     outputs = trainer.net.eval(variables, warm.train_set.images)
     reference.close(state.clusters.probs(outputs.embeddings), jax.nn.softmax(outputs.logits), 1e-4)
     owner = np.repeat(np.arange(3), np.diff(state.sampler.offsets))
@@ -549,7 +551,7 @@ def test_a_head_behind_a_non_linearity_is_refused(rng):
     """The MLP's head sees relu(embeddings)."""
     trainer, warm, variables = after_warmup(rng)
     with pytest.raises(UserError, match="logits are linear in its embeddings"):
-        fitting.refit(trainer, train.create(trainer, variables), warm.train_set, jax.random.key(1))
+        refit.refit(trainer, train.create(trainer, variables), warm.train_set, jax.random.key(1))
 
 
 # Checkpoints
@@ -616,3 +618,39 @@ def test_mean_counts_the_unmasked(rng):
     values, mask = rng.normal(size=10).astype(np.float32), rng.random(10) < 0.5
     np.testing.assert_allclose(objectives.mean(values, mask), values[mask].mean(), rtol=1e-6)
     assert float(objectives.mean(values, np.zeros(10, bool))) == 0.0
+
+
+# What is traced
+
+
+@pytest.mark.parametrize("method", ["nominal", "free_at", "trades", "clustr_qtrades"])
+@pytest.mark.parametrize("sampler", ["floor", "stale"])
+def test_three_epochs_trace_a_step_once(method, sampler, rng, monkeypatch):
+    """Every kind of sampler: the names of the metrics and the loop share one trace, later epochs need none."""
+    traces, original = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: traces.append(1) or original(*a))
+    changes = {"train.batch_size": 8, "train.lr": 0.0123, "fidelity.sampler": sampler}
+    p = problem(method, rng, **changes | ({"train.replays": 3} if method == "free_at" else {}))
+    state = p.state
+    for _ in range(3):
+        state = p.run(state, p.trainer.steps_per_epoch)
+        if p.trainer.magnet:
+            state = fitting.refit(p.trainer, state, p.train_set, jax.random.key(9))
+        state = train.reset_totals(state)
+        assert not any(float(value) for value in state.totals.values())
+    assert len(traces) == 1
+
+
+def test_equal_trainers_are_one_program(rng):
+    """A trainer is its settings: made again it compiles nothing, with another setting it does."""
+    p = problem("clustr", rng, **{"train.lr": 0.0321})
+    p.run(p.state, 1)
+    before = train.run_steps._cache_size()
+    again = problem("clustr", np.random.default_rng(0), **{"train.lr": 0.0321})
+    assert again.trainer is not p.trainer and again.trainer == p.trainer
+    again.run(again.state, 1)
+    assert train.run_steps._cache_size() == before
+    other = problem("clustr", np.random.default_rng(0), **{"train.lr": 0.0322})
+    assert other.trainer != p.trainer
+    other.run(other.state, 1)
+    assert train.run_steps._cache_size() == before + 1

@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import losses, mesh
-from clustr_jax.attacks import aims
-from clustr_jax.attacks import slots as scheduler
+from clustr_jax import losses
+from clustr_jax.attacks import aims, scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.gate import Admitted, admit
-from clustr_jax.attacks.inputs import check_logits, concrete
+from clustr_jax.attacks.input_checks import check_logits, concrete
 from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
 from clustr_jax.attacks.square import Square
-from clustr_jax.errors import UserError
+from clustr_jax.runtime import mesh
+from clustr_jax.runtime.errors import UserError
 
 # Of "standard": steps of the gradient attacks, queries of Square, targets of APGD-T and FAB-T.
 STEPS, QUERIES, TARGETS = 100, 5000, 9

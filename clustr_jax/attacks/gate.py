@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from clustr_jax.attacks import inputs, models, options, trust
-from clustr_jax.errors import UserError
+from clustr_jax.attacks import input_checks, models, options, trust
+from clustr_jax.runtime.errors import UserError
 
 
 class Admitted(NamedTuple):
@@ -28,7 +28,7 @@ class Admitted(NamedTuple):
 def admit(
     key, logits_fn, x, y, *, eps, step_size=0.0, norm="linf", bounds=(0.0, 1.0), ids=None, rows=None
 ) -> Admitted:
-    """UserError for anything that would make a number meaningless; see `inputs`, `models` and `trust`.
+    """UserError for anything that would make a number meaningless; see `input_checks`, `models` and `trust`.
 
     `y`: labels [B], or probabilities [B, Y]. `rows`: how many images the model will see at once (default B).
     Inside jit only what can be seen there is looked at: shapes, types and settings.
@@ -37,21 +37,21 @@ def admit(
     options.check_radius("eps", eps)
     options.check_radius("step_size", step_size)
     key = options.key_of(key)
-    traced = isinstance(jnp.zeros(()), jax.core.Tracer) or not inputs.concrete(x, y)
-    x, y = inputs.images_of(x, bounds), inputs.labels_of(y)
-    inputs.check_sizes(x, y)
+    traced = isinstance(jnp.zeros(()), jax.core.Tracer) or not input_checks.concrete(x, y)
+    x, y = input_checks.images_of(x, bounds), input_checks.labels_of(y)
+    input_checks.check_sizes(x, y)
     count = x.shape[0]
     ids = np.arange(count, dtype=np.int32) if ids is None else ids
     ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
-    inputs.check_ids(ids, count)
-    if inputs.concrete(x):
-        inputs.check_pixels(x, bounds)
+    input_checks.check_ids(ids, count)
+    if input_checks.concrete(x):
+        input_checks.check_pixels(x, bounds)
     options.warn_of_units(eps, step_size, norm, bounds, x.shape[1:])
     if traced or not count:
         return Admitted(key, models.as_partial(logits_fn), x, y, ids, norm, bounds, "")
     opened = _open(logits_fn, rows or count, x.shape)
     if opened.classes is not None:
-        inputs.check_labels(y, opened.classes)
+        input_checks.check_labels(y, opened.classes)
     note = trust.check(opened, x, bounds)
     return Admitted(key, opened.model, x, y, ids, norm, bounds, note)
 

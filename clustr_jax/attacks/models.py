@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from clustr_jax.attacks.aims import View, logits_of
 from clustr_jax.attacks.names import aval, name_of, output_of
-from clustr_jax.errors import UserError, first_line
+from clustr_jax.runtime.errors import UserError, first_line
 
 # Methods of this package's own pytrees capture nothing and are never changed.
 _OWN = "clustr_jax."

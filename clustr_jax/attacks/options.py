@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax.errors import UserError
+from clustr_jax.runtime.errors import UserError
 
 # What every random draw of an attack is made with: under vmap other generators draw for the
 # whole batch, so that an example's numbers would depend on its place.

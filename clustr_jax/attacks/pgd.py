@@ -25,10 +25,10 @@ from clustr_jax import losses
 from clustr_jax.attacks.aims import logits_of
 from clustr_jax.attacks.gate import admit
 from clustr_jax.attacks.geometry import ascend, project, random_start
-from clustr_jax.attacks.inputs import check_found, check_logits, check_shape, concrete
+from clustr_jax.attacks.input_checks import check_found, check_logits, check_shape, concrete
 from clustr_jax.attacks.models import as_partial as as_partial
 from clustr_jax.attacks.options import check_radius, norm_of, whole
-from clustr_jax.errors import UserError
+from clustr_jax.runtime.errors import UserError
 
 # Restarts run side by side as long as the batch stays below this many images (memory), then in turns.
 _LANES = 512

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from clustr_jax import losses
 from clustr_jax.attacks.aims import logits_of, misclassified
 from clustr_jax.attacks.geometry import l2_norm, over
-from clustr_jax.attacks.slots import Attack
+from clustr_jax.attacks.scheduler import Attack
 
 # Share of the pixels of the first squares, halved after these queries (of 10,000; scaled to the budget).
 _FIRST_SHARE, _HALVINGS = 0.8, (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

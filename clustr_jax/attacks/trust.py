@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax import mesh
 from clustr_jax.attacks.aims import logits_of
-from clustr_jax.attacks.inputs import diagnose
+from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.models import IN_EVALUATION, Opened
-from clustr_jax.errors import UserError
+from clustr_jax.runtime import mesh
+from clustr_jax.runtime.errors import UserError
 
 # Images of a pass: half of them are looked at, the rest are their company.
 _ROWS = 8

@@ -5,8 +5,8 @@ from typing import Any
 
 from clustr_jax import models
 from clustr_jax.classifier import Classifier
-from clustr_jax.errors import UserError
 from clustr_jax.models import Net
+from clustr_jax.runtime.errors import UserError
 
 _FIELDS = ("model", "width", "num_classes", "input_shape", "mean", "std", "nearest", "bounds")
 

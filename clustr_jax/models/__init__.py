@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from clustr_jax import mesh
-from clustr_jax.convolution import conv2d
-from clustr_jax.errors import UserError
 from clustr_jax.models import unit
+from clustr_jax.models.convolution import conv2d
+from clustr_jax.runtime import mesh
+from clustr_jax.runtime.errors import UserError
 
 
 class Outputs(NamedTuple):

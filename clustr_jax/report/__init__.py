@@ -16,12 +16,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from clustr_jax import data, loading, mesh
-from clustr_jax.errors import UserError
-from clustr_jax.files import write_bytes
+from clustr_jax import data
 from clustr_jax.report import compare, looks, page
 from clustr_jax.report.page import Looks, Report
 from clustr_jax.report.record import VERSION, Record, read
+from clustr_jax.runtime import mesh
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import loading
+from clustr_jax.storage.files import write_bytes
 
 __all__ = ["Looks", "Record", "Report", "current", "look", "read", "write", "write_comparison"]
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from clustr_jax import paper, results
+from clustr_jax.reference import claims
 from clustr_jax.report.record import Record
 from clustr_jax.report.svg import DASHES, MARKERS, SERIES, Drawing, draw
+from clustr_jax.storage import results
 
 # Of metrics.jsonl: field -> what the legend calls it.
 _ACCURACIES = {
@@ -67,7 +68,7 @@ def over_eps(record: Record) -> Drawing | None:
     dataset, method = record.data, record.config["method"]
     radii = sorted({e for _, points, _ in series for e, _ in points})
     shown = _interesting(series, radii)
-    said = [(e, paper.claim(dataset, method, "pgd100", e)) for e in radii if e]
+    said = [(e, claims.claim(dataset, method, "pgd100", e)) for e in radii if e]
     said = [(e, v) for e, v in said if v is not None]
 
     def paint(figure):

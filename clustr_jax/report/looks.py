@@ -10,12 +10,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clustr_jax import clusters, data
-from clustr_jax.attacks import aims
-from clustr_jax.attacks import slots as scheduler
+from clustr_jax.attacks import aims, scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.classifier import Classifier
-from clustr_jax.errors import UserError
-from clustr_jax.sound import pgd_attack
+from clustr_jax.evaluation.sound_protocol import pgd_attack
+from clustr_jax.runtime.errors import UserError
 
 # Test images in the plane, training images that clusters are fitted to where the network has none.
 _POINTS, _FITTED = 600, 2000

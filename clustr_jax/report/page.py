@@ -12,11 +12,11 @@ import jinja2
 import markupsafe
 import numpy as np
 
-from clustr_jax import results
 from clustr_jax.report import figures, pictures, tables, words
 from clustr_jax.report.looks import CLASSES, Plane, Victim
 from clustr_jax.report.record import VERSION, Record
 from clustr_jax.report.svg import Drawing
+from clustr_jax.storage import results
 
 _TEMPLATES = pathlib.Path(__file__).parent / "templates"
 _SECTIONS = (

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from clustr_jax import results
 from clustr_jax.data import label
-from clustr_jax.errors import UserError
-from clustr_jax.files import read_json
-from clustr_jax.loading import find_stage, read_config
-from clustr_jax.workdir import Workdir
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import results
+from clustr_jax.storage.files import read_json
+from clustr_jax.storage.loading import find_stage, read_config
+from clustr_jax.storage.workdir import Workdir
 
 # Bumped when a report says something else about the same results.
 VERSION = "report-2"

@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from clustr_jax import results
-from clustr_jax.objectives import METHODS
 from clustr_jax.report import tables
 from clustr_jax.report.record import Record
 from clustr_jax.report.tables import Cell, cell
+from clustr_jax.storage import results
+from clustr_jax.training.objectives import METHODS
 
 
 @dataclasses.dataclass(frozen=True)

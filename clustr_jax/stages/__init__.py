@@ -10,14 +10,18 @@ fresh parameters. A finished stage is skipped.
 import jax
 from rich.console import Console
 
-from clustr_jax import certified, data, evaluate, loading, mesh, processes, results, settings, train
-from clustr_jax.errors import UserError
-from clustr_jax.objectives import METHODS
-from clustr_jax.profiling import Profiler
-from clustr_jax.progress import Progress
+from clustr_jax import data, settings
+from clustr_jax.evaluation import certificates, protocols
+from clustr_jax.runtime import canary, mesh, processes
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.profiling import Profiler
+from clustr_jax.runtime.progress import Progress
 from clustr_jax.stages import evaluation, reporting, training
 from clustr_jax.stages.context import CERTIFY, EVALUATE, REPORT, STAGES, TRAIN, WARMUP, Run, stage_key
-from clustr_jax.workdir import Workdir
+from clustr_jax.storage import loading, results
+from clustr_jax.storage.workdir import Workdir
+from clustr_jax.training import train
+from clustr_jax.training.objectives import METHODS
 
 __all__ = ["CERTIFY", "EVALUATE", "REPORT", "STAGES", "TRAIN", "WARMUP", "Run", "run", "stage_key"]
 
@@ -41,8 +45,8 @@ def run(
     config = settings.resolve(config)
     method = _method(config)
     wanted = _wanted(stages, config.method)
-    evaluate.check_config(config)
-    certified.check_config(config)
+    protocols.check_config(config)
+    certificates.check_config(config)
     place = Workdir(workdir or settings.default_workdir(config))
     splits = data.splits(config.data, smoke=config.smoke)
     config = settings.complete(config, splits[0], splits[2])
@@ -51,8 +55,8 @@ def run(
     if method.source and WARMUP in wanted and not place.finished(WARMUP):
         source = _source(config, place, progress, splits[0])
     net = loading.build_net(config, splits[0])
-    evaluate.check_transfer(config, net)
-    for text in evaluate.wide_radii(config, splits[0].bounds, net.input_shape):
+    protocols.check_transfer(config, net)
+    for text in protocols.wide_radii(config, splits[0].bounds, net.input_shape):
         progress.line(f"warning: {text}")
     images = (_images(splits), _images((source.train_split, source.val_split)) if source else None)
     devices = jax.devices()
@@ -65,6 +69,7 @@ def run(
     seen = {"data": data.digest(*splits)}
     if source is not None:
         seen["pretrain"] = data.digest(source.train_split, source.val_split, source.test_split)
+    canary.check()  # before anything is computed that somebody may believe
     with mesh.over(devices), place.locked(progress.line), progress:
         place.open(config, command, seen)
         profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)

@@ -6,9 +6,9 @@ import jax
 from ml_collections import ConfigDict
 
 from clustr_jax import data, models
-from clustr_jax.profiling import Profiler
-from clustr_jax.progress import Progress
-from clustr_jax.workdir import Workdir
+from clustr_jax.runtime.profiling import Profiler
+from clustr_jax.runtime.progress import Progress
+from clustr_jax.storage.workdir import Workdir
 
 WARMUP, TRAIN, EVALUATE, CERTIFY, REPORT = "1_warmup", "2_train", "evaluate", "certify", "report"
 STAGES = (WARMUP, TRAIN, EVALUATE, CERTIFY, REPORT)  # at the end only: the place decides the randomness

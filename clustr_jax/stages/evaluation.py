@@ -5,11 +5,14 @@ import time
 import jax
 import numpy as np
 
-from clustr_jax import certified, data, diagnostics, evaluate, loading, mesh, preemption, processes, results
-from clustr_jax.errors import UserError
-from clustr_jax.progress import duration
+from clustr_jax import data
+from clustr_jax.evaluation import certificates, checks, protocols
+from clustr_jax.runtime import mesh, preemption, processes
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.progress import duration
 from clustr_jax.stages.context import CERTIFY, EVALUATE, TRAIN, Run
-from clustr_jax.workdir import config_dict
+from clustr_jax.storage import loading, results
+from clustr_jax.storage.workdir import config_dict
 
 # The stream of the checks: apart from those of the attacks (`sound.Plan.number`), whose starts they must not
 # try again.
@@ -37,12 +40,12 @@ def run(this: Run) -> None:
 
         key = this.key(EVALUATE)
         if name == "clean":
-            result, outcomes, seconds = evaluate.run_clean(clf, test.pixels(), test.labels)
+            result, outcomes, seconds = protocols.run_clean(clf, test.pixels(), test.labels)
             if test.class_names:
                 result["class_names"] = list(test.class_names)
         else:
             records = results.Records(folder, f"{identity}-{network}")
-            result, outcomes, seconds = evaluate.run(name, key, clf, examples, config, report, records)
+            result, outcomes, seconds = protocols.run(name, key, clf, examples, config, report, records)
         this.profiler.close()
         header = {
             "dataset": data.label(config.data), "subset": subset, "n": result.pop("n"),
@@ -119,15 +122,15 @@ def diagnose(this: Run) -> None:
         this.progress.line("evaluate: diagnostics were done before")
         return
     started = time.monotonic()
-    this.progress.status("evaluate  diagnostics: twenty checks")
+    this.progress.status("evaluate  diagnostics: twenty-one checks")
     outcomes = results.load_outcomes(folder, "sound")
     radius = None
     if certain is not None and certain.get("network_sha") == network and this.test_split.bounds is not None:
         radius = results.load_outcomes(folder, "certified")[f"radius_{certain['rule']}"][outcomes["ids"]]
     key = jax.random.fold_in(this.key(EVALUATE), _DIAGNOSTICS)
-    checks = diagnostics.run(key, clf, examples, config, sound, outcomes, paper, radius)
+    found = checks.run(key, clf, examples, config, sound, outcomes, paper, radius)
     shared = ("dataset", "subset", "n", "method", "eps", "clean", "robust", "attack", "seed", "versions")
-    content = {name: sound[name] for name in shared} | diagnostics.as_result(sound, checks, paper)
+    content = {name: sound[name] for name in shared} | checks.as_result(sound, found, paper)
     seconds = time.monotonic() - started
     content |= {"protocol": results.PROTOCOLS["diagnostics"], "config_sha": identity, "wall_seconds": seconds}
     results.save(folder, "diagnostics", content, {"ids": examples.ids})
@@ -148,7 +151,7 @@ def certify(this: Run) -> None:
         progress.status(f"certify  {what}  unbroken {unbroken:.1%}")
         preemption.check(f"certify, {what}")
 
-    result, outcomes, seconds = certified.run(
+    result, outcomes, seconds = certificates.run(
         this.key(CERTIFY), clf, test.pixels(), test.labels, examples, config, report
     )
     result = {
@@ -160,7 +163,7 @@ def certify(this: Run) -> None:
     }  # fmt: skip
     results.save(folder, "certified", result, outcomes)
     if processes.leader():
-        certified.draw(folder / "certified.png", result)
+        certificates.draw(folder / "certified.png", result)
     at = ", ".join(
         f"{results.percent(v['robust'])} / {results.percent(result['sweep'][e])} at {float(e):.4g}"
         for e, v in result["empirical"]["at"].items()

@@ -6,16 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax import cost, data, fitting, loading, mesh, models, preemption, processes, results, train
+from clustr_jax import data, models
 from clustr_jax.attacks import pgd
-from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.classifier import Classifier, correct
-from clustr_jax.errors import UserError
-from clustr_jax.files import write_json
-from clustr_jax.objectives import METHODS
-from clustr_jax.progress import duration
+from clustr_jax.runtime import mesh, preemption, processes
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.progress import duration
 from clustr_jax.stages.context import WARMUP, Run
-from clustr_jax.workdir import config_dict, training_sha
+from clustr_jax.storage import loading, results
+from clustr_jax.storage.checkpoints import Checkpoints
+from clustr_jax.storage.files import write_json
+from clustr_jax.storage.workdir import config_dict, training_sha
+from clustr_jax.training import cost, refit, train
+from clustr_jax.training.objectives import METHODS
 
 # A compiled chunk of steps lasts about this long: progress and signals are served in between.
 _CHUNK_SECONDS = 3.0
@@ -99,8 +102,8 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
     state = train.create(trainer, variables)
     if trainer.magnet:
         progress.status(f"{stage}: first k-means++ on the network's own embeddings")
-        state = fitting.refit(trainer, state, train_set, key)
-    return train.reset_totals(trainer, state, train_set, key)
+        state = refit.refit(trainer, state, train_set, key)
+    return train.with_totals(trainer, state, train_set, key)
 
 
 def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
@@ -145,10 +148,10 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
                 checkpoints.wait()
                 preemption.check(f"{stage} after {step} steps (epoch {epoch + 1} of {recipe.epochs})")
         if trainer.magnet:
-            state = fitting.refit(trainer, state, train_set, key)
+            state = refit.refit(trainer, state, train_set, key)
         if trainer.magnet and config.fidelity.epoch_statistics == "leak_test":
             for split in (this.train_split, this.test_split):
-                stats = fitting.pass_in_train_mode(this.net, state.variables, split.pixels())
+                stats = refit.pass_in_train_mode(this.net, state.variables, split.pixels())
                 state = state.replace(batch_stats=stats)
         variables, clusters = state.deployed
         clf = Classifier(variables, clusters, this.net, bounds=this.train_split.bounds)
@@ -163,7 +166,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             "epoch_seconds": time.monotonic() - started, "images_per_second": speed,
         }  # fmt: skip
         this.workdir.log(record)
-        state = train.reset_totals(trainer, state, train_set, key)
+        state = train.reset_totals(state)
         # while the adversary's radius still grows, accuracy says how small it is, and no model is the best
         checkpoints.save(state, val if train.strength(trainer, step - 1) >= 1 else None)
         saved = time.monotonic()
