@@ -2,8 +2,9 @@
 
     python benchmarks/canary.py [--save]        (some minutes; needs pip and its index once)
 
-An environment of its own gets jax 0.10.2, in which the same patterns are compiled. The installed JAX is asked with
-a number of XLA flags, on 1, 2 and 8 devices. Each line is a process; its seconds are those of `canary.check` alone.
+An environment of its own gets jax 0.10.2, in which the same patterns are compiled. The installed JAX is asked
+with a number of XLA flags, on 1, 2 and 8 devices. Each line is a process; its seconds are those of
+`canary.check` alone.
 """
 
 import argparse
@@ -39,7 +40,8 @@ try:
     canary.check()
 except Exception as error:
     said = f"{type(error).__name__}: {error}"
-print(json.dumps({"jax": jax.__version__, "devices": devices, "said": said, "seconds": time.perf_counter() - started}))
+seconds = time.perf_counter() - started
+print(json.dumps({"jax": jax.__version__, "devices": devices, "said": said, "seconds": seconds}))
 """
 
 

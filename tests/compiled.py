@@ -1,8 +1,8 @@
 """Where the compiled programs of tests are kept: one folder for all workers and the runs that they start.
 
-Most of a test's time is compilation. The folder is XDG_CACHE_HOME of this process and of its children, so run.py
-finds it as a user's. Another set of requirements, of XLA's flags or another processor has another folder; what
-nobody has used for two weeks goes.
+Most of a test's time is compilation. The folder is XDG_CACHE_HOME of this process and of its children, so
+run.py finds it as a user's. Another set of requirements, of XLA's flags or another processor has another
+folder; what nobody has used for two weeks goes.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """While tests run, every array annotation of clustr_jax is checked: dtype, rank, and sizes that share a name.
 
-beartype checks the annotations that jaxtyping made; others (float, Callable, ...) are documentation, for a traced
-number is no float. Nothing of this happens to users.
+beartype checks the annotations that jaxtyping made; others (float, Callable, ...) are documentation, for a
+traced number is no float. Nothing of this happens to users.
 """
 
 import typing

@@ -1,4 +1,4 @@
-"""The twenty-one checks: each passes on a small healthy classifier and notices one that is built to violate it.
+"""The twenty-one checks: each passes on a small healthy classifier and notices one built to violate it.
 
 The healthy one has linear features and a nearest-centroid head, whose robust examples are known exactly.
 """

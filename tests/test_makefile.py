@@ -1,4 +1,4 @@
-"""`make setup` finds a suitable Python wherever version managers keep theirs, and says what to do where there is none."""
+"""`make setup` finds a suitable Python where version managers keep theirs, or says what to do."""
 
 import pathlib
 import shutil
@@ -13,7 +13,7 @@ TOOLS = ("make", "sh", "sed", "awk", "rm", "touch", "uname")
 
 @pytest.fixture
 def setup(tmp_path):
-    """setup() -> (exit code, output) of `make setup` for a user with this home, up to making the environment."""
+    """setup() -> (exit code, output) of `make setup` for a user with this home."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in TOOLS:

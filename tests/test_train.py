@@ -626,7 +626,7 @@ def test_mean_counts_the_unmasked(rng):
 @pytest.mark.parametrize("method", ["nominal", "free_at", "trades", "clustr_qtrades"])
 @pytest.mark.parametrize("sampler", ["floor", "stale"])
 def test_three_epochs_trace_a_step_once(method, sampler, rng, monkeypatch):
-    """Every kind of sampler: the names of the metrics and the loop share one trace, later epochs need none."""
+    """Every kind of sampler: the metrics' names and the loop share one trace, later epochs need none."""
     traces, original = [], train.train_step
     monkeypatch.setattr(train, "train_step", lambda *a: traces.append(1) or original(*a))
     changes = {"train.batch_size": 8, "train.lr": 0.0123, "fidelity.sampler": sampler}
@@ -635,7 +635,7 @@ def test_three_epochs_trace_a_step_once(method, sampler, rng, monkeypatch):
     for _ in range(3):
         state = p.run(state, p.trainer.steps_per_epoch)
         if p.trainer.magnet:
-            state = fitting.refit(p.trainer, state, p.train_set, jax.random.key(9))
+            state = refit.refit(p.trainer, state, p.train_set, jax.random.key(9))
         state = train.reset_totals(state)
         assert not any(float(value) for value in state.totals.values())
     assert len(traces) == 1

@@ -1,8 +1,8 @@
 """Can the sound protocol's number be believed? Twenty-one checks (PASS, WARN, FAIL or SKIP) and one verdict.
 
-The numbering up to 20 is that of soundness checklists: Carlini et al. 2019, Athalye et al. 2018, Tramer et al. 2020,
-Pintor et al. 2022 and AutoAttack's own flags. The figure is an upper bound in any case; a failed check
-does not change it, but is a reason to expect the truth well below.
+The numbering up to 20 is that of soundness checklists: Carlini et al. 2019, Athalye et al. 2018, Tramer et
+al. 2020, Pintor et al. 2022 and AutoAttack's own flags. The figure is an upper bound in any case; a failed
+check does not change it, but is a reason to expect the truth well below.
 """
 
 import dataclasses

@@ -10,6 +10,7 @@ kills. quick-1: margin PGD, cluster PGD and APGD-T with 20 steps, each on what t
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def plans(clf: Classifier, config, *, eps: float, shape: tuple[int, ...]) -> lis
     settings, quick = config.eval.attack, config.eval.quick
     steps, apgd_steps = (20, 20) if quick else (settings.steps, config.eval.apgd_steps)
     queries = 200 if quick else config.eval.queries
-    common = dict(eps=jnp.float32(eps), norm="linf", bounds=clf.bounds)
+    common: dict[str, Any] = dict(eps=jnp.float32(eps), norm="linf", bounds=clf.bounds)
     step_size = jnp.float32(settings.step_size * eps / settings.eps if settings.eps else 0.0)
 
     options = options_of(clf)

@@ -15,14 +15,15 @@ import pathlib
 import platform
 
 import jax
+import jaxlib.version
 import numpy as np
 
 from clustr_jax.runtime import patterns
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.patterns import PATTERNS, Pattern
 
-# Of the sum of the absolute values of the terms. Rounding stays below 4e-6 on all that was tried (docs/performance.md);
-# what was wrong was wrong by percents.
+# Of the sum of the absolute values of the terms. Rounding stays below 4e-6 on all that was tried
+# (docs/performance.md); what was wrong was wrong by percents.
 TOLERANCE = 2e-5
 
 
@@ -40,8 +41,8 @@ class Answer:
 def check() -> Answer:
     """UserError if this compiler computes one of the patterns wrongly; the answer otherwise.
 
-    About ten seconds where nothing is known of this machine, a millisecond later in this process or, where there
-    is a cache folder, in another one.
+    About ten seconds where nothing is known of this machine, a millisecond later in this process or, where
+    there is a cache folder, in another one.
     """
     return _answer(_identity())
 
@@ -98,7 +99,7 @@ def complaint(answer: Answer) -> str:
     return (
         f"this compiler computes wrong numbers: {answer.pattern} at size {answer.size} is off by "
         f"{answer.worst:.2g} of its terms, and {TOLERANCE:g} is rounding (jax {jax.__version__}, jaxlib "
-        f"{jax.lib.__version__}, {jax.devices()[0].device_kind}, XLA_FLAGS: {flags}); "
+        f"{jaxlib.version.__version__}, {jax.devices()[0].device_kind}, XLA_FLAGS: {flags}); "
         f"install the versions of requirements-cpu.txt (make setup), or leave out the flags"
     )
 
@@ -106,12 +107,13 @@ def complaint(answer: Answer) -> str:
 def _identity() -> str:
     """Everything that could change the answer: the questions, compiler, flags, devices and processor."""
     source = pathlib.Path(patterns.__file__).read_text() + pathlib.Path(__file__).read_text()
+    config, environment = jax.config, os.environ
     parts = [
-        source, jax.__version__, jax.lib.__version__, jax.default_backend(), jax.devices()[0].device_kind,
-        str(jax.local_device_count()), os.environ.get("XLA_FLAGS", ""), os.environ.get("LIBTPU_INIT_ARGS", ""),
-        str(jax.config.jax_default_matmul_precision), str(jax.config.jax_disable_jit), _processor(),
+        source, jax.__version__, jaxlib.version.__version__, jax.default_backend(), jax.devices()[0].device_kind,
+        jax.local_device_count(), environment.get("XLA_FLAGS"), environment.get("LIBTPU_INIT_ARGS"),
+        config.jax_default_matmul_precision, config.jax_disable_jit, _processor(),
     ]  # fmt: skip
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
 
 
 def _processor() -> str:

@@ -1,7 +1,7 @@
 """The computations that this project's numbers hang on, each with its answer in NumPy float64.
 
-They are small, and of sizes at which compilers have gone wrong: powers of two, block sizes, and one more or one
-less. `canary.py` compiles and compares them.
+They are small, and of sizes at which compilers have gone wrong: powers of two, block sizes, and one more or
+one less. `canary.py` compiles and compares them.
 """
 
 import dataclasses
@@ -280,7 +280,8 @@ PATTERNS = (
             _normal(lambda n: (n, 17), lambda n: (9, 17)), _quadratic_form, _quadratic_form_exact),
     Pattern("row sums of squares", _TALL, _normal(lambda n: (n, 3)),
             lambda x: jnp.sum(x**2, axis=1), lambda x: _sum(x**2, 1)),
-    Pattern("column sums", _TALL, _normal(lambda n: (n, 5)), lambda x: jnp.sum(x, axis=0), lambda x: _sum(x, 0)),
+    Pattern("column sums", _TALL, _normal(lambda n: (n, 5)),
+            lambda x: jnp.sum(x, axis=0), lambda x: _sum(x, 0)),
     Pattern("log-sum-exp scores", _TALL, _points(3), _log_scores, _log_scores_exact),
     Pattern("log-sum-exp scores, wide", _SHORT, _points(33), _log_scores, _log_scores_exact),
     Pattern("argmax with near ties", _TALL, _near_ties, lambda x: jnp.argmax(x, axis=1),
@@ -305,7 +306,7 @@ PATTERNS = (
     Pattern("gradient through a matrix product", _SHORT, _normal(lambda n: (33, n), lambda n: (n, 7)),
             _dense_gradient, _dense_gradient_exact),
     Pattern("l2 norms", _SHORT, _normal(lambda n: (n, 9, 3)), _norms,
-            lambda x: (np.sqrt(np.sum(x**2, axis=(1, 2))), np.ones(len(x)) + np.sqrt(np.sum(x**2, axis=(1, 2))))),
+            lambda x: (np.sqrt(np.sum(x**2, axis=(1, 2))), 1 + np.sqrt(np.sum(x**2, axis=(1, 2))))),
     Pattern("projection to ball and box", _TALL,
             lambda rng, n: (rng.random((n, 3), np.float32), rng.normal(size=(n, 3)).astype(np.float32)),
             _projected, _projected_exact),
