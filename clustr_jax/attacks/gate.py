@@ -61,5 +61,6 @@ def _open(logits_fn, rows, shape):
     try:
         return models.open_model(logits_fn, (rows, *shape[1:]))
     except UserError:
-        models.open_model(logits_fn, shape)
+        if rows != shape[0]:
+            models.open_model(logits_fn, shape)
         raise

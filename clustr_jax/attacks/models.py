@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -162,7 +163,7 @@ def _open(logits_fn, shape) -> Opened:
     own = getattr(partial.func, "__module__", None) or ""
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     if own.startswith(_OWN) and not isinstance(partial.func, _Program) and all(map(_is_array, leaves)):
-        closed = _outputs(lambda _, x: logits_of(logits_in(partial(x))), [], images)
+        closed = _outputs(lambda _, x: logits_of(logits_in(partial(x))), [], images, kind)
         return Opened(partial, kind, classes=output_of(closed).shape[1])
 
     def caller(traced):
@@ -184,11 +185,14 @@ def _open(logits_fn, shape) -> Opened:
             traced = [_is_array(a) for a in leaves]
     call = caller(traced)
     values = [a for t, a in zip(traced, leaves, strict=True) if t]
-    closed = _outputs(call, values, images)
+    closed = _outputs(call, values, images, kind)
     if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
         return Opened(partial, kind)
     name, jitted = name_of(closed, call, values, images)
-    fickle = name not in _KNOWN and name_of(_outputs(call, values, images), call, values, images)[0] != name
+    fickle = False
+    if name not in _KNOWN:
+        again = _outputs(call, values, images, kind)
+        fickle = name_of(again, call, values, images)[0] != name
     _KNOWN[name] = None
     while len(_KNOWN) > _MOST_KNOWN:
         del _KNOWN[next(iter(_KNOWN))]
@@ -212,14 +216,14 @@ def _trace(call, values, images):
     return jax.make_jaxpr(lambda values, x: call(values, x))(values, images)
 
 
-def _outputs(call, values, images):
+def _outputs(call, values, images, kind):
     """The trace; UserError with a remedy where there is none, or where its result is not [B, Y]."""
     try:
         closed = _trace(call, values, images)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(_explained(call, values, images, error)) from error
+        raise UserError(_explained(call, values, images, error, kind)) from error
     output = output_of(closed)
     shape, dtype = output.shape, output.dtype
     if len(shape) != 2 or shape[0] != images.shape[0]:
@@ -242,7 +246,7 @@ def _outputs(call, values, images):
     return closed
 
 
-def _explained(call, values, images, error) -> str:
+def _explained(call, values, images, error, kind) -> str:
     """Why a model cannot be called on a batch, and what to do."""
     text = f"logits_fn fails on images of shape {images.shape}: {first_line(error, 160)}"
     shape = images.shape
@@ -251,7 +255,9 @@ def _explained(call, values, images, error) -> str:
     if isinstance(error, (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError)):
         return f"{text}; it must be made of jax.numpy, without NumPy calls or `if` on pixels"
     if isinstance(error, jax.errors.UnexpectedTracerError) or "trace level" in str(error).lower():
-        return f"{text}; it changes itself when called: {IN_EVALUATION['function']}"
+        return f"{text}; it changes itself when called: {IN_EVALUATION[kind]}, and call it without nnx.jit"
+    if _OF_TRAINING.search(str(error)):
+        return f"{text}; {IN_EVALUATION[kind]}"
     if len(shape) == 4:
         swapped = (shape[0], *((shape[2], shape[3], shape[1]) if shape[1] <= 4 else (shape[3], *shape[1:3])))
         way = "x.transpose(0, 2, 3, 1)" if shape[1] <= 4 else "x.transpose(0, 3, 1, 2) inside logits_fn"
@@ -295,6 +301,8 @@ def logits_in(outputs):
     raise UserError(f"logits_fn returned {_type(outputs)}; it must return an array of logits [B, Y]")
 
 
+# What modules say that are asked for dropout or for the statistics of a batch.
+_OF_TRAINING = re.compile("dropout|deterministic|rngs|inference|running_average", re.IGNORECASE)
 # How a model of each library is put into evaluation mode.
 IN_EVALUATION = {
     "nnx": "call model.eval() first",
@@ -302,8 +310,8 @@ IN_EVALUATION = {
     "keras": "use lambda x: model(x, training=False)",
     "linen": "apply it with train=False (use_running_average=True, deterministic=True)",
     "function": (
-        "put it into evaluation mode (flax.nnx: model.eval(); equinox: eqx.nn.inference_mode(model); "
-        "linen: use_running_average=True; Keras: training=False)"
+        "put it into evaluation mode (nnx: model.eval(); equinox: eqx.nn.inference_mode(model); linen: "
+        "use_running_average=True, deterministic=True; Keras: training=False)"
     ),
 }
 
