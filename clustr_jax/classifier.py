@@ -93,7 +93,7 @@ class Classifier(struct.PyTreeNode):
 
     def _checked(self, x):
         """UserError for images that are not the network's; `clf.replace(bounds=None)` takes any values."""
-        return check_input(x, self.net.input_shape, self.bounds)
+        return check_input(x, getattr(self.net, "input_shape", None), self.bounds)
 
 
 @jax.jit(static_argnames="what")
@@ -134,7 +134,7 @@ def correct(clf: Classifier, x, y) -> Bool[np.ndarray, "N"]:
 
     >>> from clustr_jax.classifier import correct
     >>> net = models.build("mlp", num_classes=2, input_shape=(2,), mean=(0.0, 0.0), std=(1.0, 1.0))
-    >>> clf = Classifier(net.init(jax.random.key(0)), None, net)  # a linear head
+    >>> clf = Classifier(net.init(jax.random.key(0)), None, net, bounds=None)  # a linear head
     >>> x, y = data.load("toy2d", "test")
     >>> right = correct(clf, x, y)
     >>> right.shape, bool((right == (clf.predict(x) == y)).all())

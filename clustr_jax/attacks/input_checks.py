@@ -87,16 +87,14 @@ def check_pixels(x, bounds) -> None:
     raise UserError(f"{text}give pixels before normalisation, or set bounds")
 
 
-def check_input(x, shape: tuple[int, ...], bounds):
-    """x as float32 [B, *shape], or UserError with what to do; inside jit its shape alone is looked at."""
-    if isinstance(x, jax.core.Tracer):
-        if x.shape[1:] != tuple(shape):
-            raise UserError(wrong_shape(x.shape, tuple(shape)))
-        return x
-    x = images_of(x, bounds)
-    if x.shape[1:] != tuple(shape):
+def check_input(x, shape: tuple[int, ...] | None, bounds):
+    """x as float32 [B, *shape] (None: any), or UserError with what to do; inside jit only its shape counts."""
+    traced = isinstance(x, jax.core.Tracer)
+    x = x if traced else images_of(x, bounds)
+    if shape is not None and x.shape[1:] != tuple(shape):
         raise UserError(wrong_shape(x.shape, tuple(shape)))
-    check_pixels(x, bounds)
+    if not traced:
+        check_pixels(x, bounds)
     return x
 
 
