@@ -24,6 +24,7 @@ from clustr_jax.attacks.gate import Admitted, admit
 from clustr_jax.attacks.input_checks import check_logits, concrete
 from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
 from clustr_jax.attacks.square import Square
+from clustr_jax.attacks.watching import Interrupted, bar
 from clustr_jax.runtime import mesh
 from clustr_jax.runtime.errors import UserError
 
@@ -89,11 +90,13 @@ def autoattack(
     attacks: tuple[str, ...] = STANDARD,
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
+    progress: bool | None = None,
 ) -> AutoAttackResult:
     """The standard ensemble: 100 steps, 9 targets, 5,000 queries; the union of what succeeds, per image.
 
     Two and three classes are handled: targets are all other classes, and the targeted loss is the plain
-    margin where DLR has too few logits. `logits_fn` as in `pgd`. Raises UserError for bad input.
+    margin where DLR has too few logits. `logits_fn` as in `pgd`. `progress` None draws a bar on a
+    terminal or in a notebook. Raises UserError for bad input, and on Ctrl-C Interrupted with what was found.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -120,19 +123,24 @@ def autoattack(
         raise UserError("apgd-dlr needs at least 3 classes, got 2; leave it out")
     alive = logits.argmax(axis=1) == y
     broken_by = np.where(alive, "", "clean").astype("U16")
+    notes = (given.note,) if given.note else ()
     x_adv = x.copy()
     for number, name in enumerate(attacks):
         index = np.flatnonzero(alive)
         if not len(index):
             break
-        outcome = _run(
+        outcome, stopped = _run(
             jax.random.fold_in(given.key, number), build(name, eps=eps, norm=given.norm, bounds=given.bounds),
             given.model, x[index], y[index], logits[index], name in TARGETED, given.ids[index], 1, slots,
+            progress, name,
         )  # fmt: skip
         x_adv[index] = outcome.x_adv
         broken_by[index[outcome.broken]] = name
         alive[index] = ~outcome.broken
-    return AutoAttackResult(x_adv, alive, broken_by, (given.note,) if given.note else ())
+        if stopped:
+            found = AutoAttackResult(x_adv, alive, broken_by, (*notes, f"interrupted in {name}"))
+            raise Interrupted(found, _STOPPED)
+    return AutoAttackResult(x_adv, alive, broken_by, notes)
 
 
 def apgd(
@@ -150,6 +158,7 @@ def apgd(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
+    progress: bool | None = None,
 ) -> Float[np.ndarray, "B ..."]:
     """Auto-PGD on `loss_fn`; targeted=True is APGD-T: DLR towards the 9 likeliest classes, no `loss_fn`.
 
@@ -164,7 +173,7 @@ def apgd(
     """
     aim = aims.one(aims.dlr_targeted if targeted else aims.untargeted(loss_fn))
     attack = APGD(steps=whole("steps", steps, 1), aim=aim, **_common(eps, norm, bounds))
-    return _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots)
+    return _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots, progress)
 
 
 def fab(
@@ -180,6 +189,7 @@ def fab(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
+    progress: bool | None = None,
 ) -> Float[np.ndarray, "B ..."]:
     """FAB-T: looks for the nearest adversarial point towards the 9 likeliest classes; ends within eps.
 
@@ -196,7 +206,7 @@ def fab(
     """
     restarts = whole("restarts", restarts, 1)
     attack = FAB(steps=whole("steps", steps, 1), restarts=restarts, **_common(eps, norm, bounds))
-    return _attack(key, attack, logits_fn, x, y, True, ids, restarts, slots)
+    return _attack(key, attack, logits_fn, x, y, True, ids, restarts, slots, progress)
 
 
 def square(
@@ -212,6 +222,7 @@ def square(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
+    progress: bool | None = None,
 ) -> Float[np.ndarray, "B H W C"]:
     """Square: random search without gradients; `queries` forward passes per image and restart at most.
 
@@ -225,7 +236,7 @@ def square(
     [ True False] True
     """
     attack = Square(steps=whole("queries", queries, 1), **_common(eps, norm, bounds))
-    return _attack(key, attack, logits_fn, x, y, False, ids, restarts, slots)
+    return _attack(key, attack, logits_fn, x, y, False, ids, restarts, slots, progress)
 
 
 def _common(eps, norm, bounds) -> dict[str, Any]:
@@ -233,24 +244,39 @@ def _common(eps, norm, bounds) -> dict[str, Any]:
     return dict(eps=jnp.float32(eps), norm=norm_of(norm), bounds=bounds_of(bounds))
 
 
-def _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots):
+def _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots, progress):
     restarts = whole("restarts", restarts, 1)
     given, logits = _prepare(key, logits_fn, x, y, float(attack.eps), attack.norm, attack.bounds, ids, slots)
     x_adv, alive = given.x.copy(), np.flatnonzero(logits.argmax(axis=1) == given.y)
     if len(alive):
-        outcome = _run(
+        outcome, stopped = _run(
             given.key, attack, given.model, given.x[alive], given.y[alive], logits[alive], targeted,
-            given.ids[alive], restarts, slots,
+            given.ids[alive], restarts, slots, progress, type(attack).__name__,
         )  # fmt: skip
         x_adv[alive] = outcome.x_adv
+        if stopped:
+            raise Interrupted(x_adv, _STOPPED)
     return x_adv
 
 
-def _run(key, attack, model, x, y, logits, targeted, ids, restarts, lanes):
+_STOPPED = "interrupted; .found has what was found, and other images were not attacked to the end"
+
+
+def _run(key, attack, model, x, y, logits, targeted, ids, restarts, lanes, progress, name):
+    """(the outcome, whether it was interrupted)."""
     targets = likely_targets(logits, y) if targeted else None
     if isinstance(attack, Square) and x.ndim != 4:
         raise UserError(f"square takes images [B, H, W, C], got {x.shape}; leave it out for points")
-    return scheduler.run(attack, key, model, x, y, ids=ids, targets=targets, restarts=restarts, slots=lanes)
+    outcome = scheduler.Outcome.fresh(x, restarts * (1 if targets is None else len(targets)))
+    try:
+        with bar(progress, name) as report:
+            scheduler.run(
+                attack, key, model, x, y, ids=ids, targets=targets, restarts=restarts, slots=lanes,
+                outcome=outcome, report=report,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        return outcome, True
+    return outcome, False
 
 
 def _prepare(key, logits_fn, x, y, eps, norm, bounds, ids, lanes) -> tuple[Admitted, np.ndarray]:

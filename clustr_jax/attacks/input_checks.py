@@ -88,7 +88,7 @@ def check_pixels(x, bounds) -> None:
 
 
 def check_input(x, shape: tuple[int, ...] | None, bounds):
-    """x as float32 [B, *shape] (None: any), or UserError with what to do; inside jit only its shape counts."""
+    """x as float32 [B, *shape] (None: any), or UserError; inside jit only its shape is looked at."""
     traced = isinstance(x, jax.core.Tracer)
     x = x if traced else images_of(x, bounds)
     if shape is not None and x.shape[1:] != tuple(shape):
