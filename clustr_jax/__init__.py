@@ -16,6 +16,7 @@ Map, from the bottom up:
     certify, certified, lipschitz           radii of the cluster head, certified.json, bounds of networks
     checkpoints, seals, workdir, loading, results, files    what is on disk
     data, prepare, folder                   prepared sets, how they are, and your own images
+    shares, remarks, mend, memory           who is in which split, what to know of it, images that do not fit
     doors                                   PyTorch, Foolbox, safetensors
     events                                  the metrics once more, for TensorBoard
     preemption, profiling, progress         signals, traces, what is seen while work runs

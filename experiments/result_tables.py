@@ -31,10 +31,17 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def check_versions() -> None:
-    """ValueError where the campaign has results of two versions of one protocol (quirks have tables)."""
-    versions = {}
+    """ValueError where the campaign has results of two versions of a protocol (quirks have tables) or of JAX.
+
+    Between versions of JAX numbers differ by more than rounding: 0.10.2 adds some squares up wrongly on CPU.
+    """
+    versions, compilers = {}, {}
     for path in sorted((RESULTS / "campaign").glob("*/*/*.json")):
-        kind, _, rest = json.loads(path.read_text()).get("protocol", "").partition("-")
+        content = json.loads(path.read_text())
+        compiler = content.get("versions", {}).get("jax")
+        if compiler and compilers.setdefault("jax", compiler) != compiler:
+            raise ValueError(f"{path} is of jax {compiler}, others of jax {compilers['jax']}; run it again")
+        kind, _, rest = content.get("protocol", "").partition("-")
         version = rest.partition("-")[0]
         if kind not in ("", "quirks") and versions.setdefault(kind, version) != version:
             raise ValueError(f"{path} is {kind}-{version}, others {kind}-{versions[kind]}; run it again")

@@ -12,10 +12,12 @@ import signal
 
 import hypothesis
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
 import compiled
+import shapes  # noqa: F401  before clustr_jax is imported
 from clustr_jax.runtime import canary
 from clustr_jax.runtime.errors import UserError
 from runs import attempt, program, reference, run, shared, start  # noqa: F401  fixtures, for all files
@@ -67,6 +69,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("needs_cifar10"):
                 item.add_marker(pytest.mark.skip(reason=NO_CIFAR10))
+
+
+@pytest.fixture(autouse=True)
+def _shapes(request):
+    """Annotations are not checked where wrong arrays are handed over on purpose."""
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("wrong_arrays") is not None)
 
 
 @pytest.fixture

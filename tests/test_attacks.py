@@ -643,6 +643,7 @@ def bad_inputs():
     }  # fmt: skip
 
 
+@pytest.mark.wrong_arrays
 @pytest.mark.parametrize("case", list(bad_inputs()))
 @pytest.mark.parametrize("name", ["apgd", "autoattack", "pgd"])
 def test_bad_input_is_named(name, case):
@@ -660,6 +661,7 @@ def test_bad_input_is_named(name, case):
         getattr(attacks, name)(jax.random.key(0), **given_)
 
 
+@pytest.mark.wrong_arrays
 @pytest.mark.parametrize("case", ["outside", "nan", "probabilities", "infinite", "shape", "few"])
 def test_bad_input_beside_probabilities_is_named(case):
     """QTRADES has no labels, and looks at the rest all the same."""
@@ -671,6 +673,7 @@ def test_bad_input_beside_probabilities_is_named(case):
         attacks.qtrades(jax.random.key(0), **given_, probs=probs, eps=0.1, step_size=0.1)
 
 
+@pytest.mark.wrong_arrays
 def test_a_column_of_labels_is_refused_inside_jit_as_well():
     """[B, 1] would pass for probabilities, whose gradient is 0 for label 0: a blind attack."""
     _, _, model, x, y = problem()
@@ -729,6 +732,7 @@ def test_slots_must_be_positive(name):
         getattr(attacks, name)(jax.random.key(0), model, x, y, eps=0.1, slots=0)
 
 
+@pytest.mark.wrong_arrays
 def test_other_bad_settings():
     _, _, model, x, y = problem()
     key = jax.random.key(0)

@@ -96,7 +96,9 @@ def _one_step(config, method, recipe, net, split):
         train_set = train.TrainSet(images, labels, scale=split.scale, augment=config.data.augment)
         before = train.blank(trainer, net.init(keys[0]), train_set, keys[1])
         order = train.epoch_order(keys[2], trainer.size, 0)
-        return before, *train.train_step(trainer, before, train_set, order, keys[3])
+        # traced by `blank` already
+        after, metrics = train.traced_step(trainer, before.replace(totals={}), train_set, order, keys[3])
+        return before, after.replace(totals=before.totals), metrics
 
     images, labels = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (split.images, split.labels))
     before, after, metrics = jax.eval_shape(one_step, jax.random.key(0), images, labels)

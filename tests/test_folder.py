@@ -220,7 +220,7 @@ FOLDERS = {
     ),
     "a folder in a class": (
         lambda p: (p / "train" / "rose" / "more").mkdir(),
-        "more is no .png, .jpg, .jpeg file",
+        "more is a folder without images in the class 'rose'; take it out",
     ),
     "an unreadable image": (
         lambda p: _touch(p / "train" / "rose" / "a.png", "x"),
@@ -229,7 +229,7 @@ FOLDERS = {
     "a truncated image": (lambda p: _cut(p / "test" / "rose" / "001.png"), "cannot read the image .*001.png"),
     "another size": (
         lambda p: write(p / "train" / "rose" / "005.png", np.zeros((7, 5, 3), np.uint8)),
-        "005.png is 7x5x3, .*daisy/000.png is 6x5x3 .*one size",
+        r"005.png is 7x5x3, 20 others \(such as .*daisy/000.png\) are 6x5x3 .*one size",
     ),
     "grey among colour": (
         lambda p: write(p / "train" / "rose" / "005.png", np.zeros((6, 5), np.uint8)),
@@ -237,7 +237,7 @@ FOLDERS = {
     ),
     "test images of another size": (
         lambda p: [write(f, np.zeros((8, 8, 3), np.uint8)) for f in (p / "test").glob("*/*.png")],
-        "training images are 6x5x3, the test images 8x8x3",
+        r"test/daisy/000.png is 8x8x3, 16 others \(such as .*train.*\) are 6x5x3 .*5 images of another size",
     ),
     "transparency": (
         lambda p: _save(p / "train" / "rose" / "a.png", "RGBA"),
@@ -437,6 +437,9 @@ FOLDER = f"--config={ROOT}/configs/folder.py"
 def test_a_run_from_a_folder(method, run, start, tmp_path):
     """Trains, evaluates, loads again; a changed folder is refused; tiny: 9 training images per class."""
     digits(tmp_path / "pngs")
+    (tmp_path / "pngs" / "README.txt").write_text("not read")
+    leaked = sorted((tmp_path / "pngs" / "test" / "two").iterdir())[0]
+    shutil.copy(leaked, tmp_path / "pngs" / "train" / "three")
     arguments = (f"{FOLDER}:{method}", "--config.smoke=True", "--config.data.dir=pngs", "--workdir=out")
     stdout, _ = run(*arguments)
     assert "10 classes: eight, five, four, nine, one" in stdout
@@ -451,8 +454,19 @@ def test_a_run_from_a_folder(method, run, start, tmp_path):
     clean = read(place / "results" / "clean.json")
     assert clean["dataset"] == "pngs" and clean["n"] == 30
     assert clean["class_names"][:3] == ["eight", "five", "four"]
+    # the image on two sides, and the file that is not read: in the output, the results, the report, the card
+    said = "1 test image is among the training images as well, 1 under another label"
+    assert f"duplicates: {said}" in stdout and "not read: README.txt, beside train" in stdout
+    for name in ("clean", "sound"):
+        found = read(place / "results" / f"{name}.json")
+        assert found["duplicates"]["train/test"]["images"] == 1
+        assert "not read: README.txt, beside train" in found["data_notes"]
+    for document in ("report.html", "MODEL_CARD.md"):
+        text = (place / document).read_text(encoding="utf-8")
+        assert said in text and "README.txt, beside train" in text
     clf = clustr_jax.load(place)
-    x, y = data.load("folder", "test", data_dir=str(tmp_path / "pngs"))
+    with pytest.warns(UserWarning, match="not read: README.txt"):
+        x, y = data.load("folder", "test", data_dir=str(tmp_path / "pngs"))
     assert float(np.mean(np.asarray(clf.predict(x)) == y)) == clean["clean"]
     stdout, _ = run(*arguments)
     assert "2_train: finished before" in stdout and "clean was done before" in stdout

@@ -340,6 +340,35 @@ def test_what_users_write_is_escaped(tmp_path):
     assert "a <b> & c" in document.text
 
 
+def _leak(count):
+    pairs = [[7, 3]] * count
+    return {"train/test": {"images": count, "other_labels": 0, "pairs": pairs}}
+
+
+@pytest.mark.parametrize(
+    ("found", "card", "limit"),
+    [
+        (None, "", ""),
+        (_leak(0), "- Duplicates: none between the splits", ""),
+        (
+            _leak(2),
+            "- Duplicates: 2 test images are among the training images",
+            "The same image is on two sides",
+        ),
+    ],
+)
+def test_duplicates_and_notes_are_in_the_page_and_the_card(found, card, limit, tmp_path):
+    """Results of earlier versions say nothing of them; points have none."""
+    fields = {} if found is None else {"duplicates": found, "data_notes": ["not read: a <b> file"]}
+    root = make(tmp_path, ("clean", "sound"), changes={"clean": fields, "sound": fields})
+    made = page.report(report.read(root), page.Looks())
+    assert (card in made.card) if card else ("Duplicates" not in made.card)
+    assert ("- Note: not read: a" in made.card) == bool(fields)
+    assert bool(limit) == ("The same image is on two sides" in made.card)
+    assert ("notes on the data" in made.html) == bool(fields) and "<b> file" not in made.html
+    assert ("between the splits" in made.html or "2 test images are" in made.html) == bool(fields)
+
+
 @pytest.mark.parametrize(
     ("names", "method", "said"),
     [

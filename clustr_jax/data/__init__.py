@@ -12,6 +12,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 from types import ModuleType
 
 import jax
@@ -19,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from clustr_jax.data import folder
+from clustr_jax.data import folder, shares
 from clustr_jax.runtime import mesh
-from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.errors import UserError, shown
 
 # Sets of TFDS, and the published sizes of their splits.
 PREPARED = {
@@ -57,6 +58,7 @@ class Split:
     subset: str  # "" for the official split, else what it is instead
     class_names: tuple[str, ...] = ()  # of an image folder; others have numbers
     sha: str = ""  # of an own data set: names the content of both splits
+    notes: tuple[str, ...] = ()  # of an own data set: what is there and was not read, or not as it seems
 
     def __len__(self):
         return len(self.labels)
@@ -69,6 +71,14 @@ class Split:
         """
         subset = f"{self.subset}, {what}" if self.subset else what
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index], subset=subset)
+
+    def who(self, label: int) -> str:
+        """What a class is called in a message: its name in quotes, or its number.
+
+        >>> split.who(3)
+        '3'
+        """
+        return repr(shown(self.class_names[label], 40)) if self.class_names else str(label)
 
     def pixels(self, index: slice | Int[np.ndarray, "N"] = slice(None)) -> Float[np.ndarray, "N ..."]:
         """float32 pixels in [0, 1] (points in their own units).
@@ -111,7 +121,8 @@ def load(
 
     Names: cifar10, cifar100, svhn_cropped (= svhn), digits, toy2d (x [N, 2], no box), and folder, for
     which `data_dir` is a folder of images or an .npz file (clustr_jax.data.folder). Otherwise it is where
-    TFDS keeps its prepared sets ($TFDS_DATA_DIR or ~/tensorflow_datasets).
+    TFDS keeps its prepared sets ($TFDS_DATA_DIR or ~/tensorflow_datasets). What is there of own images and
+    not read is a warning.
 
     >>> x, y = data.load("digits", "test")
     >>> x.shape, x.dtype, float(x.min()), float(x.max())
@@ -120,6 +131,8 @@ def load(
     ((359,), dtype('int32'))
     """
     read = load_split(name, split, data_dir)
+    for note in read.notes:
+        warnings.warn(f"{shown(data_dir)}: {note}", stacklevel=2)
     return read.pixels(), read.labels
 
 
@@ -140,7 +153,8 @@ def load_split(name: str, split: str, data_dir: str | None = None) -> Split:
     if name in PREPARED:
         return _tfds_split(name, split, data_dir)
     if name == OWN:
-        return _own(data_dir)[("train", "test").index(split)]
+        train, _, test = _own(data_dir)
+        return train if split == "train" else test
     raise UserError(f"unknown data set {name!r}; known: {', '.join(NAMES)}")
 
 
@@ -180,33 +194,41 @@ def digest(*splits: Split) -> str:
 
 
 def _own(data_dir):
-    """(train, test) of own images; without a test folder a part of the training images, and it says so."""
+    """(train, val or None, test) of own images; without a test folder a part of train, and it says so."""
     found = folder.read(data_dir or "")
 
-    def split(part, subset=""):
+    def split(part):
         return Split(
             part.images,
             part.labels,
             found.num_classes,
             255.0,
             (0.0, 1.0),
-            subset,
+            "",
             found.class_names,
             found.sha,
+            found.notes,
         )
 
     train = split(found.train)
     if found.test is not None:
-        return train, split(found.test)
+        return train, None if found.val is None else split(found.val), split(found.test)
     size = max(1, round(_TEST_SHARE * len(train)))
-    index = stratified(train.labels, size, train.num_classes)
-    rest = np.setdiff1d(np.arange(len(train)), index)
-    left = np.bincount(train.labels[rest], minlength=train.num_classes)
-    if not left.all():
-        who = found.class_names[int(np.argmin(left))]
-        raise UserError(f"class {who!r} in {data_dir} has too few images to hold some out: add a test folder")
+    counts = np.bincount(train.labels, minlength=train.num_classes)
+    quota = np.minimum(np.maximum(shares.quotas(counts, size), 1), counts - 1)
+    index = shares.chosen(train.labels, quota, shares.contents(train.images))
+    without = np.setdiff1d(np.arange(train.num_classes), train.labels[index])
+    if len(without):
+        more = f" (and {len(without) - 1} more like it)" if len(without) > 1 else ""
+        raise UserError(
+            f"class {train.who(without[0])} in {shown(data_dir)} has too few images of different pixels to "
+            f"hold some out{more}: add a test folder"
+        )
     what = f"{_TEST_SHARE:.0%} of the train folder, held out, as there is no test folder"
-    return train.take(rest, f"without the {size} test images"), train.take(index, what)
+    if len(index) != size:
+        what += f" ({len(index)} images, at least one of each class)"
+    rest = np.setdiff1d(np.arange(len(train)), index)
+    return train.take(rest, f"without the {len(index)} test images"), None, train.take(index, what)
 
 
 def _digits(split):
@@ -328,6 +350,9 @@ def _prepare(name, directory):
 def stratified(labels: Int[np.ndarray, "N"], size: int, num_classes: int) -> Int[np.ndarray, "size"]:
     """Sorted indices of a subset whose class proportions are those of `labels` within one example.
 
+    A class whose share is below one can have none (`clustr_jax.data.remarks` says which); which of several
+    equal ones have is drawn.
+
     Always the same subset for the same size, whatever the run's seed: runs are compared on the same
     images.
 
@@ -337,14 +362,7 @@ def stratified(labels: Int[np.ndarray, "N"], size: int, num_classes: int) -> Int
     """
     if not 0 < size <= len(labels):
         raise UserError(f"a subset of {size} was asked for, of {len(labels)} examples")
-    counts = np.bincount(labels, minlength=num_classes)
-    exact = counts * size / len(labels)
-    quota = np.floor(exact).astype(int)
-    remainder = np.argsort(-(exact - quota), kind="stable")[: size - quota.sum()]
-    quota[remainder] += 1
-    order = np.random.default_rng(0).permutation(len(labels))
-    chosen = [order[labels[order] == c][: quota[c]] for c in range(num_classes)]
-    return np.sort(np.concatenate(chosen))
+    return shares.chosen(labels, shares.quotas(np.bincount(labels, minlength=num_classes), size))
 
 
 def splits(config, smoke: bool = False) -> tuple[Split, Split, Split]:
@@ -360,9 +378,9 @@ def splits(config, smoke: bool = False) -> tuple[Split, Split, Split]:
     >>> len(train), len(val), len(test), train.subset
     (90, 10, 359, '100 train')
     """
-    directory = config.dir or None
+    directory, own_val = config.dir or None, None
     if config.name == OWN:
-        train, test = _own(directory)
+        train, own_val, test = _own(directory)
         if config.get("sha") and config.sha != train.sha:
             raise UserError(f"{config.dir} has changed: {train.sha} now, {config.sha} when this was trained")
     else:
@@ -373,24 +391,49 @@ def splits(config, smoke: bool = False) -> tuple[Split, Split, Split]:
     if not 0 <= config.val_size < 1:
         raise UserError(f"data.val_size is a fraction of the training split in [0, 1), got {config.val_size}")
 
-    def subset(split, size, what):
+    def subset(split, size, what, least=0):
         if not size or (smoke and size >= len(split)):
             return split
-        return split.take(stratified(split.labels, size, split.num_classes), f"{size} {what}")
+        if size > len(split):
+            raise UserError(f"a subset of {size} was asked for, of {len(split)} examples")
+        counts = np.bincount(split.labels, minlength=split.num_classes)
+        index = shares.chosen(split.labels, shares.quotas(counts, size, least=least))
+        return split.take(index, f"{size} {what}")
 
     least = _LEAST * train.num_classes if smoke and config.train_size else 0
-    train = subset(train, max(config.train_size, least), "train")
+    train = subset(train, max(config.train_size, least), "train", least=1)
     test = subset(test, config.test_size, "test")
+    if own_val is not None:
+        return _with_own_val(config, train, subset(own_val, config.test_size if smoke else 0, "val"), test)
     held_out = round(config.val_size * len(train))
     if not held_out:
         return train, train.take(slice(0, 0), "none"), test
-    index = stratified(train.labels, held_out, train.num_classes)
+    index = _held_out(config, train, held_out)
     rest = np.setdiff1d(np.arange(len(train)), index)
-    if not len(rest):
-        raise UserError(
-            f"data.val_size={config.val_size} leaves none of {len(train)} training images; lower it"
-        )
     return dataclasses.replace(train.take(rest, ""), subset=train.subset), train.take(index, "held out"), test
+
+
+def _with_own_val(config, train, val, test):
+    """The splits of own images that have a split to be held out: it is, unless nothing is to be."""
+    if not config.val_size:
+        note = f"not used: the {len(val):,} images of val, as data.val_size is 0; above 0 they are held out"
+        return dataclasses.replace(train, notes=(*train.notes, note)), val.take(slice(0, 0), "none"), test
+    note = f"held out: the {len(val):,} images of val, and not data.val_size={config.val_size} of train"
+    return dataclasses.replace(train, notes=(*train.notes, note)), val, test
+
+
+def _held_out(config, train, size):
+    """Indices of the `size` training images that are held out; none is the last of its class."""
+    counts = np.bincount(train.labels, minlength=train.num_classes)
+    quota = shares.quotas(counts, size, keep=1)
+    if quota.sum() < size:
+        last = int(np.argmin(np.where(counts > 0, counts, len(train) + 1)))
+        raise UserError(
+            f"data.val_size={config.val_size} holds {size} of {len(train)} training images out and leaves "
+            f"none of class {train.who(last)}, which has {counts[last]}; lower it (0 = none), or add images"
+        )
+    # the held-out images of prepared sets stay what they always were, whatever occurs in them twice
+    return shares.chosen(train.labels, quota, shares.contents(train.images) if train.sha else None)
 
 
 def crop_flip(

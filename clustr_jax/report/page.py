@@ -101,7 +101,7 @@ def report(record: Record, looks: Looks) -> Report:
     )  # fmt: skip
     card = render(
         "card.md", parameters=looks.parameters, sizes=_sizes(looks), subset=words.subset(record),
-        markdown=_markdown, **shared,
+        duplicates=words.duplicates(record), notes=words.notes(record), markdown=_markdown, **shared,
     )  # fmt: skip
     return Report(html, card, [d for d in drawings if d])
 
@@ -236,6 +236,8 @@ def provenance(record: Record, looks: Looks | None = None) -> list[tuple[str, st
     stages = [f"{name}: {done['epochs']} epochs, {done['reason']}" for name, done in record.stages.items()]
     pairs = [
         ("data", f"{record.data}: {words.subset(record)}"),
+        ("duplicates", words.duplicates(record)),
+        ("notes on the data", "; ".join(words.notes(record))),
         ("seed", str(config["seed"])),
         ("stages", "; ".join(stages)),
         ("results", ", ".join(protocols) or "none"),

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from clustr_jax.data import remarks
 from clustr_jax.report import tables
 from clustr_jax.report.record import Record
 from clustr_jax.report.tables import Cell, cell
@@ -163,6 +164,20 @@ def subset(record: Record) -> str:
     return "the whole splits" if found else "not known before an evaluation"
 
 
+def duplicates(record: Record) -> str:
+    """What was found on two sides of a split; "" where nothing was looked for."""
+    found = [r["duplicates"] for r in record.results.values() if r.get("duplicates") is not None]
+    if not found:
+        return ""
+    said = list(dict.fromkeys(filter(None, map(remarks.sentence, found))))
+    return "; ".join(said) or "none between the splits (equal pixels; near ones were not looked for)"
+
+
+def notes(record: Record) -> list[str]:
+    """What results say of the images: left out, missing classes."""
+    return list(dict.fromkeys(note for r in record.results.values() for note in r.get("data_notes", ())))
+
+
 def limits(record: Record) -> list[str]:
     """What the numbers do not say."""
     found, sound, certificate = [], record.results.get("sound"), record.results.get("certified")
@@ -207,6 +222,10 @@ def limits(record: Record) -> list[str]:
     texts = subset(record)
     if not texts.startswith(("the whole", "not")):
         found.append(f"Not the official data: {texts}. Figures cannot be set beside published ones.")
+    if any(pair["images"] for r in record.results.values() for pair in (r.get("duplicates") or {}).values()):
+        found.append(
+            f"The same image is on two sides of a split: {duplicates(record)}. The figures count such images."
+        )
     if record.config["smoke"]:
         found.append("A smoke run: everything was shrunk to seconds, and no number here means anything.")
     return found

@@ -15,8 +15,8 @@ import pathlib
 import platform
 
 import jax
-import jaxlib.version
 import numpy as np
+from jaxlib.version import __version__ as jaxlib_version
 
 from clustr_jax.runtime import patterns
 from clustr_jax.runtime.errors import UserError
@@ -99,7 +99,7 @@ def complaint(answer: Answer) -> str:
     return (
         f"this compiler computes wrong numbers: {answer.pattern} at size {answer.size} is off by "
         f"{answer.worst:.2g} of its terms, and {TOLERANCE:g} is rounding (jax {jax.__version__}, jaxlib "
-        f"{jaxlib.version.__version__}, {jax.devices()[0].device_kind}, XLA_FLAGS: {flags}); "
+        f"{jaxlib_version}, {jax.devices()[0].device_kind}, XLA_FLAGS: {flags}); "
         f"install the versions of requirements-cpu.txt (make setup), or leave out the flags"
     )
 
@@ -109,7 +109,7 @@ def _identity() -> str:
     source = pathlib.Path(patterns.__file__).read_text() + pathlib.Path(__file__).read_text()
     config, environment = jax.config, os.environ
     parts = [
-        source, jax.__version__, jaxlib.version.__version__, jax.default_backend(), jax.devices()[0].device_kind,
+        source, jax.__version__, jaxlib_version, jax.default_backend(), jax.devices()[0].device_kind,
         jax.local_device_count(), environment.get("XLA_FLAGS"), environment.get("LIBTPU_INIT_ARGS"),
         config.jax_default_matmul_precision, config.jax_disable_jit, _processor(),
     ]  # fmt: skip

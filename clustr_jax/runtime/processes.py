@@ -16,9 +16,6 @@ from clustr_jax.runtime.errors import UserError, first_line
 
 # A batch is worth sharing by so many cores.
 _MOST_CORES = 8
-# XLA's threads for each device of the CPU. With one each, two collectives that wait for each other's devices
-# can hold them all, and what they wait for never runs (tests/queued_collectives.py does so).
-_THREADS = 4
 # Devices are the parallelism: pieces of a convolution in other threads would only get in their way.
 _FLAG = "--xla_cpu_multi_thread_eigen"
 # A process that has not been heard of for so long is lost; the others then stop.
@@ -65,8 +62,8 @@ def use_cores(all_of_them: bool = True) -> None:
     """Make a device of every core that this process may use, unless the user has chosen a number.
 
     To be called before JAX looks for devices. XLA shares a convolution badly between the threads of one
-    device (docs/performance.md); one device per core shares the batch instead. Several devices, the user's
-    number as well, get threads enough (NPROC) and one for a convolution (XLA_FLAGS), where neither is set.
+    device (docs/performance.md); one device per core shares the batch instead. Of several devices, the user's
+    number as well, each keeps a convolution to its own thread (XLA_FLAGS), unless that is set already.
     """
     count = _chosen()
     if count is None and all_of_them:
@@ -75,8 +72,7 @@ def use_cores(all_of_them: bool = True) -> None:
         # JAX that has looked already keeps its devices
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
-    if count is not None and count > 1:  # XLA reads both when it makes the devices
-        os.environ.setdefault("NPROC", str(_THREADS * count))
+    if count is not None and count > 1:  # XLA reads them when it makes the devices
         flags = os.environ.get("XLA_FLAGS", "")
         if _FLAG not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}=false".strip()

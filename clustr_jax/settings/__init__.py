@@ -31,7 +31,8 @@ _SMALL = 16
 # Switches of `fidelity` that change the clusters or statistics of weights trained with Magnet batches,
 # and not those of their average.
 _NOT_AVERAGED = ("cluster_images", "first_clusters", "variance_images", "epoch_statistics")
-_CHUNK = 1000  # images turned into float64 at a time
+# Bytes of float64 pixels at a time, whatever the size of the images: 1,000 of 32 x 32 and more.
+_CHUNK_BYTES = 2**25
 _KINDS = {int: "whole numbers", float: "numbers", str: "words in quotes"}
 
 
@@ -94,13 +95,14 @@ def complete(config: ConfigDict, train_split: Split, test_split: Split) -> Confi
 
 def statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) of each channel's pixels in [0, 1], six digits; a channel of one colour has std 1."""
-    total, squares, axes = 0.0, 0.0, tuple(range(split.images.ndim - 1))
-    for start in range(0, len(split), _CHUNK):
-        pixels = split.pixels(slice(start, start + _CHUNK)).astype(np.float64)
-        total, squares = total + pixels.sum(axis=axes), squares + np.square(pixels).sum(axis=axes)
-    count = split.images.size / split.images.shape[-1]
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
+    rows = split.images.reshape(-1, split.images.shape[-1])  # of pixels: one image can be too large
+    total, squares = np.zeros((2, rows.shape[1]))
+    chunk = max(1, _CHUNK_BYTES // (8 * rows.shape[1]))
+    for start in range(0, len(rows), chunk):
+        pixels = (rows[start : start + chunk].astype(np.float32) / np.float32(split.scale)).astype(np.float64)
+        total, squares = total + pixels.sum(axis=0), squares + np.square(pixels).sum(axis=0)
+    mean = total / len(rows)
+    std = np.sqrt(np.maximum(squares / len(rows) - np.square(mean), 0.0))
     std = np.where(std < 1e-6, 1.0, std)
     return tuple(round(float(v), 6) for v in mean), tuple(round(float(v), 6) for v in std)
 
@@ -174,6 +176,20 @@ def divisor(most: int, config, method: Method, net: Net, own: Images, source: Im
     return next(n for n in range(most, 0, -1) if not any(size % n for size in sizes))
 
 
+def check_classes(section: str, settings, train_split: Split) -> None:
+    """UserError where a class has no image to train on, with the setting that decides it."""
+    counts = np.bincount(train_split.labels, minlength=train_split.num_classes)
+    gone = np.flatnonzero(counts == 0)
+    if not len(gone):
+        return
+    more = f" (and {len(gone) - 1} more of {len(counts)} classes)" if len(gone) > 1 else ""
+    setting = f"{section}.train_size={settings.train_size}: raise it to {len(counts)} or more, or 0 for all"
+    remedy = (
+        setting if settings.train_size else f"{section}.val_size={settings.val_size}: lower it, or add some"
+    )
+    raise UserError(f"class {train_split.who(gone[0])} has no training images{more}, with {remedy}")
+
+
 def check(
     config,
     method: Method,
@@ -240,6 +256,7 @@ def check(
         if recipe.get("target", 0.0) > 1:
             raise UserError(f"{name}.target is an accuracy in [0, 1], got {recipe.target}")
         train.optimizer(recipe, 1)
+    check_classes("data", config.data, train_split)
     for name, (own, (size, kept)) in stages.items():
         recipe = config[name]
         section = "pretrain" if name == "warmup" and source else "data"

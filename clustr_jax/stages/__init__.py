@@ -11,6 +11,7 @@ import jax
 from rich.console import Console
 
 from clustr_jax import data, settings
+from clustr_jax.data import remarks
 from clustr_jax.evaluation import certificates, protocols
 from clustr_jax.runtime import canary, mesh, processes
 from clustr_jax.runtime.errors import UserError
@@ -66,6 +67,7 @@ def run(
         config, method, net, splits[0], splits[2], held_out=len(splits[1]), source=images[1],
         devices=len(devices),
     )  # fmt: skip
+    found_in_data = remarks.of(*splits, attacked=config.eval.n)
     seen = {"data": data.digest(*splits)}
     if source is not None:
         seen["pretrain"] = data.digest(source.train_split, source.val_split, source.test_split)
@@ -73,11 +75,16 @@ def run(
     with mesh.over(devices), place.locked(progress.line), progress:
         place.open(config, command, seen)
         profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)
-        this = Run(config, place, progress, net, *splits, source=source, profiler=profiler)
+        this = Run(
+            config, place, progress, net, *splits, source=source, profiler=profiler, remarks=found_in_data
+        )
         _introduce(this)
         if source is not None:
             source.profiler = profiler
             _introduce_data("pre-training data", source)
+            leaked = remarks.of_pretraining(source.train_split, this.test_split)
+            if leaked:
+                progress.line(f"duplicates: {leaked}")
         for stage in wanted:
             if stage == EVALUATE:
                 evaluation.run(this)
@@ -118,6 +125,7 @@ def _source(config, place, progress, target):
     if config.pretrain.name == data.OWN:
         raise UserError("pretrain.name cannot be own images; name a prepared set, e.g. cifar100")
     splits = data.splits(config.pretrain)
+    settings.check_classes("pretrain", config.pretrain, splits[0])
     if splits[0].images.shape[1:] != target.images.shape[1:]:
         raise UserError(
             f"pretrain.name={config.pretrain.name} has inputs of shape {splits[0].images.shape[1:]}, "
@@ -158,6 +166,8 @@ def _introduce(this):
     where = data.label(config.data)
     progress.line(f"{config.method} on {where}, {config.model.name} with {count:,} parameters, {devices}")
     _introduce_data("data", this)
+    for line in this.remarks.lines:
+        progress.line(line)
     names = this.train_split.class_names
     if names:
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

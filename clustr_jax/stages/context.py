@@ -6,6 +6,7 @@ import jax
 from ml_collections import ConfigDict
 
 from clustr_jax import data, models
+from clustr_jax.data.remarks import Remarks
 from clustr_jax.runtime.profiling import Profiler
 from clustr_jax.runtime.progress import Progress
 from clustr_jax.storage.workdir import Workdir
@@ -27,6 +28,7 @@ class Run:
     test_split: data.Split
     source: "Run | None" = None  # the same for the data set of at_pretrain's first stage
     profiler: Profiler = dataclasses.field(default_factory=lambda: Profiler(None))
+    remarks: Remarks = Remarks()  # on the images; results keep them
 
     def key(self, stage: str):
         """A stream of randomness for each stage."""

@@ -30,6 +30,8 @@ def run(this: Run) -> None:
         if _kept(results.load(folder, name), identity, network):
             progress.line(f"evaluate: {name} was done before")
             continue
+        # what was begun goes on with the same images only
+        record = f"{identity}-{network}-{results.sha(examples.ids.tolist())}"
         started = time.monotonic()
 
         def report(unbroken, what, name=name, started=started):
@@ -44,7 +46,7 @@ def run(this: Run) -> None:
             if test.class_names:
                 result["class_names"] = list(test.class_names)
         else:
-            records = results.Records(folder, f"{identity}-{network}")
+            records = results.Records(folder, record)
             result, outcomes, seconds = protocols.run(name, key, clf, examples, config, report, records)
         this.profiler.close()
         header = {
@@ -55,12 +57,12 @@ def run(this: Run) -> None:
         footer = {
             "head": "linear" if clf.clusters is None else "clusters", "nearest": clf.nearest,
             "seed": config.seed, "config_sha": identity, "network_sha": network,
-            "versions": results.versions(), "wall_seconds": seconds,
+            "versions": results.versions(), **this.remarks.fields, "wall_seconds": seconds,
         }  # fmt: skip
         for figure in ("clean", "robust"):
             header[f"{figure}_interval"] = results.wilson(round(result[figure] * header["n"]), header["n"])
         results.save(folder, name, {**header, **result, **footer}, outcomes)
-        results.Records(folder, f"{identity}-{network}").clear()
+        results.Records(folder, record).clear()
         most = ""
         if name == "clean":
             top = int(np.argmax(result["predicted"]))
@@ -111,7 +113,7 @@ def diagnose(this: Run) -> None:
     sound, paper, certain = (results.load(folder, name) for name in ("sound", "paper", "certified"))
     if sound is None:
         return
-    clf, examples, network = _under_test(this, EVALUATE)
+    clf, _, network = _under_test(this, EVALUATE)
     if not _kept(sound, _identity(config, "sound"), network):
         return
     identity = results.diagnosis_sha(sound, paper, certain)
@@ -124,13 +126,16 @@ def diagnose(this: Run) -> None:
     started = time.monotonic()
     this.progress.status("evaluate  diagnostics: twenty-one checks")
     outcomes = results.load_outcomes(folder, "sound")
+    ids, test = outcomes["ids"], this.test_split  # those that were attacked then
+    examples = data.Examples(test.pixels(ids), test.labels[ids], ids)
     radius = None
     if certain is not None and certain.get("network_sha") == network and this.test_split.bounds is not None:
         radius = results.load_outcomes(folder, "certified")[f"radius_{certain['rule']}"][outcomes["ids"]]
     key = jax.random.fold_in(this.key(EVALUATE), _DIAGNOSTICS)
     found = checks.run(key, clf, examples, config, sound, outcomes, paper, radius)
     shared = ("dataset", "subset", "n", "method", "eps", "clean", "robust", "attack", "seed", "versions")
-    content = {name: sound[name] for name in shared} | checks.as_result(sound, found, paper)
+    content = {name: sound[name] for name in shared} | this.remarks.fields
+    content |= checks.as_result(sound, found, paper)
     seconds = time.monotonic() - started
     content |= {"protocol": results.PROTOCOLS["diagnostics"], "config_sha": identity, "wall_seconds": seconds}
     results.save(folder, "diagnostics", content, {"ids": examples.ids})
@@ -159,7 +164,8 @@ def certify(this: Run) -> None:
         "subset": "; ".join(s.subset for s in (this.train_split, test) if s.subset),
         "n": result.pop("n"), "method": config.method, "protocol": results.PROTOCOLS["certified"], **result,
         "head": "clusters", "nearest": clf.nearest, "seed": config.seed, "config_sha": identity,
-        "network_sha": network, "versions": results.versions(), "wall_seconds": seconds,
+        "network_sha": network, "versions": results.versions(), **this.remarks.fields,
+        "wall_seconds": seconds,
     }  # fmt: skip
     results.save(folder, "certified", result, outcomes)
     if processes.leader():

@@ -354,7 +354,9 @@ def worst_weights(gradients, params, gamma: float):
 
 
 @jax.jit(static_argnums=0, inline=True)
-def _step(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key) -> tuple[TrainState, dict]:
+def traced_step(
+    trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
+) -> tuple[TrainState, dict]:
     """`train_step` of a state without totals: traced once, for `with_totals` as for `run_steps`."""
     return train_step(trainer, state, train_set, order, key)
 
@@ -363,7 +365,7 @@ def with_totals(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -
     """The state with metric sums at zero, under the names that this objective reports."""
     state = state.replace(totals={})
     specs = _specs(state)
-    step = mesh.spread(functools.partial(_step, trainer), _inputs(specs), (specs, mesh.SAME))
+    step = mesh.spread(functools.partial(traced_step, trainer), _inputs(specs), (specs, mesh.SAME))
     order = jax.ShapeDtypeStruct((trainer.size,), jnp.int32)
     metrics = jax.eval_shape(step, state, train_set, order, key)[1]
     names = (*metrics, SKIPPED) if trainer.recipe.nonfinite == "skip" else tuple(metrics)
@@ -399,7 +401,7 @@ def run_steps(trainer: Trainer, state: TrainState, train_set: TrainSet, order, k
 
         def body(carry):
             before, _ = carry
-            after, metrics = _step(trainer, before.replace(totals={}), train_set, order, key)
+            after, metrics = traced_step(trainer, before.replace(totals={}), train_set, order, key)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
             totals = {name: before.totals[name] + value for name, value in metrics.items()}
             if skip:
