@@ -34,7 +34,7 @@ def images():
 
 @pytest.mark.parametrize("name", list(SCHEDULED))
 def test_ctrl_c_keeps_what_was_found(name, monkeypatch):
-    """The signal comes between two calls of the device; what was broken by then is what a whole run breaks."""
+    """The signal comes between two calls of the device; what was broken by then is as in a whole run."""
     x, y = images()
     run = functools.partial(SCHEDULED[name], logits_fn=logits, x=x, y=y, eps=0.1, slots=SLOTS)
     whole = run(jax.random.key(0))
