@@ -130,6 +130,7 @@ def by_chance(x):
     )
 
 
+@pytest.mark.wrong_arrays
 @pytest.mark.parametrize("case", list(inputs()))
 def test_every_door_says_the_same(case):
     """One line of at most 500 characters, the same at every door, with what to do."""
@@ -468,6 +469,7 @@ def wrong_images():
     }
 
 
+@pytest.mark.wrong_arrays
 @pytest.mark.parametrize("case", list(wrong_images()))
 def test_a_classifier_looks_at_its_images_as_attacks_do(case):
     x, text = wrong_images()[case]
@@ -478,6 +480,7 @@ def test_a_classifier_looks_at_its_images_as_attacks_do(case):
     assert len(set(found.values())) == 1 and text in found["predict"], found
 
 
+@pytest.mark.wrong_arrays
 def test_a_classifier_takes_what_it_took():
     clf = classifier()
     x = np.random.default_rng(2).uniform(size=(5, 8, 12, 3))
