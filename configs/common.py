@@ -114,7 +114,8 @@ def _recipe(epochs, lr, milestones):
     r = ConfigDict()
     r.epochs = epochs
     r.batch_size = 128  # not used with Magnet batches
-    r.optimizer = "adam"  # or "sgd"
+    r.optimizer = "adam"  # or "sgd", with momentum 0.9
+    r.nesterov = True  # of SGD; the code of Free AT, Fast AT, TRADES, Pang et al.: plain momentum, False
     r.lr = lr
     r.weight_decay = 0.0
     r.schedule = "multistep"  # x decay at the epochs `milestones`; or "cosine", "onecycle"
@@ -156,7 +157,9 @@ def _sgd(c, epochs, lr, milestones, weight_decay):
     c.train.weight_decay, c.train.batch_size = weight_decay, 128
 
 
-_OPTIMISATION = ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "milestones", "decay")
+_OPTIMISATION = (
+    "epochs", "batch_size", "optimizer", "nesterov", "lr", "weight_decay", "schedule", "milestones", "decay",
+)  # fmt: skip
 
 
 def _as_warmup(c):

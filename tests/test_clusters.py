@@ -125,6 +125,19 @@ def test_log_scores_stay_finite_where_scores_underflow():
     np.testing.assert_allclose(seeing, [[20.0, 0.0]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("nats", [80.0, 88.0, 95.0, 103.0])
+def test_scores_below_the_smallest_normal_number_are_zero(nats):
+    """exp(-88) and less: 0 here, denormal in PyTorch down to exp(-103.3) (docs/fidelity.md)."""
+    head = Clusters(jnp.zeros((1, 1, 1)), jnp.float32(0.5))
+    found = jax.jit(head.scores)(np.array([[np.sqrt(nats)]], np.float32))[0, 0]
+    exact = np.float32(np.exp(-nats))  # NumPy keeps denormals
+    assert exact > 0
+    if nats < 87:
+        np.testing.assert_allclose(found, exact, rtol=1e-4)
+    else:
+        assert found == 0
+
+
 def test_distances_keep_their_digits_far_from_the_origin(rng):
     """Offset 30, E = 16: the expanded square would be off by |f|^2 * 6e-8 = 1e-3 nats or more.
 

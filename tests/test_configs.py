@@ -275,6 +275,7 @@ def test_methods_change_what_they_should():
         "epochs",
         "batch_size",
         "optimizer",
+        "nesterov",
         "lr",
         "weight_decay",
         "schedule",

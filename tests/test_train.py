@@ -457,9 +457,12 @@ def test_the_adversary_depends_on_the_parameters(rng, key):
 # Updates
 
 
-def test_a_step_is_the_optimiser_on_the_gradient_of_the_objective(rng):
-    """Fresh state, SGD with Nesterov momentum: the first step is -1.9 rate (gradient + decay w)."""
-    changes = {"train.lr": 0.1, "train.weight_decay": 0.01, "train.optimizer": "sgd"}
+@pytest.mark.parametrize(("nesterov", "factor"), [(True, 1.9), (False, 1.0)])
+def test_a_step_is_the_optimiser_on_the_gradient_of_the_objective(nesterov, factor, rng):
+    """Fresh state, SGD with Nesterov momentum: the first step is -1.9 rate (gradient + decay w), else -1."""
+    changes = {
+        "train.lr": 0.1, "train.weight_decay": 0.01, "train.optimizer": "sgd", "train.nesterov": nesterov
+    }  # fmt: skip
     p, step = spy(problem("pgd_at", rng, **changes))
     after, metrics = step(p.state)
 
@@ -475,7 +478,7 @@ def test_a_step_is_the_optimiser_on_the_gradient_of_the_objective(rng):
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
-    expected = jax.tree.map(lambda w, g: w - 1.9 * 0.1 * (g + 0.01 * w), p.state.params, gradient)
+    expected = jax.tree.map(lambda w, g: w - factor * 0.1 * (g + 0.01 * w), p.state.params, gradient)
     for new, wanted in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(new, wanted, rtol=1e-5, atol=1e-6)
 
@@ -492,6 +495,27 @@ def test_the_objective_sees_the_adversary_of_its_own_images(rng):
         assert 0.05 < np.abs(x_adv - x).max() <= 0.1 + 1e-6
         assert x_adv.min() >= 0 and x_adv.max() <= 1
     assert (np.asarray(first["x_adv"]) != np.asarray(second["x_adv"])).any()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_momentum_by_hand(nesterov):
+    """v = 0.9 v + g; w -= rate v, or rate (g + 0.9 v) (Sutskever et al. 2013, as PyTorch has both)."""
+    recipe = get_config("trades", **{"train.weight_decay": 0.0, "train.nesterov": nesterov}).train
+    transform, _ = train.optimizer(recipe, 5)
+    w, v, x = 1.0, 0.0, jnp.float32(1.0)
+    state = transform.init(x)
+    for _ in range(5):
+        v = 0.9 * v + 2 * w
+        w -= 0.01 * (2 * w + 0.9 * v if nesterov else v)
+        update, state = transform.update(2 * x, state, x)
+        x = x + 0.01 * update
+        np.testing.assert_allclose(x, w, rtol=1e-5)
+
+
+def test_the_recipe_moves_with_its_stage():
+    """Where the warm-up is what a method trains with, so is its momentum."""
+    config = get_config("at_pretrain", "cifar10", **{"train.nesterov": False, "warmup.nesterov": False})
+    assert config.warmup.optimizer == "sgd" and not config.warmup.nesterov
 
 
 @pytest.mark.parametrize(

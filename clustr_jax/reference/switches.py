@@ -36,10 +36,17 @@ SWITCHES = {
         "clean", "augmented", "inference variance: clean images in eval mode, or augmented in train mode"
     ),
     "attack_statistics": Switch("keep", "update", "running statistics during the inner attack"),
+    "running_variance": Switch(
+        "biased",
+        "unbiased",
+        "what batch norm averages: the batch's biased variance, or PyTorch's unbiased one",
+    ),
     "epoch_statistics": Switch(
         "keep", "leak_test", "after each epoch: nothing, or passes over train AND TEST images in train mode"
     ),
-    "logged_loss": Switch("eq3", "plus_k", "logged Magnet loss: Eq. 3, or with K extra terms in the sum"),
+    "logged_loss": Switch(
+        "eq3", "plus_k", "logged Magnet loss: Eq. 3, or with K extra terms in the sum and the two 1e-8"
+    ),
     "nearest": Switch(
         "config", "10_20", "train.nearest and eval.nearest: as configured, or 10 in training and 20 after"
     ),

@@ -94,6 +94,7 @@ class Recipe(Section):
     select: str
     awp: float
     target: float = 0.0  # of a warm-up
+    nesterov: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +156,7 @@ class Switches(Section):
     nearest: str
     epochs: str
     kl: str
+    running_variance: str = "biased"
 
 
 @dataclasses.dataclass(frozen=True)

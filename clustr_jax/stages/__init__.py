@@ -61,7 +61,7 @@ def run(
     source = None
     if method.source and WARMUP in wanted and not place.finished(WARMUP):
         source = _source(config, known, place, progress, splits[0])
-    net = loading.build_net(known.model, splits[0])
+    net = loading.build_net(known.model, splits[0], known.training.switches.running_variance)
     protocols.check_transfer(known.eval, net)
     images = (_images(splits), _images((source.train_split, source.val_split)) if source else None)
     devices = jax.devices()
@@ -139,7 +139,8 @@ def _source(config, settings, place, progress, target):
             f"pretrain.name={images.name} has inputs of shape {splits[0].images.shape[1:]}, "
             f"{data.label(settings.data)} of {target.images.shape[1:]}; choose a set of the same size"
         )
-    return Run(config, settings, place, progress, loading.build_net(settings.model, splits[0]), *splits)
+    net = loading.build_net(settings.model, splits[0], settings.training.switches.running_variance)
+    return Run(config, settings, place, progress, net, *splits)
 
 
 def _method(config):

@@ -12,7 +12,7 @@ from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.progress import duration
 from clustr_jax.runtime.stage_names import CERTIFY, EVALUATE, TRAIN
 from clustr_jax.stages.context import Run
-from clustr_jax.storage import loading, results
+from clustr_jax.storage import additions, loading, results
 from clustr_jax.storage.workdir import config_dict
 
 
@@ -73,7 +73,7 @@ def run(this: Run) -> None:
 
 def _identity(config, name):
     """What result `name` of this config is recognised by: everything that can change it."""
-    content = config_dict(config)
+    content = additions.plain(config_dict(config))
     content.pop("variant")
     content["data"].pop("dir")
     content["eval"].pop("protocols")

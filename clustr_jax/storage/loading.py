@@ -19,8 +19,8 @@ from clustr_jax.storage.workdir import training_sha
 from clustr_jax.training.objectives import METHODS
 
 
-def build_net(model: ModelSettings, split: data.Split) -> Net:
-    """The network for the shape and classes of this data."""
+def build_net(model: ModelSettings, split: data.Split, running_variance: str = "biased") -> Net:
+    """The network for the shape and classes of this data; `running_variance`: as `models.build` has it."""
     shape = split.images.shape[1:]
     channels = shape[-1]
     for name in ("mean", "std"):
@@ -37,6 +37,7 @@ def build_net(model: ModelSettings, split: data.Split) -> Net:
         std=model.std,
         width=model.width,
         dtype=model.dtype,
+        running_variance=running_variance,
     )
 
 

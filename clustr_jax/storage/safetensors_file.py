@@ -101,9 +101,10 @@ def _classifier(about, arrays):
         raise UserError(f"{missing[0]} is missing")
     head = None
     if clusters:
+        shape = clusters["centroids"].shape
+        if shape[:1] != (net.num_classes,):
+            raise UserError(f"clusters of shape {shape} for {net.num_classes} classes")
         head = Clusters(clusters["centroids"], clusters["variance"], clusters.get("mask"))
-        if head.centroids.shape[:1] != (net.num_classes,) or head.valid.shape != head.centroids.shape[:2]:
-            raise UserError(f"clusters of shape {head.centroids.shape} for {net.num_classes} classes")
     nested = {"params": {}, "batch_stats": {}} | unflatten_dict(variables, sep=".")
     return Classifier(nested, head, net, nearest=int(about["nearest"]), bounds=description.bounds(about))
 

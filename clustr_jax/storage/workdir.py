@@ -18,6 +18,7 @@ except ImportError:  # not on Windows: no lock there
 
 from clustr_jax.runtime import processes, provenance
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import additions
 from clustr_jax.storage.files import read_json, write_json
 from clustr_jax.storage.tensorboard import Events
 
@@ -78,7 +79,7 @@ class Workdir:
         noted = self._noted()
         seen = noted.get("images") or {}
         if path.exists():
-            before = read_json(path)
+            before = additions.filled(read_json(path))
             was, now = (c.get("data", {}).get("sha") for c in (before, content))
             if was and now and was != now:
                 raise UserError(
@@ -178,7 +179,7 @@ class Workdir:
 
 def training_sha(content: dict) -> str:
     """Which training a config (as JSON values) describes, whatever its evaluation."""
-    return provenance.sha({section: content.get(section) for section in _TRAINING})
+    return provenance.sha(additions.plain({section: content.get(section) for section in _TRAINING}))
 
 
 def config_dict(config) -> dict:

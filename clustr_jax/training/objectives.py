@@ -90,12 +90,15 @@ def towards_labels(net, variables, batch, clusters, key, settings, strength=1.0)
     return _adversary(net, variables, batch, clusters, key, settings, strength, *what)
 
 
-def towards_clean(net, variables, batch, clusters, key, settings, strength=1.0, outputs=None):
+def towards_clean(
+    net, variables, batch, clusters, key, settings, strength=1.0, outputs=None, statistics=None
+):
     """Steps on the divergence from the clean prediction (TRADES; one step: QTRADES, Eq. 5).
 
     The authors step on the term that they train with: with train.consistency=mse and a cluster head that is
-    the distance of the embeddings, in QTRADES with fidelity.kl=probs their kl_div. `outputs`: those of the
-    clean images where they are known (`shares_clean`).
+    the distance of the embeddings, in QTRADES with fidelity.kl=probs their kl_div. `outputs` and
+    `statistics`: those of the clean images and the running ones after them, where they are known
+    (`shares_clean`).
     """
     if settings.train.attack_bn == "eval":
         outputs = net.eval(variables, batch.x)
@@ -107,7 +110,7 @@ def towards_clean(net, variables, batch, clusters, key, settings, strength=1.0, 
         authors = settings.method == "qtrades" and settings.switches.kl == "probs"
         target = head_probs(outputs, clusters, settings)
         what = head_logits, target, _authors_kl if authors else losses.cross_entropy
-    return _adversary(net, variables, batch, clusters, key, settings, strength, *what)
+    return _adversary(net, variables, batch, clusters, key, settings, strength, *what, statistics)
 
 
 def _embeddings(outputs, clusters, settings):
@@ -118,7 +121,9 @@ def _mean_square(a, b):
     return jnp.mean(jnp.square(a - b), axis=1)
 
 
-def _adversary(net, variables, batch, clusters, key, settings, strength, of_outputs, target, loss_fn):
+def _adversary(
+    net, variables, batch, clusters, key, settings, strength, of_outputs, target, loss_fn, statistics=None
+):
     """PGD on loss_fn(of_outputs(outputs, clusters, settings), target); KL has cross entropy's gradient."""
 
     def attacked(variables, clusters, x):
@@ -141,9 +146,9 @@ def _adversary(net, variables, batch, clusters, key, settings, strength, of_outp
         loss_fn=loss_fn,
     )
     x_adv = attack(steps=settings.train.attack.steps)
-    stats = variables["batch_stats"]
+    stats = variables["batch_stats"] if statistics is None else statistics
     if settings.switches.attack_statistics == "update":  # as one forward pass of the attack would
-        stats = net.train(variables, attack(steps=0))[1]
+        stats = net.train({**variables, "batch_stats": stats}, attack(steps=0))[1]
     return jax.lax.stop_gradient(x_adv), jax.lax.stop_gradient(stats)
 
 
@@ -151,17 +156,18 @@ def shares_clean(method, settings: TrainingSettings) -> bool:
     """Whether the adversary's target is the clean forward pass that the objective makes anyway.
 
     The adversary then runs inside the objective, from those outputs: on a mesh the compiler does not see
-    that two passes with batch statistics are the same one.
+    that two passes with batch statistics are the same one. It does so too where its forward pass updates the
+    running statistics, for the authors' order is clean, attack, adversarial.
     """
-    other_pass = settings.train.attack_bn == "eval" or settings.switches.attack_statistics == "update"
-    return method.adversary is towards_clean and not other_pass
+    updates = settings.switches.attack_statistics == "update"
+    return method.adversary is towards_clean and (updates or settings.train.attack_bn != "eval")
 
 
-def _seen(x_adv: Array | Callable[..., tuple[Array, dict]] | None, outputs):
-    """The adversary's images, made now from these clean outputs if they are not there yet."""
+def _seen(x_adv: Array | Callable[..., tuple[Array, dict]] | None, outputs, stats):
+    """(the adversary's images, running statistics after it): made now, after the clean pass, if not there."""
     if isinstance(x_adv, Callable):
-        return x_adv(outputs=jax.lax.stop_gradient(outputs))[0]
-    return x_adv
+        return x_adv(outputs=jax.lax.stop_gradient(outputs), statistics=jax.lax.stop_gradient(stats))
+    return x_adv, stats
 
 
 # Objectives. x_adv: images, None without an adversary, or (`shares_clean`) what makes them from the clean
@@ -195,7 +201,8 @@ def _authors_kl(logits, probs):
 
 def _consistent(net, variables, batch, x_adv, settings, weight, term):
     clean, stats = net.train(variables, batch.x)
-    adv, stats = net.train({**variables, "batch_stats": stats}, _seen(x_adv, clean))
+    x_adv, stats = _seen(x_adv, clean, stats)
+    adv, stats = net.train({**variables, "batch_stats": stats}, x_adv)
     natural = losses.cross_entropy(clean.logits, batch.y)
     target = jax.nn.softmax(clean.logits)
     consistency = term(adv.logits, jax.lax.stop_gradient(target) if settings.train.stop_target else target)
@@ -226,7 +233,8 @@ def clustr_qtrades(net, variables, batch, x_adv, clusters, settings):
     """
     outputs, stats = net.train(variables, batch.x)
     magnet, metrics = _magnet(outputs, batch, clusters, settings)
-    adv, stats = net.train({**variables, "batch_stats": stats}, _seen(x_adv, outputs))
+    x_adv, stats = _seen(x_adv, outputs, stats)
+    adv, stats = net.train({**variables, "batch_stats": stats}, x_adv)
     logits = head_logits(adv, clusters, settings)
     target = head_probs(outputs, clusters, settings)
     embeddings = outputs.embeddings
@@ -313,7 +321,7 @@ def _magnet(outputs, batch, clusters, settings, radius=0.0):
     if settings.switches.logged_loss == "plus_k":
         # their mask multiplies inside exp: K own clusters add exp(0)
         k = clusters.centroids.shape[1]
-        logged, _ = magnet_loss(surplus=k)
+        logged, _ = magnet_loss(surplus=k, eps=1e-8)
         metrics["magnet_plus_k"] = mean(logged, batch.mask)
     return loss, metrics
 

@@ -72,7 +72,8 @@ def optimizer(recipe: Recipe, steps_per_epoch: int) -> tuple[optax.GradientTrans
 
     The rate goes by the step, not by the transformation's own count: a step that is passed over has its turn.
     schedule "multistep" multiplies the rate by `decay` at the epochs `milestones` (paper, appendix D);
-    "cosine" anneals to 0; "onecycle" warms up over the first 30 % and anneals to 0.
+    "cosine" anneals to 0; "onecycle" warms up over the first 30 % and anneals to 0. SGD has the momentum 0.9,
+    Nesterov's unless `nesterov` is False.
     """
     total = max(1, recipe.epochs * steps_per_epoch)
     if recipe.schedule == "multistep":
@@ -88,7 +89,8 @@ def optimizer(recipe: Recipe, steps_per_epoch: int) -> tuple[optax.GradientTrans
         transform = optax.adamw(1.0, weight_decay=recipe.weight_decay)
     elif recipe.optimizer == "sgd":
         transform = optax.chain(
-            optax.add_decayed_weights(recipe.weight_decay), optax.sgd(1.0, momentum=0.9, nesterov=True)
+            optax.add_decayed_weights(recipe.weight_decay),
+            optax.sgd(1.0, momentum=0.9, nesterov=recipe.nesterov),
         )
     else:
         raise UserError(f"optimizer must be adam or sgd, got {recipe.optimizer!r}")
