@@ -43,7 +43,7 @@ def other_radii(radii: Iterable[float], eps: float) -> list[float]:
 
     On the command line 4/255 is a decimal.
 
-    >>> results.other_radii((0.015686, 2 / 255, 0.00784314), 4 / 255)
+    >>> intervals.other_radii((0.015686, 2 / 255, 0.00784314), 4 / 255)
     [0.00784313725490196]
     """
     found = {f"{eps:.6f}": eps}
