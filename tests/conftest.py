@@ -5,6 +5,7 @@ broadcast silently; a PRNG key used twice raises (tests that repeat a call on pu
 `jax.random.clone`). Hypothesis is derandomised: a red run is red again.
 """
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -95,3 +96,24 @@ def key():
 def rng():
     """NumPy generator with a fixed seed, for test data."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def compilations():
+    """A context that collects what XLA compiles in it: `with compilations() as found: ...; len(found)`."""
+
+    @contextlib.contextmanager
+    def collect():
+        found = []
+
+        def note(event, seconds, **_):
+            if event == "/jax/core/compile/backend_compile_duration":
+                found.append(seconds)
+
+        jax.monitoring.register_event_duration_secs_listener(note)
+        try:
+            yield found
+        finally:
+            jax.monitoring.unregister_event_duration_listener(note)
+
+    return collect

@@ -1,4 +1,7 @@
-"""What attacks refuse: labels, pixels and logits that would make every number meaningless."""
+"""What attacks refuse: settings, labels, pixels and logits that would make every number meaningless.
+
+Each text names what was given, what was expected and what to do. `gate.admit` asks for all of them.
+"""
 
 import warnings
 
@@ -16,25 +19,115 @@ _ROUNDING = 1e-6
 _BOUNDED = 2.0 + 1e-4
 
 
-def check_images(x, y, bounds) -> None:
-    """UserError for pixels outside the box or not finite, labels that are no class, sizes that differ."""
-    if x.ndim < 2 or y.shape != x.shape[:1]:
+def images_of(x, bounds=(0.0, 1.0)):
+    """x as a float32 array, on the host or where it is; UserError for what holds no numbers, or levels."""
+    if not isinstance(x, jax.Array):
+        try:
+            x = np.asarray(x)
+        except Exception as error:  # of another library, on another device
+            raise UserError(f"x must be an array [B, ...], got {type(x).__name__}") from error
+        if x.dtype.kind not in "fiub" and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise UserError(f"x must be an array of numbers [B, ...], got {x.dtype}")
+    elif (
+        not jnp.issubdtype(x.dtype, jnp.floating)
+        and not jnp.issubdtype(x.dtype, jnp.integer)
+        and x.dtype != bool
+    ):
+        raise UserError(f"x must be an array of numbers [B, ...], got {x.dtype}")
+    if x.dtype == np.uint8 and bounds is not None and bounds[1] <= 2:
+        raise UserError(
+            f"x must lie in bounds={bounds}, got uint8 levels of 0..255; divide by 255: "
+            f"x.astype(np.float32) / 255"
+        )
+    return x if x.dtype == np.float32 else x.astype(np.float32)
+
+
+def labels_of(y):
+    """y as an array, whole numbers [B] or probabilities [B, Y]; UserError for one-hot labels."""
+    y = y if isinstance(y, jax.Array) else np.asarray(y)
+    whole = jnp.issubdtype(y.dtype, jnp.integer) or y.dtype == bool
+    if y.ndim == 2 and y.shape[1] == 1:
+        raise UserError(
+            f"y must be labels [B] and y [B, 1] is a column; give y[:, 0]; got {y.dtype} {y.shape}"
+        )
+    if y.ndim == 2 and whole:
+        raise UserError(f"y must be labels [B], got one-hot {y.dtype} {y.shape}; give y.argmax(axis=1)")
+    if y.ndim < 2 and not jnp.issubdtype(y.dtype, jnp.integer):
+        raise UserError(f"y must hold integer labels, got {y.dtype}; give y.astype(int) if they are whole")
+    return y
+
+
+def check_sizes(x, y) -> None:
+    """UserError unless x is [B, ...] with an axis of its own for the images, and y has B rows."""
+    if y.ndim == 0 and x.ndim:
+        raise UserError(
+            f"x must be [B, ...] and y [B] with the same B, got {x.shape} and one label; "
+            f"for one image give x[None] and y[None]"
+        )
+    if x.ndim < 2 or y.ndim > 2 or len(y) != len(x):
         raise UserError(f"x must be [B, ...] and y [B] with the same B, got {x.shape} and {y.shape}")
-    if not jnp.issubdtype(y.dtype, jnp.integer):
-        raise UserError(f"y must hold integer labels, got {y.dtype}")
-    check_pixels(x, bounds)
+    if not x.size and len(x):
+        raise UserError(f"x has images without pixels: {x.shape}")
 
 
 def check_pixels(x, bounds) -> None:
-    """UserError for pixels outside the box or not finite."""
-    low, high = float(np.min(x, initial=np.inf)), float(np.max(x, initial=-np.inf))
-    if len(x) and not (np.isfinite(low) and np.isfinite(high)):
+    """UserError for pixels outside the box or not finite; says what they look like."""
+    if not x.size:
+        return
+    low, high = float(x.min()), float(x.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
         raise UserError("x has values that are not finite")
-    if bounds is not None and (low < bounds[0] - _ROUNDING or high > bounds[1] + _ROUNDING):
-        raise UserError(
-            f"x must lie in bounds={bounds}, got values from {low:.4g} to {high:.4g}; "
-            f"give pixels before normalisation, or set bounds"
-        )
+    if bounds is None or (low >= bounds[0] - _ROUNDING and high <= bounds[1] + _ROUNDING):
+        return
+    text = f"x must lie in bounds={bounds}, got values from {low:.4g} to {high:.4g}; "
+    if low >= 0 and 2 < high <= 255 and bounds[1] <= 2:
+        raise UserError(f"{text}divide by 255")
+    if low >= -1.01 and high <= 1.01 and low < -0.5:
+        raise UserError(f"{text}of pixels in [-1, 1] give (x + 1) / 2, or set bounds=(-1, 1)")
+    raise UserError(f"{text}give pixels before normalisation, or set bounds")
+
+
+def check_input(x, shape: tuple[int, ...] | None, bounds):
+    """x as float32 [B, *shape] (None: any), or UserError; inside jit only its shape is looked at."""
+    traced = isinstance(x, jax.core.Tracer)
+    x = x if traced else images_of(x, bounds)
+    if shape is not None and x.shape[1:] != tuple(shape):
+        raise UserError(wrong_shape(x.shape, tuple(shape)))
+    if not traced:
+        check_pixels(x, bounds)
+    return x
+
+
+def wrong_shape(got: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """What is said of images [B, ...] that are not of this shape."""
+    wanted = ", ".join(map(str, ("B", *shape)))
+    text = f"x must be [{wanted}], got {got}"
+    if got == shape:
+        return f"{text}; for one image give x[None]"
+    if len(shape) == 3 and got[1:] == (shape[2], shape[0], shape[1]):
+        return f"{text}: NCHW; give x.transpose(0, 2, 3, 1)"
+    if len(shape) == 3 and shape[2] == 1 and got[1:] == shape[:2]:
+        return f"{text}; give x[..., None]"
+    if len(got) == 2 and got[1] == int(np.prod(shape)):
+        return f"{text}; give x.reshape(-1, {', '.join(map(str, shape))})"
+    return text
+
+
+def check_labels(y, classes: int) -> None:
+    """UserError unless they are labels in 0..Y-1, or probabilities [B, Y] that are finite."""
+    if y.ndim == 2:
+        if y.shape[1] != classes:
+            raise UserError(
+                f"y must be labels [B] or probabilities [B, Y] with the Y = {classes} classes of logits_fn, "
+                f"got {y.shape}"
+            )
+        if not bool(np.all(np.isfinite(np.asarray(y, np.float32)))):
+            raise UserError("y has probabilities that are not finite")
+        return
+    low, high = int(y.min()), int(y.max())
+    if not 0 <= low <= high < classes:
+        text = f"y must lie in 0..{classes - 1}, the classes of logits_fn, got {low} to {high}"
+        raise UserError(f"{text}; labels from 1 want y - 1" if (low, high) == (1, classes) else text)
 
 
 def check_ids(ids, count: int) -> None:
@@ -52,11 +145,8 @@ def check_logits(logits, y) -> None:
     """
     check_shape(logits, y)
     logits = np.asarray(logits)
-    if y.ndim == 1 and len(y) and not 0 <= int(np.min(y)) <= int(np.max(y)) < logits.shape[1]:
-        raise UserError(
-            f"y must lie in 0..{logits.shape[1] - 1}, the classes of logits_fn, "
-            f"got {np.min(y)} to {np.max(y)}"
-        )
+    if y.ndim == 1 and len(y):
+        check_labels(y, logits.shape[1])
     problem, text = diagnose(logits)
     if problem:
         raise UserError(text)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks.aims import logits_of, misclassified
 from clustr_jax.attacks.input_checks import check_found
+from clustr_jax.attacks.options import GENERATOR, key_of
 from clustr_jax.runtime import mesh, struct
 from clustr_jax.runtime.errors import UserError
 
@@ -52,7 +53,7 @@ class Work(struct.PyTreeNode):
     @property
     def keys(self):
         """The lanes' keys; fold the step in where there is more than one draw."""
-        return jax.random.wrap_key_data(self.random)
+        return jax.random.wrap_key_data(self.random, impl=GENERATOR)
 
 
 class Attack(struct.PyTreeNode):
@@ -235,14 +236,6 @@ def _where(take, new, old):
     return jax.tree.map(choose, new, old)
 
 
-def _own_kind(key):
-    """A key of JAX's default kind, whose data the lanes keep; one of another kind gives its seed."""
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if jax.random.key_impl(key) != jax.random.key_impl(jax.random.key(0)):
-            return jax.random.key(jax.random.bits(key))
-    return key
-
-
 @jax.jit
 def _work(key, example, ids, restart, x, y, target):
     keys = jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r))(ids, restart)
@@ -313,7 +306,7 @@ def run(
     """
     x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
     ids = np.arange(len(x), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
-    key = _own_kind(key)
+    key = key_of(key)
     aims = np.full((1, len(x)), -1, np.int32) if targets is None else np.asarray(targets, np.int32)
     aims = np.repeat(aims, restarts, axis=0)
     devices = mesh.devices()
@@ -394,7 +387,14 @@ def _board(attack, leaves, x, total):
     lanes = len(leaves[0])
     nothing = np.zeros(lanes, np.int32)
     work = jax.eval_shape(
-        _work, jax.random.key(0), nothing, nothing, nothing, x[:1].repeat(lanes, 0), nothing, nothing
+        _work,
+        key_of(jax.random.key(0)),
+        nothing,
+        nothing,
+        nothing,
+        x[:1].repeat(lanes, 0),
+        nothing,
+        nothing,
     )
     state = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(_empty, attack, work)), leaves)
     return state, _flying(state, (total, len(x)))

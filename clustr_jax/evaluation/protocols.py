@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from clustr_jax import losses
 from clustr_jax.attacks import aims, scheduler
+from clustr_jax.attacks.options import too_wide
 from clustr_jax.attacks.pgd import as_partial, check_settings
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.classifier import Classifier
@@ -20,7 +21,7 @@ from clustr_jax.data import Examples
 from clustr_jax.evaluation import intervals, sound_protocol
 from clustr_jax.runtime import canary
 from clustr_jax.runtime.errors import UserError
-from clustr_jax.settings import EvalSettings
+from clustr_jax.settings import AdversarySettings, EvalSettings
 from clustr_jax.storage import loading
 
 # Batch of the authors' evaluation: their loss is the mean over it, so gradients are 64 times smaller,
@@ -197,6 +198,16 @@ def check_config(settings: EvalSettings) -> None:
     unknown = [name for name in settings.protocols if name not in RUNNERS]
     if unknown:
         raise UserError(f"eval.protocols: unknown {unknown[0]!r}; known: {', '.join(RUNNERS)}")
+
+
+def wide_radii(train: AdversarySettings, settings: EvalSettings, bounds, shape: tuple[int, ...]) -> list[str]:
+    """What to say of radii that are larger than the box of the pixels."""
+    radii = {}
+    for name, attack in (("train.attack", train), ("eval.attack", settings.attack)):
+        radii |= {f"{name}.eps": attack.eps, f"{name}.step_size": attack.step_size}
+    for name, values in (("sweep", settings.sweep), ("curve", settings.curve)):
+        radii |= {f"eval.{name}": max((*values, 0.0))}
+    return too_wide(radii, "linf", bounds, shape)
 
 
 def check_transfer(settings: EvalSettings, net) -> None:

@@ -63,6 +63,9 @@ def run(
         source = _source(config, known, place, progress, splits[0])
     net = loading.build_net(known.model, splits[0], known.training.switches.running_variance)
     protocols.check_transfer(known.eval, net)
+    train_attack = known.training.train.attack
+    for text in protocols.wide_radii(train_attack, known.eval, splits[0].bounds, net.input_shape):
+        progress.line(f"warning: {text}")
     images = (_images(splits), _images((source.train_split, source.val_split)) if source else None)
     devices = jax.devices()
     if processes.on_cores():  # a core left idle is no mistake to report
