@@ -28,9 +28,9 @@ def on_cores():
 
 def finish(name: str, content, save: bool) -> None:
     """Print the result as JSON, and with `save` keep it as results/benchmarks/NAME.json."""
-    from clustr_jax.storage import results
+    from clustr_jax.runtime import provenance
 
-    content = {"benchmark": name, "cores": os.cpu_count(), "versions": results.versions(), **content}
+    content = {"benchmark": name, "cores": os.cpu_count(), "versions": provenance.versions(), **content}
     text = json.dumps(content, indent=2)
     print(text)
     if save:

@@ -21,9 +21,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from clustr_jax import models  # noqa: E402
+from clustr_jax.runtime import provenance  # noqa: E402
 from clustr_jax.settings import Settings  # noqa: E402
 from clustr_jax.stages import configuration  # noqa: E402
-from clustr_jax.storage import results  # noqa: E402
 from clustr_jax.training import cost  # noqa: E402
 from clustr_jax.training.objectives import METHODS  # noqa: E402
 
@@ -59,7 +59,7 @@ def row(dataset: str, method: str, flops: float) -> dict:
         "command": f"python run.py --config=configs/{dataset}.py:{method}",
         "warmup_epochs": config.warmup.epochs if warmup else 0, "epochs": config.train.epochs,
         "gradient_passes": passes, "gpu_hours": 3 * flops * passes / RATE / 3600,
-        "seed": config.seed, "config_sha": results.sha(config.to_dict()),
+        "seed": config.seed, "config_sha": provenance.sha(config.to_dict()),
     }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def main():
         flops = forward_flops(classes)
         rows += [row(dataset, method, flops) for method in METHODS if not method.endswith("_certified")]
         print(f"{dataset}: {flops / 1e9:.3f} GFLOP an image forward")
-    found = {"rate": RATE, "flops": flops, "rows": rows, "versions": results.versions(), "seed": 0}
+    found = {"rate": RATE, "flops": flops, "rows": rows, "versions": provenance.versions(), "seed": 0}
     (ROOT / "results" / "fullsize.json").write_text(json.dumps(found, indent=2) + "\n")
     for r in rows:
         print(

@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 from campaign import source_of
 
+from clustr_jax.evaluation import intervals
 from clustr_jax.reference import claims
 from clustr_jax.storage import results
 
@@ -84,7 +85,7 @@ def pgd20(result: dict) -> dict:
     `robust` itself is what is right under PGD^20, under PGD^100 where it was run, and without any.
     """
     value, n = result["attacks"]["pgd20"], result["n"]
-    return result | {"robust": value, "robust_interval": results.wilson(round(value * n), n)}
+    return result | {"robust": value, "robust_interval": intervals.wilson(round(value * n), n)}
 
 
 def by_seed(found: list[dict], show) -> str:

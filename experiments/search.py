@@ -19,7 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import child  # noqa: E402
 
 from clustr_jax import data  # noqa: E402
-from clustr_jax.evaluation import sound_protocol  # noqa: E402
+from clustr_jax.evaluation import intervals, sound_protocol  # noqa: E402
+from clustr_jax.runtime import provenance  # noqa: E402
 from clustr_jax.settings import DataSettings, EvalSettings  # noqa: E402
 from clustr_jax.stages import EVALUATE, stage_key  # noqa: E402
 from clustr_jax.storage import loading, results  # noqa: E402
@@ -136,9 +137,9 @@ def measure(dataset: str, name: str) -> dict:
         "method": config["method"], "protocol": results.PROTOCOLS["quick"],
         "images": f"{ATTACKED} held out from training",
         "n": ATTACKED, "clean": result["clean"], "robust": result["robust"],
-        "robust_interval": results.wilson(round(result["robust"] * ATTACKED), ATTACKED),
+        "robust_interval": intervals.wilson(round(result["robust"] * ATTACKED), ATTACKED),
         "gradient_passes": sum(stage["gradient_passes"] for stage in done),
-        "seed": config["seed"], "config_sha": results.sha(config), "versions": results.versions(),
+        "seed": config["seed"], "config_sha": provenance.sha(config), "versions": provenance.versions(),
     }  # fmt: skip
 
 

@@ -14,10 +14,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from clustr_jax.evaluation import intervals
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import Recipe, TrainingSettings
 from clustr_jax.stages import configuration
-from clustr_jax.storage import results
 from clustr_jax.training import cost
 from clustr_jax.training.objectives import METHODS
 from configs import cifar10
@@ -142,7 +142,7 @@ def test_effect_is_a_difference_with_newcombes_interval(tables, tmp_path):
     for name, right, n in (("clustr_qtrades", 56, 70), ("qtrades", 48, 80)):
         folder = tmp_path / "campaign" / "cifar10" / f"{name}-1"
         folder.mkdir(parents=True)
-        found = {"seed": 1, "robust": right / n, "robust_interval": results.wilson(right, n)}
+        found = {"seed": 1, "robust": right / n, "robust_interval": intervals.wilson(right, n)}
         (folder / "sound.json").write_text(json.dumps(found))
         other = {"seed": 1, "n": n, "attacks": {"pgd20": right / n}, "robust": 0.1, "robust_interval": [0, 1]}
         (folder / "paper.json").write_text(json.dumps(other))

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from clustr_jax import data
+from clustr_jax.data import prepared
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import DataSettings
 from clustr_jax.training.train import TrainSet
@@ -218,7 +219,7 @@ def test_a_set_larger_than_the_memory_is_not_called_damaged(tmp_path, monkeypatc
         def as_data_source(self, split):
             raise MemoryError("Unable to allocate 143 MiB")
 
-    monkeypatch.setattr(data, "_builder", lambda *_: Builder())
+    monkeypatch.setattr(prepared, "_builder", lambda *_: Builder())
     with pytest.raises(UserError, match="50,000 images of cifar10/train do not fit .*143 MiB"):
         data.load_split("cifar10", "train", str(tmp_path))
 

@@ -24,7 +24,7 @@ from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
-from clustr_jax.evaluation import protocols, sound_protocol
+from clustr_jax.evaluation import intervals, protocols, sound_protocol
 from clustr_jax.models import Outputs
 from clustr_jax.settings import EvalSettings
 from clustr_jax.storage import results
@@ -668,19 +668,19 @@ def test_results_of_other_images_radii_or_rules_are_not_compared(change):
 )
 def test_wilson_gives_the_published_intervals(successes, n, low, high):
     """Newcombe 1998, table I, method 3."""
-    np.testing.assert_allclose(results.wilson(successes, n), (low, high), atol=5e-5)
+    np.testing.assert_allclose(intervals.wilson(successes, n), (low, high), atol=5e-5)
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (5, 10), (32, 32), (9103, 10_000)])
 def test_wilson_agrees_with_scipy(successes, n):
     interval = scipy.stats.binomtest(successes, n).proportion_ci(method="wilson")
-    np.testing.assert_allclose(results.wilson(successes, n), interval, atol=1e-6)
-    low, high = results.wilson(successes, n)
+    np.testing.assert_allclose(intervals.wilson(successes, n), interval, atol=1e-6)
+    low, high = intervals.wilson(successes, n)
     assert 0.0 <= low <= successes / n <= high <= 1.0
 
 
 def test_wilson_of_nothing_knows_nothing():
-    assert results.wilson(0, 0) == (0.0, 1.0)
+    assert intervals.wilson(0, 0) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -688,4 +688,4 @@ def test_wilson_of_nothing_knows_nothing():
     [(8 / 255, "8/255"), (0.03137255, "8/255"), (2 / 255, "2/255"), (0.2, "0.2"), (0.0, "0/255")],
 )
 def test_radii_are_written_as_the_paper_writes_them(eps, text):
-    assert results.radius(eps) == text
+    assert intervals.radius(eps) == text

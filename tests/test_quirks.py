@@ -13,8 +13,7 @@ import reference
 from clustr_jax import attacks, data
 from clustr_jax.attacks import scheduler
 from clustr_jax.classifier import Classifier
-from clustr_jax.evaluation import protocols, quirks
-from clustr_jax.storage import results
+from clustr_jax.evaluation import protocols, quirks, resume
 from test_evaluate import bounded_problem, eval_config, eval_settings, linear_classifier, points, silent
 
 STEPS, RESTARTS = 6, 3
@@ -107,7 +106,7 @@ def test_an_interrupted_paper_protocol_goes_on(small, tmp_path, monkeypatch):
     """The largest losses so far are recorded with the restarts: the same outcomes, nothing run twice."""
     expected = paper(small)
     monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1.0})
-    monkeypatch.setattr(results, "_RECORD_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "_RECORD_SECONDS", 0.0)
     for stop in (3, 12):
         calls = []
 
@@ -117,11 +116,11 @@ def test_an_interrupted_paper_protocol_goes_on(small, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            paper(small, report=report, records=results.Records(tmp_path, "me"))
-    found = paper(small, records=results.Records(tmp_path, "me"))
+            paper(small, report=report, records=resume.Records(tmp_path, "me"))
+    found = paper(small, records=resume.Records(tmp_path, "me"))
     for name in ("robust", "any_restart", "fooled_outside_box", "evaluations", "needed"):
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-    again = paper(small, records=results.Records(tmp_path, "me"))
+    again = paper(small, records=resume.Records(tmp_path, "me"))
     np.testing.assert_array_equal(again["robust"], expected["robust"])
     assert again["evaluations"] == expected["evaluations"]
 

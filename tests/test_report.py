@@ -19,10 +19,12 @@ import pytest
 
 import browser
 from clustr_jax import report
+from clustr_jax.evaluation import intervals
 from clustr_jax.reference import claims
 from clustr_jax.report import __main__ as command
-from clustr_jax.report import compare, figures, looks, page, svg, words
+from clustr_jax.report import compare, figures, looks, page, svg, terminal, words
 from clustr_jax.report.looks import Victim
+from clustr_jax.runtime import provenance
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.storage import results, workdir
 from marks import in_ci
@@ -32,7 +34,7 @@ N, EPS = 40, 0.2
 ALL = ("clean", "paper", "sound", "certified", "diagnostics")
 LABELS = np.arange(N) % 10
 HEADER = {"dataset": "digits", "subset": "", "n": N, "method": "clustr_qtrades", "eps": EPS, "clean": 0.95}
-FOOTER = {"head": "clusters", "nearest": 0, "seed": 0, "versions": results.versions(), "wall_seconds": 1.5}
+FOOTER = {"head": "clusters", "nearest": 0, "seed": 0, "versions": provenance.versions(), "wall_seconds": 1.5}
 
 
 # Work directories made by hand
@@ -104,7 +106,7 @@ def result(name, **changes):
 
 def shown(value):
     """The fraction of N images as the page writes it."""
-    low, high = results.wilson(round(value * N), N)
+    low, high = intervals.wilson(round(value * N), N)
     return f"{100 * value:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
@@ -467,10 +469,10 @@ def test_checks_of_earlier_results_are_not_shown(tmp_path):
 
 def test_the_papers_figure_stands_beside_its_own_radius_only():
     eight, four = ({**result("paper")[0], "dataset": "cifar10", "eps": e / 255} for e in (8, 4))
-    assert [row.claim for row in results.comparison({"paper": eight})][1:3] == [
+    assert [row.claim for row in terminal.comparison({"paper": eight})][1:3] == [
         claims.claim("cifar10", "clustr_qtrades", name) for name in ("pgd20", "pgd100")
     ]
-    rows = results.comparison({"paper": four})
+    rows = terminal.comparison({"paper": four})
     assert [row.claim for row in rows][:3] == [None] * 3
     assert rows[3].claim == claims.claim("cifar10", "clustr_qtrades", "pgd20", 0.1)  # in the paper's sweep
 
@@ -858,16 +860,16 @@ def test_certificates_at_different_radii_say_theirs(tmp_path):
     text = compare.compare([report.read(make(tmp_path / "one")), report.read(root)])
     rule = OWN["certified"]["rule"]
     for eps in (OWN["certified"]["eps"], 0.1):
-        assert f"at {results.radius(eps)} ({rule})" in Document(text).text
+        assert f"at {intervals.radius(eps)} ({rule})" in Document(text).text
     assert "l2 radius of its own" in text
 
 
 def test_the_commit_is_that_of_the_results(tmp_path):
     """environment.json has the last command's, which may have made nothing."""
     root = make(tmp_path / "run", ("clean",))
-    pairs = dict(page.provenance(report.read(root)))
+    pairs = dict(page.origins(report.read(root)))
     assert pairs["commit at the last command"] == "abc1234"
-    assert pairs.get("commit", "") == results.commit()
+    assert pairs.get("commit", "") == provenance.commit()
 
 
 def test_a_line_for_every_run_has_a_name(tmp_path):

@@ -19,6 +19,7 @@ import pytest
 
 import clustr_jax
 from clustr_jax import data, stages
+from clustr_jax.data import toy
 from clustr_jax.report.record import read as read_record
 from clustr_jax.runtime import errors
 from clustr_jax.runtime.errors import UserError
@@ -187,7 +188,7 @@ def test_every_method_is_killed_resumed_and_runs_to_the_end(method, start, run, 
 @pytest.mark.slow
 def test_the_source_of_at_pretrain_may_have_other_classes(tmp_path, monkeypatch):
     """Its body goes on, with a head for the classes of the target; a whole network is refused."""
-    real = data._toy2d
+    real = toy.points
 
     def three_classes(name, split):
         points = real(name, split)
@@ -196,7 +197,7 @@ def test_the_source_of_at_pretrain_may_have_other_classes(tmp_path, monkeypatch)
             points = dataclasses.replace(points, labels=labels, num_classes=3)
         return points
 
-    monkeypatch.setattr(data, "_toy2d", three_classes)
+    monkeypatch.setattr(toy, "points", three_classes)
     config = toy2d("at_pretrain")
     config.pretrain.name = "toy2d_pairs"
     stages.run(config, tmp_path / "run", ("1_warmup", "2_train"))
@@ -574,8 +575,8 @@ def test_a_work_directory_of_other_images(mistake, tmp_path, monkeypatch):
     workdir = f"--workdir={tmp_path / 'run'}"
     mistake(DIGITS_METHOD, "--stages=evaluate", workdir)
     before = (tmp_path / "run" / "environment.json").read_bytes()
-    original = data._digits
-    monkeypatch.setattr(data, "_digits", lambda split: original(split).take(slice(None, None, -1), ""))
+    original = toy.digits
+    monkeypatch.setattr(toy, "digits", lambda split: original(split).take(slice(None, None, -1), ""))
     message = mistake(DIGITS_METHOD, "--stages=evaluate", workdir)
     assert "was trained on other images of digits" in message and "data.dir" in message
     assert (tmp_path / "run" / "environment.json").read_bytes() == before

@@ -16,8 +16,8 @@ from jax.tree_util import Partial
 from clustr_jax import attacks, losses
 from clustr_jax.attacks import aims, scheduler
 from clustr_jax.attacks.scheduled_pgd import PGD
+from clustr_jax.evaluation import resume
 from clustr_jax.runtime.errors import UserError
-from clustr_jax.storage import results
 
 OPTIONS = (aims.margin, aims.cross_entropy, aims.margin_targeted)
 STEPS, RESTARTS, SLOTS, SIZE, HIDDEN, CLASSES = 8, 4, 7, 12, 10, 4
@@ -317,7 +317,7 @@ def interrupted(records, after, **more):
 def often(monkeypatch):
     """The device comes back after each iteration, and every record is written."""
     monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1.0})
-    monkeypatch.setattr(results, "_RECORD_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "_RECORD_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("stops", [(1,), (5,), (60,), (3, 30)])
@@ -326,8 +326,8 @@ def test_an_interrupted_run_goes_on(stops, often, tmp_path):
     _, x, _ = problem()
     outcome = None
     for stop in stops:
-        assert interrupted(results.Records(tmp_path, "me"), stop, outcome=outcome) is None
-        outcome, extra = results.Records(tmp_path, "me").load("pgd", x, RESTARTS)
+        assert interrupted(resume.Records(tmp_path, "me"), stop, outcome=outcome) is None
+        outcome, extra = resume.Records(tmp_path, "me").load("pgd", x, RESTARTS)
         assert extra == {} and outcome is not None
         assert outcome.flight and 0 < outcome.evaluations < whole().evaluations
     found = run(*problem(), outcome=outcome)
@@ -338,9 +338,9 @@ def test_an_interrupted_run_goes_on(stops, often, tmp_path):
 
 def test_a_finished_record_is_not_run_again(often, tmp_path):
     """`now` writes the end: going on from it costs nothing."""
-    records = results.Records(tmp_path, "me")
+    records = resume.Records(tmp_path, "me")
     records.save("pgd", whole(), now=True)
-    outcome, _ = results.Records(tmp_path, "me").load("pgd", problem()[1], RESTARTS)
+    outcome, _ = resume.Records(tmp_path, "me").load("pgd", problem()[1], RESTARTS)
     found = run(*problem(), outcome=outcome, report=lambda outcome: pytest.fail("it ran"))
     for name in COUNTS:
         np.testing.assert_array_equal(getattr(found, name), getattr(whole(), name))
@@ -350,31 +350,31 @@ def test_a_finished_record_is_not_run_again(often, tmp_path):
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.9, 0.999])
 def test_a_record_cut_off_by_a_crash_starts_again(share, often, tmp_path):
     """The attack is run from its beginning instead of failing, or worse, going on from half of it."""
-    interrupted(results.Records(tmp_path, "me"), 5)
+    interrupted(resume.Records(tmp_path, "me"), 5)
     (path,) = tmp_path.rglob("*.npz")
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    assert results.Records(tmp_path, "me").load("pgd", problem()[1], RESTARTS) == (None, {})
+    assert resume.Records(tmp_path, "me").load("pgd", problem()[1], RESTARTS) == (None, {})
 
 
 def test_records_of_another_evaluation_are_left_alone(often, tmp_path):
     """Another identity, name, number of restarts or of examples."""
     _, x, _ = problem()
-    records = results.Records(tmp_path, "me")
+    records = resume.Records(tmp_path, "me")
     interrupted(records, 5)
-    assert results.Records(tmp_path, "me").load("pgd", x, RESTARTS)[0] is not None
-    assert results.Records(tmp_path, "you").load("pgd", x, RESTARTS) == (None, {})
+    assert resume.Records(tmp_path, "me").load("pgd", x, RESTARTS)[0] is not None
+    assert resume.Records(tmp_path, "you").load("pgd", x, RESTARTS) == (None, {})
     assert records.load("apgd", x, RESTARTS) == (None, {})
     assert records.load("pgd", x, RESTARTS + 1) == (None, {})
     assert records.load("pgd", x[:-1], RESTARTS) == (None, {})
-    results.Records(tmp_path, "you").clear()
+    resume.Records(tmp_path, "you").clear()
     assert records.load("pgd", x, RESTARTS)[0] is not None
     records.clear()
     assert not list(tmp_path.rglob("*.npz"))
 
 
 def test_records_are_throttled(tmp_path):
-    records = results.Records(tmp_path, "me")
+    records = resume.Records(tmp_path, "me")
     records.save("pgd", whole())
     assert not list(tmp_path.rglob("*"))
     records.save("pgd", whole(), {"loss": np.arange(3)}, now=True)

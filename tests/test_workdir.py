@@ -10,9 +10,10 @@ import jax
 import pytest
 from rich.console import Console
 
+from clustr_jax.report import terminal
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.profiling import Profiler
-from clustr_jax.storage import results, workdir
+from clustr_jax.storage import workdir
 from clustr_jax.storage.workdir import Workdir
 from configs import digits
 
@@ -71,7 +72,7 @@ def test_a_package_without_a_name_is_passed_over(monkeypatch):
     """As a broken uninstallation leaves it."""
     made = [types.SimpleNamespace(metadata=m, version="1") for m in ({"Name": None}, {"Name": "x"}, None)]
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: made)
-    monkeypatch.setattr(workdir.results, "versions", dict)
+    monkeypatch.setattr(workdir.provenance, "versions", dict)
     assert workdir.environment()["packages"] == {"x": "1"}
 
 
@@ -84,8 +85,8 @@ def test_names_are_printed_as_they_are():
     check = dict(number=1, name="a check", status="PASS", value=None, limit="[0, 1]", note="[/b] see x[y]")
     console = Console(file=io.StringIO(), width=200)
     quick = {**result, "protocol": "quick-1", "eps": 0.2, "robust": 0.3}
-    console.print(results.side_by_side({"clean": result, "quick": quick}))
-    console.print(results.checks_table({"checks": [check]}))
+    console.print(terminal.side_by_side({"clean": result, "quick": quick}))
+    console.print(terminal.checks_table({"checks": [check]}))
     assert isinstance(console.file, io.StringIO)
     for text in ("birds[bold]", "[/red] of it", "[0, 1]", "[/b] see x[y]", "quick-1, eps 0.2", "30.00"):
         assert text in console.file.getvalue()

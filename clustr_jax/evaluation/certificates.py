@@ -11,10 +11,10 @@ from jax.tree_util import Partial
 from clustr_jax import attacks, certify, lipschitz, losses
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
+from clustr_jax.evaluation import intervals
 from clustr_jax.runtime import canary
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import CertifySettings, MagnetSettings
-from clustr_jax.storage import results
 
 # Images whose Jacobians give the lower bound of the Lipschitz constant.
 _PROBES = 64
@@ -106,7 +106,7 @@ def run(
         for rule, r in found.items()
     }
     alive = _correct(clf, examples.x, examples.y)
-    clean_attacked = results.fraction(alive)
+    clean_attacked = intervals.fraction(alive)
     empirical, outcomes, violations = {}, {}, 0
     vacuous = not np.any(own > min(eps))  # then there is nothing to hold an attack against
     for i, e in enumerate(() if vacuous else sorted(eps)):
@@ -117,14 +117,17 @@ def run(
         outcomes[f"l2_pgd_{e:.6f}"] = alive
         certain = own[examples.ids] > e
         violations += int(np.sum(certain & ~alive))
-        empirical[f"{e:.6f}"] = {"robust": results.fraction(alive), "certified": results.fraction(certain)}
-        report(results.fraction(alive), f"l2-PGD at {results.radius(e)}")
+        empirical[f"{e:.6f}"] = {
+            "robust": intervals.fraction(alive),
+            "certified": intervals.fraction(certain),
+        }
+        report(intervals.fraction(alive), f"l2-PGD at {intervals.radius(e)}")
     if violations:
         raise AssertionError(f"{violations} images were broken inside their certified radius")
     correct = np.asarray(clf.predict(x)) == y
     grid = np.linspace(0.0, max(1.0, 1.1 * max(eps)), _CURVE)
     result = {
-        "n": len(y), "eps": eps[0], "norm": "l2", "clean": results.fraction(correct),
+        "n": len(y), "eps": eps[0], "norm": "l2", "clean": intervals.fraction(correct),
         "robust": table[settings.rule][f"{eps[0]:.6f}"], "rule": settings.rule,
         "lipschitz": constant,
         "attack": {
@@ -133,7 +136,7 @@ def run(
         },
         "attacks": {}, "sweep": table[settings.rule], "rules": table,
         "unsound_rules": [rule for rule in certify.RULES if rule not in sound],
-        "paper_rule_over_claims": results.fraction(found["paper"] > found["hard"] * (1 + 1e-5)),
+        "paper_rule_over_claims": intervals.fraction(found["paper"] > found["hard"] * (1 + 1e-5)),
         "empirical": {"n": len(examples), "clean": clean_attacked, "violations": violations, "at": empirical},
         "median_radius": float(np.median(own)),
         "curve": {

@@ -20,10 +20,11 @@ from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.pgd import as_partial, pgd
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.clusters import Clusters
+from clustr_jax.evaluation import intervals
 from clustr_jax.evaluation.sound_protocol import pgd_attack
 from clustr_jax.runtime import canary, streams
 from clustr_jax.settings import EvalSettings
-from clustr_jax.storage import loading, results
+from clustr_jax.storage import loading
 
 PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
 # Test images that the checks look at themselves; the rest is read off the sound result.
@@ -78,9 +79,8 @@ def run(
 def verdict(sound: dict, checks: list[Check]) -> str:
     """One line: the number, its interval, and the checks that say it is too high."""
     failed, warned = ([str(number) for number in _having(checks, status)] for status in (FAIL, WARN))
-    text = (
-        f"robust accuracy {results.percent(sound['robust'], sound)} % at eps {results.radius(sound['eps'])}"
-    )
+    robust, eps = intervals.percent(sound["robust"], sound), intervals.radius(sound["eps"])
+    text = f"robust accuracy {robust} % at eps {eps}"
     if failed:
         return f"{text} (expect less: check{'s' * (len(failed) > 1)} {', '.join(failed)} failed)"
     warnings = f"; {', '.join(warned)} warn{'s' * (len(warned) == 1)}" if warned else ""
@@ -118,11 +118,11 @@ class Probe:
         return ~scheduler.misjudged(as_partial(self.clf.view), x_adv, self.examples.y)
 
     def _accuracy(self, x_adv) -> float:
-        return results.fraction(self._right(x_adv))
+        return intervals.fraction(self._right(x_adv))
 
     def _gain(self, x_adv) -> float:
         """Share of the images that only this attack breaks, and not the sound protocol."""
-        return results.fraction(self.robust & ~self._right(x_adv))
+        return intervals.fraction(self.robust & ~self._right(x_adv))
 
     def _pgd(self, *, steps, step_size=None, restarts=1, scale=1.0) -> scheduler.Outcome:
         """Margin PGD with the program that the sound protocol has compiled, at `scale` x the radius."""
@@ -212,7 +212,7 @@ class Probe:
             7, "twice the steps break more, or one step does", _status(good), gain, _at_most(self.slack),
             f"one step {100 * one:.1f} %, {steps} steps {100 * many:.1f} %",
         )  # fmt: skip
-        silent = results.fraction(outcome.unconfirmed & ~outcome.broken)
+        silent = intervals.fraction(outcome.unconfirmed & ~outcome.broken)
         yield Check(8, "silent successes", _status(silent <= self.slack), silent, _at_most(self.slack))
         # Each radius from scratch: the curve of the result goes on with what smaller radii left.
         smaller, larger = (self._accuracy(self._pgd(steps=steps, scale=s).x_adv) for s in (0.5, 2.0))
@@ -375,8 +375,8 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None):
     adaptive = [name for name in ("centroid", "feature", "away") if name in attacks]
     if adaptive:
         generic = [name for name in white if name not in adaptive]
-        own = results.fraction(np.all([survivors[name] for name in adaptive], axis=0))
-        rest = results.fraction(np.all([survivors[name] for name in generic], axis=0))
+        own = intervals.fraction(np.all([survivors[name] for name in adaptive], axis=0))
+        rest = intervals.fraction(np.all([survivors[name] for name in generic], axis=0))
         kills = {name: attacks[name]["unique_kills"] for name in attacks if attacks[name]["unique_kills"]}
         gap = own - rest
         yield Check(
@@ -394,7 +394,7 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None):
         "2",
     )
     if "square" in attacks:
-        gain = results.fraction(by_white) - results.fraction(by_white & survivors["square"])
+        gain = intervals.fraction(by_white) - intervals.fraction(by_white & survivors["square"])
         yield Check(
             15,
             "AutoAttack's flag: Square improves",
@@ -404,7 +404,7 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None):
         )
     else:
         yield Check(15, "AutoAttack's flag: Square improves", SKIP, None, "", "no images")
-    low, high = results.wilson(round(sound["robust"] * n), n)
+    low, high = intervals.wilson(round(sound["robust"] * n), n)
     yield Check(
         19,
         "width of the 95 % interval",

@@ -18,11 +18,11 @@ from clustr_jax.attacks.pgd import as_partial, check_settings
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
-from clustr_jax.evaluation import sound_protocol
+from clustr_jax.evaluation import intervals, sound_protocol
 from clustr_jax.runtime import canary
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import AdversarySettings, EvalSettings
-from clustr_jax.storage import loading, results
+from clustr_jax.storage import loading
 
 # Batch of the authors' evaluation: their loss is the mean over it, so gradients are 64 times smaller,
 # which decides when they underflow.
@@ -117,7 +117,7 @@ def run_clean(clf, x, y) -> tuple[dict, dict, float]:
     started = time.perf_counter()
     predictions = np.asarray(clf.predict(x))
     right = predictions == y
-    value = results.fraction(right)
+    value = intervals.fraction(right)
     result = {
         "n": len(y),
         "eps": 0.0,
@@ -143,29 +143,29 @@ def run_paper(key, clf, examples, settings: EvalSettings, report, records=None) 
     right = _argmax(clf.scores, examples.x) == examples.y
     outcomes, attacks, sweep, spent, needed = {"clean": right}, {}, {}, 0, 0
     worst, any_restart, outside = right.copy(), right.copy(), np.zeros(len(right), bool)
-    others = () if settings.quick else results.other_radii(settings.sweep, attack.eps)
+    others = () if settings.quick else intervals.other_radii(settings.sweep, attack.eps)
     for eps in (attack.eps, *others):
         for count in steps:
             name = f"pgd{count}"
             found = paper_pgd(
                 key, clf, examples, eps=eps, step_size=attack.step_size, steps=count,
                 restarts=attack.restarts, slots=settings.slots,
-                report=lambda a, name=name, eps=eps: report(a, f"{name} at eps {results.radius(eps)}"),
+                report=lambda a, name=name, eps=eps: report(a, f"{name} at eps {intervals.radius(eps)}"),
                 records=records, name=f"{name}_{eps:.6f}",
             )  # fmt: skip
             robust = found["robust"]
             spent, needed = spent + found["evaluations"], needed + found["needed"]
             outcomes[f"{name}_{eps:.6f}"] = robust
             if eps == attack.eps:
-                attacks[name] = results.fraction(robust)
+                attacks[name] = intervals.fraction(robust)
                 worst &= robust
                 any_restart &= found["any_restart"]
                 outside |= found["fooled_outside_box"] & right
             else:
-                sweep.setdefault(f"{eps:.6f}", {})[name] = results.fraction(robust)
+                sweep.setdefault(f"{eps:.6f}", {})[name] = intervals.fraction(robust)
     result = {
         "n": len(examples), "eps": attack.eps,
-        "clean": results.fraction(right), "robust": results.fraction(worst),
+        "clean": intervals.fraction(right), "robust": intervals.fraction(worst),
         "attack": {
             **dataclasses.asdict(attack), "steps": list(steps), "loss": "cross_entropy(exp scores)",
             "select": "loss",

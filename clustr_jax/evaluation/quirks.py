@@ -23,8 +23,9 @@ from clustr_jax import data
 from clustr_jax.attacks import aims, scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.scheduled_pgd import PGD
+from clustr_jax.evaluation import intervals
 from clustr_jax.evaluation.protocols import PAPER_AIM, largest_loss
-from clustr_jax.runtime import canary
+from clustr_jax.runtime import canary, provenance
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.stage_names import EVALUATE
 from clustr_jax.runtime.streams import stage_key
@@ -70,7 +71,9 @@ def table(
     for name in ("", *QUIRKS, "all"):
         on = everything - ({name} if name in QUIRKS else everything if name else frozenset())
         report(f"without {name or 'nothing'}")
-        robust = results.fraction(evaluate(key, clf, examples, settings, on, steps=steps, restarts=restarts))
+        robust = intervals.fraction(
+            evaluate(key, clf, examples, settings, on, steps=steps, restarts=restarts)
+        )
         base = robust if base is None else base
         rows.append({"off": name or "none", "robust": robust, "points": 100 * (robust - base)})
     return rows
@@ -95,7 +98,7 @@ def adaptive(
             attack, key, as_partial(clf.view), examples.x, examples.y, ids=examples.ids, restarts=restarts,
             slots=settings.slots,
         )  # fmt: skip
-        found[name] = results.fraction(~outcome.broken & ~np.asarray(right))
+        found[name] = intervals.fraction(~outcome.broken & ~np.asarray(right))
     return found
 
 
@@ -151,20 +154,22 @@ def main(argv: list[str]) -> int:
         shown.add_column(column)
     for row in rows:
         what = QUIRKS.get(row["off"]) or {"none": "the paper's protocol", "all": "none of them"}[row["off"]]
-        shown.add_row(row["off"], what, results.percent(row["robust"], {"n": count}), f"{row['points']:+.2f}")
+        shown.add_row(
+            row["off"], what, intervals.percent(row["robust"], {"n": count}), f"{row['points']:+.2f}"
+        )
     shown.add_section()
     for name, robust in magnet.items():
-        shown.add_row(f"adaptive, {name}", _ADAPTIVE[name], results.percent(robust, {"n": count}), "")
+        shown.add_row(f"adaptive, {name}", _ADAPTIVE[name], intervals.percent(robust, {"n": count}), "")
     console.print(shown)
     content = {
         "dataset": data.label(images), "subset": test.subset, "n": count, "method": config["method"],
-        "protocol": "quirks-3", "eps": settings.attack.eps, "clean": results.fraction(
+        "protocol": "quirks-3", "eps": settings.attack.eps, "clean": intervals.fraction(
             np.asarray(clf.predict(examples.x)) == examples.y),
         "robust": rows[-1]["robust"], "nearest": clf.nearest,
         "attack": budget | {"step_size": settings.attack.step_size},
         "rows": rows, "adaptive": magnet, "seed": config["seed"], "network_sha": network,
-        "config_sha": results.sha({**config, "quirks": {"n": count, **budget}}),
-        "versions": results.versions(), "wall_seconds": time.perf_counter() - started,
+        "config_sha": provenance.sha({**config, "quirks": {"n": count, **budget}}),
+        "versions": provenance.versions(), "wall_seconds": time.perf_counter() - started,
     }  # fmt: skip
     target = pathlib.Path(args.workdir) / "results"
     try:

@@ -25,10 +25,11 @@ from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.attacks.square import Square
 from clustr_jax.classifier import Classifier, correct
 from clustr_jax.data import Examples
+from clustr_jax.evaluation import intervals
 from clustr_jax.losses import margin
 from clustr_jax.runtime import streams
 from clustr_jax.settings import EvalSettings
-from clustr_jax.storage import loading, results
+from clustr_jax.storage import loading
 
 # Of a two-stage attack, the part that only runs away from the own cluster.
 _AWAY_SHARE = 0.5
@@ -187,7 +188,7 @@ def run_sound(key, clf, examples, settings: EvalSettings, report, records=None) 
     deployed, right = _right(clf, examples, settings)
     broken_by = np.where(right, "", "clean").astype(object)  # names of any length
     survivors, attacks, curves, unconfirmed = {}, {}, {}, np.zeros(len(examples), bool)
-    others = [] if quick else sorted(results.other_radii(settings.curve, attack.eps))
+    others = [] if quick else sorted(intervals.other_radii(settings.curve, attack.eps))
     smaller = [eps for eps in others if eps < attack.eps]
     larger = [eps for eps in others if eps > attack.eps]
     sweep = Sweep(key, clf, examples, settings, report, records)
@@ -216,19 +217,19 @@ def run_sound(key, clf, examples, settings: EvalSettings, report, records=None) 
     for name, survived in survivors.items():
         others = np.all([s for n, s in survivors.items() if n != name], axis=0)
         attacks[name] = {
-            "robust": results.fraction(survived), "unique_kills": int(np.sum(others & right & ~survived)),
+            "robust": intervals.fraction(survived), "unique_kills": int(np.sum(others & right & ~survived)),
             **attacks[name],
         }  # fmt: skip
     unbounded = None
     if not quick:
         wide = 1.0 if clf.bounds is not None else _UNBOUNDED * attack.eps
         left = sweep.run(alive, [*larger, wide])
-        unbounded = results.fraction(left)
+        unbounded = intervals.fraction(left)
         radii = {0.0: right, attack.eps: alive, **sweep.robust}
-        curves["eps"] = [[eps, results.fraction(radii[eps])] for eps in sorted(radii)]
+        curves["eps"] = [[eps, intervals.fraction(radii[eps])] for eps in sorted(radii)]
     result = {
         "n": len(examples), "eps": attack.eps,
-        "clean": results.fraction(deployed), "robust": results.fraction(alive),
+        "clean": intervals.fraction(deployed), "robust": intervals.fraction(alive),
         "attack": {
             **dataclasses.asdict(attack), "steps": 20 if quick else attack.steps, "select": "success",
             "apgd_steps": 20 if quick else settings.apgd_steps,
@@ -237,7 +238,7 @@ def run_sound(key, clf, examples, settings: EvalSettings, report, records=None) 
         "attacks": attacks, "curves": curves, "unbounded": unbounded,
         # left, though an attack fooled them in its own program: rounding decided in the pass that judges
         "unconfirmed": int(np.sum(unconfirmed & alive)),
-        "sweep": {f"{eps:.6f}": {"robust": results.fraction(s)} for eps, s in sorted(sweep.robust.items())},
+        "sweep": {f"{eps:.6f}": {"robust": intervals.fraction(s)} for eps, s in sorted(sweep.robust.items())},
     }  # fmt: skip
     outcomes = {"clean": deployed, "robust": alive, "broken_by": broken_by.astype(str)}
     outcomes |= {f"robust_{name}": survived for name, survived in survivors.items()}
@@ -257,10 +258,10 @@ def run_quick(key, clf, examples, settings: EvalSettings, report, records=None) 
             )
             broken_by[np.flatnonzero(alive)[outcome.broken]] = plan.name
             alive = broken_by == ""
-            attacks[plan.name] = {"unbroken_after": results.fraction(alive), **cost}
+            attacks[plan.name] = {"unbroken_after": intervals.fraction(alive), **cost}
     result = {
         "n": len(examples), "eps": attack.eps,
-        "clean": results.fraction(deployed), "robust": results.fraction(alive),
+        "clean": intervals.fraction(deployed), "robust": intervals.fraction(alive),
         "attack": {**dataclasses.asdict(attack), "steps": 20}, "attacks": attacks, "sweep": {},
     }  # fmt: skip
     return result, {"clean": deployed, "robust": alive, "broken_by": broken_by}

@@ -2,8 +2,10 @@
 
 import dataclasses
 
+from clustr_jax.evaluation import intervals
 from clustr_jax.report import figures, page, tables, words
 from clustr_jax.report.record import Record
+from clustr_jax.runtime import provenance
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.storage import results
 
@@ -18,7 +20,7 @@ def compare(records: list[Record]) -> str:
     found = {r["protocol"] for record in records for r in record.results.values()}
     by_name = {n: next((p for p in found if p.startswith(n)), "not run") for n in ("clean", "paper", "sound")}
     certified = [r.results["certified"] for r in records if "certified" in r.results]
-    radii = {f"{results.radius(c['eps'])} ({c['rule']})" for c in certified}
+    radii = {f"{intervals.radius(c['eps'])} ({c['rule']})" for c in certified}
     radius = radii.pop() if len(radii) == 1 else _OWN
     columns = [f"sound protocol ({by_name['sound']})", f"paper's protocol ({by_name['paper']})"]
     columns += [f"clean, all test images ({by_name['clean']})", f"certified, l2 radius {radius}"]
@@ -32,11 +34,11 @@ def compare(records: list[Record]) -> str:
     ]  # fmt: skip
     title = f"{len(records)} runs compared"
     return page.render(
-        "compare.html", title=title, identity=results.sha([r.identity for r in records]),
+        "compare.html", title=title, identity=provenance.sha([r.identity for r in records]),
         lead=" · ".join(names), columns=columns, rows=rows, notes=_compare_notes(records, names, drawing),
         drawing=drawing, attacks=_attack_table(records, names),
         runs=[
-            {"name": name, "title": record.title, "pairs": [*page.provenance(record), *_command(record)]}
+            {"name": name, "title": record.title, "pairs": [*page.origins(record), *_command(record)]}
             for name, record in zip(names, records, strict=True)
         ],
     )  # fmt: skip
@@ -65,11 +67,11 @@ def _names(records):
 def _cells(record, radius):
     clean, paper, sound, certified = (record.results.get(n) for n in ("clean", "paper", "sound", "certified"))
     attacked = [r for r in (paper, sound) if r]
-    eps = " and ".join(dict.fromkeys(results.radius(r["eps"]) for r in attacked))
+    eps = " and ".join(dict.fromkeys(intervals.radius(r["eps"]) for r in attacked))
     count = " and ".join(dict.fromkeys(str(r["n"]) for r in attacked))
     certain = tables.cell(certified["robust"], certified["n"]) if certified else None
     if certified and certain and radius == _OWN:
-        at = f"{certain.interval} at {results.radius(certified['eps'])} ({certified['rule']})"
+        at = f"{certain.interval} at {intervals.radius(certified['eps'])} ({certified['rule']})"
         certain = dataclasses.replace(certain, interval=at)
     return [
         tables.cell(sound["robust"], sound["n"]) if sound else None,
@@ -133,7 +135,7 @@ def _attack_table(records, names):
     ]
     if rows:
         rows.append(("all together", [tables.cell(s["robust"], s["n"]) for _, s in having]))
-    columns = [f"{name}, eps {results.radius(sound['eps'])}" for name, sound in having]
+    columns = [f"{name}, eps {intervals.radius(sound['eps'])}" for name, sound in having]
     return {"columns": columns, "rows": rows}
 
 

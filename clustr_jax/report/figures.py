@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from clustr_jax.evaluation import intervals
 from clustr_jax.reference import claims
 from clustr_jax.report.record import Record
 from clustr_jax.report.svg import DASHES, MARKERS, SERIES, Drawing, draw
 from clustr_jax.runtime.stage_names import TRAIN, WARMUP
-from clustr_jax.storage import results
 
 # Of metrics.jsonl: field -> what the legend calls it.
 _ACCURACIES = {
@@ -33,7 +33,7 @@ def _list(points, unit="") -> str:
 
 def _errors(values, n):
     """[2, len] distances to the ends of the Wilson intervals, in percent."""
-    ends = np.array([results.wilson(round(v * n), n) for v in values])
+    ends = np.array([intervals.wilson(round(v * n), n) for v in values])
     return np.maximum(100 * np.abs(ends - np.asarray(values)[:, None]).T, 0)
 
 
@@ -85,11 +85,11 @@ def over_eps(record: Record) -> Drawing | None:
     caption = "Bars are 95 % intervals."
     if sound and sound["sweep"]:
         caption += (
-            f" Sound: all attacks at {results.radius(sound['eps'])}; below it APGD on the margin alone, "
+            f" Sound: all attacks at {intervals.radius(sound['eps'])}; below it APGD on the margin alone, "
             f"above it what that leaves of what they left."
         )
     if shown < radii[-1]:
-        caption += f" Radii beyond {results.radius(shown)} are in the table: nothing is left there."
+        caption += f" Radii beyond {intervals.radius(shown)} are in the table: nothing is left there."
     return draw("eps", "Accuracy over the radius", caption, alt, paint, 3.4)
 
 
@@ -119,7 +119,7 @@ def over_budget(record: Record, what: str) -> Drawing | None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         if what == "restarts":  # what is left is often little
             highest = max(
-                results.wilson(round(v * sound["n"]), sound["n"])[1] for p in found.values() for _, v in p
+                intervals.wilson(round(v * sound["n"]), sound["n"])[1] for p in found.values() for _, v in p
             )
             axes.set_ylim(-4 * highest, min(103, 110 * highest))
 
@@ -149,7 +149,7 @@ def attacks(record: Record) -> Drawing | None:
         )  # fmt: skip
         axes.axvline(100 * sound["robust"], color=SERIES[1], linestyle=DASHES[1], label="all together")
         axes.set(xlabel="accuracy in %", ylim=(len(order) - 0.4, -0.6))
-        most = max(results.wilson(round(v * sound["n"]), sound["n"])[1] for v in values)
+        most = max(intervals.wilson(round(v * sound["n"]), sound["n"])[1] for v in values)
         axes.set_xlim(-3 * most, 104 * most)
         axes.set_yticks(places, [_short(name) for name, _ in order])
         axes.grid(axis="y", visible=False)

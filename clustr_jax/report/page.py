@@ -12,12 +12,13 @@ import jinja2
 import markupsafe
 import numpy as np
 
+from clustr_jax.evaluation import intervals
 from clustr_jax.report import figures, pictures, tables, words
 from clustr_jax.report.looks import CLASSES, Plane, Victim
 from clustr_jax.report.record import VERSION, Record
 from clustr_jax.report.svg import Drawing
+from clustr_jax.runtime import provenance
 from clustr_jax.runtime.stage_names import TRAIN
-from clustr_jax.storage import results
 
 _TEMPLATES = pathlib.Path(__file__).parent / "templates"
 _SECTIONS = (
@@ -64,7 +65,7 @@ def _environment():
 def render(template: str, **values) -> str:
     """A filled template."""
     css = markupsafe.Markup((_TEMPLATES / "page.css").read_text())
-    package = results.versions()["clustr-jax"]
+    package = provenance.versions()["clustr-jax"]
     return _environment().get_template(template).render(css=css, version=VERSION, package=package, **values)
 
 
@@ -79,7 +80,7 @@ def report(record: Record, looks: Looks) -> Report:
     shared = {
         "record": record, "verdict": words.verdict(record), "accuracy": tables.accuracy_table(record),
         "certified": tables.certified_table(record), "method": words.method(record),
-        "limits": words.limits(record), "pairs": provenance(record, looks),
+        "limits": words.limits(record), "pairs": origins(record, looks),
         "commands": record.environment.get("commands", []),
     }  # fmt: skip
     # a page without what the data would have shown is made again as soon as they are there
@@ -95,7 +96,7 @@ def report(record: Record, looks: Looks) -> Report:
         many=CLASSES if _many(record) else 0,
         borders=any(p.borders for p in looks.planes), no_planes=_no_planes(record, looks),
         victims=_shown(record, looks.victims, eps), clustered=_clustered(looks.victims),
-        eps=results.radius(eps), gain=f"{pictures.magnification(eps):.3g}",
+        eps=intervals.radius(eps), gain=f"{pictures.magnification(eps):.3g}",
         no_gallery=f"No images: {looks.reasons.get('gallery', 'no image is classified correctly')}.",
         config=json.dumps(record.config, indent=2),
         packages="\n".join(f"{k} {v}" for k, v in record.environment.get("packages", {}).items()), **shared,
@@ -228,7 +229,7 @@ def _sizes(looks):
     )
 
 
-def provenance(record: Record, looks: Looks | None = None) -> list[tuple[str, str]]:
+def origins(record: Record, looks: Looks | None = None) -> list[tuple[str, str]]:
     """Provenance as (name, value)."""
     environment, config = record.environment, record.config
     first = next(iter(record.results.values()), None)

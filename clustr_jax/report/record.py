@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 
 from clustr_jax.data import label
+from clustr_jax.runtime import provenance
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.stage_names import TRAINING
 from clustr_jax.settings import DataSettings
@@ -48,7 +49,7 @@ class Record:
         shown = {name: result["config_sha"] for name, result in self.results.items()}
         outcomes = {name: result["outcomes_sha"] for name, result in self.results.items()}
         last = self.metrics[-1:] and {k: self.metrics[-1][k] for k in ("stage", "step")}
-        return results.sha(
+        return provenance.sha(
             [VERSION, self.config, self.network, self.outdated, shown, outcomes, self.stages, last]
         )
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from clustr_jax.evaluation import intervals
+from clustr_jax.report import terminal
 from clustr_jax.report.record import Record
 from clustr_jax.storage import results
 
@@ -22,7 +24,7 @@ def cell(value: float | None, n: int | None = None) -> Cell | None:
     """None stays None: no figure, no zero."""
     if value is None:
         return None
-    text, _, interval = results.percent(value, None if n is None else {"n": n}).partition(" ")
+    text, _, interval = intervals.percent(value, None if n is None else {"n": n}).partition(" ")
     return Cell(text, interval)
 
 
@@ -45,7 +47,7 @@ def accuracy_table(record: Record) -> dict | None:
         return None
     groups: dict[float, list] = {}
     parts = []
-    for row in results.comparison(found) if found else ():
+    for row in terminal.comparison(found) if found else ():
         cells = [cell(row.claim), cell(row.paper, row.n), cell(row.sound, row.n)]
         if row.kind == "all" and cells[1]:  # of no protocol
             cells[1:] = [dataclasses.replace(cells[1], span=2)]
@@ -74,10 +76,10 @@ def accuracy_table(record: Record) -> dict | None:
         last = ("quick attack", "", [None, None, None, cell(quick["robust"], quick["n"])])
         groups.setdefault(quick["eps"], []).append(last)
     named = [
-        (f"eps {results.radius(e)}" if e else "no attack", groups[e]) for e in (0.0, *main) if e in groups
+        (f"eps {intervals.radius(e)}" if e else "no attack", groups[e]) for e in (0.0, *main) if e in groups
     ]
     others = [
-        (f"eps {results.radius(e)}, {label}", kind, cells)
+        (f"eps {intervals.radius(e)}, {label}", kind, cells)
         for e in sorted(groups) if e not in (0.0, *main) for label, kind, cells in groups[e]
     ]  # fmt: skip
     named += [("other radii", others)] if others else []
@@ -145,7 +147,7 @@ def certified_table(record: Record) -> dict | None:
     if empirical["at"]:
         left = [empirical["at"].get(r) for r in radii]
         rows.append(("left by l2-PGD", [at and cell(at["robust"], empirical["n"]) for at in left]))
-    return {"radii": [results.radius(float(r)) for r in radii], "rows": rows, "result": result}
+    return {"radii": [intervals.radius(float(r)) for r in radii], "rows": rows, "result": result}
 
 
 def check_value(check: dict) -> str:

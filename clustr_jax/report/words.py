@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 
 from clustr_jax.data import remarks
+from clustr_jax.evaluation import intervals
 from clustr_jax.report import tables
 from clustr_jax.report.record import Record
 from clustr_jax.report.tables import Cell, cell
 from clustr_jax.runtime.stage_names import TRAIN, WARMUP
 from clustr_jax.settings import DataSettings
-from clustr_jax.storage import results
 from clustr_jax.training.objectives import METHODS
 
 
@@ -31,7 +31,7 @@ def verdict(record: Record) -> Verdict:
     found, checks = record.results, record.checks
     sound = found.get("sound")
     if sound:
-        kept, n, eps = round(sound["robust"] * sound["n"]), sound["n"], results.radius(sound["eps"])
+        kept, n, eps = round(sound["robust"] * sound["n"]), sound["n"], intervals.radius(sound["eps"])
         line = f"{kept} of {n} test images are classified correctly under every attack that was tried"
         line += f" (changes of at most {eps} in each pixel)" if _images(record) else f" (eps {eps})"
         label, figure = f"robust accuracy, linf, eps {eps}", cell(sound["robust"], n)
@@ -53,7 +53,7 @@ def verdict(record: Record) -> Verdict:
         return Verdict("NO CHECK FAILED", "info", label, figure, checks["verdict"], text)
     quick = found.get("quick")
     if quick:
-        label = f"after a quick attack, eps {results.radius(quick['eps'])}"
+        label = f"after a quick attack, eps {intervals.radius(quick['eps'])}"
         text = (
             f"A quick look with {len(quick['attacks'])} attacks of few steps: the sound protocol will find "
         )
@@ -81,7 +81,7 @@ def _no_better(record):
     constant, sound = constant_share(record), record.results["sound"]
     if constant is None or sound["robust"] > constant:
         return ""
-    return f" Always answering the commonest class would score no less: {results.percent(constant)} %."
+    return f" Always answering the commonest class would score no less: {intervals.percent(constant)} %."
 
 
 def constant_share(record: Record) -> float | None:
@@ -99,13 +99,13 @@ def facts(record: Record) -> list[tuple[str, Cell, str]]:
     if clean and (sound or paper):
         found.append(("clean accuracy", cell(clean["clean"], clean["n"]), "%"))
     if paper:
-        name = f"paper's protocol, eps {results.radius(paper['eps'])}"
+        name = f"paper's protocol, eps {intervals.radius(paper['eps'])}"
         found.append((name, cell(paper["robust"], paper["n"]), "%"))
     gap = tables.masking_gap(record)
     if gap is not None:
         found.append(("masking gap", Cell(f"{100 * gap:.2f}"), "points"))
     if certified:
-        name = f"certified, l2 radius {results.radius(certified['eps'])}"
+        name = f"certified, l2 radius {intervals.radius(certified['eps'])}"
         found.append((name, cell(certified["robust"], certified["n"]), "%"))
     constant = constant_share(record)
     if constant is not None:
@@ -114,7 +114,7 @@ def facts(record: Record) -> list[tuple[str, Cell, str]]:
         top = int(np.argmax(clean["predicted"]))
         share, labelled = clean["predicted"][top], clean["labelled"][top]
         if share > 1.5 * labelled + 0.05:
-            name = f"answers of class {top}, which has {results.percent(labelled)} % of the labels"
+            name = f"answers of class {top}, which has {intervals.percent(labelled)} % of the labels"
             found.append((name, cell(share), "%"))
     return found
 
@@ -136,7 +136,7 @@ def method(record: Record) -> list[str]:
         if recipe["replays"] > 1:
             text += (
                 f" Free adversarial training: each batch {recipe['replays']} times, with a perturbation "
-                f"within eps {results.radius(config['train']['attack']['eps'])} that is carried along."
+                f"within eps {intervals.radius(config['train']['attack']['eps'])} that is carried along."
             )
         if recipe["awp"]:
             text += f" Adversarial weight perturbation, gamma {recipe['awp']:g}."
@@ -144,7 +144,7 @@ def method(record: Record) -> list[str]:
             attack = config["train"]["attack"]
             text += (
                 f" Adversary: {attack['steps']} step{'s' * (attack['steps'] != 1)} of "
-                f"{attack['step_size']:.4g} within eps {results.radius(attack['eps'])}."
+                f"{attack['step_size']:.4g} within eps {intervals.radius(attack['eps'])}."
             )
         lines.append(text)
     head = "the clusters of the embeddings" if row.head == "clusters" else "a linear layer"
@@ -187,8 +187,8 @@ def limits(record: Record) -> list[str]:
         found += [
             f"Robust accuracy is what the attacks of {sound['protocol']} left: an upper bound, which a "
             f"stronger attack may lower.",
-            f"It is about changes within an linf ball of eps {results.radius(sound['eps'])}; it says nothing "
-            f"of other norms, larger changes, shifts, noise or corruptions.",
+            f"It is about changes within an linf ball of eps {intervals.radius(sound['eps'])}; it says "
+            f"nothing of other norms, larger changes, shifts, noise or corruptions.",
             f"{sound['n']} test images were attacked; the intervals are those of drawing that many images "
             f"(Wilson, 95 %).",
         ]

@@ -13,6 +13,7 @@ from rich.console import Console
 from clustr_jax import data
 from clustr_jax.data import remarks
 from clustr_jax.evaluation import certificates, protocols
+from clustr_jax.report import terminal
 from clustr_jax.runtime import canary, mesh, processes
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.profiling import Profiler
@@ -109,10 +110,10 @@ def run(
     there = {name: result for name, result in there.items() if result is not None}
     found = {name: there[name] for name in ("clean", *known.eval.protocols) if name in there}
     if EVALUATE in wanted and found:
-        console.print(results.side_by_side(found))
+        console.print(terminal.side_by_side(found))
         diagnosis = results.diagnosis(there)
         if diagnosis is not None and "sound" in found:
-            console.print(results.checks_table(diagnosis))
+            console.print(terminal.checks_table(diagnosis))
             console.print(diagnosis["verdict"], markup=False, highlight=False, soft_wrap=True, style="bold")
         progress.line(f"results: {place.results}")
     if REPORT in wanted:

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from clustr_jax import data
-from clustr_jax.evaluation import certificates, checks, protocols
-from clustr_jax.runtime import mesh, preemption, processes, streams
+from clustr_jax.evaluation import certificates, checks, intervals, protocols, resume
+from clustr_jax.runtime import mesh, preemption, processes, provenance, streams
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.progress import duration
 from clustr_jax.runtime.stage_names import CERTIFY, EVALUATE, TRAIN
@@ -28,7 +28,7 @@ def run(this: Run) -> None:
             progress.line(f"evaluate: {name} was done before")
             continue
         # what was begun goes on with the same images only
-        record = f"{identity}-{network}-{results.sha(examples.ids.tolist())}"
+        record = f"{identity}-{network}-{provenance.sha(examples.ids.tolist())}"
         started = time.monotonic()
 
         def report(unbroken, what, name=name, started=started):
@@ -43,7 +43,7 @@ def run(this: Run) -> None:
             if test.class_names:
                 result["class_names"] = list(test.class_names)
         else:
-            records = results.Records(folder, record)
+            records = resume.Records(folder, record)
             result, outcomes, seconds = protocols.run(
                 name, key, clf, examples, settings.eval, report, records
             )
@@ -56,12 +56,12 @@ def run(this: Run) -> None:
         footer = {
             "head": "linear" if clf.clusters is None else "clusters", "nearest": clf.nearest,
             "seed": settings.seed, "config_sha": identity, "network_sha": network,
-            "versions": results.versions(), **this.remarks.fields, "wall_seconds": seconds,
+            "versions": provenance.versions(), **this.remarks.fields, "wall_seconds": seconds,
         }  # fmt: skip
         for figure in ("clean", "robust"):
-            header[f"{figure}_interval"] = results.wilson(round(result[figure] * header["n"]), header["n"])
+            header[f"{figure}_interval"] = intervals.wilson(round(result[figure] * header["n"]), header["n"])
         results.save(folder, name, {**header, **result, **footer}, outcomes)
-        results.Records(folder, record).clear()
+        resume.Records(folder, record).clear()
         most = ""
         if name == "clean":
             top = int(np.argmax(result["predicted"]))
@@ -79,12 +79,12 @@ def _identity(config, name):
     content["eval"].pop("protocols")
     if name == "certified":
         content["eval"] = {setting: content["eval"][setting] for setting in ("n", "nearest")}
-        return results.sha({**content, "result": results.PROTOCOLS[name]})
+        return provenance.sha({**content, "result": results.PROTOCOLS[name]})
     content.pop("certify")
     content["eval"].pop("diagnostics")
     if config.eval.transfer:  # what is behind a path can change
         content["transfer"] = [loading.digest(loading.load(path)) for path in config.eval.transfer]
-    return results.sha({**content, "result": results.PROTOCOLS[name]})
+    return provenance.sha({**content, "result": results.PROTOCOLS[name]})
 
 
 def _kept(before: dict | None, identity: str, network: str) -> bool:
@@ -170,19 +170,19 @@ def certify(this: Run) -> None:
         "subset": "; ".join(s.subset for s in (this.train_split, test) if s.subset),
         "n": result.pop("n"), "method": settings.method, "protocol": results.PROTOCOLS["certified"], **result,
         "head": "clusters", "nearest": clf.nearest, "seed": settings.seed, "config_sha": identity,
-        "network_sha": network, "versions": results.versions(), **this.remarks.fields,
+        "network_sha": network, "versions": provenance.versions(), **this.remarks.fields,
         "wall_seconds": seconds,
     }  # fmt: skip
     results.save(folder, "certified", result, outcomes)
     if processes.leader():
         certificates.draw(folder / "certified.png", result)
     at = ", ".join(
-        f"{results.percent(v['robust'])} / {results.percent(result['sweep'][e])} at {float(e):.4g}"
+        f"{intervals.percent(v['robust'])} / {intervals.percent(result['sweep'][e])} at {float(e):.4g}"
         for e, v in result["empirical"]["at"].items()
     )
-    found = f"l2-PGD leaves / certified in %: {at}" if at else f"nothing at {results.radius(result['eps'])}"
+    found = f"l2-PGD leaves / certified in %: {at}" if at else f"nothing at {intervals.radius(result['eps'])}"
     progress.line(
-        f"certify: clean {results.percent(result['clean'])} %; {found}; "
+        f"certify: clean {intervals.percent(result['clean'])} %; {found}; "
         f"Lipschitz constant {result['lipschitz']['lower']:.3g} to {result['lipschitz']['upper']:.3g} "
         f"({duration(seconds)})"
     )

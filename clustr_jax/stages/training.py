@@ -9,12 +9,13 @@ import numpy as np
 from clustr_jax import data, models
 from clustr_jax.attacks import pgd
 from clustr_jax.classifier import Classifier, correct
-from clustr_jax.runtime import mesh, preemption, processes, streams
+from clustr_jax.evaluation import intervals
+from clustr_jax.runtime import mesh, preemption, processes, provenance, streams
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.progress import duration
 from clustr_jax.runtime.stage_names import WARMUP
 from clustr_jax.stages.context import Run
-from clustr_jax.storage import loading, results
+from clustr_jax.storage import loading
 from clustr_jax.storage.checkpoints import Checkpoints
 from clustr_jax.storage.files import write_json
 from clustr_jax.storage.workdir import config_dict, training_sha
@@ -69,7 +70,7 @@ def run(this: Run, stage: str) -> None:
         "reason": reason, "epochs": epochs, "step": step,
         "gradient_passes": images * cost.gradients(name, settings.training, recipe),
         "num_classes": this.net.num_classes, "input_shape": list(this.net.input_shape),
-        "commit": results.commit(),
+        "commit": provenance.commit(),
     })  # fmt: skip
     processes.wait(f"{stage} is done")
 
@@ -156,7 +157,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
                 state = state.replace(batch_stats=stats)
         variables, clusters = state.deployed
         clf = Classifier(variables, clusters, this.net, bounds=this.train_split.bounds)
-        val = results.fraction(correct(clf, val_x, val_y)) if len(val_y) else None
+        val = intervals.fraction(correct(clf, val_x, val_y)) if len(val_y) else None
         if trainer.method.adversary or trainer.replays > 1:
             found = _monitor(this, clf, key)
             warned = warned or _warn_of_overfitting(this, stage, found)
@@ -231,7 +232,7 @@ def _monitor(this, clf, key):
         except UserError as error:  # one that overflows: no reason to end a training that goes on
             this.progress.line(f"no single-step and multi-step accuracy: {error}")
             return {}
-        found[f"{name}_accuracy"] = results.fraction(correct(clf, x_adv, y))
+        found[f"{name}_accuracy"] = intervals.fraction(correct(clf, x_adv, y))
     return found
 
 

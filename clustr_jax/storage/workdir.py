@@ -16,9 +16,9 @@ try:
 except ImportError:  # not on Windows: no lock there
     fcntl = None
 
-from clustr_jax.runtime import processes
+from clustr_jax.runtime import processes, provenance
 from clustr_jax.runtime.errors import UserError
-from clustr_jax.storage import additions, results
+from clustr_jax.storage import additions
 from clustr_jax.storage.files import read_json, write_json
 from clustr_jax.storage.tensorboard import Events
 
@@ -179,7 +179,7 @@ class Workdir:
 
 def training_sha(content: dict) -> str:
     """Which training a config (as JSON values) describes, whatever its evaluation."""
-    return results.sha(additions.plain({section: content.get(section) for section in _TRAINING}))
+    return provenance.sha(additions.plain({section: content.get(section) for section in _TRAINING}))
 
 
 def config_dict(config) -> dict:
@@ -196,8 +196,8 @@ def environment() -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
-        "commit": results.commit(),
-        "versions": results.versions(),
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
         "packages": dict(sorted(packages.items())),
     }
 

@@ -1,0 +1,52 @@
+"""Accuracies as numbers and as text: intervals, percents, and how radii are written."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % Wilson score interval of a fraction (Wilson 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def fraction(mask) -> float:
+    """Mean of a boolean array as a plain float."""
+    return float(np.mean(np.asarray(mask, np.float64)))
+
+
+def percent(value: float | None, result: dict | None = None, key: str = "robust") -> str:
+    """ "12.3" or, with the result it comes from, "12.3 [10.1, 14.8]"; "-" for None."""
+    if value is None:
+        return "-"
+    text = f"{100 * value:.2f}"
+    if result is not None:
+        low, high = wilson(round(value * result["n"]), result["n"])
+        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return text
+
+
+def radius(eps: float) -> str:
+    """8/255 for the radii that are quoted so (up to 32/255), else the number."""
+    scaled = eps * 255
+    return f"{scaled:.3g}/255" if abs(scaled - round(scaled)) < 1e-3 and scaled < 33 else f"{eps:.4g}"
+
+
+def other_radii(radii: Iterable[float], eps: float) -> list[float]:
+    """Those that are not `eps`, each once, to the six digits that a radius has in a result's keys.
+
+    On the command line 4/255 is a decimal.
+
+    >>> intervals.other_radii((0.015686, 2 / 255, 0.00784314), 4 / 255)
+    [0.00784313725490196]
+    """
+    found = {f"{eps:.6f}": eps}
+    for radius in radii:
+        found.setdefault(f"{radius:.6f}", radius)
+    return list(found.values())[1:]
