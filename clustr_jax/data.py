@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from clustr_jax import folder, mesh
-from clustr_jax.errors import UserError
+from clustr_jax.errors import UserError, nearest
+from clustr_jax.paths import local
 
 # Sets of TFDS, and the published sizes of their splits.
 PREPARED = {
@@ -140,7 +141,9 @@ def load_split(name: str, split: str, data_dir: str | None = None) -> Split:
         return _tfds_split(name, split, data_dir)
     if name == OWN:
         return _own(data_dir)[("train", "test").index(split)]
-    raise UserError(f"unknown data set {name!r}; known: {', '.join(NAMES)}")
+    raise UserError(
+        f"unknown data set {name!r}{nearest(name, (*NAMES, *ALIASES))}; known: {', '.join(NAMES)}"
+    )
 
 
 def label(config) -> str:
@@ -252,13 +255,13 @@ def default_data_dir() -> pathlib.Path:
     ...     data.default_data_dir() == pathlib.Path.home() / "sets"
     True
     """
-    return pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    return local(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "TFDS_DATA_DIR")
 
 
 def _tfds_split(name, split, data_dir):
     import tensorflow_datasets as tfds
 
-    directory = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
+    directory = local(data_dir, "data.dir") if data_dir else default_data_dir()
     official = PREPARED[name]["sizes"][("train", "test").index(split)]
     split = PREPARED[name].get("test", "test") if split == "test" else split
     builder = _builder(tfds, name, directory)

@@ -17,7 +17,7 @@ from clustr_jax.attacks.pgd import as_partial, check_settings
 from clustr_jax.attacks.steps import PGD
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
-from clustr_jax.errors import UserError
+from clustr_jax.errors import UserError, nearest
 
 # Batch of the authors' evaluation: their loss is the mean over it, so gradients are 64 times smaller,
 # which decides when they underflow.
@@ -190,7 +190,9 @@ def check_config(config) -> None:
         check_settings(eps=eps, step_size=attack.step_size)
     unknown = [name for name in config.eval.protocols if name not in RUNNERS]
     if unknown:
-        raise UserError(f"eval.protocols: unknown {unknown[0]!r}; known: {', '.join(RUNNERS)}")
+        raise UserError(
+            f"eval.protocols: unknown {unknown[0]!r}{nearest(unknown[0], RUNNERS)}; known: {', '.join(RUNNERS)}"
+        )
 
 
 def check_transfer(config, net) -> None:

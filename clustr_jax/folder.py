@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from clustr_jax.errors import UserError, first_line
+from clustr_jax.paths import local
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _ORIENTATION = 274  # EXIF tag; viewers turn the image by it, Pillow and other loaders do not
@@ -55,7 +56,7 @@ def read(path: str | pathlib.Path) -> Folder:
     """
     if not str(path):
         raise UserError(f"data.dir must name your images (--config.data.dir=PATH): {_LAYOUT}")
-    path = pathlib.Path(path).expanduser()
+    path = local(path, "data.dir")
     if not path.exists():
         raise UserError(f"data.dir: there is no {path}; {_LAYOUT}")
     if not path.is_dir() and not zipfile.is_zipfile(path):
@@ -73,7 +74,7 @@ def read(path: str | pathlib.Path) -> Folder:
 
 def name(path: str | pathlib.Path) -> str:
     """What the data set is called: the name of its folder, or of its file without .npz."""
-    place = pathlib.Path(path).expanduser().resolve()
+    place = local(path, "data.dir").resolve()
     return (place.stem if place.suffix == ".npz" else place.name) or "folder"
 
 

@@ -12,6 +12,7 @@ from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.classifier import Classifier
 from clustr_jax.doors import safetensors_file
 from clustr_jax.errors import UserError
+from clustr_jax.paths import local
 from clustr_jax.files import read_json
 from clustr_jax.models import Net
 from clustr_jax.objectives import METHODS
@@ -182,7 +183,7 @@ def read_config(workdir: pathlib.Path) -> dict:
 
 def find_stage(path: str | pathlib.Path) -> pathlib.Path:
     """The folder of a finished stage: the path itself, or the newest one in it; UserError without one."""
-    path = pathlib.Path(path).expanduser().resolve()
+    path = local(path, "the work directory").resolve()
     for folder in (path, path / "2_train", path / "1_warmup"):
         if (folder / "done.json").exists():
             return folder

@@ -3,11 +3,12 @@
 Names follow the keyword arguments of the functions they are passed to; the paper's symbols are in
 the comments. Every default of a run lives here. Leaves are
 JSON values (numbers, words, tuples), so that any of them can be set on the command line
-(`--config.train.epochs=5`; eps as a decimal, 8/255 = 0.03137255).
+(`--config.train.epochs=5`, `--config.eval.attack.eps=8/255`).
 """
 
 from ml_collections import ConfigDict
 
+from clustr_jax.errors import nearest
 from clustr_jax.fidelity import SWITCHES
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # authors' code, CIFAR-10 and -100
@@ -133,10 +134,12 @@ def parse(arg: str) -> tuple[str, tuple[str, ...]]:
     """ "method,variant" -> (method, variants); ValueError with the list for an unknown one."""
     method, *variants = arg.split(",")
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+        raise ValueError(f"unknown method {method!r}{nearest(method, METHODS)}; known: {', '.join(METHODS)}")
     for variant in variants:
         if variant not in VARIANTS:
-            raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
+            raise ValueError(
+                f"unknown variant {variant!r}{nearest(variant, VARIANTS)}; known: {', '.join(VARIANTS)}"
+            )
     return method, tuple(variants)
 
 

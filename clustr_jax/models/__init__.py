@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from clustr_jax import mesh
 from clustr_jax.convolution import conv2d
-from clustr_jax.errors import UserError
+from clustr_jax.errors import UserError, nearest
 from clustr_jax.models import unit
 
 
@@ -366,7 +366,7 @@ def build(
     `dtype` "bfloat16" computes the layers so in training mode (resnet18, resnet8, cnn), for accelerators.
     """
     if name not in _MODULES:
-        raise UserError(f"unknown model {name!r}; known: {', '.join(_MODULES)}")
+        raise UserError(f"unknown model {name!r}{nearest(name, _MODULES)}; known: {', '.join(_MODULES)}")
     if width < 0:
         raise UserError(f"model.width must be positive (or 0 for the usual one), got {width}")
     if name == "mlp" and len(input_shape) != 1:

@@ -11,6 +11,7 @@
 """
 
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from clustr_jax.files import write_bytes
 from clustr_jax.report import compare, looks, page
 from clustr_jax.report.page import Looks, Report
 from clustr_jax.report.record import VERSION, Record, read
+from clustr_jax.report.svg import reason
 
 __all__ = ["Looks", "Record", "Report", "current", "look", "read", "write", "write_comparison"]
 
@@ -31,7 +33,7 @@ def current(record: Record) -> bool:
     path = record.root / "report.html"
     if not (path.exists() and (record.root / "MODEL_CARD.md").exists()):
         return False
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         return f'content="clustr_jax {VERSION} {record.identity}"' in file.read(2000)
 
 
@@ -53,17 +55,36 @@ def look(record: Record, key: jax.Array, splits: tuple[data.Split, data.Split, d
         reasons["gallery"] = f"{config.data.name} has points, not images"
     elif "2_train" not in stages:
         reasons["gallery"] = "2_train is not finished"
+    failures = {}
+
+    def attempt(what, compute, *args):
+        """What it computes, or [] and the reason: no picture is worth a result."""
+        try:
+            return compute(*args)
+        except Exception as error:
+            if jax.process_count() > 1:  # the others would wait for this one
+                raise
+            reasons[what] = failures[what] = f"they could not be computed ({reason(error)})"
+            return []
+
     victims = []
     if not reasons:  # of the images that were attacked, if any were
         attacked = record.outcomes("sound")["ids"] if "sound" in record.results else np.arange(len(test))
-        victims = looks.gallery(jax.random.fold_in(key, 0), last, config, test, attacked)
-    planes = looks.embeddings(jax.random.fold_in(key, 1), stages, config, train, test)
-    return Looks(planes, victims, count, (len(train), len(held_out), len(test)), reasons)
+        where = jax.random.fold_in(key, 0), last, config, test, attacked
+        victims = attempt("gallery", looks.gallery, *where)
+    where = jax.random.fold_in(key, 1), stages, config, train, test
+    planes = attempt("embeddings", looks.embeddings, *where)
+    return Looks(planes, victims, count, (len(train), len(held_out), len(test)), reasons, failures)
 
 
-def write(record: Record, found: Looks) -> pathlib.Path:
-    """report.html, figures/ and MODEL_CARD.md; returns the first. Figures of an earlier report go."""
+def write(record: Record, found: Looks, say: Callable[[str], None] | None = None) -> pathlib.Path:
+    """report.html, figures/ and MODEL_CARD.md; returns the first. Figures of an earlier report go.
+
+    `say` is told, in a line each, what could not be drawn; the page has the reason in its place.
+    """
     made = page.report(record, found)
+    for what, why in made.failures.items() if say is not None else ():
+        say(f"report: {what}: {why}")
     folder = record.root / "figures"
     names = {f"{d.name}.{kind}" for d in made.drawings for kind in ("svg", "png")}
     for path in folder.glob("*"):

@@ -4,7 +4,7 @@ import numpy as np
 
 from clustr_jax import paper, results
 from clustr_jax.report.record import Record
-from clustr_jax.report.svg import DASHES, MARKERS, SERIES, Drawing, draw
+from clustr_jax.report.svg import DASHES, MARKERS, SERIES, Drawing, attempt, draw
 
 # Of metrics.jsonl: field -> what the legend calls it.
 _ACCURACIES = {
@@ -213,7 +213,8 @@ def training(record: Record) -> list[Drawing]:
     for stage in dict.fromkeys(r["stage"] for r in record.metrics):
         lines = [r for r in record.metrics if r["stage"] == stage]
         for kind, fields in (("accuracy", _ACCURACIES), ("loss", _LOSSES)):
-            drawing = _history(stage, lines, kind, fields)
+            name, title = f"training-{stage}-{kind}", f"{_STAGES.get(stage, stage)}: {kind}"
+            drawing = attempt(name, title, _history, stage, lines, kind, fields)
             found += [drawing] if drawing else []
     return found
 

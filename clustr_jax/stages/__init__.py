@@ -10,8 +10,19 @@ fresh parameters. A finished stage is skipped.
 import jax
 from rich.console import Console
 
-from clustr_jax import certified, data, evaluate, loading, mesh, processes, results, settings, train
-from clustr_jax.errors import UserError
+from clustr_jax import (
+    certified,
+    data,
+    evaluate,
+    loading,
+    mesh,
+    processes,
+    results,
+    settings,
+    surroundings,
+    train,
+)
+from clustr_jax.errors import UserError, nearest
 from clustr_jax.objectives import METHODS
 from clustr_jax.profiling import Profiler
 from clustr_jax.progress import Progress
@@ -37,16 +48,23 @@ def run(
     writes a trace of a few seconds of each stage to WORKDIR/profile. Raises UserError, before anything is
     computed, for settings that cannot work.
     """
-    console = Console(quiet=quiet or not processes.leader())
     config = settings.resolve(config)
-    method = _method(config)
+    _check_method(config)
     wanted = _wanted(stages, config.method)
     evaluate.check_config(config)
     certified.check_config(config)
     place = Workdir(workdir or settings.default_workdir(config))
+    with surroundings.steady(f"the run goes on, and its results go to {place.results}"):
+        progress = Progress(Console(quiet=quiet or not processes.leader()))
+        with surroundings.pinned(progress.line):
+            return _run(config, place, wanted, progress, command, profile)
+
+
+def _run(config, place, wanted, progress, command, profile):
+    """`run`, once it is known what is wanted and where."""
+    method = METHODS[config.method]
     splits = data.splits(config.data, smoke=config.smoke)
     config = settings.complete(config, splits[0], splits[2])
-    progress = Progress(console)
     source = None
     if method.source and WARMUP in wanted and not place.finished(WARMUP):
         source = _source(config, place, progress, splits[0])
@@ -82,18 +100,26 @@ def run(
         # last, for they look at the certificates as well; a new certificate is a new diagnosis
         if {EVALUATE, CERTIFY} & set(wanted) and config.eval.diagnostics:
             evaluation.diagnose(this)
+        unreported = None
         if REPORT in wanted:
-            reporting.run(this)
+            try:
+                reporting.run(this)
+            except Exception as error:  # the verdict first, then what went wrong with the page about it
+                unreported = error
     there = {name: results.load(place.results, name) for name in results.PROTOCOLS}
     there = {name: result for name, result in there.items() if result is not None}
     found = {name: there[name] for name in ("clean", *config.eval.protocols) if name in there}
     if EVALUATE in wanted and found:
-        console.print(results.side_by_side(found))
+        progress.console.print(results.side_by_side(found))
         diagnosis = results.diagnosis(there)
         if diagnosis is not None and "sound" in found:
-            console.print(results.checks_table(diagnosis))
-            console.print(diagnosis["verdict"], markup=False, highlight=False, soft_wrap=True, style="bold")
+            progress.console.print(results.checks_table(diagnosis))
+            progress.console.print(
+                diagnosis["verdict"], markup=False, highlight=False, soft_wrap=True, style="bold"
+            )
         progress.line(f"results: {place.results}")
+    if unreported is not None:
+        raise unreported
     if REPORT in wanted:
         progress.line(f"report: {place.root / 'report.html'}")
     return found
@@ -119,9 +145,11 @@ def _source(config, place, progress, target):
     return Run(config, place, progress, loading.build_net(config, splits[0]), *splits)
 
 
-def _method(config):
+def _check_method(config):
     if config.method not in METHODS:
-        raise UserError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
+        raise UserError(
+            f"unknown method {config.method!r}{nearest(config.method, METHODS)}; known: {', '.join(METHODS)}"
+        )
     return METHODS[config.method]
 
 
@@ -132,7 +160,9 @@ def _wanted(stages, name):
         raise UserError(f"--stages names no stage; known: {', '.join(STAGES)} (leave it out for all)")
     unknown = [s for s in stages or () if s not in STAGES]
     if unknown:
-        raise UserError(f"unknown stage {unknown[0]!r}; known: {', '.join(STAGES)}")
+        raise UserError(
+            f"unknown stage {unknown[0]!r}{nearest(unknown[0], STAGES)}; known: {', '.join(STAGES)}"
+        )
     if CERTIFY in (stages or ()) and method.head != "clusters":
         raise UserError(f"certify needs a cluster head, and {name} ends in a linear one; leave the stage out")
     has = {WARMUP: bool(method.warmup), CERTIFY: method.head == "clusters"}

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from clustr_jax import certified, data, diagnostics, evaluate, loading, mesh, preemption, processes, results
-from clustr_jax.errors import UserError
+from clustr_jax.errors import UserError, first_line
 from clustr_jax.progress import duration
 from clustr_jax.stages.context import CERTIFY, EVALUATE, TRAIN, Run
 from clustr_jax.workdir import config_dict
@@ -160,7 +160,10 @@ def certify(this: Run) -> None:
     }  # fmt: skip
     results.save(folder, "certified", result, outcomes)
     if processes.leader():
-        certified.draw(folder / "certified.png", result)
+        try:
+            certified.draw(folder / "certified.png", result)
+        except Exception as error:  # no picture is worth a result
+            progress.line(f"certify: certified.png could not be drawn ({first_line(error)})")
     at = ", ".join(
         f"{results.percent(v['robust'])} / {results.percent(result['sweep'][e])} at {float(e):.4g}"
         for e, v in result["empirical"]["at"].items()
