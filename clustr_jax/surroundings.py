@@ -79,10 +79,12 @@ def pinned(say: Callable[[str], None] | None = None) -> Iterator[None]:
 class Output:
     """A text stream that never ends a program: what cannot be written is left out.
 
-    `lost` is told once, of what kind the trouble is (a closed pipe, a full disk); nothing is written after it.
+    `lost` is told once, what the trouble is (a closed pipe, a full disk); nothing is written after it.
     """
 
     def __init__(self, stream: Any, lost: Callable[[str], None]):
+        if isinstance(stream, Output):  # of a block around this one: what is lost there is told here
+            stream = stream.stream
         self.stream, self._lost, self._open = stream, lost, stream is not None
 
     def __getattr__(self, name: str) -> Any:
