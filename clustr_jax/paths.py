@@ -34,7 +34,7 @@ def local(path: str | pathlib.Path, what: str) -> pathlib.Path:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{shown} is no UTF-8 text in this locale; set PYTHONUTF8=1, or use a path of plain letters"
+            f"{shown} is no UTF-8 text; use a path of plain letters, or set PYTHONUTF8=1 if the locale is why"
         ) from error
     try:
         return pathlib.Path(text).expanduser()

@@ -82,7 +82,7 @@ class Output:
     `lost` is told once, what the trouble is (a closed pipe, a full disk); nothing is written after it.
     """
 
-    def __init__(self, stream: Any, lost: Callable[[str], None]):
+    def __init__(self, stream: Any, lost: Callable[[Exception], None]):
         if isinstance(stream, Output):  # of a block around this one: what is lost there is told here
             stream = stream.stream
         self.stream, self._lost, self._open = stream, lost, stream is not None
@@ -124,23 +124,25 @@ class Output:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.stream.fileno())
                 os.close(nowhere)
-            self._lost(getattr(error, "strerror", None) or str(error))
+            self._lost(error)
 
 
 @contextlib.contextmanager
 def steady(consequence: str = "") -> Iterator[None]:
     """A block whose printing ends nothing: a closed pipe, a full disk, characters that cannot be shown.
 
-    Where stdout is lost, stderr is told so once, with the `consequence`; without one nothing is said.
+    Where stdout is lost, stderr is told so once, with the `consequence`; of a closed pipe without one nothing
+    is said, for whoever closed it (head, less) had seen enough.
     """
     before = sys.stdout, sys.stderr
 
-    def lost(why):
-        if consequence:
-            print(f"stdout: {why}; {consequence}", file=sys.stderr)
+    def lost(error):
+        if consequence or not isinstance(error, BrokenPipeError):
+            what = [getattr(error, "strerror", None) or str(error), consequence]
+            print("stdout: " + "; ".join(filter(None, what)), file=sys.stderr)
 
     sys.stdout = Output(before[0], lost)
-    sys.stderr = Output(before[1], lambda why: None)
+    sys.stderr = Output(before[1], lambda error: None)
     mine = sys.stdout, sys.stderr
     try:
         yield

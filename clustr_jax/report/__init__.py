@@ -93,9 +93,9 @@ def write(record: Record, found: Looks, say: Callable[[str], None] | None = None
     for drawing in made.drawings:
         write_bytes(folder / f"{drawing.name}.svg", drawing.svg)
         write_bytes(folder / f"{drawing.name}.png", drawing.png)
-    write_bytes(record.root / "MODEL_CARD.md", made.card.encode())
+    write_bytes(record.root / "MODEL_CARD.md", made.card.encode(errors="backslashreplace"))
     path = record.root / "report.html"
-    write_bytes(path, made.html.encode())  # last: it says that the rest is there
+    write_bytes(path, made.html.encode(errors="backslashreplace"))  # last: it says that the rest is there
     return path
 
 
