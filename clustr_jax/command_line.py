@@ -17,7 +17,6 @@ import traceback
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_flags import config_path
 
 from clustr_jax.errors import UserError, first_line, nearest
 from clustr_jax.paths import local
@@ -150,12 +149,16 @@ def _kind(name: str, config: ConfigDict) -> type | None:
                 raise UserError(f"--config.{name[:100]}: {where} is a value, and has no settings in it")
             close = nearest(part, known) or f"; {where} has {', '.join(known)}"
             raise UserError(f"--config.{name[:100]}: there is no such setting{close}")
-        if "[" in part:  # an entry of a tuple, which ml_collections knows how to find
-            try:
-                return type(config_path.get_value(name, config))
-            except (IndexError, KeyError, TypeError, ValueError) as error:
-                raise UserError(f"--config.{name[:100]}: there is no such entry") from error
+        if "[" in part:
+            raise UserError(
+                f"--config.{name[:100]}: tuples are given whole: --config.{name.partition('[')[0]}=(...)"
+            )
         section = section[part]
+    if isinstance(section, ConfigDict):
+        first = next(iter(section))
+        raise UserError(
+            f"--config.{name} holds settings: give one of them, e.g. --config.{name}.{first}=VALUE"
+        )
     return type(section)
 
 

@@ -191,7 +191,8 @@ def check_config(config) -> None:
     unknown = [name for name in config.eval.protocols if name not in RUNNERS]
     if unknown:
         raise UserError(
-            f"eval.protocols: unknown {unknown[0]!r}{nearest(unknown[0], RUNNERS)}; known: {', '.join(RUNNERS)}"
+            f"eval.protocols: unknown {unknown[0]!r}{nearest(unknown[0], RUNNERS)}; "
+            f"known: {', '.join(RUNNERS)}"
         )
 
 

@@ -13,6 +13,8 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from clustr_jax.promotion import promoting
+
 
 class KMeans(struct.PyTreeNode):
     """Result of `kmeans`. Surplus clusters (fewer distinct points than k) have `valid` False."""
@@ -24,6 +26,7 @@ class KMeans(struct.PyTreeNode):
 
 
 @functools.partial(jax.jit, static_argnames=("k", "n_init", "max_iter"))
+@promoting
 def kmeans(
     key: Array,
     points: Float[Array, "N E"],

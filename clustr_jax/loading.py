@@ -12,10 +12,10 @@ from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.classifier import Classifier
 from clustr_jax.doors import safetensors_file
 from clustr_jax.errors import UserError
-from clustr_jax.paths import local
 from clustr_jax.files import read_json
 from clustr_jax.models import Net
 from clustr_jax.objectives import METHODS
+from clustr_jax.paths import local
 from clustr_jax.workdir import training_sha
 
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from clustr_jax.promotion import promoting
+
 # Below this a variance is a rounding artefact: all embeddings coincide (losses stay finite there).
 MIN_VARIANCE = 1e-12
 
@@ -95,6 +97,7 @@ def distances(a: Float[Array, "N E"], b: Float[Array, "M E"]) -> Float[Array, "N
     return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0)
 
 
+@promoting
 def magnet_loss(
     z: Float[Array, "M S E"],
     classes: Int[Array, "M"],
@@ -142,6 +145,7 @@ def magnet_loss(
     return loss.reshape(num_rows, num_samples), variance
 
 
+@promoting
 def magnet_loss_of_rows(
     z: Float[Array, "B E"],
     row: Int[Array, "B"],

@@ -19,8 +19,8 @@ except ImportError:  # not on Windows: no lock there
 from clustr_jax import processes, results
 from clustr_jax.errors import UserError
 from clustr_jax.events import Events
-from clustr_jax.paths import local
 from clustr_jax.files import read_json, write_json
+from clustr_jax.paths import local
 
 # A work directory belongs to one training; evaluation settings may change from run to run.
 _TRAINING = (

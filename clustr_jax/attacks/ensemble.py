@@ -24,6 +24,7 @@ from clustr_jax.attacks.inputs import check_ids, check_images, check_logits
 from clustr_jax.attacks.pgd import as_partial, check_settings
 from clustr_jax.attacks.square import Square
 from clustr_jax.errors import UserError
+from clustr_jax.promotion import promoting
 
 # Of "standard": steps of the gradient attacks, queries of Square, targets of APGD-T and FAB-T.
 STEPS, QUERIES, TARGETS = 100, 5000, 9
@@ -72,6 +73,7 @@ def likely_targets(logits, y, count: int = TARGETS) -> Int[np.ndarray, "T B"]:
     return np.ascontiguousarray(order[:, : min(count, logits.shape[1] - 1)].T).astype(np.int32)
 
 
+@promoting
 def autoattack(
     key: Array,
     logits_fn: Callable,
@@ -125,6 +127,7 @@ def autoattack(
     return AutoAttackResult(x_adv, alive, broken_by)
 
 
+@promoting
 def apgd(
     key: Array,
     logits_fn: Callable,
@@ -157,6 +160,7 @@ def apgd(
     return _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots)
 
 
+@promoting
 def fab(
     key: Array,
     logits_fn: Callable,
@@ -188,6 +192,7 @@ def fab(
     return _attack(key, attack, logits_fn, x, y, True, ids, restarts, slots)
 
 
+@promoting
 def square(
     key: Array,
     logits_fn: Callable,

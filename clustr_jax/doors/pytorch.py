@@ -30,8 +30,8 @@ from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
 from clustr_jax.doors import description
 from clustr_jax.errors import UserError, first_line
-from clustr_jax.paths import local
 from clustr_jax.models import unit
+from clustr_jax.paths import local
 
 if TYPE_CHECKING:
     import torch  # pyright: ignore[reportMissingImports]
