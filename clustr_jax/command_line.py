@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from clustr_jax.errors import UserError, first_line, nearest
 from clustr_jax.paths import local
 
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_NUMBER = r"[-+]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][-+]?\d{1,5})?"
 _FRACTION = re.compile(rf"({_NUMBER})\s*/\s*({_NUMBER})")
 # A tuple or list of numbers and fractions, with or without its brackets.
 _NUMBERS = re.compile(r"[\s\d.,/()\[\]eE+-]+")

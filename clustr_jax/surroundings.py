@@ -83,9 +83,10 @@ class Output:
     """
 
     def __init__(self, stream: Any, lost: Callable[[Exception], None]):
-        if isinstance(stream, Output):  # of a block around this one: what is lost there is told here
-            stream = stream.stream
-        self.stream, self._lost, self._open = stream, lost, stream is not None
+        self._open = stream is not None
+        if isinstance(stream, Output):  # of a block around this one: what gets lost in here is told here
+            stream, self._open = stream.stream, stream._open
+        self.stream, self._lost = stream, lost
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
