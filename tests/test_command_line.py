@@ -188,19 +188,25 @@ def test_decimals_leave_other_words_alone():
 # A fuzzer: what users, shells and editors make of a right line.
 
 VALUES = (
-    "", "x", "-1", "0", "1e9", "1e400", "nan", "inf", "None", "True", "()", "(1,)", "('a',)", "(nan,)", "[", "{}", "1,2",
-    "8/255", "8/0", "1/2/3", "/", "../../x", "~nobody/x", "gs://b/x", "ü", "日本", "\udcff", "\0", "'", '"', "\\",
+    "", "x", "-1", "0", "1e9", "1e400", "nan", "inf", "None", "True", "()", "(1,)", "('a',)", "(nan,)",
+    "[", "{}", "1,2",
+    "8/255", "8/0", "1/2/3", "/", "../../x", "~nobody/x", "gs://b/x", "ü", "日本", "\udcff", "\0", "'",
+    '"', "\\",
     "9" * 5000, "%s", "{0}", "0x10", "1_000", "8 / 255", "(2/255", "--", "-", "=", "x" * 3000, "[1/2]",
     "(((((", "lambda: 0", "__import__('os')", "1e-400", "-0", "١", "½",
 )  # fmt: skip
 SPECS = (
-    "digits:clustr", "toy2d:nominal", "digits", "digits:", ":", "digits:clustr,cpu", "digits:clustr,", "digits:x",
-    "DIGITS:clustr", "../configs/digits.py:clustr", "digits.py", "/", "", "gs://b/c.py:x", "digits:clustr:cpu", "nope",
+    "digits:clustr", "toy2d:nominal", "digits", "digits:", ":", "digits:clustr,cpu", "digits:clustr,",
+    "digits:x",
+    "DIGITS:clustr", "../configs/digits.py:clustr", "digits.py", "/", "", "gs://b/c.py:x",
+    "digits:clustr:cpu", "nope",
     "common:x", "\udcff", "x" * 400,
 )  # fmt: skip
 FLAGS = (
-    "--stages={}", "--workdir={}", "--platform={}", "--coordinator={}", "--num_processes={}", "--process_id={}",
-    "--quiet={}", "--{}", "--config.{}=1", "{}", "--flagfile={}", "--config.data.dir={}", "--config.data.name={}",
+    "--stages={}", "--workdir={}", "--platform={}", "--coordinator={}", "--num_processes={}",
+    "--process_id={}",
+    "--quiet={}", "--{}", "--config.{}=1", "{}", "--flagfile={}", "--config.data.dir={}",
+    "--config.data.name={}",
     "--config.init_from={}", "--config.model.mean[0]={}", "--config.model.mean[{}]=1",
 )  # fmt: skip
 
@@ -220,12 +226,12 @@ def mutated(rng):
     """A line that was right before something happened to it."""
     spec = rng.choice(SPECS) if rng.random() < 0.3 else rng.choice(SPECS[:2])
     line = [f"--config={spec}", "--config.smoke", "--config.model.width=2"]
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.randint(0, 2)):
         if rng.random() < 0.7:
             line.append(f"--config.{rng.choice(NAMES)}={rng.choice(VALUES)}")
         else:
             line.append(rng.choice(FLAGS).format(rng.choice(VALUES)))
-    if rng.random() < 0.5:  # a slip of the finger
+    if rng.random() < 0.4:  # a slip of the finger
         at = rng.randrange(len(line))
         word = line[at] or "-"
         i = rng.randrange(len(word))
@@ -252,7 +258,7 @@ def test_mutated_command_lines_are_told_in_one_line(attempt, monkeypatch, tmp_pa
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
     rng, told, accepted, wrong = random.Random(0), 0, 0, []
     for number in range(LINES):
-        line = [f"--workdir=run-{number}", *mutated(rng)]  # another one each, for none may be used twice
+        line = [f"--workdir=run-{number}", *mutated(rng)]  # none is used twice
         if any(word in ("--help", "-h", "--list") for word in line):
             continue
         try:
