@@ -1,4 +1,4 @@
-# GNU make and a Python 3.11, 3.12 or 3.13 with venv are needed; everything else goes into .venv.
+# GNU make and a Python 3.12 or 3.13 with venv are needed; everything else goes into .venv.
 # ACCEL=cpu or ACCEL=cuda12 overrides the look for an NVIDIA driver, PYTHON=... the look for a Python,
 # ARGS=... is passed on: make run ARGS="--config=configs/cifar10.py:trades", make test ARGS="-k pgd -x".
 
@@ -18,9 +18,15 @@ endif
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
+# On the PATH first, then where version managers keep theirs: the newest suitable one of each.
+HOMES := $(foreach v,3.13 3.12,$(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(v).*/bin/python$(v) \
+  $(HOME)/.local/share/uv/python/cpython-$(v)*/bin/python$(v) \
+  $(foreach c,miniconda3 anaconda3 miniforge3 mambaforge micromamba .conda,\
+    $(HOME)/$(c)/bin/python$(v) $(HOME)/$(c)/envs/*/bin/python$(v)) \
+  $(CONDA_PREFIX)/bin/python$(v)))
+PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3 $(HOMES))
 # A version manager's shim can be on the PATH and still not run, and Debian's python3 can lack venv: so ask it.
-SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))
 
 # Stamps, so that nothing is installed again until a requirements file changes (or ACCEL does).
 INSTALLED := $(VENV)/.installed-$(ACCEL)
@@ -42,8 +48,9 @@ $(INSTALLED): requirements-cpu.txt $(REQUIREMENTS)
 	    if "$$p" -c '$(SUITABLE)' 2>/dev/null; then found="$$p"; break; fi; \
 	  done; \
 	  if [ -z "$$found" ]; then \
-	    echo "error: none of [$(PYTHONS)] runs, is Python 3.11 to 3.13 and has venv;" \
-	         "install one or name it: make setup PYTHON=/path/to/python" >&2; \
+	    echo "error: none of [$(strip $(PYTHONS))] runs, is Python 3.12 or 3.13 and has venv; install one (Debian:" \
+	         "apt install python3.13-venv; uv: uv python install 3.13; pyenv: pyenv install 3.13)" \
+	         "or name it: make setup PYTHON=/path/to/python" >&2; \
 	    exit 1; \
 	  fi; \
 	  echo "$(VENV): $$("$$found" --version) ($$found)"; \
@@ -72,7 +79,7 @@ run: $(INSTALLED)  ## run.py with its default config (digits, ClusTR+QTRADES), o
 # Most of their time is compilation: they do without XLA's optimiser, which the slow tests have.
 test test-doors: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test: $(INSTALLED_DEV)  ## every test that is not marked slow
-	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 # Those of the doors are left to test-doors, which has their tools.
 test-slow: $(INSTALLED_DEV)  ## the tests marked slow, but for those marked long

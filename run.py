@@ -24,7 +24,7 @@ _notes: list[str] = []  # what was found on the way, to be told once it is known
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 2 a mistake that the user can mend, 75 stopped by a signal."""
     try:
-        from clustr_jax import surroundings
+        from clustr_jax.runtime import surroundings
     except Exception as error:  # JAX reads its switches (JAX_*) when it is imported
         return _mistake(_first_line(error))
     with surroundings.steady():
@@ -32,8 +32,8 @@ def main(argv: list[str]) -> int:
 
 
 def _main(argv):
-    from clustr_jax import command_line, usage
-    from clustr_jax.errors import UserError
+    from clustr_jax.runtime.errors import UserError
+    from clustr_jax.settings import command_line, usage
     from configs.common import METHODS, VARIANTS, base
 
     if {"--help", "-h", "--list"} & set(argv):
@@ -56,7 +56,8 @@ def _main(argv):
 
     from jax.errors import JaxRuntimeError
 
-    from clustr_jax import preemption, processes, stages
+    from clustr_jax import stages
+    from clustr_jax.runtime import preemption, processes
 
     joined = processes.joined(values.coordinator, values.num_processes, values.process_id, values.platform)
     try:

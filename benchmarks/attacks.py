@@ -31,12 +31,11 @@ import torch.nn.functional as F
 from jax.tree_util import Partial
 
 from clustr_jax import attacks, data, losses
-from clustr_jax.attacks import aims, ensemble
-from clustr_jax.attacks import slots as scheduler
+from clustr_jax.attacks import aims, ensemble, scheduler
 from clustr_jax.attacks.pgd import as_partial
-from clustr_jax.attacks.steps import PGD
-from clustr_jax.convolution import conv2d
+from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.doors.pytorch import as_jax
+from clustr_jax.models.convolution import conv2d
 
 EPS, STEPS, RESTARTS = 8 / 255, 20, 10
 

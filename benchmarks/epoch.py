@@ -31,12 +31,12 @@ def images(n):
 
 
 def configured(args):
-    from clustr_jax import settings
+    from clustr_jax.stages import configuration
     from configs import cifar10
 
     config = cifar10.get_config("clustr_qtrades")
     config.model.name, config.model.width, config.data.train_size = args.model, args.width, args.n
-    return settings.resolve(config)
+    return configuration.resolve(config)
 
 
 def ours(args):
@@ -44,24 +44,30 @@ def ours(args):
     import jax
     import jax.numpy as jnp
 
-    from clustr_jax import data, fitting, loading, mesh, train
-    from clustr_jax.objectives import METHODS
+    from clustr_jax import data
+    from clustr_jax.runtime import mesh
+    from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
+    from clustr_jax.storage import loading
+    from clustr_jax.training import refit, train
+    from clustr_jax.training.objectives import METHODS
 
     config = configured(args)
     x, y = images(args.n)
-    net = loading.build_net(config, data.Split(x, y, 10, 255.0, (0.0, 1.0), ""))
+    net = loading.build_net(ModelSettings.of(config.model), data.Split(x, y, 10, 255.0, (0.0, 1.0), ""))
     train_set = mesh.place(train.TrainSet(jnp.asarray(x), jnp.asarray(y), 255.0, config.data.augment))
-    trainer = train.Trainer(net, METHODS["clustr_qtrades"], config, config.train, args.n)
+    trainer = train.Trainer(
+        net, METHODS["clustr_qtrades"], TrainingSettings.of(config), Recipe.of(config.train), args.n
+    )
     key = jax.random.key(0)
     state = mesh.place(train.create(trainer, net.init(key)))
-    state = fitting.refit(trainer, state, train_set, key)
-    state = train.reset_totals(trainer, state, train_set, key)
+    state = refit.refit(trainer, state, train_set, key)
+    state = train.with_totals(trainer, state, train_set, key)
     order = train.epoch_order(key, args.n, 0)
 
     def epoch():
         # a step's number decides the randomness, not its cost: every epoch may be the first
         after = train.run_steps(trainer, state, train_set, order, key, trainer.steps_per_epoch)
-        jax.block_until_ready(fitting.refit(trainer, after, train_set, key))
+        jax.block_until_ready(refit.refit(trainer, after, train_set, key))
 
     draw = jax.jit(lambda state, train_set, key: train.draw_batch(trainer, state, train_set, order, key))
     pixels = train_set.batch(jnp.arange(trainer.batch_size))[0]

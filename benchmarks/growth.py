@@ -38,27 +38,35 @@ def epoch(n, k, samples):
     import jax
     import jax.numpy as jnp
 
-    from clustr_jax import data, fitting, loading, settings, train
-    from clustr_jax.objectives import METHODS
+    from clustr_jax import data
+    from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
+    from clustr_jax.stages import configuration
+    from clustr_jax.storage import loading
+    from clustr_jax.training import refit, train
+    from clustr_jax.training.objectives import METHODS
     from configs import cifar10
 
     config = cifar10.get_config("clustr_qtrades")
     config.model.name, config.magnet.k, config.magnet.samples = "resnet8", k, samples
     config.magnet.clusters = 10  # with K = 1 there are no more
-    config = settings.resolve(config)
+    config = configuration.resolve(config)
     images = np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
     labels = (np.arange(n) % 10).astype(np.int32)
-    net = loading.build_net(config, data.Split(images, labels, 10, 255.0, (0.0, 1.0), ""))
+    net = loading.build_net(
+        ModelSettings.of(config.model), data.Split(images, labels, 10, 255.0, (0.0, 1.0), "")
+    )
     train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
-    trainer = train.Trainer(net, METHODS["clustr_qtrades"], config, config.train, n)
+    trainer = train.Trainer(
+        net, METHODS["clustr_qtrades"], TrainingSettings.of(config), Recipe.of(config.train), n
+    )
     key = jax.random.key(0)
-    state = fitting.refit(trainer, train.create(trainer, net.init(key)), train_set, key)
-    state = train.reset_totals(trainer, state, train_set, key)
+    state = refit.refit(trainer, train.create(trainer, net.init(key)), train_set, key)
+    state = train.with_totals(trainer, state, train_set, key)
     order = train.epoch_order(key, n, 0)
 
     def once():
         after = train.run_steps(trainer, state, train_set, order, key, trainer.steps_per_epoch)
-        jax.block_until_ready(fitting.refit(trainer, after, train_set, key))
+        jax.block_until_ready(refit.refit(trainer, after, train_set, key))
 
     return once
 
@@ -69,10 +77,9 @@ def attack(images, restarts, steps, slots):
     import jax.numpy as jnp
 
     from clustr_jax import losses, models
-    from clustr_jax.attacks import aims
-    from clustr_jax.attacks import slots as scheduler
+    from clustr_jax.attacks import aims, scheduler
     from clustr_jax.attacks.pgd import as_partial
-    from clustr_jax.attacks.steps import PGD
+    from clustr_jax.attacks.scheduled_pgd import PGD
     from clustr_jax.classifier import Classifier
 
     net = models.build("resnet8", num_classes=10, input_shape=(32, 32, 3), mean=(0.5,), std=(0.25,))

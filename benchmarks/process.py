@@ -20,7 +20,7 @@ def on_cores():
     """A context with the devices that run.py has: one for each core."""
     import jax
 
-    from clustr_jax import mesh, processes
+    from clustr_jax.runtime import mesh, processes
 
     processes.use_cores()
     return mesh.over(jax.devices())
@@ -28,7 +28,7 @@ def on_cores():
 
 def finish(name: str, content, save: bool) -> None:
     """Print the result as JSON, and with `save` keep it as results/benchmarks/NAME.json."""
-    from clustr_jax import results
+    from clustr_jax.storage import results
 
     content = {"benchmark": name, "cores": os.cpu_count(), "versions": results.versions(), **content}
     text = json.dumps(content, indent=2)

@@ -14,8 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import process
 
-from clustr_jax import data, loading, mesh, settings, train
-from clustr_jax.objectives import METHODS
+from clustr_jax import data
+from clustr_jax.runtime import mesh
+from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
+from clustr_jax.stages import configuration
+from clustr_jax.storage import loading
+from clustr_jax.training import train
+from clustr_jax.training.objectives import METHODS
 from configs import cifar10
 
 SIZE = 2400
@@ -24,11 +29,13 @@ SIZE = 2400
 def measure(method, model, count):
     config = cifar10.get_config(method)
     config.model.name = model
-    config = settings.resolve(config)
+    config = configuration.resolve(config)
     images = np.zeros((SIZE, 32, 32, 3), np.uint8)
     labels = (np.arange(SIZE) % 10).astype(np.int32)
-    net = loading.build_net(config, data.Split(images, labels, 10, 255.0, (0.0, 1.0), ""))
-    trainer = train.Trainer(net, METHODS[method], config, config.train, SIZE)
+    net = loading.build_net(
+        ModelSettings.of(config.model), data.Split(images, labels, 10, 255.0, (0.0, 1.0), "")
+    )
+    trainer = train.Trainer(net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), SIZE)
     key = jax.random.key(0)
     with mesh.over(jax.devices()[:count]):
         train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
@@ -50,7 +57,9 @@ def forward(method, model) -> float:
     config = cifar10.get_config(method)
     config.model.name = model
     images, labels = np.zeros((10, 32, 32, 3), np.uint8), np.arange(10, dtype=np.int32)
-    net = loading.build_net(settings.resolve(config), data.Split(images, labels, 10, 255.0, (0.0, 1.0), ""))
+    net = loading.build_net(
+        ModelSettings.of(config.model), data.Split(images, labels, 10, 255.0, (0.0, 1.0), "")
+    )
     variables = jax.eval_shape(net.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((10, 32, 32, 3), jnp.float32)
     cost = jax.jit(lambda v, x: net.eval(v, x).logits).lower(variables, x).compile().cost_analysis()

@@ -20,8 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import process
 
-from clustr_jax import cost, data, fitting, loading, mesh, models, settings, train
-from clustr_jax.objectives import METHODS
+from clustr_jax import data, models
+from clustr_jax.runtime import mesh
+from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
+from clustr_jax.stages import configuration
+from clustr_jax.storage import loading
+from clustr_jax.training import cost, refit, train
+from clustr_jax.training.objectives import METHODS
 from configs import cifar10
 
 SIZE = 2400
@@ -78,11 +83,11 @@ class FreeNet:
 
 def stepping(net, method, config, train_set, key):
     """(trainer, function that makes three steps in one call, as training runs them, and its state)."""
-    trainer = train.Trainer(net, METHODS[method], config, config.train, SIZE)
+    trainer = train.Trainer(net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), SIZE)
     state = mesh.place(train.create(trainer, net.init(key)))
     if trainer.magnet:
-        state = fitting.refit(trainer, state, train_set, key)
-    state = train.reset_totals(trainer, state, train_set, key)
+        state = refit.refit(trainer, state, train_set, key)
+    state = train.with_totals(trainer, state, train_set, key)
     order = train.epoch_order(key, SIZE, 0)
     return trainer, (lambda: train.run_steps(trainer, state, train_set, order, key, 3).step), state
 
@@ -99,11 +104,13 @@ def seconds(f, repeat=3):
 def measure(method, args):
     config = cifar10.get_config(method)
     config.model.name, config.model.width = args.model, args.width
-    config = settings.resolve(config)
+    config = configuration.resolve(config)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (SIZE, 32, 32, 3), dtype=np.uint8)
     labels = (np.arange(SIZE) % 10).astype(np.int32)
-    net = loading.build_net(config, data.Split(images, labels, 10, 255.0, (0.0, 1.0), ""))
+    net = loading.build_net(
+        ModelSettings.of(config.model), data.Split(images, labels, 10, 255.0, (0.0, 1.0), "")
+    )
     train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
     train_set = mesh.place(train_set)
     key = jax.random.key(0)
@@ -113,7 +120,11 @@ def measure(method, args):
     _, rest, _ = stepping(free, method, config, train_set, key)
     batch = trainer.batch_size
     x = jnp.asarray(images[:batch], jnp.float32) / 255
-    needed = {name: n for name, n in cost.passes(method, config).items() if n}
+    needed = {
+        name: n
+        for name, n in cost.passes(method, TrainingSettings.of(config), Recipe.of(config.train)).items()
+        if n
+    }
     x, y = mesh.place((x, jnp.asarray(labels[:batch])))
     functions = bare(net, state.variables, x, y)
     taken = {name: [] for name in (*needed, "step", "rest")}

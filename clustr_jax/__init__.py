@@ -4,32 +4,63 @@
     x, y = data.load("digits", "test")
     x_adv = attacks.pgd(key, clf.logits, x, y, eps=0.2, step_size=0.05, steps=20, restarts=10)
 
-Map, from the bottom up:
-    mesh, processes, errors                 several devices, several processes, mistakes of the user
-    losses, kmeans, convolution, models     arrays in, arrays out
-    clusters, sampling, attacks             the cluster head, Magnet batches, adversaries
-    classifier                              network and head together: what is attacked and deployed
-    objectives, train, fitting, cost        one function per method, the train step, k-means++ between epochs,
-                                            gradient passes
-    settings, fidelity, paper               what a config may say, the authors' switches, the paper's figures
-    evaluate, sound, diagnostics, quirks    the paper's protocol, the sound ones, can they be believed?
-    certify, certified, lipschitz           radii of the cluster head, certified.json, bounds of networks
-    checkpoints, seals, workdir, loading, results, files    what is on disk
-    data, prepare, folder                   prepared sets, how they are, and your own images
-    doors                                   PyTorch, Foolbox, safetensors
-    events                                  the metrics once more, for TensorBoard
-    preemption, profiling, progress         signals, traces, what is seen while work runs
-    report                                  report.html, figures and MODEL_CARD.md of a work directory
-    stages, usage                           the order of things; run.py calls stages.run; --help
+Map, from the ground up; a room imports from those below it only (tests/test_rooms.py):
+    runtime       devices and processes, signals, mistakes of the user, stage names, random streams, extras
+    reference     the paper's claims, the authors' switches
+    settings      what a config says, as frozen dataclasses; --help
+    losses, kmeans, clusters, certify, lipschitz    arrays in, arrays out
+    attacks       PGD and its relatives, AutoAttack, the scheduler under every evaluation
+    models        networks; the only room that imports flax.linen
+    classifier    network and head together: what is attacked and deployed
+    data          prepared sets, your own images, who is in which split
+    training      one function per method, the train step, Magnet batches, k-means++ between epochs
+    storage       work directory, checkpoints, results, and back from there to a network
+    evaluation    the paper's protocol, the sound ones, can they be believed?, certificates
+    doors         PyTorch, Foolbox, safetensors
+    report        report.html, figures and MODEL_CARD.md of a work directory
+    stages        the order of things, and what is refused; run.py calls stages.run
+    prepare, quirks, fidelity    python -m clustr_jax.NAME
 
 Shape legend: B batch, N train set, Y classes, K clusters per class, M x S Magnet batch, E embedding,
 R restarts. Pixels are float32 NHWC in [0, 1]; normalisation is inside the model.
 """
 
-from clustr_jax.classifier import Classifier
-from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
-from clustr_jax.loading import load
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clustr_jax.classifier import Classifier
+    from clustr_jax.clusters import Clusters
+    from clustr_jax.runtime.errors import UserError
+    from clustr_jax.storage.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["Classifier", "Clusters", "UserError", "load"]
+
+# Where the public names come from. They are imported when they are first asked for: the attacks need JAX
+# and NumPy, and `load` everything that a network is made and kept with.
+_HOMES = {
+    "Classifier": "classifier",
+    "Clusters": "clusters",
+    "UserError": "runtime.errors",
+    "load": "storage.loading",
+}
+# Of these an extra can be missing (`pip install "clustr-jax[all]"`).
+_ROOMS = ("data", "models", "training", "storage", "evaluation", "doors", "report", "stages")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES and name not in _ROOMS:
+        raise AttributeError(f"module 'clustr_jax' has no attribute {name!r}")
+    from clustr_jax.runtime import extras
+
+    try:
+        home = importlib.import_module(f"clustr_jax.{_HOMES.get(name, name)}")
+    except ModuleNotFoundError as error:
+        raise extras.explained(error, f"clustr_jax.{name}") from error
+    globals()[name] = value = getattr(home, name) if name in _HOMES else home
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
+from clustr_jax.runtime import arrays
+from clustr_jax.runtime.errors import UserError
 
 # rule -> what it certifies
 RULES = {
@@ -90,7 +91,17 @@ def accuracy(radii: Float[np.ndarray, "B"], r: Float[np.ndarray, "R"]) -> Float[
     >>> print(certify.accuracy(np.array([0.0, 0.1, 0.3, 0.4]), np.array([0.0, 0.2, 0.3])))
     [0.75 0.5  0.25]
     """
-    return np.mean(np.asarray(radii)[None, :] > np.asarray(r)[:, None], axis=1)
+    radii = _radii(radii, "radii", "B", empty=False)
+    return np.mean(radii[None, :] > _radii(r, "r", "R", empty=True)[:, None], axis=1)
+
+
+def _radii(values, name, axis, *, empty):
+    """float64 [.], none negative or NaN (inf: there is no other class); UserError otherwise."""
+    values = np.asarray(arrays.as_array(values, name), np.float64)
+    arrays.check_shape(values, name, axis, {}, empty=empty)
+    if not (values >= 0).all():
+        raise UserError(f"{name} must be radii, 0 or more, got {values[~(values >= 0)][0]:.4g}")
+    return values
 
 
 class _Pairs(NamedTuple):
@@ -232,21 +243,16 @@ def _checked(clusters, z, y, lipschitz, rule, rounding):
     """Everything in float64, or a UserError that says what does not fit."""
     if rule not in RULES:
         raise UserError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    if np.ndim(lipschitz) != 0 or not 0 < lipschitz < math.inf:
-        raise UserError(f"lipschitz must be a positive, finite upper bound, got {lipschitz}")
-    if not 0 <= rounding < 1:
-        raise UserError(f"rounding is a relative error in [0, 1), got {rounding}")
-    centroids = np.asarray(clusters.centroids, np.float64)
+    arrays.positive(lipschitz, "lipschitz", "a positive, finite upper bound")
+    arrays.number(rounding, "rounding", "a relative error in [0, 1)", lambda v: 0 <= v < 1)
+    for given in (clusters.centroids, clusters.variance, clusters.mask, z, y, lipschitz, rounding):
+        if not arrays.concrete(given):
+            raise UserError("certify.radius is NumPy and does not run inside jit; call it outside")
+    fields = clusters._checked()
+    centroids, variance = np.asarray(fields["centroids"], np.float64), float(fields["variance"])
     valid = np.asarray(clusters.valid, bool)
-    z, y = np.asarray(z, np.float64), np.asarray(y)
     num_classes, _, dimension = centroids.shape
-    if z.ndim != 2 or z.shape[1] != dimension or y.shape != z.shape[:1]:
-        raise UserError(
-            f"z must be [B, {dimension}] like the centroids and y [B], got {z.shape} and {y.shape}"
-        )
-    if not np.issubdtype(y.dtype, np.integer) or (len(y) and not 0 <= y.min() <= y.max() < num_classes):
-        raise UserError(f"y must hold classes 0..{num_classes - 1}")
-    variance = float(clusters.variance)
-    if not 0 < variance < math.inf:
-        raise UserError(f"the clusters' variance must be positive and finite, got {variance}")
+    sizes = {"E": dimension}
+    z = np.asarray(arrays.floats(z, "z", "B E", sizes, empty=True, double=True), np.float64)
+    y = np.asarray(arrays.labels(y, num_classes, sizes))
     return centroids, variance, valid, z, y

@@ -1,15 +1,19 @@
 """A trained network with its head, as one pytree: what attacks, evaluation and notebooks work on."""
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import mesh
 from clustr_jax.attacks.aims import View
+from clustr_jax.attacks.input_checks import check_input
 from clustr_jax.clusters import Clusters
-from clustr_jax.models import Net
+from clustr_jax.runtime import mesh, struct
+
+if TYPE_CHECKING:  # flax comes with it
+    from clustr_jax.models import Net
 
 # Whole test sets go through the network in pieces of this many images.
 _CHUNK = 500
@@ -33,7 +37,7 @@ class Classifier(struct.PyTreeNode):
 
     variables: dict
     clusters: Clusters | None
-    net: Net = struct.field(pytree_node=False)
+    net: "Net" = struct.field(pytree_node=False)
     nearest: int = struct.field(pytree_node=False, default=0)
     bounds: tuple[float, float] | None = struct.field(pytree_node=False, default=(0.0, 1.0))
 
@@ -43,7 +47,7 @@ class Classifier(struct.PyTreeNode):
         >>> clf.embed(x).shape
         (500, 20)
         """
-        return _apply(self, x, "embed")
+        return _apply(self, self._checked(x), "embed")
 
     def logits(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B Y"]:
         """Log-domain logits: logsumexp_j(-|f - mu_cj|^2 / 2 sigma^2) for clusters, else the linear head.
@@ -54,7 +58,7 @@ class Classifier(struct.PyTreeNode):
         >>> print(jnp.allclose(jax.nn.softmax(z), clf.clusters.probs(clf.embed(x)), atol=1e-4))
         True
         """
-        return _apply(self, x, "logits")
+        return _apply(self, self._checked(x), "logits")
 
     def scores(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B Y"]:
         """What the authors attack: exp scores over the D nearest clusters; the logits of a linear head.
@@ -88,7 +92,11 @@ class Classifier(struct.PyTreeNode):
         >>> print(bool((clf.predict(x) == clf.deployed(x).argmax(axis=1)).all()))
         True
         """
-        return jnp.argmax(_apply(self, x, "deployed"), axis=1).astype(jnp.int32)
+        return jnp.argmax(_apply(self, self._checked(x), "deployed"), axis=1).astype(jnp.int32)
+
+    def _checked(self, x):
+        """UserError for images that are not the network's; `clf.replace(bounds=None)` takes any values."""
+        return check_input(x, getattr(self.net, "input_shape", None), self.bounds)
 
 
 @jax.jit(static_argnames="what")
@@ -129,7 +137,7 @@ def correct(clf: Classifier, x, y) -> Bool[np.ndarray, "N"]:
 
     >>> from clustr_jax.classifier import correct
     >>> net = models.build("mlp", num_classes=2, input_shape=(2,), mean=(0.0, 0.0), std=(1.0, 1.0))
-    >>> clf = Classifier(net.init(jax.random.key(0)), None, net)  # a linear head
+    >>> clf = Classifier(net.init(jax.random.key(0)), None, net, bounds=None)  # a linear head
     >>> x, y = data.load("toy2d", "test")
     >>> right = correct(clf, x, y)
     >>> right.shape, bool((right == (clf.predict(x) == y)).all())

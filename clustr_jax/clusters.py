@@ -1,21 +1,27 @@
 """The cluster head: centroids per class, log scores (paper Eq. 4), and the fit that makes them."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import mesh
-from clustr_jax.errors import UserError
 from clustr_jax.kmeans import kmeans
 from clustr_jax.losses import MIN_VARIANCE
+from clustr_jax.runtime import arrays, mesh
+from clustr_jax.runtime.errors import UserError
 
 
-class Clusters(struct.PyTreeNode):
+@dataclasses.dataclass(frozen=True)
+class Clusters:
     """K centroids for each of Y classes and one variance; `mask` is False where a class has fewer.
+
+    A pytree. Raises UserError for shapes that do not fit, centroids that are not finite and a variance that
+    is not positive; inside jit, for shapes and types. What jax makes of it (by `jax.tree.map`, `jax.vmap`)
+    is not looked at before it is used: it may hold shapes, gradients, or many heads at once.
 
     >>> centroids = jnp.array([[[0.0, 0.0], [4.0, 0.0]], [[0.0, 3.0], [4.0, 3.0]]])  # [Y=2, K=2, E=2]
     >>> c = Clusters(centroids, jnp.float32(1.0))
@@ -25,6 +31,53 @@ class Clusters(struct.PyTreeNode):
     centroids: Float[Array, "Y K E"]
     variance: Float[Array, ""]
     mask: Bool[Array, "Y K"] | None = None
+
+    def __post_init__(self):
+        if not all(arrays.is_array(value) for value in (self.centroids, self.variance)):
+            return  # of shapes, or of how to shard
+        for name, value in self._checked().items():
+            if not isinstance(getattr(self, name), (int, float)):  # these keep JAX's weak type
+                object.__setattr__(self, name, value)
+
+    def _checked(self) -> dict[str, Any]:
+        """The fields with the types that are computed with, or UserError."""
+        sizes: dict[str, int] = {}
+        centroids = arrays.as_array(self.centroids, "centroids")
+        arrays.check_shape(centroids, "centroids", "Y K E", sizes)
+        mask = self.mask
+        if arrays.is_array(mask):
+            mask = arrays.mask(mask, "mask", "Y K", sizes)
+        where = mask if arrays.is_array(mask) else None
+        return {
+            "centroids": arrays.floats(centroids, "centroids", "Y K E", sizes, where=where),
+            "variance": _positive(arrays.floats(self.variance, "variance", "")),
+            "mask": mask,
+        }
+
+    def _embeddings(self, z):
+        """z with the type that is computed with, or UserError."""
+        fields = self._checked()
+        centroids, variance = fields["centroids"], fields["variance"]
+        z = arrays.floats(z, "z", "B E", {"E": centroids.shape[2]}, empty=True)
+        if z.size and arrays.concrete(z, centroids, variance):
+            ends = [float(v) for a in (z, centroids) for v in arrays.extent(a, None)]
+            # 2 sigma^2 may be below 1
+            exponent = (max(ends) - min(ends)) ** 2 * z.shape[1] / min(1.0, 2 * float(variance))
+            if exponent > float(np.finfo(np.float32).max):
+                raise UserError(
+                    f"z and the centroids reach from {min(ends):.4g} to {max(ends):.4g}; squared distances "
+                    f"over the variance ({float(variance):.4g}) overflow float32: are these the embeddings "
+                    f"that the clusters were fitted to?"
+                )
+        return z
+
+    def replace(self, **changes) -> "Clusters":
+        """A copy with these fields changed.
+
+        >>> print(c.replace(variance=jnp.float32(2.0)).exponents(z)[:, 0])
+        [[-0.25 -4.25]]
+        """
+        return dataclasses.replace(self, **changes)
 
     @property
     def valid(self) -> Bool[Array, "Y K"]:
@@ -43,6 +96,9 @@ class Clusters(struct.PyTreeNode):
         [[[ 1. 17.]
           [ 4. 20.]]]
         """
+        return self._squared(self._embeddings(z))
+
+    def _squared(self, z):
         return jnp.sum(jnp.square(z[:, None, None, :] - self.centroids[None]), axis=-1)
 
     def exponents(self, z: Float[Array, "B E"]) -> Float[Array, "B Y K"]:
@@ -69,11 +125,11 @@ class Clusters(struct.PyTreeNode):
         >>> print(c.log_scores(far).argmax(axis=1), c.scores(far).argmax(axis=1))  # exp underflows to a tie
         [1] [0]
         """
-        squared = self.squared_distances(z)
+        nearest = None if nearest is None else arrays.whole(nearest, "nearest")
+        z = self._embeddings(z)
+        squared = self._squared(z)
         keep = jnp.broadcast_to(self.valid[None], squared.shape)
         if nearest is not None and nearest < self.centroids.shape[0] * self.centroids.shape[1]:
-            if nearest < 1:
-                raise UserError(f"nearest must be at least 1, got {nearest}")
             flat = jnp.where(keep, squared, jnp.inf).reshape(z.shape[0], -1)
             _, index = jax.lax.top_k(-flat, nearest)
             chosen = jnp.zeros(flat.shape, bool).at[jnp.arange(z.shape[0])[:, None], index].set(True)
@@ -101,6 +157,35 @@ class Clusters(struct.PyTreeNode):
         return jax.nn.softmax(self.log_scores(z, nearest))
 
 
+_FIELDS = ("centroids", "variance", "mask")
+
+
+def _flatten(clusters):
+    return tuple(getattr(clusters, name) for name in _FIELDS), None
+
+
+def _flatten_with_keys(clusters):
+    return [(jax.tree_util.GetAttrKey(name), getattr(clusters, name)) for name in _FIELDS], None
+
+
+def _unflatten(_, children):
+    """Without a look at them: JAX puts anything into a tree."""
+    made = object.__new__(Clusters)
+    for name, value in zip(_FIELDS, children, strict=True):
+        object.__setattr__(made, name, value)
+    return made
+
+
+jax.tree_util.register_pytree_with_keys(Clusters, _flatten_with_keys, _unflatten, _flatten)
+
+
+def _positive(variance):
+    """UserError for a variance of 0, below it, or so small that 1 / variance is none."""
+    return arrays.number(
+        variance, "variance", "positive and finite", lambda v: float(np.finfo(np.float32).tiny) <= v < np.inf
+    )
+
+
 def fit(
     key: Array,
     z: Float[Array, "N E"],
@@ -114,8 +199,9 @@ def fit(
     """k-means++ of each class's embeddings -> Clusters.
 
     sigma^2 is the sum of the squared distances to the nearest own-class centroids, divided by N - 1
-    (paper Eq. 3). Raises UserError where a class has fewer than k members; a class with fewer than k
-    *distinct* embeddings gets fewer clusters (`mask`).
+    (paper Eq. 3). Raises UserError where a class has fewer than k members, for embeddings that are not finite
+    and for labels that are no classes; a class with fewer than k *distinct* embeddings gets fewer clusters
+    (`mask`). Not inside jit: the labels decide the shapes.
 
     >>> z = jnp.array([[0.0, 0.0], [0.0, 1.0], [5.0, 0.0], [5.0, 1.0]])  # [N=4, E=2]
     >>> c = clusters.fit(jax.random.key(0), z, jnp.array([0, 0, 1, 1]), num_classes=2, k=1)
@@ -143,13 +229,15 @@ def fit_assign(
     >>> print(assignments)
     [0 1 0 1]
     """
-    per_class = (k,) * num_classes if isinstance(k, int) else tuple(k)
-    if len(per_class) != num_classes or min(per_class) < 1:
-        raise UserError(f"k must be a positive int or one per class ({num_classes}), got {k}")
-    labels = np.asarray(y)
+    arrays.key(key)
+    num_classes, n_init = arrays.whole(num_classes, "num_classes"), arrays.whole(n_init, "n_init")
+    max_iter, per_class = arrays.whole(max_iter, "max_iter", low=0), _per_class(k, num_classes)
+    if not arrays.concrete(y):
+        raise UserError("clusters.fit does not run inside jit: y decides the shapes; call it outside")
+    sizes: dict[str, int] = {}
+    z = arrays.floats(z, "z", "N E", sizes, squares="between them")
+    labels = np.asarray(arrays.labels(y, num_classes, sizes, axis="N"))
     counts = np.bincount(labels, minlength=num_classes)
-    if len(counts) > num_classes:
-        raise UserError(f"labels must lie in 0..{num_classes - 1}, got {labels.max()}")
     for c, (count, wanted) in enumerate(zip(counts, per_class, strict=True)):
         if count < wanted:
             raise UserError(
@@ -162,6 +250,15 @@ def fit_assign(
         blocks[c, : counts[c]] = order[starts[c] : starts[c] + counts[c]]
     limits = jnp.asarray(per_class, jnp.int32)
     return _fit(key, z, jnp.asarray(labels, jnp.int32), blocks, limits, max(per_class), n_init, max_iter)
+
+
+def _per_class(k, num_classes: int) -> tuple[int, ...]:
+    """k of each class."""
+    if np.ndim(k) == 0:
+        return (arrays.whole(k, "k"),) * num_classes
+    if len(k) != num_classes:
+        raise UserError(f"k must be one number, or one for each of the {num_classes} classes, got {len(k)}")
+    return tuple(arrays.whole(value, "k") for value in k)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "n_init", "max_iter"))
@@ -209,7 +306,10 @@ def of_linear_head(
     >>> bool(jnp.allclose(c.probs(z), jax.nn.softmax(z @ kernel + bias), atol=1e-6))
     True
     """
-    w, b, m = (np.asarray(a, np.float64) for a in (np.asarray(kernel).T, bias, means))
+    sizes: dict[str, int] = {}
+    given = (kernel, "kernel", "E Y"), (bias, "bias", "Y"), (means, "means", "Y E")
+    w, b, m = (np.asarray(arrays.floats(*a, sizes, double=True), np.float64) for a in given)
+    w = w.T
     num_classes, size = w.shape
     apart, b = w - w.mean(axis=0), b - b.mean()  # a term common to all classes changes nothing
     if np.linalg.matrix_rank(apart) < num_classes - 1:
@@ -236,7 +336,6 @@ def of_linear_head(
     return Clusters(jnp.asarray(centroids[:, None], jnp.float32), jnp.float32(s), mask)
 
 
-@jax.jit
 def with_variance(clusters: Clusters, z: Float[Array, "N E"], y: Int[Array, "N"]) -> Clusters:
     """The same centroids with the variance of these embeddings (paper Eq. 3).
 
@@ -245,6 +344,15 @@ def with_variance(clusters: Clusters, z: Float[Array, "N E"], y: Int[Array, "N"]
     >>> print(clusters.with_variance(c, z, y).variance)  # (1 + 1 + 4) / (3 - 1)
     3.0
     """
+    fields, sizes = clusters._checked(), {}
+    sizes["E"] = fields["centroids"].shape[2]
+    z = arrays.floats(z, "z", "N E", sizes, squares="between them")
+    y = arrays.labels(y, fields["centroids"].shape[0], sizes, axis="N")
+    return _with_its_variance(clusters, z, y)
+
+
+@jax.jit
+def _with_its_variance(clusters, z, y):
     return _with_variance(clusters, z, y)[0]
 
 

@@ -9,11 +9,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax.promotion import promoting
+from clustr_jax.runtime import arrays, struct
+from clustr_jax.runtime.promotion import promoting
 
 
 class KMeans(struct.PyTreeNode):
@@ -25,8 +25,6 @@ class KMeans(struct.PyTreeNode):
     valid: Bool[Array, "k"]
 
 
-@functools.partial(jax.jit, static_argnames=("k", "n_init", "max_iter"))
-@promoting
 def kmeans(
     key: Array,
     points: Float[Array, "N E"],
@@ -44,7 +42,8 @@ def kmeans(
 
     Inertia is the sum of squared distances to the assigned centroid. A cluster that loses all its
     members moves to the point that is farthest from its centroid. Masked-out points get
-    assignment -1 and count for nothing.
+    assignment -1 and count for nothing. float16, bfloat16 and whole numbers are computed in float32. Raises
+    UserError for points that are not [N, E] or not finite, and for a k that is no whole number above 0.
 
     >>> points = jnp.array([[0.0, 0.0], [0.0, 1.0], [9.0, 0.0], [9.0, 1.0]])  # [N=4, E=2]
     >>> km = kmeans(jax.random.key(0), points, 2)
@@ -55,6 +54,23 @@ def kmeans(
     >>> print(kmeans(jax.random.key(0), points, 2, mask=points[:, 0] < 5).assignments[2:])
     [-1 -1]
     """
+    arrays.key(key)
+    k, n_init = arrays.whole(k, "k"), arrays.whole(n_init, "n_init")
+    max_iter = arrays.whole(max_iter, "max_iter", low=0)
+    if limit is not None and arrays.concrete(limit):
+        arrays.whole(limit, "limit")
+    sizes = {}
+    points = arrays.as_array(points, "points")
+    arrays.check_shape(points, "points", "N E", sizes)
+    if mask is not None:
+        mask = arrays.mask(mask, "mask", "N", sizes)
+    points = arrays.floats(points, "points", "N E", sizes, where=mask, squares="between them")
+    return _kmeans(key, points, k, mask, n_init, max_iter, limit)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "n_init", "max_iter"))
+@promoting
+def _kmeans(key, points, k, mask, n_init, max_iter, limit) -> KMeans:
     if mask is None:
         mask = jnp.ones(points.shape[0], bool)
     points = jnp.where(mask[:, None], points, 0.0)

@@ -1,7 +1,9 @@
 """Losses: arrays in, one value per example out.
 
 Shape legend: B batch, Y classes, M x S Magnet batch (M clusters of S samples), E embedding.
-All of them work on logits in the log domain; none of them knows a network.
+All of them work on logits in the log domain; none of them knows a network. float16 and bfloat16 are
+computed in float32. All raise UserError for shapes that do not fit and labels of another type, and outside
+jit for labels that are no classes and values that are not finite (a logit may be -inf: a class ruled out).
 """
 
 import math
@@ -11,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax.promotion import promoting
+from clustr_jax.runtime import arrays
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.promotion import promoting
 
 # Below this a variance is a rounding artefact: all embeddings coincide (losses stay finite there).
 MIN_VARIANCE = 1e-12
@@ -26,6 +30,12 @@ def cross_entropy(logits: Float[Array, "B Y"], y: Int[Array, "B"] | Float[Array,
     >>> print(losses.cross_entropy(z, jnp.full((2, 3), 1 / 3)))  # the same with soft targets
     [1.573 1.099]
     """
+    logits, sizes = _logits(logits, infinite=True)
+    y = arrays.as_array(y, "y")
+    if y.ndim != 2 or (y.shape[1] == 1 and sizes["Y"] > 1):
+        y = _labels(y, sizes)
+    else:
+        y = arrays.probabilities(y, "y", "B Y", sizes)
     log_probs = jax.nn.log_softmax(logits)
     if y.ndim == 1:
         return -jnp.take_along_axis(log_probs, y[:, None], axis=1)[:, 0]
@@ -39,6 +49,7 @@ def kl(logits: Float[Array, "B Y"], probs: Float[Array, "B Y"]) -> Float[Array, 
     >>> print(losses.kl(z, jnp.array([[0.5, 0.5]])))
     [0.144]
     """
+    probs = arrays.probabilities(probs, "probs", "B Y", _logits(logits, infinite=True)[1])
     return cross_entropy(logits, probs) + negative_entropy(probs)
 
 
@@ -48,6 +59,7 @@ def negative_entropy(probs: Float[Array, "B Y"]) -> Float[Array, "B"]:
     >>> print(losses.negative_entropy(jnp.array([[0.5, 0.5], [1.0, 0.0]])))
     [-0.693  0.   ]
     """
+    probs = arrays.probabilities(probs, "probs", "B Y", {})
     positive = probs > 0
     # the logarithm of an underflowed probability would put a NaN into the gradient
     return jnp.sum(jnp.where(positive, probs * jnp.log(jnp.where(positive, probs, 1.0)), 0.0), axis=1)
@@ -63,6 +75,8 @@ def margin(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]
     >>> print(losses.margin(z, jnp.array([0, 0])))  # the first is right by 1, the second wrong by 3
     [-1.  3.]
     """
+    logits, sizes = _logits(logits, classes=2, infinite=True)
+    y = _labels(y, sizes)
     own = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
     return jnp.max(_without(logits, y), axis=1) - own
 
@@ -74,10 +88,24 @@ def dlr(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]:
     >>> print(losses.dlr(z, jnp.array([0])), losses.dlr(100 * z, jnp.array([0])))  # no scale
     [-0.25] [-0.25]
     """
-    if logits.shape[1] < 3:
-        raise ValueError(f"dlr needs at least 3 classes, got {logits.shape[1]}; use losses.margin")
+    logits, sizes = _logits(logits, classes=3)
+    y = _labels(y, sizes)
     top = jax.lax.top_k(logits, 3)[0]
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def _logits(logits, *, classes: int = 1, infinite: bool = False):
+    """(the logits with the type that is computed with, sizes of their axes), or UserError."""
+    sizes: dict[str, int] = {}
+    logits = arrays.floats(logits, "logits", "B Y", sizes, infinite=infinite, empty=True)
+    if sizes["Y"] < classes:
+        more = "; use losses.margin" if classes > 2 else ", for it compares them"
+        raise UserError(f"this loss needs at least {classes} classes, got logits of {sizes['Y']}{more}")
+    return logits, sizes
+
+
+def _labels(y, sizes):
+    return arrays.labels(y, sizes["Y"], sizes, top=", the classes of the logits")
 
 
 def _without(logits, y):
@@ -92,6 +120,9 @@ def distances(a: Float[Array, "N E"], b: Float[Array, "M E"]) -> Float[Array, "N
     >>> print(losses.distances(jnp.zeros((1, 2)), jnp.array([[3.0, 4.0], [0.0, 0.0]])))
     [[5. 0.]]
     """
+    sizes: dict[str, int] = {}
+    a = arrays.floats(a, "a", "N E", sizes, empty=True, squares="between them")
+    b = arrays.floats(b, "b", "M E", sizes, empty=True, squares="between them")
     squared = jnp.sum(jnp.square(a[:, None, :] - b[None, :, :]), axis=-1)
     apart = squared > 0
     return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0)
@@ -117,7 +148,7 @@ def magnet_loss(
     Masked entries have loss 0 and take no part in means and variance; a row without members takes
     none at all; without a cluster of another class the loss is 0. `eps` > 0 is the authors' form
     relu(-log(numerator / (denominator + eps) + eps)), whose gradient dies for hard examples
-    (docs/fidelity.md, hinge). `surplus` adds so many terms exp(0) to the sum, as what the authors log has.
+    (docs/fidelity.md, hinge). `surplus` adds so many terms exp(0) to the sum; what the authors log has both.
 
     `radius` > 0 (of the features, l2) adds radius |mu - mu_own| / sigma^2 to each exponent: a bound of
     the loss over all shifts of z within it, means and variance held (docs/certificates.md).
@@ -136,10 +167,14 @@ def magnet_loss(
     >>> print(losses.magnet_loss(z, jnp.array([3, 3]))[0].max())  # of one class: nothing to keep away from
     0.0
     """
+    sizes: dict[str, int] = {}
+    z = arrays.floats(z, "z", "M S E", sizes)
     num_rows, num_samples, size = z.shape
-    mask = jnp.ones((num_rows, num_samples), bool) if mask is None else mask
+    classes = arrays.labels(classes, None, sizes, "classes", axis="M")
+    given = jnp.ones((num_rows, num_samples), bool) if mask is None else mask
+    given = arrays.mask(given, "mask", "M S", sizes)
     loss, variance = magnet_loss_of_rows(
-        z.reshape(-1, size), jnp.arange(num_rows * num_samples) // num_samples, classes, mask.reshape(-1),
+        z.reshape(-1, size), jnp.arange(num_rows * num_samples) // num_samples, classes, given.reshape(-1),
         alpha=alpha, eps=eps, surplus=surplus, radius=radius, sharpness=sharpness,
     )  # fmt: skip
     return loss.reshape(num_rows, num_samples), variance
@@ -171,6 +206,16 @@ def magnet_loss_of_rows(
     >>> print(loss)
     [6.875 0.    0.    6.875]
     """
+    sizes: dict[str, int] = {}
+    z = arrays.floats(z, "z", "B E", sizes, squares="between them")
+    classes = arrays.labels(classes, None, sizes, "classes", axis="M")
+    row = arrays.labels(row, sizes["M"], sizes, "row", top=", the clusters of the batch")
+    mask = arrays.mask(mask, "mask", "B", sizes)
+    arrays.number(alpha, "alpha", "a finite number", math.isfinite)
+    arrays.not_negative(eps, "eps")
+    arrays.not_negative(radius, "radius")
+    arrays.positive(sharpness, "sharpness")
+    surplus = arrays.whole(surplus, "surplus", low=0)
     member = jax.nn.one_hot(row, classes.shape[0], dtype=z.dtype) * mask[:, None]
     # sums and counts of the clusters together: one message between devices
     extended = jnp.concatenate([z, jnp.ones((z.shape[0], 1), z.dtype)], axis=1)
@@ -194,7 +239,10 @@ def magnet_loss_of_rows(
     attraction = own / (2 * sigma2)
     if eps:
         numerator = jnp.exp(-alpha - attraction)
-        hinge = jax.nn.relu(-jnp.log(numerator / (jnp.sum(jnp.exp(exponents), axis=-1) + eps) + eps))
+        denominator = jnp.sum(jnp.exp(exponents), axis=-1)
+        if surplus:
+            denominator = denominator + surplus
+        hinge = jax.nn.relu(-jnp.log(numerator / (denominator + eps) + eps))
     else:
         attracting = jax.nn.logsumexp(exponents, axis=-1)
         if surplus:

@@ -1,35 +1,8 @@
-"""python -m clustr_jax.prepare NAME [DIR]: downloads a data set, once, to be read without TensorFlow.
-
-Needs tensorflow-cpu (`make prepare-tf`). DIR is $TFDS_DATA_DIR, or TFDS' own default, unless it is given.
-"""
+"""python -m clustr_jax.prepare NAME [DIR]: downloads a data set, once; see clustr_jax.data.prepare."""
 
 import sys
 
-from clustr_jax import data
-
-
-def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 done, 2 a name that does not exist, TensorFlow or the network missing."""
-    name = data.ALIASES.get(argv[0], argv[0]) if argv else ""
-    if name not in data.PREPARED or len(argv) > 2:
-        print(f"usage: python -m clustr_jax.prepare {{{','.join(data.PREPARED)}}} [DIR]", file=sys.stderr)
-        return 2
-    directory = argv[1] if len(argv) > 1 else data.default_data_dir()
-    try:
-        import tensorflow_datasets as tfds
-
-        # array_record: random access
-        tfds.builder(name, data_dir=directory, file_format="array_record").download_and_prepare()
-    except Exception as error:  # TFDS passes on whatever the network and TensorFlow have to say
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        print(
-            f"error: {name} could not be downloaded and prepared in {directory}: {reason}; it needs the "
-            f"network and TensorFlow (make prepare-tf)",
-            file=sys.stderr,
-        )
-        return 2
-    return 0
-
+from clustr_jax.data.prepare import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

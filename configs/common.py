@@ -8,8 +8,8 @@ JSON values (numbers, words, tuples), so that any of them can be set on the comm
 
 from ml_collections import ConfigDict
 
-from clustr_jax.errors import nearest
-from clustr_jax.fidelity import SWITCHES
+from clustr_jax.reference.switches import SWITCHES
+from clustr_jax.runtime.errors import nearest
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # authors' code, CIFAR-10 and -100
 SVHN_MEAN, SVHN_STD = (0.4378, 0.4439, 0.4729), (0.1980, 0.2011, 0.1971)  # authors' code
@@ -88,7 +88,7 @@ def base(dataset: str) -> ConfigDict:
     c.eval.quick = False  # main eps only, 20 steps, 200 queries; protocols are then called ...-quick
     c.eval.slots = 64  # (example, restart) pairs attacked side by side: sets the memory; 512 or more on a GPU
     c.eval.protocols = ("paper", "sound")  # of "paper", "sound", "quick"
-    c.eval.diagnostics = True  # twenty checks of the sound result, and a verdict
+    c.eval.diagnostics = True  # twenty-one checks of the sound result, and a verdict
     c.eval.transfer = ()  # work directories whose models attack this one as well
     c.eval.attack = ConfigDict()  # keyword arguments of attacks.pgd
     c.eval.attack.eps = 8 / 255
@@ -115,7 +115,8 @@ def _recipe(epochs, lr, milestones):
     r = ConfigDict()
     r.epochs = epochs
     r.batch_size = 128  # not used with Magnet batches
-    r.optimizer = "adam"  # or "sgd"
+    r.optimizer = "adam"  # or "sgd", with momentum 0.9
+    r.nesterov = True  # of SGD; the code of Free AT, Fast AT, TRADES, Pang et al.: plain momentum, False
     r.lr = lr
     r.weight_decay = 0.0
     r.schedule = "multistep"  # x decay at the epochs `milestones`; or "cosine", "onecycle"
@@ -159,7 +160,9 @@ def _sgd(c, epochs, lr, milestones, weight_decay):
     c.train.weight_decay, c.train.batch_size = weight_decay, 128
 
 
-_OPTIMISATION = ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "milestones", "decay")
+_OPTIMISATION = (
+    "epochs", "batch_size", "optimizer", "nesterov", "lr", "weight_decay", "schedule", "milestones", "decay",
+)  # fmt: skip
 
 
 def _as_warmup(c):

@@ -30,7 +30,8 @@ os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))  # configs/ lies beside the package
 
 import clustr_jax  # noqa: E402
-from clustr_jax import clusters, data, results, stages  # noqa: E402
+from clustr_jax import clusters, data, stages  # noqa: E402
+from clustr_jax.storage import results  # noqa: E402
 from configs import digits  # noqa: E402
 
 # %% [markdown]

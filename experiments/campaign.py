@@ -27,10 +27,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import child  # noqa: E402
 
 import clustr_jax  # noqa: E402
-from clustr_jax import cost, data  # noqa: E402
-from clustr_jax.doors import safetensors_file  # noqa: E402
-from clustr_jax.errors import UserError  # noqa: E402
-from clustr_jax.files import read_json, write_json  # noqa: E402
+from clustr_jax import data  # noqa: E402
+from clustr_jax.runtime.errors import UserError  # noqa: E402
+from clustr_jax.settings import Recipe, TrainingSettings  # noqa: E402
+from clustr_jax.storage import safetensors_file  # noqa: E402
+from clustr_jax.storage.files import read_json, write_json  # noqa: E402
+from clustr_jax.training import cost  # noqa: E402
 
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
 RUNS, RESULTS = pathlib.Path("runs", "campaign"), pathlib.Path("results", "campaign")
@@ -105,7 +107,9 @@ def workdir_of(dataset: str, name: str, seed: int, kept: bool = False) -> pathli
 def passes(module: str, method: str) -> int:
     """Gradient passes per image and epoch of the cpu variant; of at_pretrain those of its first stage."""
     config = importlib.import_module(f"configs.{module}").get_config(f"{method},cpu")
-    return cost.gradients("pgd_at" if method == "at_pretrain" else method, config) * config.train.replays
+    method = "pgd_at" if method == "at_pretrain" else method
+    recipe = Recipe.of(config.train)
+    return cost.gradients(method, TrainingSettings.of(config), recipe) * recipe.replays
 
 
 def run(dataset: str, name: str, seed: int, kept: bool = False) -> list[str]:

@@ -20,8 +20,12 @@ import jax.numpy as jnp
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from clustr_jax import cost, models, results, settings  # noqa: E402
-from clustr_jax.objectives import METHODS  # noqa: E402
+from clustr_jax import models  # noqa: E402
+from clustr_jax.settings import Settings  # noqa: E402
+from clustr_jax.stages import configuration  # noqa: E402
+from clustr_jax.storage import results  # noqa: E402
+from clustr_jax.training import cost  # noqa: E402
+from clustr_jax.training.objectives import METHODS  # noqa: E402
 
 RATE = 0.2 * 156e12
 # Training images of the full sets, 2 % of which are held out.
@@ -39,14 +43,17 @@ def forward_flops(classes: int) -> float:
 def row(dataset: str, method: str, flops: float) -> dict:
     """One method: gradient passes of all its stages, and hours at RATE."""
     config = importlib.import_module(f"configs.{dataset}").get_config(method)
-    config = settings.resolve(config)
+    config = configuration.resolve(config)
     held_in = 1 - config.data.val_size
     passes = config.train.epochs * config.train.replays * IMAGES[dataset] * held_in
-    passes *= cost.gradients(method, config)
+    known = Settings.of(config)
+    passes *= cost.gradients(method, known.training, known.recipe)
     warmup = METHODS[method].warmup
     if warmup:
         images = IMAGES["imagenet" if METHODS[method].source else dataset]
-        passes += config.warmup.epochs * images * held_in * cost.gradients(warmup, config, config.warmup)
+        passes += (
+            config.warmup.epochs * images * held_in * cost.gradients(warmup, known.training, known.warmup)
+        )
     return {
         "dataset": dataset, "method": method,
         "command": f"python run.py --config=configs/{dataset}.py:{method}",

@@ -6,7 +6,8 @@ import pathlib
 import numpy as np
 from campaign import source_of
 
-from clustr_jax import paper, results
+from clustr_jax.reference import claims
+from clustr_jax.storage import results
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -30,10 +31,17 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def check_versions() -> None:
-    """ValueError where the campaign has results of two versions of one protocol (quirks have tables)."""
-    versions = {}
+    """ValueError where the campaign has results of two versions of a protocol (quirks have tables) or of JAX.
+
+    Between versions of JAX numbers differ by more than rounding: 0.10.2 adds some squares up wrongly on CPU.
+    """
+    versions, compilers = {}, {}
     for path in sorted((RESULTS / "campaign").glob("*/*/*.json")):
-        kind, _, rest = json.loads(path.read_text()).get("protocol", "").partition("-")
+        content = json.loads(path.read_text())
+        compiler = content.get("versions", {}).get("jax")
+        if compiler and compilers.setdefault("jax", compiler) != compiler:
+            raise ValueError(f"{path} is of jax {compiler}, others of jax {compilers['jax']}; run it again")
+        kind, _, rest = content.get("protocol", "").partition("-")
         version = rest.partition("-")[0]
         if kind not in ("", "quirks") and versions.setdefault(kind, version) != version:
             raise ValueError(f"{path} is {kind}-{version}, others {kind}-{versions[kind]}; run it again")
@@ -86,8 +94,8 @@ def by_seed(found: list[dict], show) -> str:
 
 def claimed(dataset: str, name: str) -> str:
     """Clean and PGD^20 accuracy as the paper has them; with a star where it took them from others."""
-    row = paper.CLAIMS.get(dataset, {}).get(name)
-    copied = " *" if name in paper.COPIED.get(dataset, ()) else ""
+    row = claims.CLAIMS.get(dataset, {}).get(name)
+    copied = " *" if name in claims.COPIED.get(dataset, ()) else ""
     return f"{row[0]:.1f}, {row[1]:.1f}{copied}" if row else ""
 
 
@@ -188,7 +196,7 @@ def times(dataset: str) -> str:
     short = "svhn" if dataset == "svhn_cropped" else dataset
     found = json.loads((RESULTS / "fullsize.json").read_text())["rows"]
     passes = {row["method"]: row["gradient_passes"] for row in found if row["dataset"] == short}
-    seconds, minutes = _pass_seconds(), paper.MINUTES[dataset]
+    seconds, minutes = _pass_seconds(), claims.MINUTES[dataset]
     trades = passes["trades"] * seconds["trades"]
     rows = [
         [
@@ -210,7 +218,7 @@ def radii(dataset: str) -> str:
     for radius in (2, 8, 16, 25.5):
         ours = seeds(dataset, "clustr_qtrades", "paper" if radius == 8 else f"paper-eps{radius}")
         true = seeds(dataset, "clustr_qtrades", "sound" if radius == 8 else f"quick-eps{radius}")
-        claim = paper.claim(dataset, "clustr_qtrades", "pgd20", radius / 255)
+        claim = claims.claim(dataset, "clustr_qtrades", "pgd20", radius / 255)
         rows.append(
             [
                 f"{radius}/255", by_seed(ours, figure), by_seed(true, figure),
@@ -363,7 +371,7 @@ def fullsize() -> str:
     rows = []
     for row in found["rows"]:
         name = {"svhn": "svhn_cropped"}.get(row["dataset"], row["dataset"])
-        claim = paper.CLAIMS.get(name, {}).get(row["method"])
+        claim = claims.CLAIMS.get(name, {}).get(row["method"])
         rows.append(
             [
                 f"`{row['command']}`", f"{row['gradient_passes'] / 1e6:.1f}", f"{row['gpu_hours']:.1f}",

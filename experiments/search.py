@@ -12,16 +12,18 @@ import pathlib
 import sys
 
 import numpy as np
-from ml_collections import ConfigDict
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import child  # noqa: E402
 
-from clustr_jax import data, loading, results, sound  # noqa: E402
-from clustr_jax.files import read_json, write_json  # noqa: E402
+from clustr_jax import data  # noqa: E402
+from clustr_jax.evaluation import sound_protocol  # noqa: E402
+from clustr_jax.settings import DataSettings, EvalSettings  # noqa: E402
 from clustr_jax.stages import EVALUATE, stage_key  # noqa: E402
+from clustr_jax.storage import loading, results  # noqa: E402
+from clustr_jax.storage.files import read_json, write_json  # noqa: E402
 
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
 RUNS, RESULTS = pathlib.Path("runs", "search"), pathlib.Path("results", "search")
@@ -117,24 +119,26 @@ def arguments(dataset: str, name: str) -> list[str]:
 def measure(dataset: str, name: str) -> dict:
     """Attack the held-out images of a finished training."""
     root = ROOT / RUNS / dataset / name
-    config = ConfigDict(read_json(root / "config.json"))
-    config.eval.attack.restarts = 1
+    config = read_json(root / "config.json")
+    config["eval"]["attack"]["restarts"] = 1
     clf = loading.load(root)
-    held_out = data.splits(config.data)[1]
+    held_out = data.splits(DataSettings.of(config["data"]))[1]
     index = data.stratified(held_out.labels, ATTACKED, held_out.num_classes)
     examples = data.Examples(held_out.pixels(index), held_out.labels[index], index.astype(np.int32))
-    result, _ = sound.run_quick(stage_key(config.seed, EVALUATE), clf, examples, config, lambda *_: None)
+    result, _ = sound_protocol.run_quick(
+        stage_key(config["seed"], EVALUATE), clf, examples, EvalSettings.of(config["eval"]), lambda *_: None
+    )
     done = [read_json(path) for path in root.glob("*/done.json")]
-    if config.init_from:  # the stage that it started from
-        done.append(read_json(ROOT / config.init_from / "done.json"))
+    if config["init_from"]:  # the stage that it started from
+        done.append(read_json(ROOT / config["init_from"] / "done.json"))
     return {
-        "dataset": config.data.name, "subset": held_out.subset, "settings": SETTINGS[dataset][name][1],
-        "method": config.method, "protocol": results.PROTOCOLS["quick"],
+        "dataset": config["data"]["name"], "subset": held_out.subset, "settings": SETTINGS[dataset][name][1],
+        "method": config["method"], "protocol": results.PROTOCOLS["quick"],
         "images": f"{ATTACKED} held out from training",
         "n": ATTACKED, "clean": result["clean"], "robust": result["robust"],
         "robust_interval": results.wilson(round(result["robust"] * ATTACKED), ATTACKED),
         "gradient_passes": sum(stage["gradient_passes"] for stage in done),
-        "seed": config.seed, "config_sha": results.sha(config.to_dict()), "versions": results.versions(),
+        "seed": config["seed"], "config_sha": results.sha(config), "versions": results.versions(),
     }  # fmt: skip
 
 

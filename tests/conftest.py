@@ -1,21 +1,29 @@
 """Settings and fixtures shared by all tests.
 
-Rank promotion raises, so a forgotten axis cannot broadcast silently; a PRNG key used twice
-raises (tests that repeat a call on purpose say so with `jax.random.clone`). Hypothesis is
-derandomised: a red run is red again.
+Compiled programs are kept between sessions (compiled.py). Rank promotion raises, so a forgotten axis cannot
+broadcast silently; a PRNG key used twice raises (tests that repeat a call on purpose say so with
+`jax.random.clone`). Hypothesis is derandomised: a red run is red again.
 """
 
+import contextlib
 import os
 import pathlib
 import signal
 
 import hypothesis
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
+import compiled
+import shapes  # noqa: F401  before clustr_jax is imported
+from clustr_jax.runtime import canary
+from clustr_jax.runtime.errors import UserError
 from runs import attempt, program, reference, run, shared, start  # noqa: F401  fixtures, for all files
 
+jax.config.update("jax_compilation_cache_dir", str(compiled.PROGRAMS))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
@@ -28,6 +36,14 @@ NO_CIFAR10 = (
     "no prepared TFDS CIFAR-10 (looked for cifar10/*/dataset_info.json in $TFDS_DATA_DIR "
     "or ~/tensorflow_datasets)"
 )
+
+
+def pytest_sessionstart():
+    """No test says anything where the compiler computes wrong numbers."""
+    try:
+        canary.check()
+    except UserError as error:
+        pytest.exit(str(error), returncode=2)
 
 
 def _data_dir():
@@ -55,6 +71,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=NO_CIFAR10))
 
 
+@pytest.fixture(autouse=True)
+def _shapes(request):
+    """Annotations are not checked where wrong arrays are handed over on purpose."""
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("wrong_arrays") is not None)
+
+
 @pytest.fixture
 def data_dir():
     """Folder of the prepared data sets; skips the test, saying why, if there is none."""
@@ -74,3 +96,24 @@ def key():
 def rng():
     """NumPy generator with a fixed seed, for test data."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def compilations():
+    """A context that collects what XLA compiles in it: `with compilations() as found: ...; len(found)`."""
+
+    @contextlib.contextmanager
+    def collect():
+        found = []
+
+        def note(event, seconds, **_):
+            if event == "/jax/core/compile/backend_compile_duration":
+                found.append(seconds)
+
+        jax.monitoring.register_event_duration_secs_listener(note)
+        try:
+            yield found
+        finally:
+            jax.monitoring.unregister_event_duration_listener(note)
+
+    return collect

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clustr_jax import fitting, settings, train
 from clustr_jax.models import Outputs
-from clustr_jax.objectives import METHODS, Batch
+from clustr_jax.settings import Recipe, TrainingSettings
+from clustr_jax.stages import configuration
+from clustr_jax.training import refit, train
+from clustr_jax.training.objectives import METHODS, Batch
 
 # A distance is a sum of a few squares and a loss the mean of some such terms, each rounded by 6e-8.
 FLOAT32 = 1e-5
@@ -28,7 +30,7 @@ def get_config(method, name="toy2d", **changes):
         patch.syspath_prepend(str(pathlib.Path(__file__).parents[1]))
         config = importlib.import_module(f"configs.{name}").get_config(method)
     config.update_from_flattened_dict(changes)
-    return settings.resolve(config)
+    return configuration.resolve(config)
 
 
 def label(value):
@@ -118,7 +120,9 @@ def attack(method, net, variables, x, key, y=None, clusters=None, **changes):
 @functools.cache
 def _adversary(method, net, changes):
     return jax.jit(
-        functools.partial(METHODS[method].adversary, net, config=get_config(method, **dict(changes)))
+        functools.partial(
+            METHODS[method].adversary, net, settings=TrainingSettings.of(get_config(method, **dict(changes)))
+        )
     )
 
 
@@ -144,7 +148,7 @@ class Problem(Stage):
     def run(self, count, state=None):
         """`count` steps, as in a run."""
         state = self.state if state is None else state
-        state = train.reset_totals(self.trainer, state, self.train_set, jax.random.key(7))
+        state = train.with_totals(self.trainer, state, self.train_set, jax.random.key(7))
         key = jax.random.clone(self.key)
         return train.run_steps(self.trainer, state, self.train_set, self.order, key, count)
 
@@ -159,10 +163,10 @@ class Problem(Stage):
             seen = []
             objective = self.trainer.method.objective
 
-            def spy(net, variables, batch, x_adv, clusters, config):
+            def spy(net, variables, batch, x_adv, clusters, settings):
                 # Free AT differentiates by its x_adv, so that is a tracer
                 seen.append((batch, None if self.trainer.replays > 1 else x_adv))
-                return objective(net, variables, batch, x_adv, clusters, config)
+                return objective(net, variables, batch, x_adv, clusters, settings)
 
             method = dataclasses.replace(self.trainer.method, objective=spy)
             trainer = dataclasses.replace(self.trainer, method=method)
@@ -193,7 +197,9 @@ def problem(method, rng, net=None, images=None, labels=None, fit=True, **changes
         **changes,
     }
     config = get_config(method, **changes)
-    trainer = train.Trainer(net, METHODS[method], config, config.train, len(labels))
+    trainer = train.Trainer(
+        net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), len(labels)
+    )
     if images.dtype != np.uint8:
         images = np.float32(images)
     scale = 255.0 if images.dtype == np.uint8 else 1.0
@@ -202,7 +208,7 @@ def problem(method, rng, net=None, images=None, labels=None, fit=True, **changes
     )
     state = train.create(trainer, net.variables(rng))
     if trainer.magnet and fit:
-        state = fitting.refit(trainer, state, train_set, jax.random.key(8))
+        state = refit.refit(trainer, state, train_set, jax.random.key(8))
     order = train.epoch_order(jax.random.key(6), len(labels), 0)
     return Problem(trainer, train_set, state, order, jax.random.key(5))
 

@@ -7,9 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax import attacks, clusters, data, fitting, loading, mesh, settings, train
-from clustr_jax.checkpoints import Checkpoints
-from clustr_jax.objectives import METHODS
+from clustr_jax import attacks, clusters, data
+from clustr_jax.runtime import mesh
+from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
+from clustr_jax.stages import configuration
+from clustr_jax.storage import loading
+from clustr_jax.storage.checkpoints import Checkpoints
+from clustr_jax.training import refit, train
+from clustr_jax.training.objectives import METHODS
 from configs import digits
 
 ONE, ALL = jax.devices()[:1], jax.devices()
@@ -41,13 +46,13 @@ def prepare(method, wide, **changes):
     for name, value in changes.items():
         section, name = name.split("__")
         config[section][name] = value
-    config = settings.resolve(config)
+    config = configuration.resolve(config)
     part = split()
-    net = loading.build_net(config, part)
+    net = loading.build_net(ModelSettings.of(config.model), part)
     variables = net.init(jax.random.key(0))
     if wide:
         variables = jax.tree.map(lambda a: a.astype(jnp.float64), variables)
-    trainer = train.Trainer(net, METHODS[method], config, config.train, SIZE)
+    trainer = train.Trainer(net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), SIZE)
     train_set = train.TrainSet(
         jnp.asarray(part.images), jnp.asarray(part.labels), part.scale, config.data.augment
     )
@@ -60,8 +65,8 @@ def trained(devices, trainer, variables, train_set, *, folder=None, steps=STEPS)
         key, train_set = jax.random.key(0), mesh.place(train_set)
         state = train.create(trainer, variables)
         if trainer.magnet:
-            state = fitting.refit(trainer, mesh.place(state), train_set, key)
-        state = mesh.place(train.reset_totals(trainer, state, train_set, key))
+            state = refit.refit(trainer, mesh.place(state), train_set, key)
+        state = mesh.place(train.with_totals(trainer, state, train_set, key))
         order = train.epoch_order(key, SIZE, 0)
         compiled = train.run_steps.lower(trainer, state, train_set, order, key, steps).compile()
         state = train.run_steps(trainer, state, train_set, order, key, steps)
@@ -90,7 +95,7 @@ def methods(names, wide):
             "sent": mesh.sent(compiled),
             "gradients": sum(leaf.size for leaf in jax.tree.leaves(one.params)),
             "statistics": sum(leaf.size for leaf in jax.tree.leaves(one.batch_stats)),
-            "rows": train.rows(trainer.config, 10) if trainer.magnet else 0,
+            "rows": train.rows(trainer.settings.magnet, 10) if trainer.magnet else 0,
             "embedding": 0 if one.clusters is None else one.clusters.centroids.shape[-1],
         }
         if one.clusters is not None:

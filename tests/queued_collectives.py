@@ -1,6 +1,7 @@
 """Many small programs with collectives in XLA's queue at once, on as many devices as run.py makes.
 
-With one thread for each device (NPROC=2 on two cores) it hangs within seconds; see test_mesh.py.
+On jaxlib 0.10.2 it hung within seconds with one thread for each device (NPROC=2 on two cores), on 0.12.0.1
+one thread for all is enough; see test_mesh.py.
 """
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clustr_jax import processes
+from clustr_jax.runtime import processes
 
 processes.use_cores()
 MESH = Mesh(jax.devices(), ("d",))

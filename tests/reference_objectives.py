@@ -87,11 +87,12 @@ class Terms:
         return loss
 
     def magnet_plus_k(self):
-        """fidelity 1.1 row 22: the sum over other classes has K more terms, each exp(0)."""
+        """fidelity 1.1 rows 22 and 8: K more terms exp(0) in the sum over other classes, and the two 1e-8."""
         loss = np.zeros(len(self.z))
         for place, own, others in self.magnet_parts():
             total = others + self.centroids.shape[1]
-            loss[place] = max(0.0, self.c.magnet.alpha + own + math.log(total))
+            ratio = math.exp(-own - self.c.magnet.alpha) / (total + 1e-8)
+            loss[place] = max(0.0, -math.log(ratio + 1e-8))
         return loss
 
     def mean(self, values):
@@ -189,11 +190,14 @@ def trades_gradients(params, x, x_adv, y, beta):
     return gradients, loss
 
 
-def running(old, batches):
-    """Batch norm's running (mean, variance) after these batches: 0.9 old + 0.1 batch (biased variance)."""
+def running(old, batches, ddof=0):
+    """Batch norm's running (mean, variance) after these batches: 0.9 old + 0.1 batch.
+
+    `ddof` 0 is the biased variance, 1 the unbiased one of PyTorch.
+    """
     mean, variance = (np.asarray(a, np.float64) for a in old)
     for batch in batches:
         flat = np.asarray(batch, np.float64).reshape(-1, np.shape(batch)[-1])
         mean = 0.9 * mean + 0.1 * flat.mean(axis=0)
-        variance = 0.9 * variance + 0.1 * flat.var(axis=0)
+        variance = 0.9 * variance + 0.1 * flat.var(axis=0, ddof=ddof)
     return mean, variance

@@ -1,6 +1,6 @@
 """Runs of run.py in processes of their own, and what two of them are compared by.
 
-The compiled programs of all runs are shared through a cache that lives as long as the test session.
+The compiled programs of all runs are shared (compiled.py).
 Everything but `*_seconds` and `*_per_second` must be reproduced exactly, by an interrupted run as well.
 """
 
@@ -54,12 +54,11 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture
-def start(shared, tmp_path):
+def start(tmp_path):
     """start(*arguments) -> a running process of run.py in an empty folder."""
     # XLA's optimiser is most of a first run here, and changes nothing that these tests look at
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-    environment = os.environ | {"XDG_CACHE_HOME": str(shared / "cache"), "COLUMNS": "120", "XLA_FLAGS": flags}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    environment = os.environ | {"COLUMNS": "120", "XLA_FLAGS": flags}
     running = []
 
     def begin(*arguments, program=("run.py",), **more):

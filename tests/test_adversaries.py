@@ -11,7 +11,7 @@ import scipy.stats
 import reference
 import reference_objectives as naive
 from clustr_jax.clusters import Clusters
-from clustr_jax.objectives import METHODS
+from clustr_jax.training.objectives import METHODS
 from linear_problems import (
     ULP,
     Linear,

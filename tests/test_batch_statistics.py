@@ -1,5 +1,6 @@
 """Which passes update the running statistics of batch norm, in objectives, attacks and after epochs."""
 
+import dataclasses
 import functools
 import types
 
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 
 import reference_objectives as naive
-from clustr_jax import data, fitting, objectives, stages, train
+from clustr_jax import data, models, stages
 from clustr_jax.clusters import Clusters
-from clustr_jax.objectives import METHODS, Batch
+from clustr_jax.settings import Settings, TrainingSettings
 from clustr_jax.stages import training
+from clustr_jax.storage import loading
+from clustr_jax.training import objectives, refit, train
+from clustr_jax.training.objectives import METHODS, Batch
 from linear_problems import (
     FLOAT32,
     Linear,
@@ -36,7 +40,9 @@ def test_which_passes_update_the_running_statistics(method, rng):
     clusters = Clusters(jnp.asarray(rng.normal(size=(2, 1, 3)), jnp.float32), jnp.float32(1.0))
     batch = Batch(jnp.asarray(x[0]), jnp.arange(6) // 3, jnp.ones(6, bool), jnp.arange(2))
     given = METHODS[method].adversary is not None or method == "free_at"
-    objective = jax.jit(functools.partial(METHODS[method].objective, net, config=get_config(method)))
+    objective = jax.jit(
+        functools.partial(METHODS[method].objective, net, settings=TrainingSettings.of(get_config(method)))
+    )
     _, aux = objective(variables, batch, jnp.asarray(x[1]) if given else None, clusters)
     both = METHODS[method].objective is not objectives.nominal
     seen = (x if both else x[1:]) if given else x[:1]
@@ -59,12 +65,82 @@ def test_attack_statistics_update(method, rng, key):
     np.testing.assert_allclose(stats["var"], variance, rtol=FLOAT32)
 
 
+@pytest.mark.parametrize("bn", ["batch", "eval"])
+@pytest.mark.parametrize("method", ["qtrades", "trades", "clustr_qtrades"])
+def test_the_authors_order_is_clean_attack_adversarial(method, bn, rng):
+    """attack_statistics=update in a train step: 0.9 old + 0.1 batch, three times in that order."""
+    net = Linear((3,), 3, normed=True)
+    changes = {**steps_of(1, 0.03, eps=0.5, start="uniform", bn=bn), "fidelity.attack_statistics": "update"}
+    p = problem(method, rng, net=net, **changes)
+
+    @jax.jit
+    def parts(state, key):
+        batch, _, made, _ = train.prepare(p.trainer, state, p.train_set, p.order, key)
+        *shared, attack_key, settings, strength = made.args
+        none = dataclasses.replace(settings.train.attack, steps=0)
+        none = dataclasses.replace(settings, train=dataclasses.replace(settings.train, attack=none))
+        start = made.func(*shared, jax.random.clone(attack_key), none, strength)[0]
+        return batch.x, start, made()[0]
+
+    found = [np.asarray(a) for a in parts(p.state, jax.random.clone(p.key))]
+    after = p.run(1).batch_stats
+    mean, variance = naive.running(p.state.batch_stats.values(), found)
+    np.testing.assert_allclose(after["mean"], mean, rtol=FLOAT32, atol=1e-6)
+    np.testing.assert_allclose(after["var"], variance, rtol=FLOAT32)
+    other, _ = naive.running(p.state.batch_stats.values(), [found[i] for i in (1, 0, 2)])
+    assert np.abs(other - mean).max() > 1e-4  # the order is seen
+
+
+@pytest.mark.parametrize("where", ["alone", "cnn", "resnet8"])
+def test_the_unbiased_running_variance(where, rng):
+    """fidelity.running_variance: sum / (n - 1) is averaged, n pixels in the batch; nothing else changes."""
+    if where == "alone":
+        x = rng.normal(size=(5, 4, 3, 2)).astype(np.float32) + 3
+        layer = models.BatchNorm(use_running_average=False, momentum=0.9)
+        old = {"mean": np.array([1.0, 2.0], np.float32), "var": np.array([0.5, 4.0], np.float32)}
+        variables = {"params": {"scale": np.ones(2), "bias": np.zeros(2)}, "batch_stats": old}
+        outputs, new = layer.apply(variables, x, mutable=["batch_stats"])
+        mean, variance = naive.running(old.values(), [x], ddof=1)
+        np.testing.assert_allclose(new["batch_stats"]["mean"], mean, rtol=FLOAT32)
+        np.testing.assert_allclose(new["batch_stats"]["var"], variance, rtol=FLOAT32)
+        usual = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+        np.testing.assert_allclose(outputs, usual, atol=1e-4)
+        return
+    settings = dict(num_classes=4, input_shape=(8, 8, 1), mean=(0.3,), std=(0.4,), width=4)
+    ours, theirs = (models.build(where, **settings, running_variance=v) for v in ("biased", "unbiased"))
+    variables = ours.init(jax.random.key(0))
+    assert jax.tree.structure(variables) == jax.tree.structure(theirs.init(jax.random.key(0)))
+    x = jnp.asarray(rng.uniform(size=(6, 8, 8, 1)), jnp.float32)
+    (out, biased), (same, unbiased) = ours.train(variables, x), theirs.train(variables, x)
+    np.testing.assert_array_equal(out.logits, same.logits)
+    for (path, b), (_, u) in zip(
+        *(jax.tree_util.tree_leaves_with_path(s) for s in (biased, unbiased)), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        if "mean" in name:
+            np.testing.assert_array_equal(b, u)
+            continue
+        factor = (np.float64(u) - 0.9) / (np.float64(b) - 0.9)  # the old ones are 1
+        factor = factor[np.float64(b) - 0.9 > 1e-3]  # where a digit is left
+        counts = 6 * np.array([64, 16, 4, 1])
+        assert np.abs(factor[:, None] - counts / (counts - 1)).min(axis=1).max() < 1e-3, name
+    np.testing.assert_array_equal(ours.eval(variables, x).logits, theirs.eval(variables, x).logits)
+
+
+def test_the_config_builds_the_network_of_its_preset():
+    split = data.Split(np.zeros((10, 8, 8, 1), np.uint8), np.zeros(10, np.int32), 10, 255.0, (0, 1), "")
+    for preset, unbiased in (("paper_code", True), ("", False)):
+        found = Settings.of(get_config("clustr", "digits", **{"fidelity.preset": preset}))
+        net = loading.build_net(found.model, split, found.training.switches.running_variance)
+        assert net.module.unbiased == unbiased
+
+
 @pytest.mark.parametrize(("size", "batch"), [(50, 1), (801, 3)])
 def test_a_pass_in_train_mode(size, batch, rng):
     """epoch_statistics=leak_test: 400 updates, or as many as batches of one size allow, the rest a batch."""
     net = Linear((4, 4, 2), 2, normed=True)
     variables, pixels = net.variables(rng), rng.normal(size=(size, 4, 4, 2)).astype(np.float32)
-    stats = fitting.pass_in_train_mode(net, variables, pixels)
+    stats = refit.pass_in_train_mode(net, variables, pixels)
     batches = [pixels[i : i + batch] for i in range(0, size, batch)]
     mean, variance = naive.running(variables["batch_stats"].values(), batches)
     np.testing.assert_allclose(stats["mean"], mean, rtol=FLOAT32, atol=1e-6)
@@ -83,8 +159,9 @@ def trained(method, rng, **changes):
     workdir = types.SimpleNamespace(records=list, log=lambda record: None)
     saved = []
     checkpoints = types.SimpleNamespace(directory="", save=lambda *what: saved.append(what))
-    run = stages.Run(p.trainer.config, workdir, silent, net, train_split, train_split, test_split)
-    state = train.reset_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
+    settings = types.SimpleNamespace(training=p.trainer.settings)
+    run = stages.Run(None, settings, workdir, silent, net, train_split, train_split, test_split)
+    state = train.with_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
     training._epochs(run, stages.TRAIN, p.trainer, checkpoints, state, p.train_set, jax.random.key(5))
     return saved, p, test
 

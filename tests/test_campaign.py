@@ -14,9 +14,12 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from clustr_jax import cost, results, settings
-from clustr_jax.errors import UserError
-from clustr_jax.objectives import METHODS
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import Recipe, TrainingSettings
+from clustr_jax.stages import configuration
+from clustr_jax.storage import results
+from clustr_jax.training import cost
+from clustr_jax.training.objectives import METHODS
 from configs import cifar10
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,19 +46,23 @@ def config_of(monkeypatch):
         values = flags.FlagValues()
         config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
         values(argv)
-        return settings.resolve(values.config)
+        return configuration.resolve(values.config)
 
     return config_of
 
 
 def passes(config):
     """Gradient passes per training image, of both stages."""
-    count = config.train.epochs * config.train.replays * cost.gradients(config.method, config)
+    count = config.train.epochs * config.train.replays * gradients(config.method, config)
     warmup = METHODS[config.method].warmup
-    return count + (config.warmup.epochs * cost.gradients(warmup, config, config.warmup) if warmup else 0)
+    return count + (config.warmup.epochs * gradients(warmup, config, config.warmup) if warmup else 0)
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
+def gradients(method, config, recipe=None):
+    """Of a step; `recipe`: config.train, unless it is the warm-up's."""
+    return cost.gradients(method, TrainingSettings.of(config), Recipe.of(recipe or config.train))
+
+
 @pytest.mark.parametrize("dataset", ["svhn_cropped", "cifar10", "cifar100"])
 def test_methods_take_equal_passes(dataset, campaign, config_of):
     budget = campaign.SCALES[dataset].passes
@@ -68,7 +75,6 @@ def test_methods_take_equal_passes(dataset, campaign, config_of):
     assert passes(ours) == 0 and ours.init_from.endswith("trades-0/model.safetensors")
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
 @pytest.mark.parametrize("name", ["nominal", "trades"])
 def test_kept_weights_are_evaluated_as_they_are(name, campaign, config_of):
     command = campaign.run("cifar10", name, 1, kept=True)
@@ -86,7 +92,7 @@ def test_other_results_have_names_and_settings_of_their_own(campaign):
 
 
 @pytest.mark.parametrize(
-    ("method", "gradients"),
+    ("method", "number"),
     [
         ("nominal", 1),
         ("free_at", 1),
@@ -97,20 +103,21 @@ def test_other_results_have_names_and_settings_of_their_own(campaign):
         ("magnet", 1),
     ],
 )
-def test_gradient_passes_are_those_of_the_definitions(method, gradients):
+def test_gradient_passes_are_those_of_the_definitions(method, number):
     """PGD-AT: ten of the input and one of the parameters; TRADES: ten and two."""
-    assert cost.gradients(method, cifar10.get_config(method)) == gradients
+    assert gradients(method, cifar10.get_config(method)) == number
 
 
 def test_gradient_passes_of_a_stage_and_of_awp():
     """AWP differentiates twice; a stage is counted by its own recipe."""
     config = cifar10.get_config("clustr_trades")
     config.train.awp, config.train.attack.steps, config.train.attack_bn = 0.005, 10, "batch"
-    assert cost.gradients("clustr_trades", config) == 14 and cost.gradients("pgd_at", config) == 12
-    assert cost.gradients("trades", config, config.warmup) == 12
-    assert cost.passes("trades", config)["forward_train"] == 1  # the target, in a pass of its own
+    assert gradients("clustr_trades", config) == 14 and gradients("pgd_at", config) == 12
+    assert gradients("trades", config, config.warmup) == 12
+    passes = cost.passes("trades", TrainingSettings.of(config), Recipe.of(config.train))
+    assert passes["forward_train"] == 1  # the target, in a pass of its own
     config.warmup.replays = 4
-    assert cost.gradients("nominal", config, config.warmup) == 1 and cost.gradients("trades", config) == 14
+    assert gradients("nominal", config, config.warmup) == 1 and gradients("trades", config) == 14
 
 
 @pytest.fixture

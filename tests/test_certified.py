@@ -14,22 +14,14 @@ import numpy as np
 import pytest
 
 import reference
-from clustr_jax import (
-    attacks,
-    certified,
-    certify,
-    clusters,
-    data,
-    lipschitz,
-    losses,
-    models,
-    objectives,
-    stages,
-)
+from clustr_jax import attacks, certify, clusters, data, lipschitz, losses, models, stages
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
-from clustr_jax.evaluate import Examples
+from clustr_jax.evaluation import certificates
+from clustr_jax.evaluation.protocols import Examples
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import CertifySettings, MagnetSettings, TrainingSettings
+from clustr_jax.training import objectives
 from marks import in_ci
 
 
@@ -126,7 +118,9 @@ def test_nominal_certified_is_cross_entropy_of_the_worst_logits(rng):
     variables, batch, _ = problem(rng)
     config = get_config(method="nominal_certified")
     config.train.radius = 0.4
-    loss, aux = objectives.nominal_certified(FixedNet(), variables, batch, None, None, config)
+    loss, aux = objectives.nominal_certified(
+        FixedNet(), variables, batch, None, None, TrainingSettings.of(config)
+    )
     w, b = (np.float64(variables["params"][models.HEAD][n]) for n in ("kernel", "bias"))
     worst = np.float64(batch.x) @ w + b
     for i, y in enumerate(np.asarray(batch.y)):
@@ -142,7 +136,9 @@ def test_clustr_certified_is_magnet_plus_the_worst_cross_entropy(rng):
     config.train.radius, config.train.xent_lam = 0.2, 0.7
     config.magnet.sharpness, config.magnet.alpha = 4.0, 0.5
     heads = heads.replace(variance=heads.variance / 4.0)  # as training hands it over
-    loss, aux = objectives.clustr_certified(FixedNet(), variables, batch, None, heads, config)
+    loss, aux = objectives.clustr_certified(
+        FixedNet(), variables, batch, None, heads, TrainingSettings.of(config)
+    )
     magnet = slow_magnet(np.asarray(batch.x).reshape(4, 5, 3), np.arange(4), 0.5, 0.2, 4.0)
     mu, worst = np.float64(heads.centroids), np.float64(heads.log_scores(batch.x))
     for i, y in enumerate(np.asarray(batch.y)):
@@ -213,12 +209,20 @@ def settings_for_stage(**changes):
     return config
 
 
+def check(config):
+    """As a run does."""
+    magnet = MagnetSettings.of(config.magnet)
+    certificates.check_config(CertifySettings.of(config.certify), magnet, config.eval.nearest)
+
+
 def test_the_stage_s_result_is_consistent(digits, tmp_path):
     """Certified <= empirical at every radius, rules in their order, curve and table agree."""
     clf, x, y = digits
     examples = Examples(x[:40], y[:40], np.arange(40, dtype=np.int32))
     config = settings_for_stage(radii=(0.05, 0.2), steps=4, restarts=1)
-    result, outcomes, _ = certified.run(jax.random.key(0), clf, x, y, examples, config, lambda *_: None)
+    result, outcomes, _ = certificates.run(
+        jax.random.key(0), clf, x, y, examples, CertifySettings.of(config.certify), lambda *_: None, slots=32
+    )
     assert json.loads(json.dumps(result)) == result
     assert result["n"] == len(y) and result["robust"] == result["sweep"]["0.050000"] <= result["clean"]
     assert result["lipschitz"]["lower"] <= result["lipschitz"]["upper"] <= 1 + 1e-5
@@ -233,19 +237,28 @@ def test_the_stage_s_result_is_consistent(digits, tmp_path):
     radii = outcomes["radius_any_d"]
     assert result["sweep"]["0.200000"] == np.mean(radii > np.float32(0.2))
     assert np.all(np.diff(result["curve"]["any_d"]) <= 0)
-    certified.draw(tmp_path / "curve.png", {"method": "m", "dataset": "d", **result})
+    certificates.draw(tmp_path / "curve.png", {"method": "m", "dataset": "d", **result})
     assert (tmp_path / "curve.png").stat().st_size > 5000
 
 
 def test_a_wrong_constant_is_found_out(digits, monkeypatch):
     """The control: with a bound that is 50 times too small an attack succeeds inside a radius: it raises."""
     clf, x, y = digits
-    true = certified.bounds(clf, x)
-    monkeypatch.setattr(certified, "bounds", lambda *_: {**true, "upper": true["upper"] / 50})
+    true = certificates.bounds(clf, x)
+    monkeypatch.setattr(certificates, "bounds", lambda *_: {**true, "upper": true["upper"] / 50})
     examples = Examples(x[:40], y[:40], np.arange(40, dtype=np.int32))
     config = settings_for_stage(radii=(1.0,), steps=20, restarts=1)
     with pytest.raises(AssertionError, match="broken inside their certified radius"):
-        certified.run(jax.random.key(0), clf, x, y, examples, config, lambda *_: None)
+        certificates.run(
+            jax.random.key(0),
+            clf,
+            x,
+            y,
+            examples,
+            CertifySettings.of(config.certify),
+            lambda *_: None,
+            slots=32,
+        )
 
 
 @pytest.mark.parametrize(
@@ -260,7 +273,7 @@ def test_a_wrong_constant_is_found_out(digits, monkeypatch):
 )
 def test_settings_that_cannot_be_certified_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        certified.check_config(settings_for_stage(**changes))
+        check(settings_for_stage(**changes))
 
 
 @pytest.mark.slow
@@ -317,4 +330,4 @@ def test_a_rule_is_refused_where_it_is_about_another_decision(k, nearest, rule, 
     config = settings_for_stage(rule=rule)
     config.magnet.k, config.eval.nearest = k, nearest
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
-        certified.check_config(config)
+        check(config)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import reference
 from clustr_jax import clusters, losses
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
+from clustr_jax.runtime.errors import UserError
 from reference import close
 
 RTOL, GRAD_RTOL = 1e-5, 1e-4
@@ -123,6 +123,19 @@ def test_log_scores_stay_finite_where_scores_underflow():
     np.testing.assert_allclose(head.log_scores(z), [[-1600.0, -1700.0]])
     seeing = jax.jit(jax.grad(lambda z: losses.margin(head.log_scores(z), y)[0]))(z)
     np.testing.assert_allclose(seeing, [[20.0, 0.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("nats", [80.0, 88.0, 95.0, 103.0])
+def test_scores_below_the_smallest_normal_number_are_zero(nats):
+    """exp(-88) and less: 0 here, denormal in PyTorch down to exp(-103.3) (docs/fidelity.md)."""
+    head = Clusters(jnp.zeros((1, 1, 1)), jnp.float32(0.5))
+    found = jax.jit(head.scores)(np.array([[np.sqrt(nats)]], np.float32))[0, 0]
+    exact = np.float32(np.exp(-nats))  # NumPy keeps denormals
+    assert exact > 0
+    if nats < 87:
+        np.testing.assert_allclose(found, exact, rtol=1e-4)
+    else:
+        assert found == 0
 
 
 def test_distances_keep_their_digits_far_from_the_origin(rng):

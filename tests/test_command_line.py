@@ -10,8 +10,10 @@ import string
 import pytest
 from ml_collections import ConfigDict
 
-from clustr_jax import command_line, data, errors, stages
-from clustr_jax.errors import UserError
+from clustr_jax import data, stages
+from clustr_jax.runtime import errors
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import command_line
 from configs import common
 from runs import DIGITS, ROOT, assert_one_line
 
@@ -254,7 +256,7 @@ def test_mutated_command_lines_are_told_in_one_line(attempt, monkeypatch, tmp_pa
 
     monkeypatch.setattr(stages, "_introduce", accept)  # everything was looked at, nothing computed
     # what a platform or a coordinator does to JAX would outlast the test
-    monkeypatch.setattr("clustr_jax.processes.joined", lambda *_: pytest.MonkeyPatch.context())
+    monkeypatch.setattr("clustr_jax.runtime.processes.joined", lambda *_: pytest.MonkeyPatch.context())
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
     rng, told, accepted, wrong = random.Random(0), 0, 0, []
     for number in range(LINES):

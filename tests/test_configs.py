@@ -14,12 +14,14 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from clustr_jax import data, evaluate, loading, objectives, settings, train
-from clustr_jax.errors import UserError
+from clustr_jax import data
+from clustr_jax.evaluation import protocols
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import EvalSettings, ModelSettings, Recipe, Settings, TrainingSettings
+from clustr_jax.stages import configuration, refusals
+from clustr_jax.storage import loading
+from clustr_jax.training import objectives, train
 from marks import in_ci
-
-# ml_collections loads the config file in a way that Python 3.11 calls outdated.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 # config -> (shape of an example, classes, size of the train split as published)
@@ -72,31 +74,33 @@ def one_step_of_each_stage(name, method, smoke):
     """
     config = get_config(name, method)
     config.smoke = smoke
-    config = settings.resolve(config)
+    config = configuration.resolve(config)
     own = objectives.METHODS[method]
     size = config.data.train_size or DATA[name][2]
     split = fake_split(*DATA[name][:2], size)
-    config = settings.complete(config, split, split)
-    net = loading.build_net(config, split)
-    evaluate.check_config(config)
-    settings.check(config, own, net, split, split, held_out=1)
+    config = configuration.complete(config, split, split)
+    net = loading.build_net(ModelSettings.of(config.model), split)
+    protocols.check_config(EvalSettings.of(config.eval))
+    refusals.check(Settings.of(config), own, net, split, split, held_out=1)
     _one_step(config, own, config.train, net, split)
     if own.warmup:
         if own.source and len(net.input_shape) == 3:
             split = fake_split(*SOURCE[:2], config.pretrain.train_size or SOURCE[2])
-            net = loading.build_net(config, split)
+            net = loading.build_net(ModelSettings.of(config.model), split)
         _one_step(config, objectives.METHODS[own.warmup], config.warmup, net, split)
 
 
 def _one_step(config, method, recipe, net, split):
-    trainer = train.Trainer(net, method, config, recipe, len(split))
+    trainer = train.Trainer(net, method, TrainingSettings.of(config), Recipe.of(recipe), len(split))
 
     def one_step(key, images, labels):
         keys = jax.random.split(key, 4)
         train_set = train.TrainSet(images, labels, scale=split.scale, augment=config.data.augment)
         before = train.blank(trainer, net.init(keys[0]), train_set, keys[1])
         order = train.epoch_order(keys[2], trainer.size, 0)
-        return before, *train.train_step(trainer, before, train_set, order, keys[3])
+        # traced by `blank` already
+        after, metrics = train.traced_step(trainer, before.replace(totals={}), train_set, order, keys[3])
+        return before, after.replace(totals=before.totals), metrics
 
     images, labels = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (split.images, split.labels))
     before, after, metrics = jax.eval_shape(one_step, jax.random.key(0), images, labels)
@@ -143,13 +147,18 @@ def test_variants_are_named_after_the_method(method, variant):
     """ "method,variant" changes settings, names the default work directory, and passes run.py's checks."""
     config = parse("cifar10", method=f"{method},{variant}")
     assert (config.method, config.variant) == (method, variant)
-    assert settings.default_workdir(config).name == f"cifar10-{method}-{variant}"
+    assert configuration.default_workdir(config).name == f"cifar10-{method}-{variant}"
     assert config != parse("cifar10", method=method)
     split = fake_split(*DATA["cifar10"])
-    config = settings.resolve(config)
-    evaluate.check_config(config)
-    settings.check(
-        config, objectives.METHODS[method], loading.build_net(config, split), split, split, held_out=1
+    config = configuration.resolve(config)
+    protocols.check_config(EvalSettings.of(config.eval))
+    refusals.check(
+        Settings.of(config),
+        objectives.METHODS[method],
+        loading.build_net(ModelSettings.of(config.model), split),
+        split,
+        split,
+        held_out=1,
     )
 
 
@@ -174,18 +183,20 @@ def test_what_needs_held_out_images(changes, source, message):
     config.data.val_size, config.warmup.target = 0.0, 0.0
     config.update_from_flattened_dict(changes)
     method, split = objectives.METHODS[config.method], fake_split(*DATA["digits"])
-    net = loading.build_net(config, split)
+    net = loading.build_net(ModelSettings.of(config.model), split)
     with pytest.raises(UserError, match=message):
-        settings.check(config, method, net, split, split, held_out=0 if source is None else 9, source=source)
-    settings.check(config, method, net, split, split, held_out=9, source=source and (9, 9))
+        refusals.check(
+            Settings.of(config), method, net, split, split, held_out=0 if source is None else 9, source=source
+        )
+    refusals.check(Settings.of(config), method, net, split, split, held_out=9, source=source and (9, 9))
 
 
 def test_points_are_not_augmented():
     config, split = get_config("toy2d", "nominal"), fake_split(*DATA["toy2d"])
     config.data.augment = "flip"
-    method, net = objectives.METHODS["nominal"], loading.build_net(config, split)
+    method, net = objectives.METHODS["nominal"], loading.build_net(ModelSettings.of(config.model), split)
     with pytest.raises(UserError, match="data.augment is of images"):
-        settings.check(config, method, net, split, split, held_out=1)
+        refusals.check(Settings.of(config), method, net, split, split, held_out=1)
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones():
@@ -197,10 +208,14 @@ def test_an_unknown_variant_is_refused_with_the_known_ones():
 def test_magnet_batches_are_those_of_appendix_d(name):
     """12 clusters of 20 images (or all clusters, if fewer), and as many batches as fill the set."""
     split = fake_split(*DATA[name])
-    config = settings.complete(get_config(name, "clustr"), split, split)
+    config = configuration.complete(get_config(name, "clustr"), split, split)
     clusters = config.magnet.k * DATA[name][1]
     trainer = train.Trainer(
-        loading.build_net(config, split), objectives.METHODS["clustr"], config, config.train, len(split)
+        loading.build_net(ModelSettings.of(config.model), split),
+        objectives.METHODS["clustr"],
+        TrainingSettings.of(config),
+        Recipe.of(config.train),
+        len(split),
     )
     assert trainer.batch_size == min(12, clusters) * 20
     assert trainer.steps_per_epoch == len(split) // trainer.batch_size
@@ -260,6 +275,7 @@ def test_methods_change_what_they_should():
         "epochs",
         "batch_size",
         "optimizer",
+        "nesterov",
         "lr",
         "weight_decay",
         "schedule",
@@ -322,7 +338,7 @@ def test_a_smoke_config_is_smaller_and_leaves_the_original_alone():
         config = get_config(name, "clustr_qtrades")
         before = config.to_dict()
         config.smoke = True
-        small = settings.resolve(config)
+        small = configuration.resolve(config)
         config.smoke = False
         assert config.to_dict() == before
         assert small.warmup.epochs == small.train.epochs == 1
@@ -380,8 +396,8 @@ def test_settings_that_cannot_be_trained_are_refused_before_the_warm_up(changes,
     config.update_from_flattened_dict(changes)
     split = fake_split(*DATA["digits"])
     with pytest.raises(UserError, match=message):
-        net = loading.build_net(config, split)
-        settings.check(config, objectives.METHODS[config.method], net, split, split, held_out=1)
+        net = loading.build_net(ModelSettings.of(config.model), split)
+        refusals.check(Settings.of(config), objectives.METHODS[config.method], net, split, split, held_out=1)
 
 
 @pytest.mark.parametrize(
@@ -396,8 +412,8 @@ def test_what_a_certified_method_cannot_be(changes, message):
     split = fake_split(*DATA["digits"])
 
     def check():
-        net = loading.build_net(config, split)
-        settings.check(config, objectives.METHODS[config.method], net, split, split, held_out=1)
+        net = loading.build_net(ModelSettings.of(config.model), split)
+        refusals.check(Settings.of(config), objectives.METHODS[config.method], net, split, split, held_out=1)
 
     check()
     config.update_from_flattened_dict(changes)
@@ -411,26 +427,26 @@ def test_the_radius_of_training_grows_to_its_end(method, smoke):
     """Also where smoke leaves one epoch: otherwise the settings would be refused."""
     config = get_config("cifar10", f"{method},cpu")
     config.smoke = smoke
-    config = settings.resolve(config)
+    config = configuration.resolve(config)
     assert all(r.eps_ramp <= r.epochs or not r.epochs for r in (config.train, config.warmup))
 
 
 def test_transfer_from_a_network_of_other_images_is_refused(tmp_path):
     """Before hours of training, not after them."""
     config = get_config("digits", "clustr_qtrades")
-    net = loading.build_net(config, fake_split(*DATA["digits"]))
+    net = loading.build_net(ModelSettings.of(config.model), fake_split(*DATA["digits"]))
     (tmp_path / "2_train").mkdir()
     done = tmp_path / "2_train" / "done.json"
     config.eval.transfer = (str(tmp_path),)
     for shape, classes in (((8, 8, 3), 10), ((8, 8, 1), 100)):
         done.write_text(json.dumps({"input_shape": shape, "num_classes": classes}))
         with pytest.raises(UserError, match="eval.transfer: .* name a run on the same data"):
-            evaluate.check_transfer(config, net)
+            protocols.check_transfer(EvalSettings.of(config.eval), net)
     done.write_text(json.dumps({"input_shape": (8, 8, 1), "num_classes": 10}))
-    evaluate.check_transfer(config, net)
+    protocols.check_transfer(EvalSettings.of(config.eval), net)
     config.eval.transfer = (str(tmp_path / "nowhere"),)
     with pytest.raises(UserError, match="no finished stage"):
-        evaluate.check_transfer(config, net)
+        protocols.check_transfer(EvalSettings.of(config.eval), net)
 
 
 @pytest.mark.parametrize(
@@ -454,4 +470,4 @@ def test_settings_that_cannot_be_evaluated_are_refused(changes, message):
     config = get_config("digits", "clustr_qtrades")
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
-        evaluate.check_config(config)
+        protocols.check_config(EvalSettings.of(config.eval))

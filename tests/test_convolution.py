@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 import reference
-from clustr_jax.convolution import conv2d
+from clustr_jax.models.convolution import conv2d
 
 # batch, height, width, channels in, channels out, kernel height, kernel width, stride, padding
 CASES = [

@@ -19,12 +19,12 @@ import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 
 from clustr_jax import data
-from clustr_jax.errors import UserError
-from clustr_jax.train import TrainSet
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import DataSettings
+from clustr_jax.training.train import TrainSet
 
 ROOT = pathlib.Path(__file__).parents[1]
 PADDING = 4  # of the random crop, on each side
@@ -33,7 +33,7 @@ PADDING = 4  # of the random crop, on each side
 def split_config(name="digits", **changes):
     """The data section of a config."""
     settings = dict(name=name, dir="", train_size=0, test_size=0, val_size=0.0, augment="none")
-    return ConfigDict(settings | changes)
+    return DataSettings.of(settings | changes)
 
 
 def rows(*splits):
@@ -205,7 +205,7 @@ def test_a_smoke_run_trains_on_some_of_every_class(classes, size, monkeypatch):
     labels = np.tile(np.arange(classes, dtype=np.int32), 50)
     whole = data.Split(np.zeros((len(labels), 1, 1, 1), np.uint8), labels, classes, 255.0, (0.0, 1.0), "")
     monkeypatch.setattr(data, "load_split", lambda *_: whole)
-    section = ConfigDict(dict(name="many", dir="", train_size=400, test_size=0, val_size=0.0))
+    section = DataSettings("many", train_size=400)
     train = data.splits(section, smoke=True)[0]
     assert len(train) == size and np.bincount(train.labels).min() >= 4
     assert len(data.splits(section)[0]) == 400  # elsewhere a size is what was asked for

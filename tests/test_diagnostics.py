@@ -1,4 +1,4 @@
-"""The twenty checks: each passes on a small healthy classifier and notices one that is built to violate it.
+"""The twenty-one checks: each passes on a small healthy classifier and notices one built to violate it.
 
 The healthy one has linear features and a nearest-centroid head, whose robust examples are known exactly.
 """
@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clustr_jax import diagnostics, sound
-from clustr_jax.attacks.steps import PGD
+from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
-from clustr_jax.diagnostics import FAIL, PASS, SKIP, WARN, Check, Probe
+from clustr_jax.evaluation import checks, sound_protocol
+from clustr_jax.evaluation.checks import FAIL, PASS, SKIP, WARN, Check, Probe
 from clustr_jax.models import Outputs
-from test_evaluate import LinearNet, eval_config, exact_robust, points, separated, silent
+from test_evaluate import LinearNet, eval_settings, exact_robust, points, separated, silent
 
 N, EPS = 32, 0.3
 
@@ -55,7 +55,7 @@ def problem(kind="plain", scale=1.0):
         Features(kind),
         bounds=None,
     )
-    config = eval_config(**{"eval.attack.eps": EPS, "eval.attack.step_size": EPS / 4, "eval.slots": N})
+    config = eval_settings(**{"eval.attack.eps": EPS, "eval.attack.step_size": EPS / 4, "eval.slots": N})
     return clf, points(x, y), config, exact_robust(x, y, mu, EPS)
 
 
@@ -101,21 +101,21 @@ def test_scaled_logits_break_nothing_more():
 def test_all_checks_of_a_healthy_classifier():
     """From the sound protocol to the verdict: each number once or twice, in order, nothing failed."""
     clf, examples, _, exact = problem()
-    config = eval_config(**{
+    config = eval_settings(**{
         "eval.attack.eps": EPS, "eval.attack.step_size": EPS / 4, "eval.slots": N, "eval.curve": (0.15, 1.5),
     })  # fmt: skip
-    result, outcomes = sound.run_sound(jax.random.key(0), clf, examples, config, silent)
+    result, outcomes = sound_protocol.run_sound(jax.random.key(0), clf, examples, config, silent)
     outcomes |= {"ids": examples.ids, "y": examples.y}
     np.testing.assert_array_equal(outcomes["robust"], exact)
     radius = np.where(exact, 1.001 * EPS * np.sqrt(examples.x[0].size), 0.0)
     paper = {"robust": 1.0, "successes_lost_by_max_loss_rule": 2}
-    checks = diagnostics.run(jax.random.key(1), clf, examples, config, result, outcomes, paper, radius)
-    numbers = [check.number for check in checks]
-    assert numbers == sorted(numbers) and set(numbers) == set(range(1, 21))
-    assert not [check for check in checks if check.status == FAIL], checks
-    assert "(no check failed" in diagnostics.verdict(result, checks)
-    found = json.loads(json.dumps(diagnostics.as_result(result, checks, paper)))
-    assert found["failed"] == [] and len(found["checks"]) == len(checks)
+    listed = checks.run(jax.random.key(1), clf, examples, config, result, outcomes, paper, radius)
+    numbers = [check.number for check in listed]
+    assert numbers == sorted(numbers) and set(numbers) == set(range(1, 22))
+    assert not [check for check in listed if check.status == FAIL], listed
+    assert "(no check failed" in checks.verdict(result, listed)
+    found = json.loads(json.dumps(checks.as_result(result, listed, paper)))
+    assert found["failed"] == [] and len(found["checks"]) == len(listed)
     assert found["masking_gap"] == pytest.approx(1.0 - exact.mean())
 
 
@@ -247,7 +247,7 @@ def test_the_images_looked_at_are_of_every_class(monkeypatch):
     """Image folders are stored class by class; the checks look at the first few of a shuffled set."""
     clf, examples, config, exact = problem()
     order = np.argsort(examples.y, kind="stable")
-    monkeypatch.setattr(diagnostics, "_IMAGES", 16)
+    monkeypatch.setattr(checks, "_IMAGES", 16)
     seen = []
 
     class Spy(Probe):
@@ -255,10 +255,10 @@ def test_the_images_looked_at_are_of_every_class(monkeypatch):
             seen.append(examples.y)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(diagnostics, "Probe", Spy)
+    monkeypatch.setattr(checks, "Probe", Spy)
     outcomes = {"clean": np.ones(N, bool), "robust": exact[order]}
     with pytest.raises(KeyboardInterrupt):
-        diagnostics.run(jax.random.key(0), clf, examples.take(order), config, {}, outcomes, None)
+        checks.run(jax.random.key(0), clf, examples.take(order), config, {}, outcomes, None)
     assert len(seen[0]) == 16 and set(seen[0]) == set(range(5))
 
 
@@ -266,24 +266,22 @@ def test_no_image_is_right():
     """A classifier that is always wrong has nothing to attack, and so nothing to check."""
     clf, examples, config, _ = problem()
     outcomes = {"clean": np.zeros(N, bool), "robust": np.zeros(N, bool)}
-    checks = diagnostics.run(jax.random.key(0), clf, examples, config, {}, outcomes, None)
-    assert [check.number for check in checks] == list(range(1, 21))
-    assert all(check.status == SKIP for check in checks)
+    listed = checks.run(jax.random.key(0), clf, examples, config, {}, outcomes, None)
+    assert [check.number for check in listed] == list(range(1, 22))
+    assert all(check.status == SKIP for check in listed)
 
 
 # A known answer
 
 
 def test_the_toy_is_solved():
-    check = diagnostics.toy(jax.random.key(5))
+    check = checks.toy(jax.random.key(5))
     assert (check.number, check.status, check.value) == (17, PASS, 0)
 
 
 def test_the_toy_notices_a_crippled_attack(monkeypatch):
-    monkeypatch.setattr(
-        diagnostics, "PGD", lambda **settings: PGD(**settings | {"step_size": jnp.float32(0.0)})
-    )
-    check = diagnostics.toy(jax.random.key(5))
+    monkeypatch.setattr(checks, "PGD", lambda **settings: PGD(**settings | {"step_size": jnp.float32(0.0)}))
+    check = checks.toy(jax.random.key(5))
     assert check.status == FAIL and check.value > 10
 
 
@@ -315,7 +313,7 @@ def result(**changes):
 
 
 def statuses(found, outcomes, paper=None):
-    return {c.number: c.status for c in diagnostics.from_result(found, outcomes, paper)}
+    return {c.number: c.status for c in checks.from_result(found, outcomes, paper)}
 
 
 def test_a_healthy_result():
@@ -360,7 +358,7 @@ def test_black_boxes_and_adaptive_attacks():
 
 
 def test_lost_successes_are_quoted():
-    notes = {c.number: c.note for c in diagnostics.from_result(
+    notes = {c.number: c.note for c in checks.from_result(
         *result(), {"robust": 0.7, "successes_lost_by_max_loss_rule": 13}
     )}  # fmt: skip
     assert "13" in notes[9]
@@ -370,13 +368,13 @@ def test_certified_and_broken_is_a_failure():
     """18: a radius of at least eps on an image that was broken."""
     found, outcomes = result()
     radius = np.where(np.arange(100) < 60, 8.01 / 255, 0.03)
-    assert diagnostics.certificates(found, outcomes, radius, 1).status == PASS
+    assert checks.certificates(found, outcomes, radius, 1).status == PASS
     radius[80] = 8.01 / 255
-    check = diagnostics.certificates(found, outcomes, radius, 1)
+    check = checks.certificates(found, outcomes, radius, 1)
     assert (check.number, check.status, check.value) == (18, FAIL, 1)
     # an l2 ball holds the linf ball of a radius that is smaller by the root of the dimensions
-    assert diagnostics.certificates(found, outcomes, radius, 4).status == PASS
-    assert diagnostics.certificates(found, outcomes, None, 1).status == SKIP
+    assert checks.certificates(found, outcomes, radius, 4).status == PASS
+    assert checks.certificates(found, outcomes, None, 1).status == SKIP
 
 
 # The verdict
@@ -386,31 +384,31 @@ def checks_of(**by_status):
     return [Check(n, "", status, None, "") for status, numbers in by_status.items() for n in numbers]
 
 
-@pytest.mark.parametrize(("checks", "ending"), [
+@pytest.mark.parametrize(("listed", "ending"), [
     (checks_of(PASS=[1, 2], SKIP=[18]), "(no check failed)"),
     (checks_of(PASS=[1, 2], WARN=[9], SKIP=[18]), "(no check failed; 9 warns)"),
     (checks_of(PASS=[1, 9], WARN=[9, 6], SKIP=[18]), "(no check failed; 6, 9 warn)"),
     (checks_of(PASS=[1], FAIL=[4]), "(expect less: check 4 failed)"),
     (checks_of(FAIL=[4, 6, 12], WARN=[7]), "(expect less: checks 4, 6, 12 failed)"),
 ])  # fmt: skip
-def test_verdict(checks, ending):
+def test_verdict(listed, ending):
     """The issue's sentence, with the Wilson interval of 50 in 100."""
     found = {"robust": 0.5, "eps": 8 / 255, "n": 100}
-    text = diagnostics.verdict(found, checks)
+    text = checks.verdict(found, listed)
     assert text == f"robust accuracy 50.00 [40.4, 59.6] % at eps 8/255 {ending}"
 
 
 def test_a_number_that_fails_twice_is_named_once():
     """Checks 7 and 12 have two lines each."""
-    text = diagnostics.verdict({"robust": 0.5, "eps": 8 / 255, "n": 100}, checks_of(FAIL=[12, 12]))
+    text = checks.verdict({"robust": 0.5, "eps": 8 / 255, "n": 100}, checks_of(FAIL=[12, 12]))
     assert text.endswith("(expect less: check 12 failed)")
 
 
 def test_the_result_is_json():
-    checks = [*diagnostics.from_result(*result(), None), *checks_of(FAIL=[4, 12, 12])]
-    checks += outputs_of(linear)
-    found = json.loads(json.dumps(diagnostics.as_result(result()[0], checks, {"robust": 0.75})))
+    listed = [*checks.from_result(*result(), None), *checks_of(FAIL=[4, 12, 12])]
+    listed += outputs_of(linear)
+    found = json.loads(json.dumps(checks.as_result(result()[0], listed, {"robust": 0.75})))
     assert found["failed"] == [4, 12] and found["masking_gap"] == pytest.approx(0.15)
-    assert found["verdict"] == diagnostics.verdict(result()[0], checks)
-    assert found["checks"][0] == dataclasses.asdict(checks[0])
-    assert diagnostics.as_result(result()[0], checks, None)["masking_gap"] is None
+    assert found["verdict"] == checks.verdict(result()[0], listed)
+    assert found["checks"][0] == dataclasses.asdict(listed[0])
+    assert checks.as_result(result()[0], listed, None)["masking_gap"] is None

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from clustr_jax import Classifier, Clusters, results
+from clustr_jax import Classifier, Clusters
+from clustr_jax.storage import results
 from configs import common
 from runs import ROOT
 

@@ -31,7 +31,15 @@ MODULES = (
     "clustr_jax.lipschitz", "clustr_jax.losses",
 )  # fmt: skip
 # Results of functions, shown in the examples of those; and what builds attacks for protocols.
-WITHOUT = {"AutoAttackResult", "KMeans", "UserError", "build"}
+WITHOUT = {
+    "AutoAttackResult",
+    "Interrupted",
+    "UnitWarning",
+    "UnsteadyWarning",
+    "KMeans",
+    "UserError",
+    "build",
+}
 # The contract, by hand: a rename must not go unnoticed.
 CONTRACT = {
     "load", "Classifier", "Classifier.logits", "Classifier.embed", "Classifier.predict", "Classifier.scores",

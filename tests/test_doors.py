@@ -8,8 +8,9 @@ import pytest
 
 from clustr_jax import models
 from clustr_jax.classifier import Classifier
-from clustr_jax.doors import description, foolbox_model, pytorch
-from clustr_jax.errors import UserError
+from clustr_jax.doors import foolbox_model, pytorch
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import description
 from runs import ROOT
 
 IMPORTS = """

@@ -14,7 +14,7 @@ with warnings.catch_warnings():
 from clustr_jax import clusters, data, models  # noqa: E402
 from clustr_jax.classifier import Classifier  # noqa: E402
 from clustr_jax.doors.foolbox_model import to_foolbox  # noqa: E402
-from clustr_jax.errors import UserError  # noqa: E402
+from clustr_jax.runtime.errors import UserError  # noqa: E402
 
 EPS = 0.1
 

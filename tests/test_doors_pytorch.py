@@ -22,7 +22,7 @@ from clustr_jax.classifier import Classifier  # noqa: E402
 from clustr_jax.clusters import Clusters  # noqa: E402
 from clustr_jax.doors import clustr_torch  # noqa: E402
 from clustr_jax.doors import pytorch as door  # noqa: E402
-from clustr_jax.errors import UserError  # noqa: E402
+from clustr_jax.runtime.errors import UserError  # noqa: E402
 
 IMAGES = dict(num_classes=5, width=4, input_shape=(16, 16, 3), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
 SETTINGS = {

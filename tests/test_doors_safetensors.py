@@ -10,11 +10,12 @@ import safetensors
 import safetensors.numpy
 
 import clustr_jax
-from clustr_jax import loading, models
+from clustr_jax import models
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
-from clustr_jax.doors import safetensors_file as door
-from clustr_jax.errors import UserError
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import loading
+from clustr_jax.storage import safetensors_file as door
 
 IMAGES = dict(num_classes=3, width=4, input_shape=(8, 8, 3), mean=(0.4914, 1 / 3, 0.6), std=(0.2,))
 SETTINGS = {"resnet8": IMAGES, "cnn": IMAGES, "lip_cpl": IMAGES, "mlp": IMAGES | dict(input_shape=(3,))}

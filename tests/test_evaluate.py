@@ -17,15 +17,17 @@ import scipy.stats
 from flax import struct
 
 import reference
-from clustr_jax import data, evaluate, models, results, sound
-from clustr_jax.attacks import aims
-from clustr_jax.attacks import slots as scheduler
+from clustr_jax import data, models
+from clustr_jax.attacks import aims, scheduler
 from clustr_jax.attacks.aims import View
 from clustr_jax.attacks.pgd import as_partial
-from clustr_jax.attacks.steps import PGD
+from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
+from clustr_jax.evaluation import protocols, sound_protocol
 from clustr_jax.models import Outputs
+from clustr_jax.settings import EvalSettings
+from clustr_jax.storage import results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +158,7 @@ def test_paper_pgd_is_the_authors_protocol_to_the_letter(bounds, key, rng):
     weight, centroids, variance, x, y = bounded_problem(rng)
     settings = dict(eps=0.1, step_size=0.025, steps=6)
     clf = linear_classifier(weight, centroids, variance, bounds=bounds)
-    found = evaluate.paper_pgd(
+    found = protocols.paper_pgd(
         jax.random.clone(key), clf, points(x, y), restarts=4, slots=16, report=silent, **settings
     )
     first = starts(key, x, settings["eps"], 4)
@@ -183,7 +185,7 @@ def test_the_maximum_loss_rule_loses_successes(key):
         return jnp.where(x > 0, right[None], jnp.zeros((1, 10)))
 
     x = np.zeros((40, 1), np.float32)
-    found = evaluate.paper_pgd(
+    found = protocols.paper_pgd(
         jax.random.clone(key), Stub(scores), points(x, np.zeros(40)),
         eps=1.0, step_size=0.0, steps=1, restarts=3, slots=16, report=silent,
     )  # fmt: skip
@@ -209,7 +211,7 @@ def test_a_restart_is_judged_by_its_last_image(key):
         return jnp.concatenate([jnp.where(side > 0, fooled, own), jnp.zeros((len(x), 8))], axis=1)
 
     x = np.zeros((40, 2), np.float32)
-    found = evaluate.paper_pgd(
+    found = protocols.paper_pgd(
         jax.random.clone(key), Stub(scores), points(x, np.zeros(40)),
         eps=1.0, step_size=2.0, steps=1, restarts=3, slots=16, report=silent,
     )  # fmt: skip
@@ -227,7 +229,7 @@ def test_later_restarts_win_ties_of_the_loss(key):
         return jnp.concatenate([jnp.zeros_like(x), side, -side], axis=1)
 
     x = np.zeros((30, 1), np.float32)
-    found = evaluate.paper_pgd(
+    found = protocols.paper_pgd(
         jax.random.clone(key), Stub(scores, bounds=(0.0, 10.0)), points(x, np.zeros(30)),
         eps=1.0, step_size=0.0, steps=1, restarts=2, slots=16, report=silent,
     )  # fmt: skip
@@ -244,7 +246,7 @@ def test_a_start_outside_the_box_is_counted(key):
 
     x = np.zeros((40, 1), np.float32)
     clf = Stub(scores, bounds=(0.0, 1.0))
-    found = evaluate.paper_pgd(
+    found = protocols.paper_pgd(
         jax.random.clone(key), clf, points(x, np.zeros(40)),
         eps=0.3, step_size=0.1, steps=3, restarts=1, slots=40, report=silent,
     )  # fmt: skip
@@ -266,7 +268,7 @@ def test_what_is_wrong_from_the_start_is_no_success_outside_the_box(key):
 
     x, y = np.zeros((40, 1), np.float32), np.arange(40) % 2 * 2
     clf = Stub(scores, bounds=(0.0, 1.0))
-    result, outcomes = evaluate.run_paper(key, clf, points(x, y), small_attack(), silent)
+    result, outcomes = protocols.run_paper(key, clf, points(x, y), small_attack(), silent)
     fooled = ~(outcomes["pgd3_0.050000"] & outcomes["pgd5_0.050000"])
     assert fooled[y == 2].all() and 0 < fooled[y == 0].sum() < 20
     assert result["successes_outside_box"] == fooled[y == 0].sum()  # only below 0
@@ -275,9 +277,8 @@ def test_what_is_wrong_from_the_start_is_no_success_outside_the_box(key):
 def test_a_radius_given_as_a_decimal_is_attacked_once(key):
     """0.05 and what a command line makes of it: the same keys."""
     x, y = np.linspace(-1, 1, 40, dtype=np.float32)[:, None], np.zeros(40, int)
-    config = small_attack()
-    config.eval.sweep = (0.0500000004, 0.1, 0.1000000002)
-    result, _ = evaluate.run_paper(key, Stub(two_classes), points(x, y), config, silent)
+    config = dataclasses.replace(small_attack(), sweep=(0.0500000004, 0.1, 0.1000000002))
+    result, _ = protocols.run_paper(key, Stub(two_classes), points(x, y), config, silent)
     assert list(result["sweep"]) == ["0.100000"] and list(result["attacks"]) == ["pgd3", "pgd5"]
 
 
@@ -320,10 +321,10 @@ def test_success_is_recomputed_outside_the_attack(key, monkeypatch):
 def test_what_nothing_confirms_is_counted(small, key, monkeypatch):
     """Images that attacks fooled in their own program and that stand all the same (check 8)."""
     clf, examples = small
-    config = eval_config(**{"eval.quick": True, "eval.attack.eps": 0.1, "eval.slots": 16})
+    config = eval_settings(**{"eval.quick": True, "eval.attack.eps": 0.1, "eval.slots": 16})
     counts = []
     for _ in range(2):
-        result, outcomes = sound.run_sound(jax.random.clone(key), clf, examples, config, silent)
+        result, outcomes = sound_protocol.run_sound(jax.random.clone(key), clf, examples, config, silent)
         counts.append((result["unconfirmed"], int(outcomes["robust"].sum()), int(outcomes["clean"].sum())))
         nothing = lambda model, x, y: (np.zeros(len(x), bool), np.ones(len(x), bool))  # noqa: E731
         monkeypatch.setattr(scheduler, "judge", nothing)
@@ -423,13 +424,18 @@ def eval_config(**changes):
     return config
 
 
+def eval_settings(**changes):
+    """The same, typed."""
+    return EvalSettings.of(eval_config(**changes).eval)
+
+
 @pytest.mark.parametrize("eps", [0.5, 0.7, 0.9])
 def test_sound_pgd_finds_the_exact_robust_accuracy(eps, key, rng):
     """Two classes, example by example: what the closed form calls robust survives, the rest is broken."""
     weight, centroids, variance, x, y = separated(rng, n=150, classes=2, noise=0.8)
     clf = linear_classifier(weight, centroids, variance, bounds=None)
-    config = eval_config(**{"eval.attack.eps": eps, "eval.attack.step_size": eps / 4})
-    result, outcomes = sound.run_sound(key, clf, points(x, y), config, silent)
+    config = eval_settings(**{"eval.attack.eps": eps, "eval.attack.step_size": eps / 4})
+    result, outcomes = sound_protocol.run_sound(key, clf, points(x, y), config, silent)
     exact = exact_robust(x, y, centroids, eps)
     assert 0.1 < exact.mean() < 0.9
     np.testing.assert_array_equal(outcomes["robust"], exact)
@@ -447,10 +453,10 @@ def test_the_paper_protocol_overestimates(scale, eps, key, rng):
     clf = linear_classifier(weight, centroids, variance, bounds=None)
     exact = exact_robust(x, y, centroids, eps)
     assert exact.mean() == (0.775 if eps == 0.6 else 0.0)
-    config = eval_config(**{"eval.attack.eps": eps, "eval.attack.step_size": eps / 4})
+    config = eval_settings(**{"eval.attack.eps": eps, "eval.attack.step_size": eps / 4})
     examples = points(x, y)
-    found, outcomes = sound.run_sound(jax.random.clone(key), clf, examples, config, silent)
-    paper, _ = evaluate.run_paper(jax.random.clone(key), clf, examples, config, silent)
+    found, outcomes = sound_protocol.run_sound(jax.random.clone(key), clf, examples, config, silent)
+    paper, _ = protocols.run_paper(jax.random.clone(key), clf, examples, config, silent)
     assert (outcomes["robust"] >= exact).all()  # a robust example cannot be broken
     # towards each of the three nearest clusters the steps are exact: nothing is missed
     np.testing.assert_array_equal(outcomes["robust"], exact)
@@ -461,8 +467,12 @@ def test_log_cross_entropy_alone_is_not_enough_for_large_margins(key, rng):
     """At 30 nats and more its float32 gradient is 0; the margin loss does not depend on the scale."""
     weight, centroids, variance, x, y = separated(rng, scale=20.0, noise=0.05)
     clf = linear_classifier(weight, centroids, variance, bounds=None)
-    _, outcomes = sound.run_sound(
-        key, clf, points(x, y), eval_config(**{"eval.attack.eps": 1.0, "eval.attack.step_size": 0.1}), silent
+    _, outcomes = sound_protocol.run_sound(
+        key,
+        clf,
+        points(x, y),
+        eval_settings(**{"eval.attack.eps": 1.0, "eval.attack.step_size": 0.1}),
+        silent,
     )
     assert not outcomes["robust"].any()
     assert outcomes["robust_ce"].mean() > 0.9 and not outcomes["robust_margin"].any()
@@ -512,14 +522,14 @@ def small_attack(**changes):
         "eval.attack.eps": 0.05, "eval.attack.step_size": 0.0125, "eval.attack.steps": 5,
         "eval.attack.restarts": 2, "eval.paper_steps": (3, 5), "eval.sweep": (0.02, 0.1),
     }  # fmt: skip
-    return eval_config(**settings | changes)
+    return eval_settings(**settings | changes)
 
 
 @pytest.mark.parametrize("name", ["paper", pytest.param("sound", marks=pytest.mark.slow)])
 def test_padding_is_not_counted(name, small, key):
     """70 images in lanes of 32 are 70 images; each appears once and fractions are of 70."""
     clf, examples = small
-    result, outcomes, seconds = evaluate.run(name, key, clf, examples, small_attack(), silent)
+    result, outcomes, seconds = protocols.run(name, key, clf, examples, small_attack(), silent)
     assert result["n"] == 70 and seconds > 0
     assert all(len(values) == 70 for values in outcomes.values())
     np.testing.assert_array_equal(outcomes["ids"], examples.ids)
@@ -542,7 +552,7 @@ def test_every_batch_has_the_same_number_of_lanes(protocol, key):
     examples = points(np.linspace(-1, -0.01, 70)[:, None], np.zeros(70))
     settings = dict(eps=0.5, step_size=0.125, steps=8, restarts=2, slots=32, report=silent)
     if protocol == "paper":
-        robust = evaluate.paper_pgd(key, Stub(scores), examples, **settings)["robust"]
+        robust = protocols.paper_pgd(key, Stub(scores), examples, **settings)["robust"]
     else:
         settings.pop("report")
         robust, _ = attack_soundly(key, Stub(scores), examples, **settings)
@@ -553,7 +563,7 @@ def test_every_batch_has_the_same_number_of_lanes(protocol, key):
 def test_sound_outcomes_are_nested(small, key):
     """robust implies clean, `broken_by` says for the others why, and the figures are their means."""
     clf, examples = small
-    result, outcomes = sound.run_sound(key, clf, examples, small_attack(), silent)
+    result, outcomes = sound_protocol.run_sound(key, clf, examples, small_attack(), silent)
     robust, clean, broken_by = outcomes["robust"], outcomes["clean"], outcomes["broken_by"]
     assert (clean >= robust).all() and result["robust"] <= result["clean"]
     np.testing.assert_array_equal(clean, np.asarray(clf.predict(examples.x)) == examples.y)
@@ -572,7 +582,7 @@ def test_sound_outcomes_are_nested(small, key):
 def test_paper_result_is_the_worst_case_of_its_attacks(small, key):
     """`robust` counts examples that survive both PGD^3 and PGD^5; other radii go under `sweep`."""
     clf, examples = small
-    result, outcomes = evaluate.run_paper(key, clf, examples, small_attack(), silent)
+    result, outcomes = protocols.run_paper(key, clf, examples, small_attack(), silent)
     both = outcomes["pgd3_0.050000"] & outcomes["pgd5_0.050000"] & outcomes["clean"]
     assert result["robust"] == both.mean() <= min(result["attacks"].values())
     assert result["attacks"] == {name: outcomes[f"{name}_0.050000"].mean() for name in ("pgd3", "pgd5")}
@@ -585,7 +595,7 @@ def test_paper_result_is_the_worst_case_of_its_attacks(small, key):
 def test_quick_runs_only_the_main_radius(small, key):
     clf, examples = small
     quick = small_attack(**{"eval.quick": True})
-    paper, _ = evaluate.run_paper(jax.random.clone(key), clf, examples, quick, silent)
+    paper, _ = protocols.run_paper(jax.random.clone(key), clf, examples, quick, silent)
     assert list(paper["attacks"]) == ["pgd20"] and paper["sweep"] == {}
 
 
@@ -598,7 +608,7 @@ def test_outcomes_do_not_depend_on_order_or_split(protocol, small_cnn, key):
     def outcome(index):
         part = data.Examples(examples.x[index], examples.y[index], examples.ids[index])
         if protocol == "paper":
-            found = evaluate.paper_pgd(jax.random.clone(key), clf, part, report=silent, **settings)
+            found = protocols.paper_pgd(jax.random.clone(key), clf, part, report=silent, **settings)
             names = ("robust", "any_restart", "fooled_outside_box")
             return np.stack([found[name] for name in names], axis=1)
         return attack_soundly(jax.random.clone(key), clf, part, **settings)[0]
@@ -631,7 +641,7 @@ def test_more_restarts_break_more(small, key):
 
 def test_run_clean_is_the_deployed_rule(small):
     clf, examples = small
-    result, outcomes, _ = evaluate.run_clean(clf, examples.x, examples.y)
+    result, outcomes, _ = protocols.run_clean(clf, examples.x, examples.y)
     correct = np.asarray(clf.deployed(examples.x)).argmax(axis=1) == examples.y
     np.testing.assert_array_equal(outcomes["clean"], correct)
     assert (

@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event
 # Two processes: the first is killed after three epochs, of which the second takes the last one again.
 SCRIPT = """
 import os, sys
-from clustr_jax.workdir import Workdir
+from clustr_jax.storage.workdir import Workdir
 place = Workdir(sys.argv[1])
 place.rewind("2_train", int(sys.argv[2]))
 for epoch in map(int, sys.argv[3].split(",")):

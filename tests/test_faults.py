@@ -19,10 +19,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import clustr_jax
-from clustr_jax import loading, preemption, results, stages, train, workdir
-from clustr_jax.checkpoints import Checkpoints
-from clustr_jax.errors import UserError
-from clustr_jax.files import read_json
+from clustr_jax import stages
+from clustr_jax.runtime import preemption
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import ModelSettings
+from clustr_jax.storage import loading, results, workdir
+from clustr_jax.storage.checkpoints import Checkpoints
+from clustr_jax.storage.files import read_json
+from clustr_jax.training import train
 from configs import digits
 from runs import (
     DIGITS,
@@ -256,7 +260,9 @@ def test_damaged_checkpoints(stage, table, capsys):
         if net is None:
             config = digits.get_config("clustr_qtrades")
             config.model.width = 4
-            net = loading.build_net(config, clustr_jax.data.load_split("digits", "train"))
+            net = loading.build_net(
+                ModelSettings.of(config.model), clustr_jax.data.load_split("digits", "train")
+            )
         abstract = jax.eval_shape(net.init, jax.random.key(0))
         expected = reader.model(abstract)
         reader.close()

@@ -5,28 +5,30 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from clustr_jax import UserError, fidelity, settings
+from clustr_jax import UserError
+from clustr_jax.reference import switches
+from clustr_jax.stages import configuration
 from configs import cifar10
 
 
 def config(**values):
-    return ConfigDict({"preset": "", **dict.fromkeys(fidelity.SWITCHES, ""), **values})
+    return ConfigDict({"preset": "", **dict.fromkeys(switches.SWITCHES, ""), **values})
 
 
 def test_the_default_is_ours_throughout():
-    assert fidelity.resolve(config()) == {name: s.ours for name, s in fidelity.SWITCHES.items()}
+    assert switches.resolve(config()) == {name: s.ours for name, s in switches.SWITCHES.items()}
 
 
 def test_paper_code_sets_every_switch_and_one_can_be_turned_back():
-    found = fidelity.resolve(config(preset="paper_code", scores="log"))
+    found = switches.resolve(config(preset="paper_code", scores="log"))
     assert found.pop("scores") == "log"
-    assert found == {name: s.authors for name, s in fidelity.SWITCHES.items() if name != "scores"}
+    assert found == {name: s.authors for name, s in switches.SWITCHES.items() if name != "scores"}
 
 
 @pytest.mark.parametrize("values", [{"preset": "paper"}, {"scores": "exponential"}])
 def test_unknown_words_are_refused(values):
     with pytest.raises(UserError):
-        fidelity.resolve(config(**values))
+        switches.resolve(config(**values))
 
 
 @pytest.mark.parametrize(("method", "epochs"), [("nominal", 90), ("clustr_qtrades", 25), ("magnet", 120)])
@@ -34,9 +36,9 @@ def test_the_authors_epochs_are_those_of_fine_tuning(method, epochs):
     """A schedule of a method without it, cut short, would end before its rate ever falls."""
     settled = cifar10.get_config(method)
     settled.fidelity.preset = "paper_code"
-    assert settings.resolve(settled).train.epochs == epochs
+    assert configuration.resolve(settled).train.epochs == epochs
 
 
 def test_docs_have_the_table():
     text = (pathlib.Path(__file__).parents[1] / "docs" / "fidelity.md").read_text()
-    assert fidelity.table() in text
+    assert switches.table() in text

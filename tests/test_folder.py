@@ -18,8 +18,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import clustr_jax
-from clustr_jax import data, folder, settings
-from clustr_jax.errors import UserError
+from clustr_jax import data
+from clustr_jax.data import folder
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import DataSettings
+from clustr_jax.stages import configuration
 from marks import in_ci
 from runs import ROOT, assert_one_line, read
 
@@ -146,11 +149,9 @@ def test_the_sha_names_the_content_and_not_the_place(tmp_path, rng):
     shutil.rmtree(tmp_path / "b" / "test")
     shas.append(folder.read(tmp_path / "b").sha)
     assert len(set(shas)) == 5
-    section = ConfigDict(
-        dict(name="folder", dir=str(tmp_path / "a"), train_size=0, test_size=0, val_size=0.0, sha=shas[0])
-    )
+    section = DataSettings("folder", str(tmp_path / "a"), sha=shas[0])
     assert len(data.splits(section)[0]) == 16
-    section.dir = str(tmp_path / "b")
+    section = dataclasses.replace(section, dir=str(tmp_path / "b"))
     with pytest.raises(UserError, match=f"b has changed: {shas[-1]} now, {shas[0]} when this was trained"):
         data.splits(section)
 
@@ -219,7 +220,7 @@ FOLDERS = {
     ),
     "a folder in a class": (
         lambda p: (p / "train" / "rose" / "more").mkdir(),
-        "more is no .png, .jpg, .jpeg file",
+        "more is a folder without images in the class 'rose'; take it out",
     ),
     "an unreadable image": (
         lambda p: _touch(p / "train" / "rose" / "a.png", "x"),
@@ -228,7 +229,7 @@ FOLDERS = {
     "a truncated image": (lambda p: _cut(p / "test" / "rose" / "001.png"), "cannot read the image .*001.png"),
     "another size": (
         lambda p: write(p / "train" / "rose" / "005.png", np.zeros((7, 5, 3), np.uint8)),
-        "005.png is 7x5x3, .*daisy/000.png is 6x5x3 .*one size",
+        r"005.png is 7x5x3, 20 others \(such as .*daisy/000.png\) are 6x5x3 .*one size",
     ),
     "grey among colour": (
         lambda p: write(p / "train" / "rose" / "005.png", np.zeros((6, 5), np.uint8)),
@@ -236,7 +237,7 @@ FOLDERS = {
     ),
     "test images of another size": (
         lambda p: [write(f, np.zeros((8, 8, 3), np.uint8)) for f in (p / "test").glob("*/*.png")],
-        "training images are 6x5x3, the test images 8x8x3",
+        r"test/daisy/000.png is 8x8x3, 16 others \(such as .*train.*\) are 6x5x3 .*5 images of another size",
     ),
     "transparency": (
         lambda p: _save(p / "train" / "rose" / "a.png", "RGBA"),
@@ -370,13 +371,13 @@ def config(method="clustr", **model):
 
 def test_mean_and_std_are_those_of_the_training_images():
     split = own(20, count=2500)  # more than are looked at together
-    found = settings.complete(config(), split, split)
+    found = configuration.complete(config(), split, split)
     pixels = split.images.astype(np.float64) / 255
     np.testing.assert_allclose(found.model.mean, pixels.mean(axis=(0, 1, 2)), atol=1e-6)
     np.testing.assert_allclose(found.model.std[:2], pixels.std(axis=(0, 1, 2))[:2], atol=1e-6)
     assert found.model.std[2] == 1.0  # and not 0, by which nothing can be divided
     assert found.data.sha == "abc"
-    given = settings.complete(config(mean=(0.1,), std=(0.3,)), split, split)
+    given = configuration.complete(config(mean=(0.1,), std=(0.3,)), split, split)
     assert given.model.mean == (0.1,) and given.model.std == (0.3,)
     assert json.loads(json.dumps(found.to_dict()))["data"]["sha"] == "abc"
 
@@ -388,31 +389,31 @@ def test_mean_and_std_are_those_of_the_training_images():
 def test_the_network_goes_by_the_size_of_the_images(size, variant, expected):
     c = config()
     c.variant = variant
-    assert settings.complete(c, own(size), own(size)).model.name == expected
+    assert configuration.complete(c, own(size), own(size)).model.name == expected
 
 
 def test_eval_n_fits_own_images_and_a_smoke_run():
     """Elsewhere too many are refused: there the sizes are known."""
     c, other = config(), dataclasses.replace(own(8), sha="")
-    assert settings.complete(c, own(8), own(8, count=9)).eval.n == 9
-    assert settings.complete(c, other, own(8, count=9)).eval.n == 32
+    assert configuration.complete(c, own(8), own(8, count=9)).eval.n == 9
+    assert configuration.complete(c, other, own(8, count=9)).eval.n == 32
     c.smoke = True
-    assert settings.complete(c, other, own(8, count=9)).eval.n == 9
+    assert configuration.complete(c, other, own(8, count=9)).eval.n == 9
 
 
 def test_the_set_is_called_after_its_folder(tmp_path):
     c = config(method="clustr_qtrades")
-    assert data.label(c.data) == "flowers"
-    assert str(settings.default_workdir(c)) == "runs/flowers-clustr_qtrades"
-    assert data.label(ConfigDict(dict(name="digits", dir="x"))) == "digits"
+    assert data.label(DataSettings.of(c.data)) == "flowers"
+    assert str(configuration.default_workdir(c)) == "runs/flowers-clustr_qtrades"
+    assert data.label(DataSettings(**dict(name="digits", dir="x"))) == "digits"
     # a dot is part of a folder's name; the figures of a known set are not those of own images called so
     (tmp_path / "birds.v2").mkdir()
     for place, label in (
         ("birds.v2", "birds.v2"), ("birds.v2.npz", "birds.v2"), ("cifar10", "own-cifar10"),
         ("svhn.npz", "own-svhn"), ("toy2d_pairs", "own-toy2d_pairs"),
     ):  # fmt: skip
-        assert data.label(ConfigDict(dict(name="folder", dir=str(tmp_path / place)))) == label
-    assert data.label(ConfigDict(dict(name="svhn", dir=""))) == "svhn_cropped"
+        assert data.label(DataSettings(**dict(name="folder", dir=str(tmp_path / place)))) == label
+    assert data.label(DataSettings(**dict(name="svhn", dir=""))) == "svhn_cropped"
 
 
 # A run
@@ -436,6 +437,9 @@ FOLDER = f"--config={ROOT}/configs/folder.py"
 def test_a_run_from_a_folder(method, run, start, tmp_path):
     """Trains, evaluates, loads again; a changed folder is refused; tiny: 9 training images per class."""
     digits(tmp_path / "pngs")
+    (tmp_path / "pngs" / "README.txt").write_text("not read")
+    leaked = sorted((tmp_path / "pngs" / "test" / "two").iterdir())[0]
+    shutil.copy(leaked, tmp_path / "pngs" / "train" / "three")
     arguments = (f"{FOLDER}:{method}", "--config.smoke=True", "--config.data.dir=pngs", "--workdir=out")
     stdout, _ = run(*arguments)
     assert "10 classes: eight, five, four, nine, one" in stdout
@@ -450,8 +454,19 @@ def test_a_run_from_a_folder(method, run, start, tmp_path):
     clean = read(place / "results" / "clean.json")
     assert clean["dataset"] == "pngs" and clean["n"] == 30
     assert clean["class_names"][:3] == ["eight", "five", "four"]
+    # the image on two sides, and the file that is not read: in the output, the results, the report, the card
+    said = "1 test image is among the training images as well, 1 under another label"
+    assert f"duplicates: {said}" in stdout and "not read: README.txt, beside train" in stdout
+    for name in ("clean", "sound"):
+        found = read(place / "results" / f"{name}.json")
+        assert found["duplicates"]["train/test"]["images"] == 1
+        assert "not read: README.txt, beside train" in found["data_notes"]
+    for document in ("report.html", "MODEL_CARD.md"):
+        text = (place / document).read_text(encoding="utf-8")
+        assert said in text and "README.txt, beside train" in text
     clf = clustr_jax.load(place)
-    x, y = data.load("folder", "test", data_dir=str(tmp_path / "pngs"))
+    with pytest.warns(UserWarning, match="not read: README.txt"):
+        x, y = data.load("folder", "test", data_dir=str(tmp_path / "pngs"))
     assert float(np.mean(np.asarray(clf.predict(x)) == y)) == clean["clean"]
     stdout, _ = run(*arguments)
     assert "2_train: finished before" in stdout and "clean was done before" in stdout

@@ -8,16 +8,20 @@ import numpy as np
 import pytest
 from jax import export
 
-from clustr_jax import clusters, data, loading, settings, train
-from clustr_jax.attacks import aims, slots
+from clustr_jax import clusters, data
+from clustr_jax.attacks import aims, scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.pgd import as_partial, pgd
+from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.attacks.square import Square
-from clustr_jax.attacks.steps import PGD
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
-from clustr_jax.objectives import METHODS
+from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
+from clustr_jax.stages import configuration
+from clustr_jax.storage import loading
+from clustr_jax.training import train
+from clustr_jax.training.objectives import METHODS
 from configs import cifar10
 
 PLATFORMS = ("cuda", "tpu")
@@ -35,15 +39,19 @@ def problem(method, model="resnet8", dtype="float32"):
     config = cifar10.get_config(method)
     config.model.name = model if config.model.name == "resnet18" else config.model.name
     config.model.dtype = dtype
-    config = settings.resolve(config)
+    config = configuration.resolve(config)
     images, labels = np.zeros((240, 32, 32, 3), np.uint8), (np.arange(240) % 10).astype(np.int32)
-    net = loading.build_net(config, data.Split(images, labels, 10, 255.0, (0.0, 1.0), ""))
+    net = loading.build_net(
+        ModelSettings.of(config.model), data.Split(images, labels, 10, 255.0, (0.0, 1.0), "")
+    )
     return config, net, images, labels
 
 
 def lowered_steps(method, **model):
     config, net, images, labels = problem(method, **model)
-    trainer = train.Trainer(net, METHODS[method], config, config.train, len(labels))
+    trainer = train.Trainer(
+        net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), len(labels)
+    )
     train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
     key = jax.random.key(0)
     variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(net.init, key))
@@ -122,11 +130,13 @@ def test_every_attack(name, cluster_head):
     key = jax.random.key(0)
 
     def call(key, model, x, y):
-        work = slots._work(key, y, y, y, x, y, y + 1)
-        state = slots._empty(attack, jax.tree.map(lambda a: a[:lanes], work))
-        orders = slots._Orders(np.int32(5), np.int32(0), np.array([False]))
+        work = scheduler._work(key, y, y, y, x, y, y + 1)
+        state = scheduler._empty(attack, jax.tree.map(lambda a: a[:lanes], work))
+        orders = scheduler._Orders(np.int32(5), np.int32(0), np.array([False]))
         best = jnp.full(1024, 10, jnp.int32)
-        return slots._advance(attack, model, state, work, np.ones(2 * lanes, bool), best, orders, first=True)
+        return scheduler._advance(
+            attack, model, state, work, np.ones(2 * lanes, bool), best, orders, first=True
+        )
 
     assert "convolution" in lowered(call, key, model, x, y)
     if name == "pgd":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clustr_jax import models
-from clustr_jax.errors import UserError
+from clustr_jax.runtime.errors import UserError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 IMAGES = dict(num_classes=5, width=4, input_shape=(8, 8, 3), mean=MEAN, std=STD)

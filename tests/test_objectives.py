@@ -14,9 +14,11 @@ import pytest
 
 import reference
 import reference_objectives as naive
-from clustr_jax import models, objectives
+from clustr_jax import models
 from clustr_jax.clusters import Clusters
-from clustr_jax.objectives import METHODS, Batch
+from clustr_jax.settings import TrainingSettings
+from clustr_jax.training import objectives
+from clustr_jax.training.objectives import METHODS, Batch
 from linear_problems import (
     FLOAT32,
     FLOAT64,
@@ -189,7 +191,9 @@ class Golden:
 
             def loss(params, x_adv):
                 variables = {"params": params, "batch_stats": {}}
-                return self.method.objective(self.net, variables, batch, x_adv, clusters, self.config)
+                return self.method.objective(
+                    self.net, variables, batch, x_adv, clusters, TrainingSettings.of(self.config)
+                )
 
             x_adv = None if self.x_adv is None else put(self.x_adv)
             function = jax.value_and_grad(loss, (0, 1), has_aux=True) if gradient else loss

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import reference
-from clustr_jax import attacks, data, evaluate, quirks, results
-from clustr_jax.attacks import slots as scheduler
+from clustr_jax import attacks, data
+from clustr_jax.attacks import scheduler
 from clustr_jax.classifier import Classifier
-from test_evaluate import bounded_problem, eval_config, linear_classifier, points, silent
+from clustr_jax.evaluation import protocols, quirks
+from clustr_jax.storage import results
+from test_evaluate import bounded_problem, eval_config, eval_settings, linear_classifier, points, silent
 
 STEPS, RESTARTS = 6, 3
 NAMES = ["none", "exp_scores", "mean_loss", "max_loss", "start_outside", "all"]
@@ -24,7 +26,7 @@ def small():
     """40 points in the unit box about 5 x 2 clusters in a linear feature space."""
     weight, centroids, variance, x, y = bounded_problem(np.random.default_rng(0), n=40)
     clf = linear_classifier(weight, centroids, variance, bounds=(0.0, 1.0))
-    config = eval_config(**{"eval.attack.eps": 0.1, "eval.attack.step_size": 0.025, "eval.slots": 16})
+    config = eval_settings(**{"eval.attack.eps": 0.1, "eval.attack.step_size": 0.025, "eval.slots": 16})
     return clf, points(x, y), config
 
 
@@ -50,7 +52,7 @@ def test_each_row_switches_one_departure_off(small):
     rows, seen = recorded(small)
     assert [row["off"] for row in rows] == NAMES == ["none", *quirks.QUIRKS, "all"]
     settings = {
-        name: (f == "scores", attack.aim.options == evaluate.PAPER_AIM.options, attack.clip_start, restarts)
+        name: (f == "scores", attack.aim.options == protocols.PAPER_AIM.options, attack.clip_start, restarts)
         for name, (f, attack, restarts) in zip(NAMES, seen, strict=True)
     }
     assert settings == {
@@ -78,13 +80,13 @@ def test_the_aims_of_the_rows(rng):
     logits, y = rng.normal(size=(6, 4)).astype(np.float32), np.arange(6) % 4
     expected = reference.cross_entropy(logits, y)
     reference.close(quirks._EXP_AIM(logits, y, y), expected, 1e-5)
-    reference.close(evaluate.PAPER_AIM(logits, y, y), expected / 64, 1e-5)
+    reference.close(protocols.PAPER_AIM(logits, y, y), expected / 64, 1e-5)
 
 
 def paper(small, **changes):
     clf, examples, _ = small
     settings = dict(eps=0.1, step_size=0.025, steps=STEPS, restarts=RESTARTS, slots=16, report=silent)
-    return evaluate.paper_pgd(jax.random.key(2), clf, examples, **settings | changes)
+    return protocols.paper_pgd(jax.random.key(2), clf, examples, **settings | changes)
 
 
 def survivors(small, on):
@@ -221,12 +223,8 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys, monkeypatch):
 
 def test_the_hinge_of_the_adaptive_attack_is_flat(small):
     """Without a margin the hinged loss has no gradient at a correct example: only the starts are left."""
-    clf, examples, config = small
     found = {}
     for alpha in (0.0, 100.0):
-        config.magnet.alpha = alpha
-        found[alpha] = quirks.adaptive(
-            jax.random.key(1), clf, examples, config, steps=STEPS, restarts=RESTARTS
-        )
+        found[alpha] = quirks.adaptive(jax.random.key(1), *small, alpha=alpha, steps=STEPS, restarts=RESTARTS)
     assert found[0.0]["unhinged"] == found[100.0]["unhinged"] == found[100.0]["hinged"]
     assert found[0.0]["hinged"] > found[0.0]["unhinged"] > 0

@@ -20,11 +20,13 @@ import numpy as np
 import pytest
 
 import browser
-from clustr_jax import paper, report, results, workdir
-from clustr_jax.errors import UserError
+from clustr_jax import report
+from clustr_jax.reference import claims
 from clustr_jax.report import __main__ as command
 from clustr_jax.report import compare, figures, looks, page, pictures, svg, words
 from clustr_jax.report.looks import Victim
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import results, workdir
 from marks import in_ci
 from runs import DIGITS, TOY, read
 
@@ -340,6 +342,35 @@ def test_what_users_write_is_escaped(tmp_path):
     assert "a <b> & c" in document.text
 
 
+def _leak(count):
+    pairs = [[7, 3]] * count
+    return {"train/test": {"images": count, "other_labels": 0, "pairs": pairs}}
+
+
+@pytest.mark.parametrize(
+    ("found", "card", "limit"),
+    [
+        (None, "", ""),
+        (_leak(0), "- Duplicates: none between the splits", ""),
+        (
+            _leak(2),
+            "- Duplicates: 2 test images are among the training images",
+            "The same image is on two sides",
+        ),
+    ],
+)
+def test_duplicates_and_notes_are_in_the_page_and_the_card(found, card, limit, tmp_path):
+    """Results of earlier versions say nothing of them; points have none."""
+    fields = {} if found is None else {"duplicates": found, "data_notes": ["not read: a <b> file"]}
+    root = make(tmp_path, ("clean", "sound"), changes={"clean": fields, "sound": fields})
+    made = page.report(report.read(root), page.Looks())
+    assert (card in made.card) if card else ("Duplicates" not in made.card)
+    assert ("- Note: not read: a" in made.card) == bool(fields)
+    assert bool(limit) == ("The same image is on two sides" in made.card)
+    assert ("notes on the data" in made.html) == bool(fields) and "<b> file" not in made.html
+    assert ("between the splits" in made.html or "2 test images are" in made.html) == bool(fields)
+
+
 @pytest.mark.parametrize(
     ("names", "method", "said"),
     [
@@ -439,11 +470,11 @@ def test_checks_of_earlier_results_are_not_shown(tmp_path):
 def test_the_papers_figure_stands_beside_its_own_radius_only():
     eight, four = ({**result("paper")[0], "dataset": "cifar10", "eps": e / 255} for e in (8, 4))
     assert [row.claim for row in results.comparison({"paper": eight})][1:3] == [
-        paper.claim("cifar10", "clustr_qtrades", name) for name in ("pgd20", "pgd100")
+        claims.claim("cifar10", "clustr_qtrades", name) for name in ("pgd20", "pgd100")
     ]
     rows = results.comparison({"paper": four})
     assert [row.claim for row in rows][:3] == [None] * 3
-    assert rows[3].claim == paper.claim("cifar10", "clustr_qtrades", "pgd20", 0.1)  # in the paper's sweep
+    assert rows[3].claim == claims.claim("cifar10", "clustr_qtrades", "pgd20", 0.1)  # in the paper's sweep
 
 
 def test_one_class_that_is_predicted_too_often_is_a_fact(tmp_path):
@@ -725,7 +756,7 @@ def trained(smoke, run):
     [
         ("report.looks.embeddings", ZeroDivisionError(), 0),
         ("report.figures._line", IndexError("index 1 is out of bounds"), 0),
-        ("certified.draw", ValueError("no font"), 0),
+        ("evaluation.certificates.draw", ValueError("no font"), 0),
         ("stages.reporting.run", UserError("the page is not made"), 2),
         ("stages.reporting.run", OSError(28, "No space left on device"), 2),
     ],

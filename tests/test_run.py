@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 
 import clustr_jax
-from clustr_jax import data, errors, loading, stages, train
-from clustr_jax.doors import safetensors_file
-from clustr_jax.errors import UserError
-from clustr_jax.objectives import METHODS
+from clustr_jax import data, stages
 from clustr_jax.report.record import read as read_record
+from clustr_jax.runtime import errors
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import loading, safetensors_file
+from clustr_jax.training import train
+from clustr_jax.training.objectives import METHODS
 from marks import in_ci
 from runs import (
     DIGITS,
@@ -410,7 +412,7 @@ def crash(*args, **kwargs):
     return result
 
 setattr(owner, attribute, crash)
-if where == "train":  # checkpoints after every step
+if where == "training.train":  # checkpoints after every step
     stages = importlib.import_module("clustr_jax.stages.training")
     stages._CHECKPOINT_SECONDS = stages._CHUNK_SECONDS = 0.0
 sys.exit(run.main(sys.argv))
@@ -418,23 +420,23 @@ sys.exit(run.main(sys.argv))
 TUNED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # else run.py starts itself again with it
 MOMENTS = [
     # stage 1: the first epoch is logged, and nothing was ever saved
-    ("workdir:Workdir.log:after:1", "metrics.jsonl", "1_warmup/done.json"),
+    ("storage.workdir:Workdir.log:after:1", "metrics.jsonl", "1_warmup/done.json"),
     # in the middle of an epoch of stage 1, with checkpoints in it
-    ("train:run_steps:after:15", "1_warmup", "1_warmup/done.json"),
+    ("training.train:run_steps:after:15", "1_warmup", "1_warmup/done.json"),
     # an epoch is logged, its checkpoint was not begun
-    ("workdir:Workdir.log:after:2", "1_warmup", "1_warmup/done.json"),
+    ("storage.workdir:Workdir.log:after:2", "1_warmup", "1_warmup/done.json"),
     # a checkpoint is being written
-    ("checkpoints:Checkpoints.save:after:2", "1_warmup", "1_warmup/done.json"),
+    ("storage.checkpoints:Checkpoints.save:after:2", "1_warmup", "1_warmup/done.json"),
     # the target is reached, the stage is not yet marked as finished
     ("stages.training:write_json:before:1", "1_warmup", "1_warmup/done.json"),
     # stage 2: before its first checkpoint, within an epoch, and at its very end
-    ("workdir:Workdir.log:after:1", "2_train", "2_train/done.json"),
-    ("train:run_steps:after:10", "2_train", "2_train/done.json"),
-    ("checkpoints:Checkpoints.save:after:2", "2_train", "2_train/done.json"),
+    ("storage.workdir:Workdir.log:after:1", "2_train", "2_train/done.json"),
+    ("training.train:run_steps:after:10", "2_train", "2_train/done.json"),
+    ("storage.checkpoints:Checkpoints.save:after:2", "2_train", "2_train/done.json"),
     ("stages.training:write_json:before:1", "2_train", "2_train/done.json"),
     # evaluation: outcomes are written, their result is not; and between two attacks
-    ("results:write_json:before:2", "results/paper.npz", "results/paper.json"),
-    ("sound:execute:after:1", "results/paper.json", "results/sound.json"),
+    ("storage.results:write_json:before:2", "results/paper.npz", "results/paper.json"),
+    ("evaluation.sound_protocol:execute:after:1", "results/paper.json", "results/sound.json"),
 ]
 
 
@@ -525,7 +527,7 @@ def test_mistakes_are_told_in_one_line(arguments, words, mistake, tmp_path):
 
 def test_a_config_file_without_get_config(mistake, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "config_config", raising=False)  # it would be executed into
-    message = mistake(f"--config={ROOT}/clustr_jax/errors.py:clustr", f"--workdir={tmp_path / 'run'}")
+    message = mistake(f"--config={ROOT}/clustr_jax/runtime/errors.py:clustr", f"--workdir={tmp_path / 'run'}")
     assert "no function get_config" in message and "configs/digits.py" in message
 
 

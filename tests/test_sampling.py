@@ -14,8 +14,8 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clustr_jax import sampling
 from clustr_jax.clusters import Clusters
+from clustr_jax.training import sampling
 
 CLASSES, K = 4, 3
 SIZES = [7, 3, 5, 0, 9, 4, 6, 6, 1, 5, 0, 8]  # members of the 12 clusters; two are empty

@@ -13,11 +13,11 @@ import pytest
 from flax import struct
 from jax.tree_util import Partial
 
-from clustr_jax import attacks, losses, results
-from clustr_jax.attacks import aims
-from clustr_jax.attacks import slots as scheduler
-from clustr_jax.attacks.steps import PGD
-from clustr_jax.errors import UserError
+from clustr_jax import attacks, losses
+from clustr_jax.attacks import aims, scheduler
+from clustr_jax.attacks.scheduled_pgd import PGD
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import results
 
 OPTIONS = (aims.margin, aims.cross_entropy, aims.margin_targeted)
 STEPS, RESTARTS, SLOTS, SIZE, HIDDEN, CLASSES = 8, 4, 7, 12, 10, 4

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import reference_objectives as naive
-from clustr_jax import data, fitting, sampling, train
+from clustr_jax import data
+from clustr_jax.training import refit, sampling, train
 from linear_problems import (
     FLOAT32,
     ULP,
@@ -157,7 +158,7 @@ def test_the_moving_average_is_what_is_deployed(rng):
     for name in ("params", "batch_stats"):
         assert_close(state.average[name], average[name], rtol=FLOAT32, atol=1e-6)
     assert np.abs(average["batch_stats"]["mean"] - state.batch_stats["mean"]).max() > 1e-3
-    state = fitting.refit(p.trainer, state, p.train_set, jax.random.key(2))
+    state = refit.refit(p.trainer, state, p.train_set, jax.random.key(2))
     for clusters, stats in (
         (state.clusters, state.batch_stats),
         (state.deployed[1], state.average["batch_stats"]),
@@ -228,7 +229,7 @@ def test_a_stale_sampler(rng):
     # the seed's class has a sixth cluster, which is left out
     assert np.count_nonzero(after.sampler.means) == in_batch == 5
     other = after.replace(params=jax.tree.map(jnp.zeros_like, after.params))
-    again = fitting.refit(p.trainer, other, p.train_set, jax.random.key(3)).sampler
+    again = refit.refit(p.trainer, other, p.train_set, jax.random.key(3)).sampler
     for name in ("losses", "seen", "means"):
         np.testing.assert_array_equal(getattr(again, name), getattr(after.sampler, name))
 
@@ -292,7 +293,7 @@ def check_refit(rng, monkeypatch, name, size, **switches):
     modes = {"clean": "eval", "augmented": "train"}  # of the variance
     state = p.state
     for first in (True, False):
-        state = fitting.refit(p.trainer, state, p.train_set, jax.random.key(1 + first))
+        state = refit.refit(p.trainer, state, p.train_set, jax.random.key(1 + first))
         mode = switches.get("first_clusters", "eval") if first else "eval"
         z = embeddings(views[switches.get("cluster_images", "clean")], state.batch_stats, mode)
         spread = None

@@ -47,6 +47,11 @@ def test_versions_are_never_mixed(tables, tmp_path, monkeypatch):
     (tmp_path / "campaign" / "set" / "b" / "sound.json").write_text('{"protocol": "sound-1"}')
     with pytest.raises(ValueError, match=r"b/sound.json is sound-1, others sound-2"):
         found.check_versions()
+    for folder, version in (("a", "0.10.2"), ("b", "0.12.0.1")):
+        content = {"protocol": "clean-1", "versions": {"jax": version}}
+        (tmp_path / "campaign" / "set" / folder / "clean.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"b/clean.json is of jax 0.12.0.1, others of jax 0.10.2"):
+        found.check_versions()
 
 
 def test_the_other_machine_is_that_of_the_readme():

@@ -14,11 +14,14 @@ import pytest
 
 import linear_problems
 import reference
-from clustr_jax import data, fitting, loading, models, objectives, train
-from clustr_jax.checkpoints import Checkpoints
+from clustr_jax import data, models
 from clustr_jax.clusters import Clusters
-from clustr_jax.errors import UserError
-from clustr_jax.objectives import METHODS, Batch
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
+from clustr_jax.storage import loading
+from clustr_jax.storage.checkpoints import Checkpoints
+from clustr_jax.training import objectives, refit, train
+from clustr_jax.training.objectives import METHODS, Batch
 from linear_problems import Stage
 from runs import assert_same_arrays
 
@@ -63,16 +66,18 @@ def problem(method, rng, split=None, **changes):
     config = get_config(
         method, **{"data.name": "digits", "magnet.k": 2, "model.mean": (0.0,), "model.std": (1.0,), **changes}
     )
-    net = loading.build_net(config, split)
-    trainer = train.Trainer(net, METHODS[method], config, config.train, len(split))
+    net = loading.build_net(ModelSettings.of(config.model), split)
+    trainer = train.Trainer(
+        net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), len(split)
+    )
     train_set = train.TrainSet(
         jnp.asarray(split.images), jnp.asarray(split.labels), scale=1.0, augment="none"
     )
     keys = jax.random.split(jax.random.key(4), 4)
     state = train.create(trainer, net.init(keys[0]))
     if trainer.magnet:
-        state = fitting.refit(trainer, state, train_set, keys[1])
-    state = train.reset_totals(trainer, state, train_set, keys[2])
+        state = refit.refit(trainer, state, train_set, keys[1])
+    state = train.with_totals(trainer, state, train_set, keys[2])
     return Problem(trainer, train_set, state, train.epoch_order(keys[3], trainer.size, 0), jax.random.key(5))
 
 
@@ -131,10 +136,10 @@ def spy(p):
     """`p`, and a compiled step of it whose metrics hold what its objective saw."""
     objective = p.trainer.method.objective
 
-    def record(net, variables, batch, x_adv, clusters, config):
+    def record(net, variables, batch, x_adv, clusters, settings):
         if callable(x_adv):  # made from the objective's own clean pass
             x_adv, _ = x_adv()
-        loss, aux = objective(net, variables, batch, x_adv, clusters, config)
+        loss, aux = objective(net, variables, batch, x_adv, clusters, settings)
         return loss, aux.replace(metrics={**aux.metrics, "batch": batch, "x_adv": x_adv})
 
     method = dataclasses.replace(p.trainer.method, objective=record)
@@ -154,7 +159,7 @@ def spy(p):
 def test_a_shared_clean_pass_changes_nothing(method, attack_bn, rng):
     """The adversary that starts from the objective's clean outputs is the one that makes its own."""
     p = problem(method, rng, **{"train.attack_bn": attack_bn, "train.lr": 0.1})
-    assert objectives.shares_clean(p.trainer.method, p.trainer.config) == (attack_bn == "batch")
+    assert objectives.shares_clean(p.trainer.method, p.trainer.settings) == (attack_bn == "batch")
     own, step = spy(p)
     expected = step(own.state)[0].params
     after = jax.jit(p.step)(p.state)[0].params
@@ -197,11 +202,11 @@ def test_a_step_has_separate_streams_of_randomness(rng, monkeypatch):
     def note(key):
         keys.append(bytes(np.asarray(jax.random.key_data(key))))
 
-    def adversary(net, variables, batch, clusters, key, config, strength=1.0):
+    def adversary(net, variables, batch, clusters, key, settings, strength=1.0):
         note(key)
         return batch.x, {}
 
-    def objective(net, variables, batch, x_adv, clusters, config):
+    def objective(net, variables, batch, x_adv, clusters, settings):
         aux = objectives.Aux({}, jnp.zeros(len(batch.y)), {})
         return sum(jnp.sum(w) for w in jax.tree.leaves(variables["params"])), aux
 
@@ -249,7 +254,7 @@ def test_numpy_mlp_is_the_mlp(rng):
 def test_embeddings_of_the_whole_set_in_pieces(rng):
     """1,100 examples are not a multiple of the piece; each has its own embedding, in order."""
     p = problem("nominal", rng, split=squares(rng, n=1100, classes=2))
-    z = fitting.embed_all(p.trainer.net, p.state.variables, p.train_set)
+    z = refit.embed_all(p.trainer.net, p.state.variables, p.train_set)
     np.testing.assert_allclose(z, numpy_mlp(p.state.params, p.train_set.images)[1], atol=1e-5)
 
 
@@ -284,14 +289,14 @@ def test_refit_clusters_are_consistent(k, rng, key):
             assert distances[c % max(k)] <= distances.min() * (1 + 1e-4) + 1e-9
     expected = reference.variance(z, labels, clusters.centroids, mask=clusters.mask)
     np.testing.assert_allclose(clusters.variance, expected, rtol=1e-4)
-    np.testing.assert_array_equal(sampler.losses, np.full(90, p.trainer.config.magnet.alpha, np.float32))
+    np.testing.assert_array_equal(sampler.losses, np.full(90, p.trainer.settings.magnet.alpha, np.float32))
 
 
 def test_refit_keeps_the_losses_and_follows_the_network(rng, key):
     """After some steps: new centroids from the new embeddings, every example's last seen loss kept."""
     p = problem("clustr", rng, **{"train.lr": 0.05})
     state = p.run(p.state, 4)
-    again = fitting.refit(p.trainer, state, p.train_set, key)
+    again = refit.refit(p.trainer, state, p.train_set, key)
     np.testing.assert_array_equal(again.sampler.losses, state.sampler.losses)
     assert (np.asarray(again.clusters.centroids) != np.asarray(state.clusters.centroids)).any()
     _, z = numpy_mlp(state.params, p.train_set.images)
@@ -314,12 +319,12 @@ def test_losses_of_a_magnet_batch_land_in_the_sampler(method, rng):
     _, z = numpy_mlp(p.state.params, batch.x)
     expected, _ = reference.magnet_loss(
         z.reshape(rows, -1, z.shape[-1]), np.asarray(batch.classes),
-        alpha=p.trainer.config.magnet.alpha, mask=mask.reshape(rows, -1),
+        alpha=p.trainer.settings.magnet.alpha, mask=mask.reshape(rows, -1),
     )  # fmt: skip
     losses = np.asarray(p.state.sampler.losses).copy()
     losses[ids[mask]] = expected.reshape(-1)[mask]
     np.testing.assert_allclose(after.sampler.losses, losses, rtol=1e-4, atol=1e-4)
-    assert (losses != p.trainer.config.magnet.alpha).any()
+    assert (losses != p.trainer.settings.magnet.alpha).any()
     # each row is one cluster, of the class it says
     labels = np.asarray(p.train_set.labels)
     np.testing.assert_array_equal(labels[ids].reshape(rows, -1)[:, 0], batch.classes)
@@ -339,8 +344,8 @@ def trained(p, steps):
         state = p.run(state, tenth)
         found.append(float(state.totals["loss"]) / tenth)
         if p.trainer.magnet:
-            state = fitting.refit(p.trainer, state, p.train_set, jax.random.key(1))
-        state = train.reset_totals(p.trainer, state, p.train_set, jax.random.key(0))
+            state = refit.refit(p.trainer, state, p.train_set, jax.random.key(1))
+        state = train.with_totals(p.trainer, state, p.train_set, jax.random.key(0))
     return found[0], found[-1]
 
 
@@ -382,7 +387,7 @@ def test_clustr_qtrades_by_the_formula(rng):
     x = np.asarray(p.train_set.images)[ids.reshape(-1)]
     x_adv = np.clip(x + rng.uniform(-0.05, 0.05, x.shape), 0, 1).astype(np.float32)
     batch = Batch(x, labels[ids.reshape(-1)], mask.reshape(-1), classes)
-    config, clusters = p.trainer.config, p.state.clusters
+    config, clusters = p.trainer.settings, p.state.clusters
 
     @jax.jit
     @jax.value_and_grad
@@ -436,7 +441,9 @@ def test_the_adversary_depends_on_the_parameters(rng, key):
     @jax.jit
     def attack(params, clusters):
         variables = {"params": params, "batch_stats": {}}
-        return p.trainer.method.adversary(p.trainer.net, variables, batch, clusters, key, p.trainer.config)[0]
+        return p.trainer.method.adversary(p.trainer.net, variables, batch, clusters, key, p.trainer.settings)[
+            0
+        ]
 
     with jax.debug_key_reuse(False):  # the same attack on purpose
         other = jax.tree.map(lambda w: w[::-1], p.state.params)
@@ -450,9 +457,12 @@ def test_the_adversary_depends_on_the_parameters(rng, key):
 # Updates
 
 
-def test_a_step_is_the_optimiser_on_the_gradient_of_the_objective(rng):
-    """Fresh state, SGD with Nesterov momentum: the first step is -1.9 rate (gradient + decay w)."""
-    changes = {"train.lr": 0.1, "train.weight_decay": 0.01, "train.optimizer": "sgd"}
+@pytest.mark.parametrize(("nesterov", "factor"), [(True, 1.9), (False, 1.0)])
+def test_a_step_is_the_optimiser_on_the_gradient_of_the_objective(nesterov, factor, rng):
+    """Fresh state, SGD with Nesterov momentum: the first step is -1.9 rate (gradient + decay w), else -1."""
+    changes = {
+        "train.lr": 0.1, "train.weight_decay": 0.01, "train.optimizer": "sgd", "train.nesterov": nesterov
+    }  # fmt: skip
     p, step = spy(problem("pgd_at", rng, **changes))
     after, metrics = step(p.state)
 
@@ -461,14 +471,14 @@ def test_a_step_is_the_optimiser_on_the_gradient_of_the_objective(rng):
     def objective(params):
         variables = {"params": params, "batch_stats": {}}
         return METHODS["pgd_at"].objective(
-            p.trainer.net, variables, metrics["batch"], metrics["x_adv"], None, p.trainer.config
+            p.trainer.net, variables, metrics["batch"], metrics["x_adv"], None, p.trainer.settings
         )[0]
 
     value, gradient = objective(p.state.params)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
-    expected = jax.tree.map(lambda w, g: w - 1.9 * 0.1 * (g + 0.01 * w), p.state.params, gradient)
+    expected = jax.tree.map(lambda w, g: w - factor * 0.1 * (g + 0.01 * w), p.state.params, gradient)
     for new, wanted in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(new, wanted, rtol=1e-5, atol=1e-6)
 
@@ -487,6 +497,27 @@ def test_the_objective_sees_the_adversary_of_its_own_images(rng):
     assert (np.asarray(first["x_adv"]) != np.asarray(second["x_adv"])).any()
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_momentum_by_hand(nesterov):
+    """v = 0.9 v + g; w -= rate v, or rate (g + 0.9 v) (Sutskever et al. 2013, as PyTorch has both)."""
+    recipe = get_config("trades", **{"train.weight_decay": 0.0, "train.nesterov": nesterov}).train
+    transform, _ = train.optimizer(recipe, 5)
+    w, v, x = 1.0, 0.0, jnp.float32(1.0)
+    state = transform.init(x)
+    for _ in range(5):
+        v = 0.9 * v + 2 * w
+        w -= 0.01 * (2 * w + 0.9 * v if nesterov else v)
+        update, state = transform.update(2 * x, state, x)
+        x = x + 0.01 * update
+        np.testing.assert_allclose(x, w, rtol=1e-5)
+
+
+def test_the_recipe_moves_with_its_stage():
+    """Where the warm-up is what a method trains with, so is its momentum."""
+    config = get_config("at_pretrain", "cifar10", **{"train.nesterov": False, "warmup.nesterov": False})
+    assert config.warmup.optimizer == "sgd" and not config.warmup.nesterov
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -495,8 +526,8 @@ def test_the_objective_sees_the_adversary_of_its_own_images(rng):
     ],
 )
 def test_learning_rates(schedule, expected):
-    recipe = get_config("nominal", **{"train.schedule": schedule, "train.lr": 1.0, "train.epochs": 10}).train
-    recipe.milestones = (3, 6)
+    recipe = get_config("nominal", **{"train.schedule": schedule, "train.lr": 1.0, "train.epochs": 10})
+    recipe = dataclasses.replace(Recipe.of(recipe.train), milestones=(3, 6))
     _, rate = train.optimizer(recipe, 2)
     np.testing.assert_allclose([float(rate(i)) for i in range(20)], expected, rtol=1e-5)
 
@@ -505,6 +536,7 @@ def test_one_cycle_rises_and_falls():
     recipe = get_config(
         "nominal", **{"train.schedule": "onecycle", "train.lr": 1.0, "train.epochs": 10}
     ).train
+    recipe = Recipe.of(recipe)
     _, rate = train.optimizer(recipe, 10)
     rates = np.array([float(rate(i)) for i in range(100)])
     assert rates.max() == pytest.approx(1.0, rel=1e-3) and rates.argmax() == 30
@@ -514,8 +546,7 @@ def test_one_cycle_rises_and_falls():
 
 @pytest.mark.parametrize(("name", "value"), [("schedule", "linear"), ("optimizer", "adagrad")])
 def test_unknown_optimisers_are_refused(name, value):
-    recipe = get_config("nominal").train
-    recipe[name] = value
+    recipe = dataclasses.replace(Recipe.of(get_config("nominal").train), **{name: value})
     with pytest.raises(UserError, match=f"{name} must be .*{value}"):
         train.optimizer(recipe, 1)
 
@@ -525,7 +556,9 @@ def after_warmup(rng, split=None, **changes):
     warm = problem("nominal", rng, split, **{"train.batch_size": 16, "train.lr": 0.01, **changes})
     settings = {"magnet.fit": "linear_head", "magnet.k": 1, "magnet.clusters": 3, "magnet.sharpness": 1.0}
     config = get_config("clustr_trades", **{"data.name": "digits", **settings})
-    trainer = dataclasses.replace(warm.trainer, method=METHODS["clustr_trades"], config=config)
+    trainer = dataclasses.replace(
+        warm.trainer, method=METHODS["clustr_trades"], settings=TrainingSettings.of(config)
+    )
     return trainer, warm, warm.run(warm.state, 40).variables
 
 
@@ -535,7 +568,7 @@ def test_clusters_of_the_linear_head_are_the_same_classifier(rng):
     images = np.tile(points.images[:, None, None, :1], (1, 8, 8, 1)) * np.linspace(0.2, 1, 8)[:, None, None]
     split = dataclasses.replace(points, images=images.astype(np.float32))
     trainer, warm, variables = after_warmup(rng, split, **{"model.name": "cnn", "model.mean": (0.5,)})
-    state = fitting.refit(trainer, train.create(trainer, variables), warm.train_set, jax.random.key(1))
+    state = refit.refit(trainer, train.create(trainer, variables), warm.train_set, jax.random.key(1))
     outputs = trainer.net.eval(variables, warm.train_set.images)
     reference.close(state.clusters.probs(outputs.embeddings), jax.nn.softmax(outputs.logits), 1e-4)
     owner = np.repeat(np.arange(3), np.diff(state.sampler.offsets))
@@ -549,7 +582,7 @@ def test_a_head_behind_a_non_linearity_is_refused(rng):
     """The MLP's head sees relu(embeddings)."""
     trainer, warm, variables = after_warmup(rng)
     with pytest.raises(UserError, match="logits are linear in its embeddings"):
-        fitting.refit(trainer, train.create(trainer, variables), warm.train_set, jax.random.key(1))
+        refit.refit(trainer, train.create(trainer, variables), warm.train_set, jax.random.key(1))
 
 
 # Checkpoints
@@ -616,3 +649,39 @@ def test_mean_counts_the_unmasked(rng):
     values, mask = rng.normal(size=10).astype(np.float32), rng.random(10) < 0.5
     np.testing.assert_allclose(objectives.mean(values, mask), values[mask].mean(), rtol=1e-6)
     assert float(objectives.mean(values, np.zeros(10, bool))) == 0.0
+
+
+# What is traced
+
+
+@pytest.mark.parametrize("method", ["nominal", "free_at", "trades", "clustr_qtrades"])
+@pytest.mark.parametrize("sampler", ["floor", "stale"])
+def test_three_epochs_trace_a_step_once(method, sampler, rng, monkeypatch):
+    """Every kind of sampler: the metrics' names and the loop share one trace, later epochs need none."""
+    traces, original = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: traces.append(1) or original(*a))
+    changes = {"train.batch_size": 8, "train.lr": 0.0123, "fidelity.sampler": sampler}
+    p = problem(method, rng, **changes | ({"train.replays": 3} if method == "free_at" else {}))
+    state = p.state
+    for _ in range(3):
+        state = p.run(state, p.trainer.steps_per_epoch)
+        if p.trainer.magnet:
+            state = refit.refit(p.trainer, state, p.train_set, jax.random.key(9))
+        state = train.reset_totals(state)
+        assert not any(float(value) for value in state.totals.values())
+    assert len(traces) == 1
+
+
+def test_equal_trainers_are_one_program(rng):
+    """A trainer is its settings: made again it compiles nothing, with another setting it does."""
+    p = problem("clustr", rng, **{"train.lr": 0.0321})
+    p.run(p.state, 1)
+    before = train.run_steps._cache_size()
+    again = problem("clustr", np.random.default_rng(0), **{"train.lr": 0.0321})
+    assert again.trainer is not p.trainer and again.trainer == p.trainer
+    again.run(again.state, 1)
+    assert train.run_steps._cache_size() == before
+    other = problem("clustr", np.random.default_rng(0), **{"train.lr": 0.0322})
+    assert other.trainer != p.trainer
+    other.run(other.state, 1)
+    assert train.run_steps._cache_size() == before + 1

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from clustr_jax import usage
+from clustr_jax.settings import usage
 from configs.common import METHODS, VARIANTS
 from runs import TOY
 

@@ -10,10 +10,10 @@ import jax
 import pytest
 from rich.console import Console
 
-from clustr_jax import results, workdir
-from clustr_jax.errors import UserError
-from clustr_jax.profiling import Profiler
-from clustr_jax.workdir import Workdir
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.profiling import Profiler
+from clustr_jax.storage import results, workdir
+from clustr_jax.storage.workdir import Workdir
 from configs import digits
 
 

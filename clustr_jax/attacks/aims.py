@@ -12,11 +12,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
+from clustr_jax.runtime import struct
 
 
 class Aim(struct.PyTreeNode):

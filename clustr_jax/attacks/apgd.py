@@ -8,12 +8,12 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks.aims import Aim
 from clustr_jax.attacks.geometry import ascend, on_sphere, over, project
-from clustr_jax.attacks.slots import Attack, climb
+from clustr_jax.attacks.scheduler import Attack, climb
+from clustr_jax.runtime import struct
 
 # Share of the previous move that is carried on, share of rising steps that a window needs, first step / eps.
 _MOMENTUM, _RISING, _FIRST_STEP = 0.25, 0.75, 2.0

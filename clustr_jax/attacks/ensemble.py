@@ -9,22 +9,25 @@ one compilation per attack and shapes. Where an image is not broken they return 
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import aims, slots
+from clustr_jax.attacks import aims, scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
-from clustr_jax.attacks.inputs import check_ids, check_images, check_logits
-from clustr_jax.attacks.pgd import as_partial, check_settings
+from clustr_jax.attacks.gate import Admitted, admit
+from clustr_jax.attacks.input_checks import check_logits, concrete
+from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
 from clustr_jax.attacks.square import Square
-from clustr_jax.errors import UserError
-from clustr_jax.promotion import promoting
+from clustr_jax.attacks.watching import Interrupted, bar
+from clustr_jax.runtime import mesh
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.promotion import promoting
 
 # Of "standard": steps of the gradient attacks, queries of Square, targets of APGD-T and FAB-T.
 STEPS, QUERIES, TARGETS = 100, 5000, 9
@@ -34,20 +37,30 @@ SLOTS = 64
 @dataclasses.dataclass
 class AutoAttackResult:
     """x_adv [B, ...] (x where nothing succeeded), robust [B], and the attack that broke each ("": none, or
-    "clean": misclassified before)."""
+    "clean": misclassified before). `notes`: what makes these numbers doubtful, for a model that was wrapped
+    with steady=False."""
 
     x_adv: Float[np.ndarray, "B ..."]
     robust: Bool[np.ndarray, "B"]
     broken_by: np.ndarray
+    notes: tuple[str, ...] = ()
 
 
 def build(
-    name: str, *, eps, norm="linf", bounds=(0.0, 1.0), steps=STEPS, queries=QUERIES, restarts=1
-) -> slots.Attack:
+    name: str,
+    *,
+    eps,
+    norm="linf",
+    bounds=(0.0, 1.0),
+    steps=STEPS,
+    queries=QUERIES,
+    restarts=1,
+    rescale_schedule=True,
+) -> scheduler.Attack:
     """An attack of the ensemble by name: apgd-ce, apgd-dlr, apgd-t, fab-t or square."""
-    common = dict(eps=jnp.float32(eps), norm=norm, bounds=bounds)
+    common: dict[str, Any] = dict(eps=jnp.float32(eps), norm=norm, bounds=bounds)
     if name == "square":
-        return Square(steps=queries, **common)
+        return Square(steps=queries, rescale=rescale_schedule, **common)
     if name == "fab-t":
         return FAB(steps=steps, restarts=restarts, **common)
     return APGD(steps=steps, aim=aims.one(_AIMS[name]), **common)
@@ -56,6 +69,7 @@ def build(
 _AIMS = {"apgd-ce": aims.cross_entropy, "apgd-dlr": aims.dlr, "apgd-t": aims.dlr_targeted}
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 TARGETED = ("apgd-t", "fab-t")
+_ALL = (*_AIMS, "fab-t", "square")
 
 
 def likely_targets(logits, y, count: int = TARGETS) -> Int[np.ndarray, "T B"]:
@@ -84,13 +98,17 @@ def autoattack(
     norm: str = "linf",
     bounds: tuple[float, float] | None = (0.0, 1.0),
     attacks: tuple[str, ...] = STANDARD,
+    rescale_schedule: bool = False,
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
+    progress: bool | None = None,
 ) -> AutoAttackResult:
     """The standard ensemble: 100 steps, 9 targets, 5,000 queries; the union of what succeeds, per image.
 
+    `rescale_schedule` is of Square, as in `square`; False is AutoAttack's "standard" (`resc_schedule`).
     Two and three classes are handled: targets are all other classes, and the targeted loss is the plain
-    margin where DLR has too few logits. `logits_fn` as in `pgd`. Raises UserError for bad input.
+    margin where DLR has too few logits. `logits_fn` as in `pgd`. `progress` None draws a bar on a
+    terminal or in a notebook. Raises UserError for bad input, and on Ctrl-C Interrupted with what was found.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -103,28 +121,38 @@ def autoattack(
     >>> print(np.abs(result.x_adv - x).max() <= 0.1 + 1e-6, bool((result.x_adv[1] == x[1]).all()))
     True True
     """
-    unknown = [name for name in attacks if name not in (*_AIMS, "fab-t", "square")]
+    if isinstance(attacks, str) or not attacks:
+        raise UserError(
+            f"attacks must name one or more of {', '.join(_ALL)}, got {attacks!r}; without any, nothing is "
+            f"attacked and every image counts as robust"
+        )
+    unknown = [name for name in attacks if name not in _ALL]
     if unknown:
-        raise UserError(f"attacks: unknown {unknown[0]!r}; known: {', '.join((*_AIMS, 'fab-t', 'square'))}")
-    model, x, y, logits = _prepare(logits_fn, x, y, eps, norm, bounds, slots)
+        raise UserError(f"attacks: unknown {unknown[0]!r}; known: {', '.join(_ALL)}")
+    given, logits = _prepare(key, logits_fn, x, y, eps, norm, bounds, ids, slots)
+    x, y = given.x, given.y
     if "apgd-dlr" in attacks and logits.shape[1] < 3:
         raise UserError("apgd-dlr needs at least 3 classes, got 2; leave it out")
     alive = logits.argmax(axis=1) == y
     broken_by = np.where(alive, "", "clean").astype("U16")
+    notes = (given.note,) if given.note else ()
     x_adv = x.copy()
-    ids = _ids(ids, len(x))
     for number, name in enumerate(attacks):
         index = np.flatnonzero(alive)
         if not len(index):
             break
-        outcome = _run(
-            jax.random.fold_in(key, number), build(name, eps=eps, norm=norm, bounds=bounds), model,
-            x[index], y[index], logits[index], name in TARGETED, ids[index], 1, slots,
+        attack = build(name, eps=eps, norm=given.norm, bounds=bounds, rescale_schedule=bool(rescale_schedule))
+        outcome, stopped = _run(
+            jax.random.fold_in(given.key, number), attack, given.model,
+            x[index], y[index], logits[index], name in TARGETED, given.ids[index], 1, slots, progress, name,
         )  # fmt: skip
         x_adv[index] = outcome.x_adv
         broken_by[index[outcome.broken]] = name
         alive[index] = ~outcome.broken
-    return AutoAttackResult(x_adv, alive, broken_by)
+        if stopped:
+            found = AutoAttackResult(x_adv, alive, broken_by, (*notes, f"interrupted in {name}"))
+            raise Interrupted(found, _STOPPED)
+    return AutoAttackResult(x_adv, alive, broken_by, notes)
 
 
 @promoting
@@ -143,6 +171,7 @@ def apgd(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
+    progress: bool | None = None,
 ) -> Float[np.ndarray, "B ..."]:
     """Auto-PGD on `loss_fn`; targeted=True is APGD-T: DLR towards the 9 likeliest classes, no `loss_fn`.
 
@@ -156,8 +185,8 @@ def apgd(
     [ True False] True
     """
     aim = aims.one(aims.dlr_targeted if targeted else aims.untargeted(loss_fn))
-    attack = APGD(eps=jnp.float32(eps), steps=steps, norm=norm, bounds=bounds, aim=aim)
-    return _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots)
+    attack = APGD(steps=whole("steps", steps, 1), aim=aim, **_common(eps, norm, bounds))
+    return _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots, progress)
 
 
 @promoting
@@ -174,6 +203,7 @@ def fab(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
+    progress: bool | None = None,
 ) -> Float[np.ndarray, "B ..."]:
     """FAB-T: looks for the nearest adversarial point towards the 9 likeliest classes; ends within eps.
 
@@ -188,8 +218,9 @@ def fab(
     >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
     [ True False] True
     """
-    attack = FAB(eps=jnp.float32(eps), steps=steps, norm=norm, bounds=bounds, restarts=restarts)
-    return _attack(key, attack, logits_fn, x, y, True, ids, restarts, slots)
+    restarts = whole("restarts", restarts, 1)
+    attack = FAB(steps=whole("steps", steps, 1), restarts=restarts, **_common(eps, norm, bounds))
+    return _attack(key, attack, logits_fn, x, y, True, ids, restarts, slots, progress)
 
 
 @promoting
@@ -201,13 +232,20 @@ def square(
     *,
     eps: float,
     queries: int = QUERIES,
+    rescale_schedule: bool = True,
     restarts: int = 1,
     norm: str = "linf",
     bounds: tuple[float, float] | None = (0.0, 1.0),
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
+    progress: bool | None = None,
 ) -> Float[np.ndarray, "B H W C"]:
     """Square: random search without gradients; `queries` forward passes per image and restart at most.
+
+    The squares shrink by a schedule for 10,000 queries. `rescale_schedule` stretches it over `queries`, as
+    the authors of Square and the `sound` protocol do; without it 5,000 queries end at squares of 3 x 3
+    pixels on 32 x 32 images, not of one, and none reaches the last row or column: AutoAttack's "standard"
+    (its `resc_schedule=False`), which breaks a little less.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -218,46 +256,62 @@ def square(
     >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
     [ True False] True
     """
-    attack = Square(eps=jnp.float32(eps), steps=queries, norm=norm, bounds=bounds)
-    return _attack(key, attack, logits_fn, x, y, False, ids, restarts, slots)
+    steps = whole("queries", queries, 1)
+    attack = Square(steps=steps, rescale=bool(rescale_schedule), **_common(eps, norm, bounds))
+    return _attack(key, attack, logits_fn, x, y, False, ids, restarts, slots, progress)
 
 
-def _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots):
-    if attack.steps < 1 or restarts < 1:
-        raise UserError(f"steps and restarts must be at least 1, got {attack.steps} and {restarts}")
-    model, x, y, logits = _prepare(logits_fn, x, y, attack.eps, attack.norm, attack.bounds, slots)
-    x_adv, alive = x.copy(), np.flatnonzero(logits.argmax(axis=1) == y)
-    ids = _ids(ids, len(x))
+def _common(eps, norm, bounds) -> dict[str, Any]:
+    check_radius("eps", eps)
+    return dict(eps=jnp.float32(eps), norm=norm_of(norm), bounds=bounds_of(bounds))
+
+
+def _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots, progress):
+    restarts = whole("restarts", restarts, 1)
+    given, logits = _prepare(key, logits_fn, x, y, float(attack.eps), attack.norm, attack.bounds, ids, slots)
+    x_adv, alive = given.x.copy(), np.flatnonzero(logits.argmax(axis=1) == given.y)
     if len(alive):
-        outcome = _run(
-            key, attack, model, x[alive], y[alive], logits[alive], targeted, ids[alive], restarts, slots
-        )
+        outcome, stopped = _run(
+            given.key, attack, given.model, given.x[alive], given.y[alive], logits[alive], targeted,
+            given.ids[alive], restarts, slots, progress, type(attack).__name__,
+        )  # fmt: skip
         x_adv[alive] = outcome.x_adv
+        if stopped:
+            raise Interrupted(x_adv, _STOPPED)
     return x_adv
 
 
-def _ids(ids, count):
-    ids = np.arange(count) if ids is None else np.asarray(ids)
-    check_ids(ids, count)
-    return ids.astype(np.int32)
+_STOPPED = "interrupted; .found has what was found, and other images were not attacked to the end"
 
 
-def _run(key, attack, model, x, y, logits, targeted, ids, restarts, lanes):
+def _run(key, attack, model, x, y, logits, targeted, ids, restarts, lanes, progress, name):
+    """(the outcome, whether it was interrupted)."""
     targets = likely_targets(logits, y) if targeted else None
     if isinstance(attack, Square) and x.ndim != 4:
         raise UserError(f"square takes images [B, H, W, C], got {x.shape}; leave it out for points")
-    return slots.run(attack, key, model, x, y, ids=ids, targets=targets, restarts=restarts, slots=lanes)
+    outcome = scheduler.Outcome.fresh(x, restarts * (1 if targets is None else len(targets)))
+    try:
+        with bar(progress, name) as report:
+            scheduler.run(
+                attack, key, model, x, y, ids=ids, targets=targets, restarts=restarts, slots=lanes,
+                outcome=outcome, report=report,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        return outcome, True
+    return outcome, False
 
 
-def _prepare(logits_fn, x, y, eps, norm, bounds, lanes) -> tuple[Partial, np.ndarray, np.ndarray, np.ndarray]:
-    """(model, x, y, clean logits), or UserError for what cannot be attacked."""
-    check_settings(eps=eps, step_size=0.0, norm=norm)
-    if lanes < 1:
-        raise UserError(f"slots must be at least 1, got {lanes}")
-    x, y = np.asarray(x, np.float32), np.asarray(y)
-    check_images(x, y, bounds)
-    x = x if bounds is None else np.clip(x, *bounds)
-    model = as_partial(logits_fn)
-    logits = slots.forward(model, x, lanes)
+def _prepare(key, logits_fn, x, y, eps, norm, bounds, ids, lanes) -> tuple[Admitted, np.ndarray]:
+    """(what the attack goes on with, in NumPy; clean logits), or UserError for what cannot be attacked."""
+    lanes = whole("slots", lanes, 1)
+    rows = -(-lanes // mesh.devices())  # what one device sees
+    given = admit(key, logits_fn, x, y, eps=eps, norm=norm, bounds=bounds, ids=ids, rows=rows)
+    if not concrete(given.x, given.y, given.key):
+        raise UserError("this attack cannot be inside jit: it schedules images from the host; pgd can")
+    if given.y.ndim != 1:
+        raise UserError(f"y must be labels [B], got probabilities {given.y.shape}; give y.argmax(axis=1)")
+    x, y = np.asarray(given.x), np.asarray(given.y).astype(np.int32)
+    x = x if given.bounds is None else np.clip(x, *given.bounds)
+    logits = scheduler.forward(given.model, x, lanes)
     check_logits(logits, y)
-    return model, x, y.astype(np.int32), logits
+    return given._replace(x=x, y=y, ids=np.asarray(given.ids).astype(np.int32)), logits

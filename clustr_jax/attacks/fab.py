@@ -8,12 +8,12 @@ adversarial point within eps; the first one ends the restart.
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from clustr_jax.attacks.aims import margin_targeted, misclassified
 from clustr_jax.attacks.geometry import length, on_sphere, over, project
-from clustr_jax.attacks.slots import Attack, climb
+from clustr_jax.attacks.scheduler import Attack, climb
+from clustr_jax.runtime import struct
 
 # Largest weight of the original image, overshoot, and the step back (section 3 of the paper).
 _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9

@@ -12,7 +12,6 @@ as `logits_fn` says.
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 
 import jax
@@ -20,29 +19,20 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
+from clustr_jax.attacks.aims import logits_of
+from clustr_jax.attacks.gate import admit
 from clustr_jax.attacks.geometry import ascend, project, random_start
-from clustr_jax.attacks.inputs import (
-    check_found,
-    check_ids,
-    check_images,
-    check_logits,
-    check_pixels,
-    check_shape,
-    concrete,
-)
-from clustr_jax.errors import UserError
+from clustr_jax.attacks.input_checks import check_found, check_logits, check_shape, concrete
+from clustr_jax.attacks.models import as_partial as as_partial
+from clustr_jax.attacks.options import check_radius, norm_of, whole
+from clustr_jax.runtime.errors import UserError
 
 # Restarts run side by side as long as the batch stays below this many images (memory), then in turns.
 _LANES = 512
-_STARTS, _NORMS, _SELECTS = (
-    ("uniform", "normal", "gaussian", "zero"),
-    ("linf", "l2"),
-    ("success", "loss", "last"),
-)
+_STARTS, _SELECTS = ("uniform", "normal", "gaussian", "zero"), ("success", "loss", "last")
 
 
 def pgd(
@@ -90,21 +80,18 @@ def pgd(
     >>> print((jnp.abs(x_adv - x) <= 0.1 + 1e-6).all())
     True
     """
-    check_settings(eps=eps, step_size=step_size, start=start, norm=norm, select=select)
-    if steps < 0 or restarts < 1:
-        raise UserError(f"steps must be >= 0 and restarts >= 1, got steps={steps}, restarts={restarts}")
-    ids = jnp.arange(x.shape[0]) if ids is None else jnp.asarray(ids)
-    check_ids(ids, x.shape[0])
-    bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
-    x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y)
-    looked_at = concrete(x, y)
-    if looked_at and y.ndim == 1:
-        check_images(x, y, bounds)
-    elif looked_at:
-        check_pixels(x, bounds)
+    check_words(start=start, select=select)
+    steps, restarts = whole("steps", steps, 0), whole("restarts", restarts, 1)
+    given = admit(
+        key, logits_fn, x, y, eps=eps, step_size=step_size, norm=norm, bounds=bounds, ids=ids
+    )  # fmt: skip
+    looked_at = concrete(given.x, given.y)
+    x, y = jnp.asarray(given.x), jnp.asarray(given.y)
+    if not x.shape[0]:
+        return x
     x_adv, logits = _pgd(
-        key, as_partial(logits_fn), x, y, ids, jnp.float32(eps), jnp.float32(step_size),
-        steps=int(steps), restarts=int(restarts), loss_fn=loss_fn, start=start, norm=norm, bounds=bounds,
+        given.key, given.model, x, y, jnp.asarray(given.ids), jnp.float32(eps), jnp.float32(step_size),
+        steps=steps, restarts=restarts, loss_fn=loss_fn, start=start, norm=given.norm, bounds=given.bounds,
         select=select, clip_start=clip_start,
     )  # fmt: skip
     if looked_at and concrete(logits):
@@ -123,6 +110,7 @@ def qtrades(
     eps: float,
     step_size: float,
     bounds: tuple[float, float] | None = (0.0, 1.0),
+    ids: Int[Array | np.ndarray, "B"] | None = None,
 ) -> Float[Array, "B ..."]:
     """The adversary of paper Eq. 5: uniform start, one sign step on the cross entropy to `probs`.
 
@@ -135,7 +123,7 @@ def qtrades(
     >>> print(jnp.abs(x_adv - x)[:, 0])  # away from probs, whichever side it started on, to the border
     [0.1 0.1]
     """
-    return pgd(key, logits_fn, x, probs, eps=eps, step_size=step_size, steps=1, bounds=bounds)
+    return pgd(key, logits_fn, x, probs, eps=eps, step_size=step_size, steps=1, bounds=bounds, ids=ids)
 
 
 def fgsm(
@@ -176,6 +164,7 @@ def noise(
     kind: str = "uniform",
     norm: str = "linf",
     bounds: tuple[float, float] | None = (0.0, 1.0),
+    ids: Int[Array | np.ndarray, "B"] | None = None,
 ) -> Float[Array, "B ..."]:
     """The first of `draws` random points that is misclassified, else the one with the largest cross entropy.
 
@@ -190,34 +179,26 @@ def noise(
     """
     if kind not in ("uniform", "gaussian"):
         raise UserError(f"kind must be uniform or gaussian, got {kind!r}")
+    draws = whole("draws", draws, 1)
     return pgd(
         key, logits_fn, x, y, eps=eps, step_size=0.0, steps=0, restarts=draws, start=kind, norm=norm,
-        bounds=bounds,
+        bounds=bounds, ids=ids,
     )  # fmt: skip
-
-
-def as_partial(logits_fn: Callable) -> Partial:
-    """`logits_fn` as a pytree, so that its arrays are traced: one compilation for all parameters."""
-    if isinstance(logits_fn, Partial):
-        return logits_fn
-    owner = getattr(logits_fn, "__self__", None)
-    if inspect.ismethod(logits_fn) and not jax.tree_util.all_leaves([owner]):
-        return Partial(logits_fn.__func__, owner)
-    return Partial(logits_fn)
 
 
 def check_settings(*, eps, step_size, start="uniform", norm="linf", select="success") -> None:
     """UserError for an unknown word, or a negative radius or step (traced values are not looked at)."""
-    for name, value, known in (
-        ("start", start, _STARTS),
-        ("norm", norm, _NORMS),
-        ("select", select, _SELECTS),
-    ):
+    check_words(start=start, select=select)
+    norm_of(norm)
+    check_radius("eps", eps)
+    check_radius("step_size", step_size)
+
+
+def check_words(*, start: str, select: str) -> None:
+    """UserError for an unknown word."""
+    for name, value, known in (("start", start, _STARTS), ("select", select, _SELECTS)):
         if value not in known:
             raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    for name, value in (("eps", eps), ("step_size", step_size)):
-        if not isinstance(value, jax.core.Tracer) and not np.asarray(value) >= 0:
-            raise UserError(f"{name} must be >= 0 in units of [0, 1] pixels, got {value}")
 
 
 _STATIC = ("steps", "restarts", "loss_fn", "start", "norm", "bounds", "select", "clip_start")
@@ -229,7 +210,7 @@ def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
         numbers = jnp.full(x.shape[0], restart)
         return pgd_lanes(key, logits_fn, x, y, ids, numbers, eps, step_size, **settings)
 
-    logits = logits_fn(x)  # for the caller to look at; dropped by the compiler where nobody does
+    logits = logits_of(logits_fn(x))  # for the caller to look at; dropped by the compiler where nobody does
     check_shape(logits, y)
     if restarts == 1:  # the loss of the result is not needed, and is not computed
         return one(0)[0], logits
@@ -259,7 +240,7 @@ def pgd_lanes(
     over = (slice(None), *(None,) * (x.ndim - 1))  # [B] -> [B, 1, ...]
 
     def evaluate(x_adv):
-        logits = logits_fn(x_adv)
+        logits = logits_of(logits_fn(x_adv))
         loss = loss_fn(logits, y)
         fooled = jnp.argmax(logits, axis=1) != y if stops else jnp.zeros(x.shape[0], bool)
         undefined = jnp.any(jnp.isnan(logits), axis=1)

@@ -9,15 +9,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from clustr_jax import losses
 from clustr_jax.attacks.aims import logits_of, misclassified
 from clustr_jax.attacks.geometry import l2_norm, over
-from clustr_jax.attacks.slots import Attack
+from clustr_jax.attacks.scheduler import Attack
+from clustr_jax.runtime import struct
 
-# Share of the pixels of the first squares, halved after these queries (of 10,000; scaled to the budget).
+# Share of the pixels of the first squares, halved after these proposals (of 10,000: see `sides`).
 _FIRST_SHARE, _HALVINGS = 0.8, (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
@@ -31,9 +31,18 @@ class SquareState(struct.PyTreeNode):
 
 
 @functools.cache
-def sides(queries: int, shape: tuple[int, ...], smallest: int, odd: bool) -> np.ndarray:
-    """[queries] int: the side of the square of each query (section 3.1), for images [H, W, C]."""
-    at = np.arange(queries) * 10_000 // queries
+def sides(queries: int, shape: tuple[int, ...], smallest: int, odd: bool, rescale: bool = True) -> np.ndarray:
+    """[queries] int: the side of the square of each query (section 3.1), for images [H, W, C].
+
+    `rescale` stretches the schedule for 10,000 queries over the budget, as the authors of Square do. Without
+    it the schedule is AutoAttack's: halved after proposals 10, 50, ... whatever the budget, and at the first
+    share again after 10,000.
+    """
+    if rescale:
+        at = np.arange(queries) * 10_000 // queries
+    else:
+        at = np.arange(queries)
+        at = np.where(at > 10_000, 0, at)
     share = _FIRST_SHARE / 2.0 ** np.searchsorted(_HALVINGS, at, side="left")
     side = np.maximum(np.round(np.sqrt(share * shape[0] * shape[1])).astype(np.int32), smallest)
     if odd:
@@ -43,9 +52,14 @@ def sides(queries: int, shape: tuple[int, ...], smallest: int, odd: bool) -> np.
 
 
 class Square(Attack):
-    """One forward pass per update; `steps` is the number of queries. Images [H, W, C] only."""
+    """One forward pass per update; `steps` is the number of queries. Images [H, W, C] only.
+
+    `rescale`: see `sides`. Without it squares lie where AutoAttack's do as well: never in the last row or
+    column.
+    """
 
     steps: int = struct.field(pytree_node=False)
+    rescale: bool = struct.field(pytree_node=False, default=True)
 
     gradients, forwards = 0, 1
 
@@ -78,12 +92,22 @@ class Square(Attack):
         candidate = jnp.where(over(fooled, work.x), state.candidate, proposed)
         return SquareState(candidate, fooled, best, jnp.where(better, value, state.best_value))
 
+    def _corner(self, key, side, height, width):
+        """(row, column) where a square of this side begins."""
+        row_key, column_key = jax.random.split(key)
+        rows, columns = height - side + 1, width - side + 1  # that there are
+        if not self.rescale:
+            rows, columns = jnp.maximum(rows - 1, 1), jnp.maximum(columns - 1, 1)
+        return jax.random.randint(row_key, (), 0, rows), jax.random.randint(column_key, (), 0, columns)
+
     def _square(self, key, best, x, step):
         """One square at +-eps per channel, whatever stood there."""
         height, width, channels = x.shape
         place_key, sign_key = jax.random.split(key)
-        side = jnp.asarray(sides(self.steps, x.shape, 1, False))[jnp.minimum(step, self.steps - 1)]
-        window = _window(place_key, side, height, width)
+        side = jnp.asarray(sides(self.steps, x.shape, 1, False, self.rescale))[
+            jnp.minimum(step, self.steps - 1)
+        ]
+        window = _box(*self._corner(place_key, side, height, width), side, height, width)
         signs = jax.random.rademacher(sign_key, (1, 1, channels), jnp.float32)
         delta = jnp.where(window, best - x + 2 * self.eps * signs, best - x)
         return x + jnp.clip(delta, -jnp.asarray(self.eps), self.eps)
@@ -92,13 +116,13 @@ class Square(Attack):
         """Norm moves from a second window into the first, in the shape of a bump (algorithm 3)."""
         height, width, channels = x.shape
         first_key, second_key, sign_key, turn_key = jax.random.split(key, 4)
-        table = sides(self.steps, x.shape, 3, True)
+        table = sides(self.steps, x.shape, 3, True, self.rescale)
         kinds, which = np.unique(table, return_inverse=True)
         step = jnp.minimum(step, self.steps - 1)
         side = jnp.asarray(table)[step]
-        row, column = _corner(first_key, side, height, width)
+        row, column = self._corner(first_key, side, height, width)
         first = _box(row, column, side, height, width)
-        second = _window(second_key, side, height, width)
+        second = _box(*self._corner(second_key, side, height, width), side, height, width)
         bump = jnp.asarray(np.stack([_bump(s, height, width) for s in kinds]))[jnp.asarray(which)[step]]
         bump = jnp.where(jax.random.bernoulli(turn_key), bump, _turned(bump, height, width))
         bump = jnp.roll(jnp.roll(bump, row, 0), column, 1)[:, :, None]
@@ -123,20 +147,10 @@ def _fold(keys, step):
     return jax.vmap(jax.random.fold_in)(keys, step)
 
 
-def _corner(key, side, height, width):
-    row_key, column_key = jax.random.split(key)
-    row = jax.random.randint(row_key, (), 0, height - side + 1)
-    return row, jax.random.randint(column_key, (), 0, width - side + 1)
-
-
 def _box(row, column, side, height, width):
     """Bool [H, W, 1]."""
     rows, columns = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
     return (rows >= row) & (rows < row + side) & (columns >= column) & (columns < column + side)
-
-
-def _window(key, side, height, width):
-    return _box(*_corner(key, side, height, width), side, height, width)
 
 
 def _pyramid(rows: int, columns: int) -> np.ndarray:

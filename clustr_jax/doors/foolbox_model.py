@@ -12,7 +12,7 @@ import importlib
 from typing import Any
 
 from clustr_jax.classifier import Classifier
-from clustr_jax.errors import UserError
+from clustr_jax.runtime.errors import UserError
 
 _OUTPUTS = ("logits", "scores", "deployed")
 

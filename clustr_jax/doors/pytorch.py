@@ -28,10 +28,10 @@ import clustr_jax
 from clustr_jax import models
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
-from clustr_jax.doors import description
-from clustr_jax.errors import UserError, first_line
 from clustr_jax.models import unit
-from clustr_jax.paths import local
+from clustr_jax.runtime.errors import UserError, first_line
+from clustr_jax.runtime.paths import local
+from clustr_jax.storage import description
 
 if TYPE_CHECKING:
     import torch  # pyright: ignore[reportMissingImports]

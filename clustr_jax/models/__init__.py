@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from clustr_jax import mesh
-from clustr_jax.convolution import conv2d
-from clustr_jax.errors import UserError, nearest
 from clustr_jax.models import unit
+from clustr_jax.models.batch_norm import BatchNorm
+from clustr_jax.models.convolution import conv2d
+from clustr_jax.runtime import mesh
+from clustr_jax.runtime.errors import UserError, nearest
 
 
 class Outputs(NamedTuple):
@@ -70,10 +71,14 @@ def _linear_init(key, shape, dtype=jnp.float32):
 _BATCH_NORM_EPSILON = 1e-5  # flax's default, which the modules here keep
 
 
-def _batch_norm(train, dtype=None):
+def _batch_norm(train, dtype=None, unbiased=False):
     """Statistics are those of the whole batch, also where a device has a part of it; never in bfloat16."""
     return functools.partial(
-        nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=dtype, axis_name=mesh.axis()
+        BatchNorm if unbiased else nn.BatchNorm,
+        use_running_average=not train,
+        momentum=0.9,
+        dtype=dtype,
+        axis_name=mesh.axis(),
     )
 
 
@@ -162,7 +167,8 @@ def _describe_block(params, stats, stride):
 class ResNet(nn.Module):
     """ResNet for 32x32 images: 3x3 stem, no stem pooling, global average pool after the last ReLU.
 
-    `dtype` is that of the layers in training mode; embeddings, logits and eval mode are float32.
+    `dtype` is that of the layers in training mode; embeddings, logits and eval mode are float32. `unbiased`:
+    the running variances are those of PyTorch.
     """
 
     num_classes: int
@@ -171,12 +177,13 @@ class ResNet(nn.Module):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: str = "float32"
+    unbiased: bool = False
 
     @nn.compact
     def __call__(self, x, *, train):
         x = _normalise(x, self.mean, self.std)
         x = _reduced(x, self.dtype, train)
-        norm = _batch_norm(train, x.dtype)
+        norm = _batch_norm(train, x.dtype, self.unbiased)
         x = nn.relu(norm()(Conv(self.width)(x)))
         for i, blocks in enumerate(self.stages):
             for j in range(blocks):
@@ -197,19 +204,20 @@ class ResNet(nn.Module):
 
 
 class CNN(nn.Module):
-    """Two convolutions and a hidden layer, for the 8x8 digits; `dtype` as in ResNet."""
+    """Two convolutions and a hidden layer, for the 8x8 digits; `dtype` and `unbiased` as in ResNet."""
 
     num_classes: int
     width: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: str = "float32"
+    unbiased: bool = False
 
     @nn.compact
     def __call__(self, x, *, train):
         x = _normalise(x, self.mean, self.std)
         x = _reduced(x, self.dtype, train)
-        norm = _batch_norm(train, x.dtype)
+        norm = _batch_norm(train, x.dtype, self.unbiased)
         x = nn.relu(norm()(Conv(self.width)(x)))
         x = nn.relu(norm()(Conv(2 * self.width, stride=2)(x)))
         x = nn.Dense(4 * self.width, kernel_init=_linear_init, dtype=x.dtype)(x.reshape(x.shape[0], -1))
@@ -337,7 +345,7 @@ _MODULES = {
 }
 # Networks that are 1-Lipschitz by construction (times 1 / min(std)): their certificates are not vacuous.
 UNIT = ("lip_sll", "lip_aol", "lip_cpl")
-# Networks that can compute in bfloat16.
+# Networks that can compute in bfloat16, and have batch norm.
 _MIXED = ("resnet18", "resnet8", "cnn")
 # `width` 0 in a config means the usual one.
 DEFAULT_WIDTH = {
@@ -360,10 +368,12 @@ def build(
     std: tuple[float, ...],
     width: int = 0,
     dtype: str = "float32",
+    running_variance: str = "biased",
 ) -> Net:
     """The network called `name` for inputs of this shape; mean and std are per channel, in [0, 1] units.
 
     `dtype` "bfloat16" computes the layers so in training mode (resnet18, resnet8, cnn), for accelerators.
+    `running_variance` "unbiased" averages the variances that PyTorch does (`fidelity.running_variance`).
     """
     if name not in _MODULES:
         raise UserError(f"unknown model {name!r}{nearest(name, _MODULES)}; known: {', '.join(_MODULES)}")
@@ -385,7 +395,7 @@ def build(
     if dtype != "float32" and name not in _MIXED:
         raise UserError(f"model {name} computes in float32 only; choose one of {', '.join(_MIXED)}")
     module = _MODULES[name](
-        **({"dtype": dtype} if name in _MIXED else {}),
+        **({"dtype": dtype, "unbiased": running_variance == "unbiased"} if name in _MIXED else {}),
         num_classes=num_classes,
         width=width or DEFAULT_WIDTH[name],
         mean=tuple(map(float, mean)),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from clustr_jax.convolution import conv2d
+from clustr_jax.models.convolution import conv2d
 
 # Added to the sums that a kernel is divided by: a filter of zeros stays zeros, all others only shrink.
 _TINY = 1e-12

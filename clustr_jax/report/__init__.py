@@ -15,15 +15,18 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from clustr_jax import data, loading, mesh
-from clustr_jax.errors import UserError
-from clustr_jax.files import write_bytes
+from clustr_jax import data
 from clustr_jax.report import compare, looks, page
 from clustr_jax.report.page import Looks, Report
 from clustr_jax.report.record import VERSION, Record, read
 from clustr_jax.report.svg import reason
+from clustr_jax.runtime import mesh, streams
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.stage_names import TRAIN
+from clustr_jax.settings import DataSettings, EvalSettings, MagnetSettings
+from clustr_jax.storage import loading
+from clustr_jax.storage.files import write_bytes
 
 __all__ = ["Looks", "Record", "Report", "current", "look", "read", "write", "write_comparison"]
 
@@ -42,19 +45,19 @@ def look(record: Record, key: jax.Array, splits: tuple[data.Split, data.Split, d
 
     Without the data there is a report all the same, which says so.
     """
-    config = ConfigDict(record.config)
+    images, config = DataSettings.of(record.config["data"]), record.config
     stages = {name: mesh.place(loading.load(record.root / name)) for name in record.stages}
     last = next(reversed(stages.values()))
     reasons, count = {}, looks.parameters(last)
     try:
-        train, held_out, test = splits or data.splits(config.data, smoke=config.smoke)
+        train, held_out, test = splits or data.splits(images, smoke=config["smoke"])
     except UserError as error:
         why = f"the data could not be read ({error})"
         return Looks(parameters=count, reasons={"embeddings": why, "gallery": why})
     if len(test.images.shape) != 4:
-        reasons["gallery"] = f"{config.data.name} has points, not images"
-    elif "2_train" not in stages:
-        reasons["gallery"] = "2_train is not finished"
+        reasons["gallery"] = f"{images.name} has points, not images"
+    elif TRAIN not in stages:
+        reasons["gallery"] = f"{TRAIN} is not finished"
     failures = {}
 
     def attempt(what, compute, *args):
@@ -70,10 +73,24 @@ def look(record: Record, key: jax.Array, splits: tuple[data.Split, data.Split, d
     victims = []
     if not reasons:  # of the images that were attacked, if any were
         attacked = record.outcomes("sound")["ids"] if "sound" in record.results else np.arange(len(test))
-        where = jax.random.fold_in(key, 0), last, config, test, attacked
-        victims = attempt("gallery", looks.gallery, *where)
-    where = jax.random.fold_in(key, 1), stages, config, train, test
-    planes = attempt("embeddings", looks.embeddings, *where)
+        victims = attempt(
+            "gallery",
+            looks.gallery,
+            jax.random.fold_in(key, streams.Report.GALLERY),
+            last,
+            EvalSettings.of(config["eval"]),
+            test,
+            attacked,
+        )
+    planes = attempt(
+        "embeddings",
+        looks.embeddings,
+        jax.random.fold_in(key, streams.Report.EMBEDDINGS),
+        stages,
+        MagnetSettings.of(config["magnet"]),
+        train,
+        test,
+    )
     return Looks(planes, victims, count, (len(train), len(held_out), len(test)), reasons, failures)
 
 

@@ -4,9 +4,11 @@ import argparse
 import pathlib
 import sys
 
-from clustr_jax import loading, report
-from clustr_jax.errors import UserError
-from clustr_jax.stages import REPORT, stage_key
+from clustr_jax import report
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.stage_names import REPORT
+from clustr_jax.runtime.streams import stage_key
+from clustr_jax.storage import loading
 
 
 def _checked(record: report.Record) -> tuple[report.Record, str]:

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from clustr_jax import results
-from clustr_jax.errors import UserError
 from clustr_jax.report import figures, page, tables, words
 from clustr_jax.report.record import Record
 from clustr_jax.report.svg import attempt
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import results
 
 _OWN = "of its own"  # where certificates are about different radii
 

@@ -2,9 +2,11 @@
 
 import numpy as np
 
-from clustr_jax import paper, results
+from clustr_jax.reference import claims
 from clustr_jax.report.record import Record
 from clustr_jax.report.svg import DASHES, MARKERS, SERIES, Drawing, attempt, draw
+from clustr_jax.runtime.stage_names import TRAIN, WARMUP
+from clustr_jax.storage import results
 
 # Of metrics.jsonl: field -> what the legend calls it.
 _ACCURACIES = {
@@ -17,7 +19,7 @@ _LOSSES = {
 }  # fmt: skip
 # Losses whose largest is so many times the smallest are drawn on a logarithmic axis.
 _WIDE = 20
-_STAGES = {"1_warmup": "Warm-up", "2_train": "Stage 2"}
+_STAGES = {WARMUP: "Warm-up", TRAIN: "Stage 2"}
 
 
 def _percent(value: float) -> str:
@@ -67,7 +69,7 @@ def over_eps(record: Record) -> Drawing | None:
     dataset, method = record.data, record.config["method"]
     radii = sorted({e for _, points, _ in series for e, _ in points})
     shown = _interesting(series, radii)
-    said = [(e, paper.claim(dataset, method, "pgd100", e)) for e in radii if e]
+    said = [(e, claims.claim(dataset, method, "pgd100", e)) for e in radii if e]
     said = [(e, v) for e, v in said if v is not None]
 
     def paint(figure):

@@ -10,12 +10,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clustr_jax import clusters, data
-from clustr_jax.attacks import aims
-from clustr_jax.attacks import slots as scheduler
+from clustr_jax.attacks import aims, scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.classifier import Classifier
-from clustr_jax.errors import UserError
-from clustr_jax.sound import pgd_attack
+from clustr_jax.evaluation.sound_protocol import pgd_attack
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.stage_names import TRAIN
+from clustr_jax.settings import EvalSettings, MagnetSettings
 
 # Test images in the plane, training images that clusters are fitted to where the network has none.
 _POINTS, _FITTED = 600, 2000
@@ -129,7 +130,9 @@ def _cut(polygon, normal, limit):
     return np.array(kept).reshape(-1, 2)
 
 
-def embeddings(key, stages: dict[str, Classifier], config, train: data.Split, test: data.Split):
+def embeddings(
+    key, stages: dict[str, Classifier], magnet: MagnetSettings, train: data.Split, test: data.Split
+):
     """A `Plane` for each stage's classifier, of the same test images (of the first classes, if many).
 
     A stage before the clusters shows those that the next one starts from: k-means++ on training images.
@@ -145,7 +148,7 @@ def embeddings(key, stages: dict[str, Classifier], config, train: data.Split, te
             centroids, valid = np.asarray(clf.clusters.centroids), np.asarray(clf.clusters.valid)
             source, borders = "the clusters of the trained network", True
         elif any(c.clusters is not None for c in stages.values()):
-            centroids, valid, source = _first_clusters(key, clf, config, train)
+            centroids, valid, source = _first_clusters(key, clf, magnet, train)
             borders = True
         else:
             present = np.unique(y)
@@ -157,32 +160,34 @@ def embeddings(key, stages: dict[str, Classifier], config, train: data.Split, te
     return found
 
 
-def _first_clusters(key, clf, config, train):
+def _first_clusters(key, clf, magnet, train):
     """(centroids [Y, K, E], valid [Y, K], what they are): k-means++ as at the start of the next stage."""
     size = min(_FITTED, len(train))
     index = data.stratified(train.labels, size, train.num_classes)
-    k = tuple(config.magnet.k_per_class) or config.magnet.k
+    k = magnet.k_per_class or magnet.k
     z, y = clf.embed(train.pixels(index)), train.labels[index]
     try:
-        fitted = clusters.fit(key, z, y, num_classes=train.num_classes, k=k, max_iter=config.magnet.max_iter)
+        fitted = clusters.fit(key, z, y, num_classes=train.num_classes, k=k, max_iter=magnet.max_iter)
         source = f"k-means++ on {size:,} training images"
-        if config.magnet.fit == "linear_head":
-            source += " (2_train starts from the linear head's instead)"
+        if magnet.fit == "linear_head":
+            source += f" ({TRAIN} starts from the linear head's instead)"
         else:
-            source += ", as at the start of 2_train"
+            source += f", as at the start of {TRAIN}"
     except UserError:  # of so few images a class has fewer than k
         fitted = clusters.fit(key, z, y, num_classes=train.num_classes, k=1)
         source = f"one cluster per class, fitted to {size:,} training images"
     return np.asarray(fitted.centroids), np.asarray(fitted.valid), source
 
 
-def gallery(key, clf: Classifier, config, test: data.Split, ids: Int[np.ndarray, "M"]) -> list[Victim]:
+def gallery(
+    key, clf: Classifier, settings: EvalSettings, test: data.Split, ids: Int[np.ndarray, "M"]
+) -> list[Victim]:
     """Of the test images `ids` the first correctly classified one of each class, and PGD on the margin.
 
     From one start. The attack is the sound protocol's own, with its steps and its main eps. Where it
     fails, `x_adv` is where it ended.
     """
-    settings, slots = config.eval.attack, config.eval.slots
+    budget, slots = settings.attack, settings.slots
     first = [ids[test.labels[ids] == c][:_TRIED] for c in range(min(test.num_classes, CLASSES))]
     candidates = np.concatenate(first).astype(np.int32)
     y = test.labels[candidates]
@@ -198,9 +203,7 @@ def gallery(key, clf: Classifier, config, test: data.Split, ids: Int[np.ndarray,
     def collect(example, restart, image, fooled):
         ends[example] = image
 
-    attack = pgd_attack(
-        clf, eps=settings.eps, steps=settings.steps, step_size=settings.step_size, aim=aims.margin
-    )
+    attack = pgd_attack(clf, eps=budget.eps, steps=budget.steps, step_size=budget.step_size, aim=aims.margin)
     scheduler.run(attack, key, as_partial(clf.view), x, y, ids=index, slots=slots, collect=collect)
     before, after = (np.asarray(clf.predict(images)) for images in (x, ends))
     delta = (ends - x).reshape(len(x), -1).astype(np.float64)

@@ -12,11 +12,12 @@ import jinja2
 import markupsafe
 import numpy as np
 
-from clustr_jax import results
 from clustr_jax.report import figures, pictures, tables, words
 from clustr_jax.report.looks import CLASSES, Plane, Victim
 from clustr_jax.report.record import VERSION, Record
 from clustr_jax.report.svg import Drawing, attempt, reason
+from clustr_jax.runtime.stage_names import TRAIN
+from clustr_jax.storage import results
 
 _TEMPLATES = pathlib.Path(__file__).parent / "templates"
 _SECTIONS = (
@@ -114,7 +115,7 @@ def report(record: Record, looks: Looks) -> Report:
     )  # fmt: skip
     card = render(
         "card.md", parameters=looks.parameters, sizes=_sizes(looks), subset=words.subset(record),
-        markdown=_markdown, **shared,
+        duplicates=words.duplicates(record), notes=words.notes(record), markdown=_markdown, **shared,
     )  # fmt: skip
     return Report(html, card, [d for d in drawings if not d.failed], failures)
 
@@ -172,7 +173,7 @@ def _no_planes(record, looks):
     texts = []
     if len(looks.planes) == 1:
         shown = looks.planes[0].stage
-        if shown == "2_train":
+        if shown == TRAIN:
             texts.append("There is no picture from before: this method has no warm-up stage here.")
         else:
             texts.append("There is no picture of stage 2, which is not finished.")
@@ -249,6 +250,8 @@ def provenance(record: Record, looks: Looks | None = None) -> list[tuple[str, st
     stages = [f"{name}: {done['epochs']} epochs, {done['reason']}" for name, done in record.stages.items()]
     pairs = [
         ("data", f"{record.data}: {words.subset(record)}"),
+        ("duplicates", words.duplicates(record)),
+        ("notes on the data", "; ".join(words.notes(record))),
         ("seed", str(config["seed"])),
         ("stages", "; ".join(stages)),
         ("results", ", ".join(protocols) or "none"),

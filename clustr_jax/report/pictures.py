@@ -4,8 +4,9 @@ import numpy as np
 
 from clustr_jax.report.looks import Plane, Victim, cells, limits
 from clustr_jax.report.svg import INK, MUTED, SERIES, Drawing, attempt, draw
+from clustr_jax.runtime.stage_names import TRAIN, WARMUP
 
-_WHEN = {"1_warmup": "Before: after the warm-up", "2_train": "After: the trained network"}
+_WHEN = {WARMUP: "Before: after the warm-up", TRAIN: "After: the trained network"}
 
 
 def planes(found: list[Plane]) -> list[Drawing]:

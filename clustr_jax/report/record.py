@@ -2,20 +2,20 @@
 
 import dataclasses
 import pathlib
-from types import SimpleNamespace
 
 import numpy as np
 
-from clustr_jax import results
 from clustr_jax.data import label
-from clustr_jax.errors import UserError
-from clustr_jax.files import read_json
-from clustr_jax.loading import find_stage, read_config
-from clustr_jax.workdir import Workdir
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.stage_names import TRAINING
+from clustr_jax.settings import DataSettings
+from clustr_jax.storage import results
+from clustr_jax.storage.files import read_json
+from clustr_jax.storage.loading import find_stage, read_config
+from clustr_jax.storage.workdir import Workdir
 
 # Bumped when a report says something else about the same results.
 VERSION = "report-2"
-STAGE_NAMES = ("1_warmup", "2_train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Record:
     @property
     def data(self) -> str:
         """What the data set is called: "digits", or an own set's folder."""
-        return label(SimpleNamespace(**self.config["data"]))
+        return label(DataSettings.of(self.config["data"]))
 
     @property
     def title(self) -> str:
@@ -88,7 +88,7 @@ def read(path: str | pathlib.Path, network: str | None = None) -> Record:
     kept = {name: result for name, result in found.items() if result is not None and name not in other}
     if other and results.diagnosis(kept) is None:
         kept.pop("diagnostics", None)  # of results that are left out
-    stages = {name: place.finished(name) for name in STAGE_NAMES}
+    stages = {name: place.finished(name) for name in TRAINING}
     return Record(
         place.root,
         config,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from markupsafe import Markup
 
-from clustr_jax.errors import first_line
+from clustr_jax.runtime.errors import first_line
 
 # Drawn in these; inside a page each becomes the CSS variable that page.css gives a value for either theme.
 INK, MUTED, LINE, PAPER = "#1c2128", "#59636e", "#d1d9e0", "#ffffff"

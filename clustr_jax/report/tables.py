@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from clustr_jax import results
 from clustr_jax.report.record import Record
+from clustr_jax.storage import results
 
 # What the columns are called.
 PROTOCOLS = {"paper": "paper's protocol", "sound": "sound protocol"}

@@ -4,11 +4,14 @@ import dataclasses
 
 import numpy as np
 
-from clustr_jax import results
-from clustr_jax.objectives import METHODS
+from clustr_jax.data import remarks
 from clustr_jax.report import tables
 from clustr_jax.report.record import Record
 from clustr_jax.report.tables import Cell, cell
+from clustr_jax.runtime.stage_names import TRAIN, WARMUP
+from clustr_jax.settings import DataSettings
+from clustr_jax.storage import results
+from clustr_jax.training.objectives import METHODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ def verdict(record: Record) -> Verdict:
 
 
 def _images(record):
-    return not record.config["data"]["name"].startswith("toy2d")
+    return DataSettings.of(record.config["data"]).bounds is not None
 
 
 def _no_better(record):
@@ -119,16 +122,16 @@ def facts(record: Record) -> list[tuple[str, Cell, str]]:
 def method(record: Record) -> list[str]:
     """What was trained, stage by stage, in the words of the objectives' docstrings."""
     row, config = METHODS[record.config["method"]], record.config
-    stages = [("1_warmup", row.warmup, config["warmup"])] if row.warmup else []
+    stages = [(WARMUP, row.warmup, config["warmup"])] if row.warmup else []
     lines = []
-    for stage, name, recipe in [*stages, ("2_train", record.config["method"], config["train"])]:
+    for stage, name, recipe in [*stages, (TRAIN, record.config["method"], config["train"])]:
         known = METHODS[name]
         text = f"{stage} ({name}): {first_sentence(known.objective)}"
         epochs = (record.stages[stage] if stage in record.stages else recipe)["epochs"]
         text += f" {epochs} epoch{'s' * (epochs != 1)} of {recipe['optimizer']}, rate {recipe['lr']:g}."
-        if stage == "1_warmup" and row.source:
+        if stage == WARMUP and row.source:
             text += f" Data: {config['pretrain']['name']}."
-        if stage == "1_warmup" or not row.warmup:
+        if stage == WARMUP or not row.warmup:
             text += f" Started from {config['init_from']}." if config["init_from"] else ""
         if recipe["replays"] > 1:
             text += (
@@ -162,6 +165,20 @@ def subset(record: Record) -> str:
     if texts:
         return "; ".join(sorted(texts))
     return "the whole splits" if found else "not known before an evaluation"
+
+
+def duplicates(record: Record) -> str:
+    """What was found on two sides of a split; "" where nothing was looked for."""
+    found = [r["duplicates"] for r in record.results.values() if r.get("duplicates") is not None]
+    if not found:
+        return ""
+    said = list(dict.fromkeys(filter(None, map(remarks.sentence, found))))
+    return "; ".join(said) or "none between the splits (equal pixels; near ones were not looked for)"
+
+
+def notes(record: Record) -> list[str]:
+    """What results say of the images: left out, missing classes."""
+    return list(dict.fromkeys(note for r in record.results.values() for note in r.get("data_notes", ())))
 
 
 def limits(record: Record) -> list[str]:
@@ -208,6 +225,10 @@ def limits(record: Record) -> list[str]:
     texts = subset(record)
     if not texts.startswith(("the whole", "not")):
         found.append(f"Not the official data: {texts}. Figures cannot be set beside published ones.")
+    if any(pair["images"] for r in record.results.values() for pair in (r.get("duplicates") or {}).values()):
+        found.append(
+            f"The same image is on two sides of a split: {duplicates(record)}. The figures count such images."
+        )
     if record.config["smoke"]:
         found.append("A smoke run: everything was shrunk to seconds, and no number here means anything.")
     return found

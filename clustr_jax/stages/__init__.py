@@ -10,25 +10,22 @@ fresh parameters. A finished stage is skipped.
 import jax
 from rich.console import Console
 
-from clustr_jax import (
-    certified,
-    data,
-    evaluate,
-    loading,
-    mesh,
-    processes,
-    results,
-    settings,
-    surroundings,
-    train,
-)
-from clustr_jax.errors import UserError, nearest
-from clustr_jax.objectives import METHODS
-from clustr_jax.profiling import Profiler
-from clustr_jax.progress import Progress
-from clustr_jax.stages import evaluation, reporting, training
-from clustr_jax.stages.context import CERTIFY, EVALUATE, REPORT, STAGES, TRAIN, WARMUP, Run, stage_key
-from clustr_jax.workdir import Workdir
+from clustr_jax import data
+from clustr_jax.data import remarks
+from clustr_jax.evaluation import certificates, protocols
+from clustr_jax.runtime import canary, mesh, processes, surroundings
+from clustr_jax.runtime.errors import UserError, nearest
+from clustr_jax.runtime.profiling import Profiler
+from clustr_jax.runtime.progress import Progress
+from clustr_jax.runtime.stage_names import CERTIFY, EVALUATE, REPORT, STAGES, TRAIN, WARMUP
+from clustr_jax.runtime.streams import stage_key
+from clustr_jax.settings import Settings
+from clustr_jax.stages import configuration, evaluation, refusals, reporting, training
+from clustr_jax.stages.context import Run
+from clustr_jax.storage import loading, results
+from clustr_jax.storage.workdir import Workdir
+from clustr_jax.training import train
+from clustr_jax.training.objectives import METHODS
 
 __all__ = ["CERTIFY", "EVALUATE", "REPORT", "STAGES", "TRAIN", "WARMUP", "Run", "run", "stage_key"]
 
@@ -48,47 +45,60 @@ def run(
     writes a trace of a few seconds of each stage to WORKDIR/profile. Raises UserError, before anything is
     computed, for settings that cannot work.
     """
-    config = settings.resolve(config)
+    config = configuration.resolve(config)
     _check_method(config)
     wanted = _wanted(stages, config.method)
-    evaluate.check_config(config)
-    certified.check_config(config)
-    place = Workdir(workdir or settings.default_workdir(config))
+    asked = Settings.of(config)
+    protocols.check_config(asked.eval)
+    certificates.check_config(asked.certify, asked.training.magnet, asked.eval.nearest)
+    place = Workdir(workdir or configuration.default_workdir(config))
     with surroundings.steady(f"the run goes on, and its results go to {place.results}"):
         progress = Progress(Console(quiet=quiet or not processes.leader()))
         with surroundings.pinned(progress.line):
-            return _run(config, place, wanted, progress, command, profile)
+            return _run(config, asked, place, wanted, progress, command, profile)
 
 
-def _run(config, place, wanted, progress, command, profile):
+def _run(config, asked, place, wanted, progress, command, profile):
     """`run`, once it is known what is wanted and where."""
     method = METHODS[config.method]
-    splits = data.splits(config.data, smoke=config.smoke)
-    config = settings.complete(config, splits[0], splits[2])
+    splits = data.splits(asked.data, smoke=asked.smoke)
+    config = configuration.complete(config, splits[0], splits[2])
+    known = Settings.of(config)
     source = None
     if method.source and WARMUP in wanted and not place.finished(WARMUP):
-        source = _source(config, place, progress, splits[0])
-    net = loading.build_net(config, splits[0])
-    evaluate.check_transfer(config, net)
+        source = _source(config, known, place, progress, splits[0])
+    net = loading.build_net(known.model, splits[0], known.training.switches.running_variance)
+    protocols.check_transfer(known.eval, net)
+    train_attack = known.training.train.attack
+    for text in protocols.wide_radii(train_attack, known.eval, splits[0].bounds, net.input_shape):
+        progress.line(f"warning: {text}")
     images = (_images(splits), _images((source.train_split, source.val_split)) if source else None)
     devices = jax.devices()
     if processes.on_cores():  # a core left idle is no mistake to report
-        devices = devices[: settings.divisor(len(devices), config, method, net, *images)]
-    settings.check(
-        config, method, net, splits[0], splits[2], held_out=len(splits[1]), source=images[1],
+        devices = devices[: refusals.divisor(len(devices), known, method, net, *images)]
+    refusals.check(
+        known, method, net, splits[0], splits[2], held_out=len(splits[1]), source=images[1],
         devices=len(devices),
     )  # fmt: skip
+    found_in_data = remarks.of(*splits, attacked=known.eval.n)
     seen = {"data": data.digest(*splits)}
     if source is not None:
         seen["pretrain"] = data.digest(source.train_split, source.val_split, source.test_split)
+    canary.check()  # before anything is computed that somebody may believe
     with mesh.over(devices), place.locked(progress.line), progress:
         place.open(config, command, seen)
         profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)
-        this = Run(config, place, progress, net, *splits, source=source, profiler=profiler)
+        this = Run(
+            config, known, place, progress, net, *splits,
+            source=source, profiler=profiler, remarks=found_in_data,
+        )  # fmt: skip
         _introduce(this)
         if source is not None:
             source.profiler = profiler
             _introduce_data("pre-training data", source)
+            leaked = remarks.of_pretraining(source.train_split, this.test_split)
+            if leaked:
+                progress.line(f"duplicates: {leaked}")
         for stage in wanted:
             if stage == EVALUATE:
                 evaluation.run(this)
@@ -98,7 +108,7 @@ def _run(config, place, wanted, progress, command, profile):
                 training.run(this, stage)
             profiler.close()
         # last, for they look at the certificates as well; a new certificate is a new diagnosis
-        if {EVALUATE, CERTIFY} & set(wanted) and config.eval.diagnostics:
+        if {EVALUATE, CERTIFY} & set(wanted) and known.eval.diagnostics:
             evaluation.diagnose(this)
         unreported = None
         if REPORT in wanted:
@@ -108,7 +118,7 @@ def _run(config, place, wanted, progress, command, profile):
                 unreported = error
     there = {name: results.load(place.results, name) for name in results.PROTOCOLS}
     there = {name: result for name, result in there.items() if result is not None}
-    found = {name: there[name] for name in ("clean", *config.eval.protocols) if name in there}
+    found = {name: there[name] for name in ("clean", *known.eval.protocols) if name in there}
     if EVALUATE in wanted and found:
         progress.console.print(results.side_by_side(found))
         diagnosis = results.diagnosis(there)
@@ -130,19 +140,24 @@ def _images(splits) -> tuple[int, int]:
     return len(splits[0]), len(splits[1])
 
 
-def _source(config, place, progress, target):
+def _source(config, settings, place, progress, target):
     """What at_pretrain trains on first: another data set with its own head."""
-    if not config.pretrain.name:
-        raise UserError(f"{config.method} needs a data set to pre-train on: set pretrain.name, e.g. cifar100")
-    if config.pretrain.name == data.OWN:
+    images = settings.pretrain
+    if not images.name:
+        raise UserError(
+            f"{settings.method} needs a data set to pre-train on: set pretrain.name, e.g. cifar100"
+        )
+    if images.name == data.OWN:
         raise UserError("pretrain.name cannot be own images; name a prepared set, e.g. cifar100")
-    splits = data.splits(config.pretrain)
+    splits = data.splits(images)
+    refusals.check_classes("pretrain", images, splits[0])
     if splits[0].images.shape[1:] != target.images.shape[1:]:
         raise UserError(
-            f"pretrain.name={config.pretrain.name} has inputs of shape {splits[0].images.shape[1:]}, "
-            f"{data.label(config.data)} of {target.images.shape[1:]}; choose a set of the same size"
+            f"pretrain.name={images.name} has inputs of shape {splits[0].images.shape[1:]}, "
+            f"{data.label(settings.data)} of {target.images.shape[1:]}; choose a set of the same size"
         )
-    return Run(config, place, progress, loading.build_net(config, splits[0]), *splits)
+    net = loading.build_net(settings.model, splits[0], settings.training.switches.running_variance)
+    return Run(config, settings, place, progress, net, *splits)
 
 
 def _check_method(config):
@@ -150,7 +165,6 @@ def _check_method(config):
         raise UserError(
             f"unknown method {config.method!r}{nearest(config.method, METHODS)}; known: {', '.join(METHODS)}"
         )
-    return METHODS[config.method]
 
 
 def _wanted(stages, name):
@@ -174,22 +188,25 @@ def _wanted(stages, name):
 
 def _introduce(this):
     """What is about to be trained, on what."""
-    config, progress = this.config, this.progress
+    settings, progress = this.settings, this.progress
     kinds = ", ".join(sorted({f"{d.platform} ({d.device_kind})" for d in jax.devices()}))
     devices = f"{mesh.devices()} x {kinds}" if mesh.devices() > 1 else kinds
     count = sum(p.size for p in jax.tree.leaves(jax.eval_shape(this.net.init, jax.random.key(0))["params"]))
-    where = data.label(config.data)
-    progress.line(f"{config.method} on {where}, {config.model.name} with {count:,} parameters, {devices}")
+    where = data.label(settings.data)
+    progress.line(f"{settings.method} on {where}, {settings.model.name} with {count:,} parameters, {devices}")
     _introduce_data("data", this)
+    for line in this.remarks.lines:
+        progress.line(line)
     names = this.train_split.class_names
     if names:
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         progress.line(f"{len(names)} classes: {shown}")
-    if METHODS[config.method].sampler == "magnet":
-        clusters = train.per_class(config, this.net.num_classes)
+    if METHODS[settings.method].sampler == "magnet":
+        magnet = settings.training.magnet
+        clusters = train.per_class(magnet, this.net.num_classes)
         progress.line(
-            f"clusters: {sum(clusters)} in all, {train.rows(config, this.net.num_classes)} x "
-            f"{config.magnet.samples} images per Magnet batch"
+            f"clusters: {sum(clusters)} in all, {train.rows(magnet, this.net.num_classes)} x "
+            f"{magnet.samples} images per Magnet batch"
         )
     progress.line(f"work directory: {this.workdir.root}")
 

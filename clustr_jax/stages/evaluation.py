@@ -5,28 +5,30 @@ import time
 import jax
 import numpy as np
 
-from clustr_jax import certified, data, diagnostics, evaluate, loading, mesh, preemption, processes, results
-from clustr_jax.errors import UserError, first_line
-from clustr_jax.progress import duration
-from clustr_jax.stages.context import CERTIFY, EVALUATE, TRAIN, Run
-from clustr_jax.workdir import config_dict
-
-# The stream of the checks: apart from those of the attacks (`sound.Plan.number`), whose starts they must not
-# try again.
-_DIAGNOSTICS = 1000
+from clustr_jax import data
+from clustr_jax.evaluation import certificates, checks, protocols
+from clustr_jax.runtime import mesh, preemption, processes, streams
+from clustr_jax.runtime.errors import UserError, first_line
+from clustr_jax.runtime.progress import duration
+from clustr_jax.runtime.stage_names import CERTIFY, EVALUATE, TRAIN
+from clustr_jax.stages.context import Run
+from clustr_jax.storage import additions, loading, results
+from clustr_jax.storage.workdir import config_dict
 
 
 def run(this: Run) -> None:
     """clean.json and one JSON per protocol; a result of the same config is kept."""
-    config, progress, folder = this.config, this.progress, this.workdir.results
+    settings, progress, folder = this.settings, this.progress, this.workdir.results
     clf, examples, network = _under_test(this, EVALUATE)
     test = this.test_split
     subset = "; ".join(s.subset for s in (this.train_split, test) if s.subset)
-    for name in ("clean", *config.eval.protocols):
-        identity = _identity(config, name)
+    for name in ("clean", *settings.eval.protocols):
+        identity = _identity(this.config, name)
         if _kept(results.load(folder, name), identity, network):
             progress.line(f"evaluate: {name} was done before")
             continue
+        # what was begun goes on with the same images only
+        record = f"{identity}-{network}-{results.sha(examples.ids.tolist())}"
         started = time.monotonic()
 
         def report(unbroken, what, name=name, started=started):
@@ -37,27 +39,29 @@ def run(this: Run) -> None:
 
         key = this.key(EVALUATE)
         if name == "clean":
-            result, outcomes, seconds = evaluate.run_clean(clf, test.pixels(), test.labels)
+            result, outcomes, seconds = protocols.run_clean(clf, test.pixels(), test.labels)
             if test.class_names:
                 result["class_names"] = list(test.class_names)
         else:
-            records = results.Records(folder, f"{identity}-{network}")
-            result, outcomes, seconds = evaluate.run(name, key, clf, examples, config, report, records)
+            records = results.Records(folder, record)
+            result, outcomes, seconds = protocols.run(
+                name, key, clf, examples, settings.eval, report, records
+            )
         this.profiler.close()
         header = {
-            "dataset": data.label(config.data), "subset": subset, "n": result.pop("n"),
-            "method": config.method,
-            "protocol": results.PROTOCOLS[name] + ("-quick" if config.eval.quick and name != "clean" else ""),
+            "dataset": data.label(settings.data), "subset": subset, "n": result.pop("n"),
+            "method": settings.method,
+            "protocol": results.PROTOCOLS[name] + "-quick" * (settings.eval.quick and name != "clean"),
         }  # fmt: skip
         footer = {
             "head": "linear" if clf.clusters is None else "clusters", "nearest": clf.nearest,
-            "seed": config.seed, "config_sha": identity, "network_sha": network,
-            "versions": results.versions(), "wall_seconds": seconds,
+            "seed": settings.seed, "config_sha": identity, "network_sha": network,
+            "versions": results.versions(), **this.remarks.fields, "wall_seconds": seconds,
         }  # fmt: skip
         for figure in ("clean", "robust"):
             header[f"{figure}_interval"] = results.wilson(round(result[figure] * header["n"]), header["n"])
         results.save(folder, name, {**header, **result, **footer}, outcomes)
-        results.Records(folder, f"{identity}-{network}").clear()
+        results.Records(folder, record).clear()
         most = ""
         if name == "clean":
             top = int(np.argmax(result["predicted"]))
@@ -69,7 +73,7 @@ def run(this: Run) -> None:
 
 def _identity(config, name):
     """What result `name` of this config is recognised by: everything that can change it."""
-    content = config_dict(config)
+    content = additions.plain(config_dict(config))
     content.pop("variant")
     content["data"].pop("dir")
     content["eval"].pop("protocols")
@@ -90,26 +94,26 @@ def _kept(before: dict | None, identity: str, network: str) -> bool:
 
 def _under_test(this: Run, stage: str):
     """The trained classifier with its deployed rule, the test images that are attacked, and `network_sha`."""
-    config, test = this.config, this.test_split
+    settings, test = this.settings.eval, this.test_split
     if this.workdir.finished(TRAIN) is None:
         raise UserError(f"nothing to {stage}: {TRAIN} is not finished in {this.workdir.root}; run it first")
     clf = loading.load(this.workdir.root)
     network = loading.digest(clf)
     clf = mesh.place(clf)
-    clf = clf.replace(nearest=config.eval.nearest if clf.clusters is not None else 0)
-    size = config.eval.n or len(test)
+    clf = clf.replace(nearest=settings.nearest if clf.clusters is not None else 0)
+    size = settings.n or len(test)
     index = data.stratified(test.labels, size, test.num_classes)
     return clf, data.Examples(test.pixels(index), test.labels[index], index.astype(np.int32)), network
 
 
 def diagnose(this: Run) -> None:
     """diagnostics.json: the checks and the verdict on the sound result of this config, if there is one."""
-    config, folder = this.config, this.workdir.results
+    folder = this.workdir.results
     sound, paper, certain = (results.load(folder, name) for name in ("sound", "paper", "certified"))
     if sound is None:
         return
-    clf, examples, network = _under_test(this, EVALUATE)
-    if not _kept(sound, _identity(config, "sound"), network):
+    clf, _, network = _under_test(this, EVALUATE)
+    if not _kept(sound, _identity(this.config, "sound"), network):
         return
     identity = results.diagnosis_sha(sound, paper, certain)
     if paper is not None and not results.comparable(paper, sound):
@@ -119,15 +123,18 @@ def diagnose(this: Run) -> None:
         this.progress.line("evaluate: diagnostics were done before")
         return
     started = time.monotonic()
-    this.progress.status("evaluate  diagnostics: twenty checks")
+    this.progress.status("evaluate  diagnostics: twenty-one checks")
     outcomes = results.load_outcomes(folder, "sound")
+    ids, test = outcomes["ids"], this.test_split  # those that were attacked then
+    examples = data.Examples(test.pixels(ids), test.labels[ids], ids)
     radius = None
     if certain is not None and certain.get("network_sha") == network and this.test_split.bounds is not None:
         radius = results.load_outcomes(folder, "certified")[f"radius_{certain['rule']}"][outcomes["ids"]]
-    key = jax.random.fold_in(this.key(EVALUATE), _DIAGNOSTICS)
-    checks = diagnostics.run(key, clf, examples, config, sound, outcomes, paper, radius)
+    key = jax.random.fold_in(this.key(EVALUATE), streams.Evaluation.CHECKS)
+    found = checks.run(key, clf, examples, this.settings.eval, sound, outcomes, paper, radius)
     shared = ("dataset", "subset", "n", "method", "eps", "clean", "robust", "attack", "seed", "versions")
-    content = {name: sound[name] for name in shared} | diagnostics.as_result(sound, checks, paper)
+    content = {name: sound[name] for name in shared} | this.remarks.fields
+    content |= checks.as_result(sound, found, paper)
     seconds = time.monotonic() - started
     content |= {"protocol": results.PROTOCOLS["diagnostics"], "config_sha": identity, "wall_seconds": seconds}
     results.save(folder, "diagnostics", content, {"ids": examples.ids})
@@ -136,10 +143,10 @@ def diagnose(this: Run) -> None:
 
 def certify(this: Run) -> None:
     """certified.json, its per-example radii, and the curve as a picture."""
-    config, progress, folder = this.config, this.progress, this.workdir.results
+    settings, progress, folder = this.settings, this.progress, this.workdir.results
     clf, examples, network = _under_test(this, CERTIFY)
     test = this.test_split
-    identity = _identity(config, "certified")
+    identity = _identity(this.config, "certified")
     if _kept(results.load(folder, "certified"), identity, network):
         progress.line("certify: was done before")
         return
@@ -148,20 +155,28 @@ def certify(this: Run) -> None:
         progress.status(f"certify  {what}  unbroken {unbroken:.1%}")
         preemption.check(f"certify, {what}")
 
-    result, outcomes, seconds = certified.run(
-        this.key(CERTIFY), clf, test.pixels(), test.labels, examples, config, report
+    result, outcomes, seconds = certificates.run(
+        this.key(CERTIFY),
+        clf,
+        test.pixels(),
+        test.labels,
+        examples,
+        settings.certify,
+        report,
+        slots=settings.eval.slots,
     )
     result = {
-        "dataset": data.label(config.data),
+        "dataset": data.label(settings.data),
         "subset": "; ".join(s.subset for s in (this.train_split, test) if s.subset),
-        "n": result.pop("n"), "method": config.method, "protocol": results.PROTOCOLS["certified"], **result,
-        "head": "clusters", "nearest": clf.nearest, "seed": config.seed, "config_sha": identity,
-        "network_sha": network, "versions": results.versions(), "wall_seconds": seconds,
+        "n": result.pop("n"), "method": settings.method, "protocol": results.PROTOCOLS["certified"], **result,
+        "head": "clusters", "nearest": clf.nearest, "seed": settings.seed, "config_sha": identity,
+        "network_sha": network, "versions": results.versions(), **this.remarks.fields,
+        "wall_seconds": seconds,
     }  # fmt: skip
     results.save(folder, "certified", result, outcomes)
     if processes.leader():
         try:
-            certified.draw(folder / "certified.png", result)
+            certificates.draw(folder / "certified.png", result)
         except Exception as error:  # no picture is worth a result
             progress.line(f"certify: certified.png could not be drawn ({first_line(error)})")
     at = ", ".join(

@@ -2,9 +2,12 @@
 
 import time
 
-from clustr_jax import loading, processes, report
-from clustr_jax.progress import duration
-from clustr_jax.stages.context import REPORT, Run
+from clustr_jax import report
+from clustr_jax.runtime import processes
+from clustr_jax.runtime.progress import duration
+from clustr_jax.runtime.stage_names import REPORT
+from clustr_jax.stages.context import Run
+from clustr_jax.storage import loading
 
 
 def run(this: Run) -> None:

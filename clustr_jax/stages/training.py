@@ -6,16 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax import cost, data, fitting, loading, mesh, models, preemption, processes, results, train
+from clustr_jax import data, models
 from clustr_jax.attacks import pgd
-from clustr_jax.checkpoints import Checkpoints
 from clustr_jax.classifier import Classifier, correct
-from clustr_jax.errors import UserError
-from clustr_jax.files import write_json
-from clustr_jax.objectives import METHODS
-from clustr_jax.progress import duration
-from clustr_jax.stages.context import WARMUP, Run
-from clustr_jax.workdir import config_dict, training_sha
+from clustr_jax.runtime import mesh, preemption, processes, streams
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.progress import duration
+from clustr_jax.runtime.stage_names import WARMUP
+from clustr_jax.stages.context import Run
+from clustr_jax.storage import loading, results
+from clustr_jax.storage.checkpoints import Checkpoints
+from clustr_jax.storage.files import write_json
+from clustr_jax.storage.workdir import config_dict, training_sha
+from clustr_jax.training import cost, refit, train
+from clustr_jax.training.objectives import METHODS
 
 # A compiled chunk of steps lasts about this long: progress and signals are served in between.
 _CHUNK_SECONDS = 3.0
@@ -27,29 +31,29 @@ _OVERFITTING_GAP = 0.2
 
 def run(this: Run, stage: str) -> None:
     """One training stage, from wherever it stands to its end."""
-    config, progress = this.config, this.progress
+    settings, progress = this.settings, this.progress
     folder = this.workdir.stage(stage)
     done = this.workdir.finished(stage)
     if done:
         progress.line(f"{stage}: finished before ({done['reason']} after {done['epochs']} epochs)")
         return
-    name = config.method
+    name = settings.method
     if stage == WARMUP:
         name = METHODS[name].warmup
         assert name is not None  # else the stage is not wanted
-    augment = config.data.augment
+    augment = settings.data.augment
     if stage == WARMUP and this.source:
-        this, augment = this.source, config.pretrain.augment
-    recipe = config.warmup if stage == WARMUP else config.train
+        this, augment = this.source, settings.pretrain.augment
+    recipe = settings.warmup if stage == WARMUP else settings.recipe
     train_set = mesh.place(train.TrainSet(
         jnp.asarray(this.train_split.images),
         jnp.asarray(this.train_split.labels),
         scale=this.train_split.scale,
         augment=augment,
     ))  # fmt: skip
-    trainer = train.Trainer(this.net, METHODS[name], config, recipe, len(this.train_split))
+    trainer = train.Trainer(this.net, METHODS[name], settings.training, recipe, len(this.train_split))
     key = this.key(stage)
-    identity = training_sha(config_dict(config))
+    identity = training_sha(config_dict(this.config))
     checkpoints = Checkpoints(folder / "checkpoints", identity, mend=True, say=progress.line)
     state = mesh.place(_start(this, stage, trainer, checkpoints, train_set, key))
     try:
@@ -63,7 +67,7 @@ def run(this: Run, stage: str) -> None:
     images = epochs * trainer.steps_per_epoch * trainer.batch_size
     write_json(folder / "done.json", {
         "reason": reason, "epochs": epochs, "step": step,
-        "gradient_passes": images * cost.gradients(name, config, recipe),
+        "gradient_passes": images * cost.gradients(name, settings.training, recipe),
         "num_classes": this.net.num_classes, "input_shape": list(this.net.input_shape),
         "commit": results.commit(),
     })  # fmt: skip
@@ -72,25 +76,25 @@ def run(this: Run, stage: str) -> None:
 
 def _start(this, stage, trainer, checkpoints, train_set, key):
     """The state to go on from: resume > init_from > previous stage > scratch."""
-    config, progress = this.config, this.progress
+    settings, progress = this.settings, this.progress
     if checkpoints.latest is not None:
         template = train.blank(trainer, this.net.init(key), train_set, key)
         state = checkpoints.restore(template)
         this.workdir.rewind(stage, int(state.step))
         progress.line(f"{stage}: resuming after {int(state.step)} steps")
         return state
-    first = METHODS[config.method].warmup is None or stage == WARMUP
-    fresh = this.net.init(jax.random.fold_in(key, 0))
+    first = METHODS[settings.method].warmup is None or stage == WARMUP
+    fresh = this.net.init(jax.random.fold_in(key, streams.Training.INITIAL))
     this.workdir.rewind(stage, -1)  # records of a run that was killed before its first checkpoint
-    if first and config.init_from:
-        progress.line(f"{stage}: starting from {config.init_from}")
-        variables = loading.model_variables(config.init_from, this.net)
+    if first and settings.init_from:
+        progress.line(f"{stage}: starting from {settings.init_from}")
+        variables = loading.model_variables(settings.init_from, this.net)
     elif not first:
         if this.workdir.finished(WARMUP) is None:
             raise UserError(
                 f"{stage} needs {WARMUP}, which is not finished in {this.workdir.root}; run it first"
             )
-        body = METHODS[config.method].source  # other classes: a new head
+        body = METHODS[settings.method].source  # other classes: a new head
         variables = loading.model_variables(this.workdir.stage(WARMUP), this.net, body=body)
         if body:
             variables["params"][models.HEAD] = fresh["params"][models.HEAD]
@@ -99,14 +103,14 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
     state = train.create(trainer, variables)
     if trainer.magnet:
         progress.status(f"{stage}: first k-means++ on the network's own embeddings")
-        state = fitting.refit(trainer, state, train_set, key)
-    return train.reset_totals(trainer, state, train_set, key)
+        state = refit.refit(trainer, state, train_set, key)
+    return train.with_totals(trainer, state, train_set, key)
 
 
 def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
     """Train to the end of the stage. Returns (why it ended, epochs)."""
-    config, recipe, per_epoch = this.config, trainer.recipe, trainer.steps_per_epoch
-    target = recipe.get("target", 0.0) if stage == WARMUP else 0.0
+    recipe, per_epoch = trainer.recipe, trainer.steps_per_epoch
+    target = recipe.target if stage == WARMUP else 0.0
     _, rate = train.optimizer(recipe, per_epoch)
     val_x, val_y = this.val_split.pixels(), this.val_split.labels
     step, chunk, saved, warned = int(state.step), 1, time.monotonic(), False
@@ -145,10 +149,10 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
                 checkpoints.wait()
                 preemption.check(f"{stage} after {step} steps (epoch {epoch + 1} of {recipe.epochs})")
         if trainer.magnet:
-            state = fitting.refit(trainer, state, train_set, key)
-        if trainer.magnet and config.fidelity.epoch_statistics == "leak_test":
+            state = refit.refit(trainer, state, train_set, key)
+        if trainer.magnet and trainer.settings.switches.epoch_statistics == "leak_test":
             for split in (this.train_split, this.test_split):
-                stats = fitting.pass_in_train_mode(this.net, state.variables, split.pixels())
+                stats = refit.pass_in_train_mode(this.net, state.variables, split.pixels())
                 state = state.replace(batch_stats=stats)
         variables, clusters = state.deployed
         clf = Classifier(variables, clusters, this.net, bounds=this.train_split.bounds)
@@ -163,7 +167,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             "epoch_seconds": time.monotonic() - started, "images_per_second": speed,
         }  # fmt: skip
         this.workdir.log(record)
-        state = train.reset_totals(trainer, state, train_set, key)
+        state = train.reset_totals(state)
         # while the adversary's radius still grows, accuracy says how small it is, and no model is the best
         checkpoints.save(state, val if train.strength(trainer, step - 1) >= 1 else None)
         saved = time.monotonic()
@@ -213,14 +217,14 @@ def _stop_at_nonfinite(this, stage, trainer, checkpoints, state, train_set, orde
 
 def _monitor(this, clf, key):
     """Single-step and multi-step accuracy on held-out images (nothing without any)."""
-    if not this.config.train.monitor or not len(this.val_split):
+    if not this.settings.training.train.monitor or not len(this.val_split):
         return {}
     # some of every class: image folders are stored class by class
     labels = this.val_split.labels
     index = data.stratified(labels, min(len(labels), 256), this.val_split.num_classes)
     x, y = this.val_split.pixels(index), labels[index]
-    eps = this.config.train.attack.eps
-    found, key = {}, jax.random.fold_in(key, train.MONITOR)
+    eps = this.settings.training.train.attack.eps
+    found, key = {}, jax.random.fold_in(key, streams.Training.MONITOR)
     for name, steps, step_size in (("single_step", 1, 1.25 * eps), ("multi_step", 10, eps / 4)):
         try:
             x_adv = pgd(key, clf.logits, x, y, eps=eps, step_size=step_size, steps=steps, bounds=clf.bounds)

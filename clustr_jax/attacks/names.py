@@ -1,0 +1,121 @@
+"""The name of a program: a hash of all that its trace says, but for the values of the arrays it captures.
+
+Two functions with the same name compute the same of their arguments and of what they capture.
+"""
+
+import contextlib
+import hashlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as trace
+
+
+def aval(array):
+    """Shape and dtype."""
+    return array.shape, array.dtype
+
+
+def output_of(closed) -> Any:
+    """Of a traced model the first output, with its shape and dtype: the logits."""
+    return closed.out_avals[0]
+
+
+def name_of(closed, call, values, images) -> tuple[bytes, bool]:
+    """(the name of the trace of `call(values, x)`, whether a jit inside holds arrays of its own)."""
+    writer = _Writer()
+    writer.closed(closed)
+    if writer.ruled:  # the gradient of somebody's rule can hold what the forward pass does not
+        direction = jax.ShapeDtypeStruct(*aval(output_of(closed)))
+        with contextlib.suppress(Exception):  # a model without a gradient: Square takes it all the same
+            backward = jax.make_jaxpr(lambda values, x, d: jax.vjp(lambda x: call(values, x), x)[1](d))
+            writer.closed(backward(values, images, direction), arguments={id(c) for c in closed.consts})
+    return writer.hash.digest(), writer.jitted
+
+
+class _Writer:
+    def __init__(self):
+        self.hash, self.seen, self.jitted, self.ruled = hashlib.sha256(), {}, False, False
+        self.kept = []  # what `seen` knows by its id must not go away
+
+    def add(self, *parts):
+        self.hash.update(repr(parts).encode())
+
+    def closed(self, closed, arguments=None):
+        """A trace; of its arrays those that are arguments (None: all) have no value yet."""
+        self.jaxpr(closed.jaxpr)
+        for const in closed.consts:
+            if isinstance(const, jax.Array) and (arguments is None or id(const) in arguments):
+                self.add("argument", aval(const))
+            else:
+                self.value(const)
+
+    def jaxpr(self, jaxpr):
+        if id(jaxpr) in self.seen:  # jit gives the same object for the same function and shapes
+            return self.add("again", self.seen[id(jaxpr)])
+        self.seen[id(jaxpr)] = len(self.seen)
+        self.kept.append(jaxpr)
+        names = {}
+
+        def variables(atoms):
+            for atom in atoms:
+                if isinstance(atom, trace.Literal):
+                    self.value(atom.val)
+                else:
+                    self.add(names.setdefault(atom, len(names)), str(atom.aval))
+
+        self.add("jaxpr", len(jaxpr.constvars), len(jaxpr.invars))
+        variables((*jaxpr.constvars, *jaxpr.invars))
+        for eqn in jaxpr.eqns:
+            self.add(eqn.primitive.name, len(eqn.invars))
+            self.ruled |= eqn.primitive.name.startswith("custom_") and not _known_rule(eqn.params)
+            variables(eqn.invars)
+            for key in sorted(eqn.params):
+                self.add(key)
+                self.value(eqn.params[key], within=eqn.primitive.name)
+            variables(v for v in eqn.outvars if not isinstance(v, trace.DropVar))
+        self.add("out")
+        variables(jaxpr.outvars)
+
+    def value(self, value, within=""):
+        if isinstance(value, trace.ClosedJaxpr):  # pyright: ignore[reportPrivateImportUsage]
+            self.jaxpr(value.jaxpr)
+            self.jitted |= within in ("jit", "pjit") and any(np.ndim(c) for c in value.consts)
+            self.value(tuple(value.consts))
+        elif isinstance(value, trace.Jaxpr):
+            self.jaxpr(value)
+        elif isinstance(value, (str, bytes, int, float, complex, bool, type(None), np.dtype)):
+            self.add(value)
+        elif isinstance(value, (tuple, list)):
+            self.add(type(value).__name__, len(value))
+            for part in value:
+                self.value(part, within)
+        elif isinstance(value, dict):
+            self.value(tuple(sorted(value.items(), key=lambda item: str(item[0]))), within)
+        elif hasattr(value, "shape") and hasattr(value, "dtype"):
+            self.array(value)
+        elif callable(value):
+            self.add(getattr(value, "__module__", ""), getattr(value, "__qualname__", type(value).__name__))
+        else:
+            self.add(_ADDRESS.sub("", repr(value)))
+
+    def array(self, value):
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            value = jax.random.key_data(value)
+        value = np.asarray(value)
+        self.add(value.shape, str(value.dtype))
+        self.hash.update(np.ascontiguousarray(value).tobytes())
+
+
+def _known_rule(params) -> bool:
+    """Whether a function with a derivative of its own is one of the libraries', which hold no arrays."""
+    inner = params.get("call_jaxpr") or params.get("fun_jaxpr")
+    source = getattr(getattr(getattr(inner, "jaxpr", inner), "debug_info", None), "func_src_info", None) or ""
+    return _LIBRARY.search(source) is not None
+
+
+_LIBRARY = re.compile(r"site-packages/(jax|flax|optax|equinox|keras|haiku)/|/clustr_jax/")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+|id=\d+")

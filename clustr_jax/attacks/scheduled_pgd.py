@@ -1,0 +1,54 @@
+"""PGD as slots run it: one gradient and one step of fixed size per update."""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from clustr_jax.attacks.aims import Aim
+from clustr_jax.attacks.geometry import ascend, over, project, random_start
+from clustr_jax.attacks.scheduler import Attack, climb
+from clustr_jax.runtime import struct
+
+
+class PGDState(struct.PyTreeNode):
+    """The iterate that the next update evaluates."""
+
+    candidate: Float[Array, "S ..."]
+    fooled: Bool[Array, "S"]
+
+
+class PGD(Attack):
+    """Madry et al. 2018: `steps` steps of `step_size` up `aim`, which stop at the first success.
+
+    The first `opening_steps` steps climb `opening` instead (two stages: where one loss has no gradient the
+    other may). clip_start=False leaves the start outside the box, as the authors' code does.
+    """
+
+    step_size: ArrayLike
+    aim: Aim
+    opening: Aim | None = None
+    opening_steps: ArrayLike = 0
+    start: str = struct.field(pytree_node=False, default="uniform")
+    clip_start: bool = struct.field(pytree_node=False, default=True)
+
+    def init(self, work):
+        """A random point of the ball."""
+        x_adv = random_start(work.keys, work.x, self.eps, self.start, self.norm)
+        if self.clip_start:
+            x_adv = project(x_adv, work.x, self.eps, self.norm, self.bounds)
+        return PGDState(x_adv, jnp.zeros(work.y.shape, bool))
+
+    def update(self, model, work, state, step):
+        """Evaluate the iterate; move it unless it is misclassified."""
+
+        def aim(outputs, y, target):
+            value = self.aim(outputs, y, target)
+            if self.opening is None:
+                return value
+            return jnp.where(step < self.opening_steps, self.opening(outputs, y, target), value)
+
+        x = state.candidate
+        gradient, _, fooled = climb(model, aim, work, x)
+        moved = ascend(x, gradient, self.step_size, self.norm)
+        moved = project(moved, work.x, self.eps, self.norm, self.bounds)
+        return PGDState(jnp.where(over(fooled, x), x, moved), fooled)

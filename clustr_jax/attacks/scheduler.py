@@ -1,0 +1,482 @@
+"""The scheduler under every evaluation: a fixed number of slots, each working on one (example, restart).
+
+An attack is three pure functions over slots, `init`, `update` and `finished` (see `Attack`). A slot whose
+example breaks, or whose restart ends, takes the next pair from the queue at once, inside the compiled loop.
+Memory on the device is that of `slots` images, whatever the size of the set: the host hands over a queue
+of a few slots' worth and takes back what has ended, which it verifies in a fresh forward pass.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from clustr_jax.attacks.aims import logits_of, misclassified
+from clustr_jax.attacks.input_checks import check_found
+from clustr_jax.attacks.options import GENERATOR, key_of
+from clustr_jax.runtime import mesh, struct
+from clustr_jax.runtime.errors import UserError
+
+# Pairs that the device gets to work on before it asks for more, in slots.
+_QUEUE = 2
+# The device comes back after so many operations of forward passes, for progress, signals and records: some
+# seconds of two CPU cores, half a second of an accelerator. Not after so many seconds: what is spent and
+# where the slots shrink would then depend on the clock.
+_OPERATIONS = {"cpu": 4e10}
+_OPERATIONS_ELSEWHERE = 4e12
+# When this share of the slots, or less, is still busy, the rest moves to a program of that size ...
+_SMALL = 4
+# ... if that saves more evaluations than a compilation costs.
+_WORTH = 4096
+# Rounding allowed for in checking the ball and the box.
+TOLERANCE = 1e-6
+
+
+class Work(struct.PyTreeNode):
+    """One (example, restart) in each lane: its randomness, image, label and target (-1: none)."""
+
+    example: Int[Array, "S"]
+    restart: Int[Array, "S"]
+    random: Array  # key data: a lane keeps it, so it is a stream rather than a key that is used up
+    x: Float[Array, "S ..."]
+    y: Int[Array, "S"]
+    target: Int[Array, "S"]
+
+    @property
+    def keys(self):
+        """The lanes' keys; fold the step in where there is more than one draw."""
+        return jax.random.wrap_key_data(self.random, impl=GENERATOR)
+
+
+class Attack(struct.PyTreeNode):
+    """What the scheduler runs. Numbers are traced unless a subclass needs them to be static.
+
+    A state has at least `fooled` [S] (success within the ball, at the latest update) and `candidate`
+    [S, ...] (the image to return if the restart ended now). An update spends one evaluation per lane.
+    """
+
+    eps: ArrayLike
+    steps: ArrayLike
+    norm: str = struct.field(pytree_node=False)
+    bounds: tuple[float, float] | None = struct.field(pytree_node=False)
+
+    gradients = 1  # of the model, per lane and update
+    forwards = 0  # passes beside them
+
+    def init(self, work: Work) -> Any:
+        """The state before the first update; looks at no network."""
+        raise NotImplementedError
+
+    def update(self, model: Callable, work: Work, state: Any, step: Int[Array, "S"]) -> Any:
+        """One evaluation of the model in every lane."""
+        raise NotImplementedError
+
+    def finished(self, state: Any, step: Int[Array, "S"]) -> Bool[Array, "S"]:
+        """Which lanes have nothing left to do."""
+        return state.fooled | (step >= self.steps)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came of one attack with R restarts on N examples (NumPy), and what it cost.
+
+    `restart` and `step` are those of the first restart that succeeded (-1: none), `x_adv` its image
+    (where none did, x). `step` counts the attack's own steps, so 0 is a success at the start.
+    `spent` [R, N] are the evaluations of each restart that ended (0: not run). `evaluations` counts lanes x
+    iterations, idle lanes included. `flight` is what the slots held when the device last came back.
+    `unconfirmed`: an image was misclassified in the loop and not in the pass that judges.
+    """
+
+    broken: Bool[np.ndarray, "N"]
+    restart: Int[np.ndarray, "N"]
+    step: Int[np.ndarray, "N"]
+    spent: Int[np.ndarray, "R N"]
+    x_adv: Float[np.ndarray, "N ..."]
+    unconfirmed: Bool[np.ndarray, "N"]
+    evaluations: int = 0
+    flight: Any = None
+
+    @classmethod
+    def fresh(cls, x, restarts: int) -> "Outcome":
+        """Nothing attacked yet."""
+        nothing = np.full(len(x), -1, np.int32)
+        spent = np.zeros((restarts, len(x)), np.int32)
+        no = np.zeros(len(x), bool)
+        return cls(no, nothing, nothing.copy(), spent, np.array(x, np.float32), no.copy())
+
+    @property
+    def needed(self) -> int:
+        """Evaluations that no schedule could leave out: all restarts up to the first success."""
+        last = np.where(self.broken, self.restart, len(self.spent))
+        return int(np.sum(self.spent, where=np.arange(len(self.spent))[:, None] <= last[None, :]))
+
+
+class _Slots(struct.PyTreeNode):
+    work: Work
+    state: Any
+    step: Int[Array, "S"]
+    active: Bool[Array, "S"]
+
+
+class _Ended(struct.PyTreeNode):
+    """Restarts that ended in this call, in order; `count` of them are filled."""
+
+    example: Int[Array, "Q"]
+    restart: Int[Array, "Q"]
+    step: Int[Array, "Q"]
+    fooled: Bool[Array, "Q"]
+    x: Float[Array, "Q ..."]
+    count: Int[Array, "devices"]
+
+
+class _Orders(struct.PyTreeNode):
+    """What the host says for one call: when to come back, and whether it has pairs beyond this queue."""
+
+    limit: ArrayLike  # iterations
+    small: ArrayLike  # come back when nothing waits and no more slots than this are busy
+    more: ArrayLike  # [devices]
+
+
+@functools.partial(jax.jit, static_argnames="first")
+def _advance(attack, model, slots, queue, waiting, best, orders, *, first):
+    """Iterate until an idle slot waits for the host, or as `orders` say.
+
+    `best` [capacity] is the smallest restart that broke each example so far: with `first`, later ones are
+    given up; smaller ones go on, so that which restart counts does not depend on the schedule.
+    On a mesh each device works through its own slots and queue, at its own pace, and has the same results.
+    """
+    run = functools.partial(_advance_here, first=first)
+    inputs = (mesh.SAME, mesh.SAME, mesh.ROWS, mesh.ROWS, mesh.ROWS, mesh.SAME)
+    orders_specs = _Orders(mesh.SAME, mesh.SAME, mesh.ROWS)  # pyright: ignore[reportArgumentType]
+    return mesh.spread(run, (*inputs, orders_specs), mesh.SAME)(
+        attack, model, slots, queue, waiting, best, orders
+    )
+
+
+def _advance_here(attack, model, slots, queue, waiting, best, orders, *, first):
+    """`_advance` on one device."""
+    more = orders.more[0]
+    lanes, length = slots.step.shape[0], waiting.shape[0]
+    capacity, room = best.shape[0], lanes + length
+    ended = _Ended(
+        example=jnp.zeros(room, jnp.int32),
+        restart=jnp.zeros(room, jnp.int32),
+        step=jnp.zeros(room, jnp.int32),
+        fooled=jnp.zeros(room, bool),
+        x=jnp.zeros((room, *queue.x.shape[1:]), queue.x.dtype),
+        count=jnp.zeros((), jnp.int32),
+    )
+
+    def wanted(work, best):
+        return work.restart <= best[work.example] if first else jnp.ones(work.restart.shape, bool)
+
+    def refill(carry):
+        slots, waiting, best = carry
+        waiting = waiting & wanted(queue, best)
+        following = jnp.flatnonzero(waiting, size=lanes, fill_value=length)  # the next pairs, in order
+        rank = jnp.cumsum(~slots.active) - 1
+        place = jnp.where(slots.active, length, following[jnp.clip(rank, 0, lanes - 1)])
+        take = place < length
+        new = jax.tree.map(lambda a: a[jnp.minimum(place, length - 1)], queue)
+        work = _where(take, new, slots.work)
+        state = _where(take, attack.init(work), slots.state)
+        slots = _Slots(work, state, jnp.where(take, 0, slots.step), slots.active | take)
+        return slots, waiting.at[place].set(False, mode="drop"), best
+
+    def iterate(carry):
+        slots, waiting, best, ended, i = carry
+        slots, waiting, best = lax.cond(
+            jnp.any(~slots.active) & jnp.any(waiting), refill, lambda c: c, (slots, waiting, best)
+        )
+        work = slots.work
+        state = attack.update(model, work, slots.state, slots.step)
+        step = slots.step + 1
+        success = slots.active & state.fooled
+        best = best.at[jnp.where(success, work.example, capacity)].min(work.restart, mode="drop")
+        alive = slots.active & wanted(work, best)
+        over = alive & attack.finished(state, step)
+        place = jnp.where(over, ended.count + jnp.cumsum(over) - 1, room)
+        ended = _Ended(
+            example=ended.example.at[place].set(work.example, mode="drop"),
+            restart=ended.restart.at[place].set(work.restart, mode="drop"),
+            step=ended.step.at[place].set(step, mode="drop"),
+            fooled=ended.fooled.at[place].set(state.fooled, mode="drop"),
+            x=ended.x.at[place].set(state.candidate, mode="drop"),
+            count=ended.count + jnp.sum(over, dtype=jnp.int32),
+        )
+        return _Slots(work, state, step, alive & ~over), waiting, best, ended, i + 1
+
+    def going(carry):
+        slots, waiting, best, _, i = carry
+        left = jnp.any(waiting & wanted(queue, best))
+        busy = jnp.sum(slots.active)
+        starved = more & ~left & (busy < lanes)
+        return (i < orders.limit) & (left | (busy > jnp.where(more, 0, orders.small))) & ~starved
+
+    zero = jnp.zeros((), jnp.int32)
+    slots, _, _, ended, i = lax.while_loop(going, iterate, (slots, waiting, best, ended, zero))
+    ended = ended.replace(count=ended.count[None])
+    return jax.tree.map(mesh.gather, (slots, ended, i[None]))
+
+
+def _where(take, new, old):
+    """Lane by lane."""
+
+    def choose(a, b):
+        return jnp.where(take.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, new, old)
+
+
+@jax.jit
+def _work(key, example, ids, restart, x, y, target):
+    keys = jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r))(ids, restart)
+    return Work(example, restart, jax.random.key_data(keys), x, y, target)
+
+
+@jax.jit
+def _empty(attack, work):
+    """Slots that hold nothing yet; what `work` says is never used."""
+    lanes = work.y.shape[0]
+    return _Slots(work, attack.init(work), jnp.zeros(lanes, jnp.int32), jnp.zeros(lanes, bool))
+
+
+@jax.jit
+def judge(model, x, y):
+    """(misclassified [B], logits finite [B]) of a fresh forward pass; see `misjudged`."""
+
+    def rows(model, x, y):
+        outputs = model(x)
+        return misclassified(outputs, y), jnp.all(jnp.isfinite(logits_of(outputs)), axis=1)
+
+    return mesh.by_rows(rows, model, x, y)
+
+
+def misjudged(model, x, y, count: int | None = None) -> Bool[np.ndarray, "B"]:
+    """Whether each of the first `count` images is misclassified, in a fresh forward pass.
+
+    UserError where logits are not finite: the argmax of a NaN is no prediction, and so no success.
+    """
+    count = len(x) if count is None else count
+    wrong, finite = judge(model, x, y)
+    if not np.all(finite):
+        check_found(x[:count])
+        raise UserError(
+            "logits_fn returned non-finite logits for an image inside the ball; every image within eps "
+            "and the box must have finite ones (layers that overflow, a logarithm of 0)"
+        )
+    return np.asarray(wrong)[:count]
+
+
+def run(
+    attack: Attack,
+    key: Array,
+    model: Partial,
+    x: Float[np.ndarray, "N ..."],
+    y: Int[np.ndarray, "N"],
+    *,
+    ids: Int[np.ndarray, "N"] | None = None,
+    targets: Int[np.ndarray, "T N"] | None = None,
+    restarts: int = 1,
+    slots: int = 64,
+    first: bool = True,
+    outcome: Outcome | None = None,
+    collect: Callable | None = None,
+    report: Callable[[Outcome], None] | None = None,
+) -> Outcome:
+    """Every restart of every example, until it breaks (`first`), through a fixed number of slots.
+
+    With `targets` each of the T targets has `restarts` restarts, target by target. The randomness of
+    (example, restart) is fold_in(fold_in(key, id), restart), so with the same `slots` the outcome of an
+    example depends neither on the order nor on what else is attacked (but for float rounding where the
+    network's own rows depend on their place in the batch). first=False runs all restarts to their end.
+
+    `outcome` goes on from an earlier, interrupted one. `collect(example, restart, x, fooled)` receives
+    restarts as they end, `report(outcome)` is called between device calls. Every success is verified in
+    a fresh forward pass and, with `first`, inside the ball and the box: an attack that leaves them raises
+    AssertionError (the authors' starts do leave the box, so first=False lets them).
+    """
+    x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
+    ids = np.arange(len(x), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
+    key = key_of(key)
+    aims = np.full((1, len(x)), -1, np.int32) if targets is None else np.asarray(targets, np.int32)
+    aims = np.repeat(aims, restarts, axis=0)
+    devices = mesh.devices()
+    slots = -(-slots // devices) * devices
+    total, length = len(aims), _QUEUE * slots // devices
+    outcome = Outcome.fresh(x, total) if outcome is None else outcome
+    best = np.full(-(-len(x) // 1024) * 1024, total, np.int32)  # few sizes, few compilations
+    best[: len(x)] = np.where(outcome.broken, outcome.restart, total)
+    flying = np.zeros((total, len(x)), bool)
+    state, limit, small = None, _iterations(model, x, slots // devices), slots // devices // _SMALL
+    if outcome.flight is not None and len(outcome.flight[0]) % devices == 0:
+        state, flying = _board(attack, outcome.flight, x, total)
+        small = small if len(state.active) == slots else 0
+
+    while True:
+        pending = (outcome.spent == 0) & ~flying
+        if first:
+            pending &= np.arange(total)[:, None] < best[None, : len(x)]
+        if not pending.any() and not flying.any():
+            return outcome
+        if state is not None and not pending.any() and _busiest(state, devices) <= small:
+            state, small = _shrink(attack, state, small, devices), 0
+        e, r, waiting = _queues(pending, devices, length)
+        work = _work(key, e, ids[e], r, x[e], y[e], aims[r, e])
+        if state is None:
+            state = _empty(attack, jax.tree.map(lambda a: a[:slots], work))
+        # of several devices none comes back to shrink before the others
+        early = small if devices == 1 else 0
+        more = np.array([np.sum(pending[:, d::devices]) > length for d in range(devices)])
+        orders = _Orders(np.int32(limit), np.int32(early), more)
+        state, ended, iterations = _advance(attack, model, state, work, waiting, best, orders, first=first)
+        outcome.evaluations += state.step.shape[0] // devices * int(np.sum(iterations))
+        _take(attack, model, ended, outcome, best, x, y, slots, first, collect)
+        outcome.flight, flying = state, _flying(state, flying.shape)
+        if report is not None:
+            report(outcome)
+
+
+def _queues(pending, devices: int, length: int):
+    """(example, restart, whether there is one) of the next pairs, `length` for each device.
+
+    All restarts of an example are one device's; restart by restart: the first one of all examples first.
+    """
+    examples, restarts, waiting = [], [], []
+    for d in range(devices):
+        restart, example = np.nonzero(pending[:, d::devices])
+        place = np.arange(length) % max(len(example), 1)
+        none = np.zeros(length, np.int64)
+        examples.append(example[place] * devices + d if len(example) else none)
+        restarts.append(restart[place] if len(example) else none)
+        waiting.append(np.arange(length) < len(example))
+    e, r = (np.concatenate(parts).astype(np.int32) for parts in (examples, restarts))
+    return e, r, np.concatenate(waiting)
+
+
+def _busiest(state, devices: int) -> int:
+    """Busy slots of the device that has most of them."""
+    return int(np.max(np.sum(np.asarray(state.active).reshape(devices, -1), axis=1)))
+
+
+def _iterations(model, x, slots: int) -> int:
+    """How many iterations a call of the device may take, by the cost of the model's forward pass."""
+    images = jax.ShapeDtypeStruct((slots, *x.shape[1:]), jnp.float32)
+    cost = jax.jit(_call).lower(model, images).cost_analysis() or {}
+    budget = _OPERATIONS.get(jax.default_backend(), _OPERATIONS_ELSEWHERE)
+    return max(1, min(int(budget / max(cost.get("flops", 0.0), 1.0)), 1000))
+
+
+def _flying(state, shape):
+    """Bool [R, N]: the pairs in the slots."""
+    active, flying = np.asarray(state.active), np.zeros(shape, bool)
+    flying[np.asarray(state.work.restart)[active], np.asarray(state.work.example)[active]] = True
+    return flying
+
+
+def _board(attack, leaves, x, total):
+    """(slots, pairs in them) from the leaves that an interrupted run left, in the order of the tree."""
+    lanes = len(leaves[0])
+    nothing = np.zeros(lanes, np.int32)
+    work = jax.eval_shape(
+        _work,
+        key_of(jax.random.key(0)),
+        nothing,
+        nothing,
+        nothing,
+        x[:1].repeat(lanes, 0),
+        nothing,
+        nothing,
+    )
+    state = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(_empty, attack, work)), leaves)
+    return state, _flying(state, (total, len(x)))
+
+
+def _shrink(attack, state, small, devices):
+    """The busy slots alone, in a smaller program, where that pays; decided by the work that is left."""
+    active = np.asarray(state.active).reshape(devices, -1)
+    lanes = active.shape[1]
+    step = np.asarray(state.step)[active.reshape(-1)]
+    left = (int(attack.steps) - int(np.min(step))) * (lanes - small) * devices
+    if left < _WORTH:
+        return state
+    kept = np.argsort(~active, axis=1, kind="stable")[:, :small] + lanes * np.arange(devices)[:, None]
+    return jax.tree.map(lambda a: a[kept.reshape(-1)], state)
+
+
+def _take(attack, model, ended, outcome, best, x, y, lanes, first, collect):
+    """Verify what ended, note it, and hand it on."""
+    counts = np.asarray(ended.count)
+    room, count = len(ended.example) // len(counts), int(np.sum(counts))
+    if not count:
+        return
+    filled = np.flatnonzero((np.arange(room) < counts[:, None]).reshape(-1))
+    example, restart, step, early = (
+        np.asarray(a)[filled] for a in (ended.example, ended.restart, ended.step, ended.fooled)
+    )
+    found, fooled = np.asarray(ended.x)[filled], np.zeros(count, bool)
+    for start in range(0, count, lanes):
+        part = np.arange(start, min(start + lanes, count))
+        index = np.resize(part, lanes)
+        fooled[part] = misjudged(model, found[index], y[example[index]], len(part))
+    if first:
+        verify_inside(found, x[example], attack.eps, attack.norm, attack.bounds)
+    outcome.spent[restart, example] = step
+    outcome.unconfirmed[example[early & ~fooled]] = True
+    if collect is not None:
+        collect(example, restart, found, fooled)
+    for i in np.flatnonzero(fooled):
+        e = example[i]
+        if restart[i] < best[e]:
+            best[e], outcome.broken[e], outcome.restart[e] = restart[i], True, restart[i]
+            outcome.x_adv[e], outcome.step[e] = found[i], step[i] - early[i]
+
+
+def verify_inside(x_adv, x, eps, norm: str, bounds) -> None:
+    """Raise AssertionError if an adversarial image left the ball or the box: the number would be wrong."""
+    delta = (np.asarray(x_adv, np.float64) - x).reshape(len(x), -1)
+    size = np.abs(delta).max(axis=1) if norm == "linf" else np.linalg.norm(delta, axis=1)
+    rounding = TOLERANCE * max(1.0, float(np.max(np.abs(x), initial=0.0)))  # of x + delta in float32
+    if not np.all(size <= float(eps) * (1 + TOLERANCE) + rounding):
+        raise AssertionError(f"attack left the {norm} ball: {size.max()} > eps = {float(eps)}")
+    if bounds is not None and (np.min(x_adv) < bounds[0] or np.max(x_adv) > bounds[1]):
+        raise AssertionError(f"attack left the box {bounds}")
+
+
+def climb(model: Callable, aim: Callable, work: Work, x):
+    """(gradient of the aim [S, ...], its value [S], misclassified [S]) at x."""
+
+    def total(x):
+        outputs = model(x)
+        value = aim(outputs, work.y, work.target)
+        return jnp.sum(value), (value, misclassified(outputs, work.y))
+
+    gradient, (value, fooled) = jax.grad(total, has_aux=True)(x)
+    return gradient, value, fooled
+
+
+def _call(model, x):
+    return model(x)
+
+
+@jax.jit
+def _outputs(model, x):
+    return mesh.by_rows(_call, model, x)
+
+
+def forward(model: Partial, x: Float[np.ndarray, "N ..."], slots: int):
+    """The model's outputs on any number of images, `slots` at a time (NumPy)."""
+    count = len(x)
+    if not count:
+        x = np.zeros((1, *x.shape[1:]), np.float32)
+    places = [np.arange(start, start + slots) % len(x) for start in range(0, len(x), slots)]
+    pieces = [jax.tree.map(np.asarray, _outputs(model, x[place])) for place in places]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *pieces)

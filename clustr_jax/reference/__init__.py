@@ -1,0 +1,1 @@
+"""What the paper reports, and where the authors' code differs from it."""

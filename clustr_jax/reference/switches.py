@@ -1,0 +1,103 @@
+"""Where the authors' code and the paper's text differ: one named switch each.
+
+`config.fidelity.<switch>` is "" (follow the preset), our value, or the authors'. The preset "" means
+ours throughout; "paper_code" means the authors' throughout, a leak of test-set statistics included.
+docs/fidelity.md is this table, with the reasons.
+"""
+
+import dataclasses
+
+from clustr_jax.runtime.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """One difference: our value, the authors' value, and what it is about."""
+
+    ours: str
+    authors: str
+    about: str
+
+
+SWITCHES = {
+    "scores": Switch(
+        "log", "exp", "training logits: log scores, or un-normalised exp scores fed to cross entropy"
+    ),
+    "hinge": Switch("log", "eps", "Magnet loss in the log domain, or relu(-log(num / (den + 1e-8) + 1e-8))"),
+    "small_clusters": Switch(
+        "mask", "skip", "a batch with a cluster of fewer than S members: masked, or skipped"
+    ),
+    "sampler": Switch(
+        "floor", "stale", "seed draw: optimistic with a floor, or unseen = 0 and stale after a refit"
+    ),
+    "cluster_images": Switch("clean", "augmented", "k-means on clean images, or on augmented views"),
+    "first_clusters": Switch("eval", "train", "batch norm of the first clustering"),
+    "variance_images": Switch(
+        "clean", "augmented", "inference variance: clean images in eval mode, or augmented in train mode"
+    ),
+    "attack_statistics": Switch("keep", "update", "running statistics during the inner attack"),
+    "running_variance": Switch(
+        "biased",
+        "unbiased",
+        "what batch norm averages: the batch's biased variance, or PyTorch's unbiased one",
+    ),
+    "epoch_statistics": Switch(
+        "keep", "leak_test", "after each epoch: nothing, or passes over train AND TEST images in train mode"
+    ),
+    "logged_loss": Switch(
+        "eq3", "plus_k", "logged Magnet loss: Eq. 3, or with K extra terms in the sum and the two 1e-8"
+    ),
+    "nearest": Switch(
+        "config", "10_20", "train.nearest and eval.nearest: as configured, or 10 in training and 20 after"
+    ),
+    "epochs": Switch(
+        "text", "readme", "fine-tuning epochs: appendix D, or the 25 of the authors' README at most"
+    ),
+    "kl": Switch(
+        "correct",
+        "probs",
+        "QTRADES alone: cross entropy as in the text, or F.kl_div of probabilities, element mean",
+    ),
+}
+PRESETS = ("", "paper_code")
+
+
+def resolve(fidelity) -> dict[str, str]:
+    """The value of every switch; UserError for a preset or value that does not exist."""
+    if fidelity.preset not in PRESETS:
+        raise UserError(f"fidelity.preset must be empty or paper_code, got {fidelity.preset!r}")
+    values = {}
+    for name, switch in SWITCHES.items():
+        default = switch.authors if fidelity.preset else switch.ours
+        values[name] = fidelity[name] or default
+        if values[name] not in (switch.ours, switch.authors):
+            raise UserError(
+                f"fidelity.{name} must be {switch.ours} or {switch.authors}, got {values[name]!r}"
+            )
+    return values
+
+
+def apply(config, *, fine_tunes: bool):
+    """Spell out every switch in `config.fidelity`, and the settings that two of them stand for.
+
+    `fine_tunes`: whether `train` is what comes after a warm-up, by the Magnet loss; `epochs` is about that.
+    """
+    for name, value in resolve(config.fidelity).items():
+        config.fidelity[name] = value
+    if config.fidelity.nearest == "10_20":
+        config.train.nearest = config.train.nearest or 10
+        config.eval.nearest = config.eval.nearest or 20
+    if config.fidelity.epochs == "readme" and fine_tunes:
+        config.train.epochs = min(config.train.epochs, 25)
+    return config
+
+
+def table() -> str:
+    """The switches as a Markdown table."""
+    lines = ["| `config.fidelity.` | ours | authors' code | what |", "|---|---|---|---|"]
+    lines += [f"| `{name}` | `{s.ours}` | `{s.authors}` | {s.about} |" for name, s in SWITCHES.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,32 @@
+"""Settings that came after work directories were written: a config without them is one that has their value.
+
+What a training, a checkpoint or a result is recognised by must not change because a setting was added whose
+value says what was done all along.
+"""
+
+import copy
+
+# section, name -> what was done before there was the setting
+ADDED = {
+    ("fidelity", "running_variance"): "biased",
+    ("warmup", "nesterov"): True,
+    ("train", "nesterov"): True,
+}
+
+
+def filled(content: dict) -> dict:
+    """A config (as JSON values) with the settings that it does not have yet."""
+    content = copy.deepcopy(content)
+    for (section, name), value in ADDED.items():
+        if isinstance(content.get(section), dict):
+            content[section].setdefault(name, value)
+    return content
+
+
+def plain(content: dict) -> dict:
+    """A config (as JSON values) as it was written before, if the later settings have the value of then."""
+    content = copy.deepcopy(content)
+    for (section, name), value in ADDED.items():
+        if isinstance(content.get(section), dict) and content[section].get(name) == value:
+            del content[section][name]
+    return content

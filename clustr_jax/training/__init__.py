@@ -1,0 +1,1 @@
+"""What each method minimises, the train step, Magnet batches, and k-means++ between epochs."""

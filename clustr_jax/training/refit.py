@@ -1,0 +1,134 @@
+"""Between epochs: the training set is embedded by the network as it is, and clustered."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from clustr_jax import clusters as clusters_lib
+from clustr_jax import models
+from clustr_jax.clusters import Clusters
+from clustr_jax.models import Net
+from clustr_jax.runtime import mesh, streams
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.training import sampling, train
+from clustr_jax.training.train import Trainer, TrainSet, TrainState
+
+# Images per pass.
+_EVAL_BATCH = 200
+# The authors go through a set in so many passes, or fewer, whatever its size; where batch statistics are
+# those of the images (`fidelity`), that is what they are of.
+_AUTHORS_PASSES = 400
+
+
+def _authors_batch(size: int) -> int:
+    return -(-size // _AUTHORS_PASSES)
+
+
+@jax.jit(static_argnames=("net", "train_mode"))
+def embed_all(
+    net: Net, variables, train_set: TrainSet, key=None, train_mode: bool = False
+) -> Float[Array, "N E"]:
+    """Embeddings of the whole training split: eval mode and clean, unless asked otherwise (`fidelity`)."""
+    size = train_set.labels.shape[0]
+
+    def part(variables, train_set, key, ids):
+        count, batch = ids.shape[0], _authors_batch(size) if train_mode else _EVAL_BATCH
+        whole = count // batch * batch
+
+        def embed(i):
+            x = train_set.batch(i, None if key is None else jax.random.fold_in(key, i[0]))[0]
+            outputs = net.train(variables, x)[0] if train_mode else net.eval(variables, x)
+            return outputs.embeddings
+
+        # the rest is a batch of its own: filled up, it would change the statistics of train mode
+        pieces = [embed(ids[whole:])] if whole < count else []
+        if whole:
+            z = jax.lax.map(embed, ids[:whole].reshape(-1, batch))
+            pieces.insert(0, z.reshape(whole, -1))
+        return mesh.gather(jnp.concatenate(pieces))
+
+    if train_mode or key is not None:  # the authors' ways depend on who shares a batch: as on one device
+        return part(variables, train_set, key, jnp.arange(size))
+    ids = jnp.arange(-(-size // mesh.devices()) * mesh.devices()) % size
+    inputs = (mesh.SAME, mesh.SAME, mesh.SAME, mesh.ROWS)
+    return mesh.spread(part, inputs, mesh.SAME)(variables, train_set, key, ids)[:size]
+
+
+def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> TrainState:
+    """Cluster the training set by the network as it is now; examples keep their last seen losses."""
+    magnet, switches = trainer.settings.magnet, trainer.settings.switches
+    first = state.sampler is None
+    key = jax.random.fold_in(jax.random.fold_in(key, streams.Training.REFIT), state.step)
+    fit_key, images_key, variance_key, average_key = jax.random.split(key, 4)
+    augmented = images_key if switches.cluster_images == "augmented" else None
+    train_mode = first and switches.first_clusters == "train"
+    clusters, assignments = _fit(trainer, state.variables, train_set, fit_key, augmented, train_mode)
+    if switches.variance_images == "augmented":
+        z = embed_all(trainer.net, state.variables, train_set, variance_key, train_mode=True)
+        clusters = _sharpened(clusters_lib.with_variance(clusters, z, train_set.labels), magnet)
+    if state.sampler is None:
+        sampler = sampling.init(
+            None, assignments, clusters.valid.size, initial=magnet.alpha,
+            stale=switches.sampler == "stale",
+        )  # fmt: skip
+    else:
+        sampler = sampling.refit(state.sampler, assignments)
+    state = state.replace(clusters=clusters, sampler=sampler)
+    if state.average is not None:
+        state = state.replace(average_clusters=_fit(trainer, state.average, train_set, average_key)[0])
+    return state
+
+
+def _fit(trainer, variables, train_set, key, augmented=None, train_mode=False):
+    magnet, num_classes = trainer.settings.magnet, trainer.net.num_classes
+    z = embed_all(trainer.net, variables, train_set, augmented, train_mode)
+    if magnet.fit == "linear_head":
+        return _sharpened(_of_linear_head(trainer.net, variables, train_set, z), magnet), train_set.labels
+    clusters, assignments = clusters_lib.fit_assign(
+        key,
+        z,
+        train_set.labels,
+        num_classes=num_classes,
+        k=train.per_class(magnet, num_classes),
+        n_init=magnet.n_init,
+        max_iter=magnet.max_iter,
+    )
+    return _sharpened(clusters, magnet), assignments
+
+
+def _of_linear_head(net: Net, variables, train_set: TrainSet, z) -> Clusters:
+    """The clusters that classify as the linear head does, one per class (clusters.of_linear_head)."""
+    kernel, bias = (variables["params"][models.HEAD][name] for name in ("kernel", "bias"))
+    check_linear(net, variables, train_set.batch(jnp.arange(min(len(z), 64)), None)[0])
+    members = jax.nn.one_hot(train_set.labels, net.num_classes)
+    return clusters_lib.of_linear_head(kernel, bias, members.T @ z / jnp.sum(members, axis=0)[:, None])
+
+
+def check_linear(net: Net, variables, x) -> None:
+    """UserError if the logits of these images are not linear in their embeddings by the head's weights."""
+    kernel, bias = (variables["params"][models.HEAD][name] for name in ("kernel", "bias"))
+    outputs = net.eval(variables, x)
+    if not jnp.allclose(outputs.embeddings @ kernel + bias[None], outputs.logits, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            "magnet.fit=linear_head needs a network whose logits are linear in its embeddings, and this "
+            "one's are not; use magnet.fit=kmeans"
+        )
+
+
+def _sharpened(clusters, magnet):
+    """What training and the deployed head work with, as the Magnet loss does: sigma^2 / magnet.sharpness."""
+    return clusters.replace(variance=clusters.variance / magnet.sharpness)
+
+
+@jax.jit(static_argnums=0)
+def pass_in_train_mode(net: Net, variables, pixels) -> dict:
+    """Batch statistics after 400 passes over `pixels`: the authors' leak (docs/fidelity.md)."""
+    batch = _authors_batch(len(pixels))
+    whole = len(pixels) // batch * batch
+
+    def step(stats, x):
+        return net.train({**variables, "batch_stats": stats}, x)[1], None
+
+    batches = pixels[:whole].reshape(-1, batch, *pixels.shape[1:])
+    stats = jax.lax.scan(step, variables["batch_stats"], batches)[0]
+    return step(stats, pixels[whole:])[0] if whole < len(pixels) else stats

@@ -1,0 +1,420 @@
+"""The train step of every objective, and the epoch as compiled loops; between epochs: refit.py."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from clustr_jax import data
+from clustr_jax.clusters import Clusters
+from clustr_jax.models import Net
+from clustr_jax.runtime import mesh, streams, struct
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import MagnetSettings, Recipe, TrainingSettings
+from clustr_jax.training import sampling
+from clustr_jax.training.objectives import Batch, Method, shares_clean
+from clustr_jax.training.sampling import Sampler
+
+# Beside the metrics of an epoch where recipe.nonfinite is "skip": how many steps were.
+SKIPPED = "skipped"
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that a stage changes; saved and restored as a whole. `totals` sums metrics of the epoch."""
+
+    step: Int[Array, ""]
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+    totals: dict[str, Float[Array, ""]]
+    clusters: Clusters | None = None
+    sampler: Sampler | None = None
+    delta: Array | None = None  # Free AT: the perturbation that is carried from batch to batch
+    average: dict | None = None  # moving average of the variables, if train.ema
+    average_clusters: Clusters | None = None  # fitted on the average's embeddings
+
+    @property
+    def variables(self) -> dict:
+        """What `net.eval` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def deployed(self) -> tuple[dict, Clusters | None]:
+        """(variables, clusters) to evaluate: the moving average where there is one."""
+        if self.average is None:
+            return self.variables, self.clusters
+        return self.average, self.average_clusters
+
+
+class TrainSet(struct.PyTreeNode):
+    """The training split on the device: uint8 images (float32 points) and labels."""
+
+    images: Array
+    labels: Int[Array, "N"]
+    scale: float = struct.field(pytree_node=False)
+    augment: str = struct.field(pytree_node=False)
+
+    def batch(self, ids, key=None):
+        """(pixels in [0, 1], labels) of these examples; augmented where there is a key."""
+        images = self.images[ids]
+        if key is not None and self.augment != "none":
+            flip, crop = "flip" in self.augment, "crop" in self.augment
+            images = data.crop_flip(key, images, flip=flip, crop=crop)
+        return images.astype(jnp.float32) / self.scale, self.labels[ids]
+
+
+def optimizer(recipe: Recipe, steps_per_epoch: int) -> tuple[optax.GradientTransformation, Callable]:
+    """(optax transformation at rate 1, learning rate as a function of the step) of a config section.
+
+    The rate goes by the step, not by the transformation's own count: a step that is passed over has its turn.
+    schedule "multistep" multiplies the rate by `decay` at the epochs `milestones` (paper, appendix D);
+    "cosine" anneals to 0; "onecycle" warms up over the first 30 % and anneals to 0. SGD has the momentum 0.9,
+    Nesterov's unless `nesterov` is False.
+    """
+    total = max(1, recipe.epochs * steps_per_epoch)
+    if recipe.schedule == "multistep":
+        boundaries = {int(m) * steps_per_epoch: recipe.decay for m in recipe.milestones}
+        rate = optax.piecewise_constant_schedule(recipe.lr, boundaries)
+    elif recipe.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(recipe.lr, total)
+    elif recipe.schedule == "onecycle":
+        rate = optax.cosine_onecycle_schedule(max(total, 4), recipe.lr)
+    else:
+        raise UserError(f"schedule must be multistep, cosine or onecycle, got {recipe.schedule!r}")
+    if recipe.optimizer == "adam":
+        transform = optax.adamw(1.0, weight_decay=recipe.weight_decay)
+    elif recipe.optimizer == "sgd":
+        transform = optax.chain(
+            optax.add_decayed_weights(recipe.weight_decay),
+            optax.sgd(1.0, momentum=0.9, nesterov=recipe.nesterov),
+        )
+    else:
+        raise UserError(f"optimizer must be adam or sgd, got {recipe.optimizer!r}")
+    return transform, rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """What is fixed in a stage. Compiled functions take it as a static argument, hashed by value."""
+
+    net: Net
+    method: Method
+    settings: TrainingSettings
+    recipe: Recipe  # of config.warmup or config.train
+    size: int  # of the training set
+
+    @property
+    def magnet(self) -> bool:
+        """Whether batches are drawn by clusters."""
+        return self.method.sampler == "magnet"
+
+    @property
+    def replays(self) -> int:
+        """Steps on the same batch (Free AT); 1 otherwise."""
+        return self.recipe.replays
+
+    @property
+    def batch_size(self) -> int:
+        """Images per step: M x S, or the recipe's batch (at most the set)."""
+        if self.magnet:
+            return rows(self.settings.magnet, self.net.num_classes) * self.settings.magnet.samples
+        return min(self.recipe.batch_size, self.size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """As many images as the set has, rounded down (paper, appendix D), each batch replayed."""
+        return max(1, self.size // self.batch_size) * self.replays
+
+
+def rows(magnet: MagnetSettings, num_classes: int) -> int:
+    """M, the clusters of a Magnet batch: min(12, all clusters) where magnet.clusters is 0."""
+    total = sum(per_class(magnet, num_classes))
+    wanted = magnet.clusters
+    if wanted > total:
+        raise UserError(
+            f"magnet.clusters is {wanted}, but there are only {total} clusters; lower it or set 0"
+        )
+    if wanted < 0 or wanted == 1 or magnet.samples < 2:
+        raise UserError(
+            f"magnet.clusters must be 0 (automatic) or at least 2 and magnet.samples at least 2, "
+            f"got {wanted} and {magnet.samples}"
+        )
+    return wanted or min(12, total)
+
+
+def per_class(magnet: MagnetSettings, num_classes: int) -> tuple[int, ...]:
+    """Clusters of each class: magnet.k_per_class, or magnet.k for all."""
+    k = magnet.k_per_class or (magnet.k,) * num_classes
+    if len(k) != num_classes or min(k) < 1:
+        raise UserError(
+            f"magnet.k must be at least 1 and magnet.k_per_class have {num_classes} entries, got {k}"
+        )
+    return k
+
+
+def create(trainer: Trainer, variables: dict) -> TrainState:
+    """A fresh state at step 0: new optimiser, no clusters yet."""
+    transform, _ = optimizer(trainer.recipe, trainer.steps_per_epoch)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=transform.init(variables["params"]),
+        totals={},
+    )
+    if trainer.replays > 1:
+        state = state.replace(delta=jnp.zeros((trainer.batch_size, *trainer.net.input_shape)))
+    if trainer.recipe.ema:
+        state = state.replace(average=state.variables)
+    return state
+
+
+def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key) -> TrainState:
+    """A state of the right structure and shapes to restore into; nothing in it is meaningful."""
+    state = create(trainer, variables)
+    if trainer.magnet:
+        num_classes = trainer.net.num_classes
+        k = max(per_class(trainer.settings.magnet, num_classes))
+        x = jax.ShapeDtypeStruct((1, *trainer.net.input_shape), jnp.float32)
+        embedding = jax.eval_shape(trainer.net.eval, variables, x).embeddings.shape[-1]
+        clusters = Clusters(
+            jnp.zeros((num_classes, k, embedding)), jnp.ones(()), jnp.ones((num_classes, k), bool)
+        )
+        state = state.replace(
+            clusters=clusters,
+            sampler=sampling.init(
+                None,
+                jnp.zeros(trainer.size, jnp.int32),
+                num_classes * k,
+                initial=0.0,
+                stale=trainer.settings.switches.sampler == "stale",
+            ),
+            average_clusters=clusters if state.average else None,
+        )
+    return with_totals(trainer, state, train_set, key)
+
+
+def draw_batch(
+    trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
+) -> tuple[Batch, Int[Array, "B"]]:
+    """The batch of this step, augmented, and the ids of its examples (on a mesh: those of all devices)."""
+    draw_key, augment_key = jax.random.split(key)
+    magnet, stale = trainer.settings.magnet, trainer.settings.switches.sampler == "stale"
+    if trainer.magnet:
+        assert state.sampler is not None and state.clusters is not None  # `refit` comes first
+        drawn = sampling.draw(
+            draw_key,
+            state.sampler,
+            state.clusters,
+            num_clusters=rows(magnet, trainer.net.num_classes),
+            samples=magnet.samples,
+            floor=0.0 if stale else magnet.seed_floor,
+        )
+        ids, mask, classes = drawn.ids.reshape(-1), drawn.mask.reshape(-1), drawn.classes
+    else:
+        position = (state.step % trainer.steps_per_epoch) // trainer.replays
+        ids = jax.lax.dynamic_slice(order, (position * trainer.batch_size,), (trainer.batch_size,))
+        mask, classes = jnp.ones(trainer.batch_size, bool), None
+    x, y = train_set.batch(mesh.own(ids), augment_key)
+    return Batch(x, y, mesh.own(mask), classes), ids
+
+
+def _head_clusters(trainer, state):
+    """What the objective and the adversary see of the clusters: nothing, where the head is linear."""
+    return state.clusters if trainer.method.head == "clusters" else None
+
+
+def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key):
+    """What a step differentiates at: (batch, ids [B], x_adv or None, batch statistics after the attack).
+
+    x_adv can be a function of the clean outputs (`objectives.shares_clean`).
+    """
+    key = jax.random.fold_in(key, streams.Training.STEPS)
+    draw_key, attack_key = jax.random.split(jax.random.fold_in(key, state.step // trainer.replays))
+    batch, ids = draw_batch(trainer, state, train_set, order, draw_key)
+    x_adv, stats = None, state.batch_stats
+    if trainer.method.adversary is not None:
+        adversary = functools.partial(
+            trainer.method.adversary, trainer.net, state.variables, batch, _head_clusters(trainer, state),
+            attack_key, trainer.settings, strength(trainer, state.step),
+        )  # fmt: skip
+        # adversarial weights need the same images at two places
+        if shares_clean(trainer.method, trainer.settings) and not trainer.recipe.awp:
+            x_adv = adversary
+        else:
+            x_adv, stats = adversary()
+    return batch, ids, x_adv, stats
+
+
+def _carried(trainer, state, batch):
+    """Free AT: (the perturbed images in the box, where the box cut nothing off, radius, step size)."""
+    scale, bounds = strength(trainer, state.step), trainer.settings.bounds
+    attack = trainer.settings.train.attack
+    low, high = (-jnp.inf, jnp.inf) if bounds is None else bounds
+    eps = attack.eps * scale
+    moved = batch.x + jnp.clip(state.delta, -eps, eps)
+    return jnp.clip(moved, low, high), (moved >= low) & (moved <= high), eps, attack.step_size * scale
+
+
+@jax.jit(static_argnums=0)
+def seen(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key):
+    """What the next step would work on: (batch, ids [B], perturbed images or None)."""
+    batch, ids, x_adv, _ = prepare(trainer, state, train_set, order, key)
+    if trainer.replays > 1:
+        x_adv = _carried(trainer, state, batch)[0]
+    return batch, ids, x_adv()[0] if isinstance(x_adv, functools.partial) else x_adv
+
+
+def train_step(
+    trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
+) -> tuple[TrainState, dict]:
+    """One step of any objective: draw, attack, differentiate, update, remember the sampler's losses.
+
+    Returns (state, metrics of the batch). All randomness comes from (key, state.step).
+    """
+    settings, recipe, before = trainer.settings, trainer.recipe, state
+    clusters = _head_clusters(trainer, state)
+    batch, ids, x_adv, stats = prepare(trainer, state, train_set, order, key)
+
+    def loss_fn(params, x_adv):
+        variables = {"params": params, "batch_stats": stats}
+        return trainer.method.objective(trainer.net, variables, batch, x_adv, clusters, settings)
+
+    if trainer.replays > 1:
+        # Free AT (Shafahi et al. 2019): one backward pass moves the weights and the perturbation
+        assert state.delta is not None  # `create` makes it
+        x_adv, inside, eps, step_size = _carried(trainer, state, batch)
+        (loss, aux), (gradients, ascent) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
+            state.params, x_adv
+        )
+        # The perturbation itself is not cut to the box, for the next images are others; what the box cuts
+        # off has no gradient. On a mesh `ascent` is a multiple of the gradient; only its signs count.
+        sign = jnp.where(inside, jnp.sign(ascent), 0.0)
+        state = state.replace(delta=jnp.clip(state.delta + step_size * sign, -eps, eps))
+    else:
+        params = state.params
+        if recipe.awp:
+            uphill = mesh.average(jax.grad(loss_fn, has_aux=True)(params, x_adv)[0])
+            params = worst_weights(uphill, params, recipe.awp)
+        (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, x_adv)
+
+    gradients = mesh.average(gradients)
+    transform, rate = optimizer(recipe, trainer.steps_per_epoch)
+    updates, opt_state = transform.update(gradients, state.opt_state, state.params)
+    lr = rate(before.step)
+    updates = jax.tree.map(lambda u: lr * u, updates)
+    mask = batch.mask
+    if state.sampler is not None:
+        # replays draw the same batch again, from the same losses: these change after the last one
+        last = (before.step + 1) % trainer.replays == 0
+        seen = mesh.gather(jnp.stack([aux.per_example, mask], axis=1))
+        mask = seen[:, 1] > 0
+        state = state.replace(sampler=sampling.update(state.sampler, ids, seen[:, 0], mask & last))
+    state = state.replace(
+        params=optax.apply_updates(state.params, updates), batch_stats=aux.batch_stats, opt_state=opt_state
+    )
+    if recipe.ema:
+        # the average starts at the first step's weights, not at random ones
+        decay = jnp.minimum(recipe.ema, (1.0 + state.step) / (10.0 + state.step))
+        average = jax.tree.map(lambda a, v: decay * a + (1 - decay) * v, state.average, state.variables)
+        state = state.replace(average=average)
+    if trainer.magnet and settings.switches.small_clusters == "skip":
+        state = jax.tree.map(lambda new, old: jnp.where(jnp.all(mask), new, old), state, before)
+    state = state.replace(step=before.step + 1)
+    return state, {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **aux.metrics}
+
+
+def strength(trainer: Trainer, step):
+    """Share of the adversary's radius at this step: it grows linearly over the first eps_ramp epochs."""
+    if not trainer.recipe.eps_ramp:
+        return 1.0
+    return jnp.minimum(1.0, (step + 1) / (trainer.recipe.eps_ramp * trainer.steps_per_epoch))
+
+
+def worst_weights(gradients, params, gamma: float):
+    """Adversarial weight perturbation (Wu et al. 2020): each kernel moves by gamma |w| up the loss."""
+
+    def perturb(g, w):
+        if w.ndim < 2:  # biases and batch norm stay
+            return w
+        length = jnp.maximum(jnp.linalg.norm(g.reshape(-1)), 1e-12)
+        return w + gamma * jnp.linalg.norm(w.reshape(-1)) * g / length
+
+    return jax.tree.map(perturb, gradients, params)
+
+
+@jax.jit(static_argnums=0, inline=True)
+def traced_step(
+    trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
+) -> tuple[TrainState, dict]:
+    """`train_step` of a state without totals: traced once, for `with_totals` as for `run_steps`."""
+    return train_step(trainer, state, train_set, order, key)
+
+
+def with_totals(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> TrainState:
+    """The state with metric sums at zero, under the names that this objective reports."""
+    state = state.replace(totals={})
+    specs = _specs(state)
+    step = mesh.spread(functools.partial(traced_step, trainer), _inputs(specs), (specs, mesh.SAME))
+    order = jax.ShapeDtypeStruct((trainer.size,), jnp.int32)
+    metrics = jax.eval_shape(step, state, train_set, order, key)[1]
+    names = (*metrics, SKIPPED) if trainer.recipe.nonfinite == "skip" else tuple(metrics)
+    return state.replace(totals={name: jnp.zeros(()) for name in names})
+
+
+def reset_totals(state: TrainState) -> TrainState:
+    """For the next epoch: the sums of this one at zero."""
+    return state.replace(totals=jax.tree.map(jnp.zeros_like, state.totals))
+
+
+def _specs(state: TrainState) -> TrainState:
+    """What of a state each device has to itself: its rows of Free AT's perturbation."""
+    specs = jax.tree.map(lambda _: mesh.SAME, state)
+    return specs.replace(delta=None if state.delta is None else mesh.ROWS)
+
+
+def _inputs(specs: TrainState) -> tuple:
+    """The state, and train set, order, key (and count) that every device has."""
+    return specs, mesh.SAME, mesh.SAME, mesh.SAME
+
+
+@jax.jit(static_argnums=0)
+def run_steps(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key, count) -> TrainState:
+    """`count` (traced) train steps in one compiled loop: any chunk length, one compilation, equal results.
+
+    A step whose loss or gradient is not finite changes nothing: the loop ends before it (the returned
+    `step` tells), or with `nonfinite` "skip" it is counted in `totals` and passed over.
+    """
+
+    def steps(state, train_set, order, key, count):
+        skip, end = trainer.recipe.nonfinite == "skip", state.step + count
+
+        def body(carry):
+            before, _ = carry
+            after, metrics = traced_step(trainer, before.replace(totals={}), train_set, order, key)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+            totals = {name: before.totals[name] + value for name, value in metrics.items()}
+            if skip:
+                totals[SKIPPED] = before.totals[SKIPPED]
+            after = after.replace(totals=totals)
+            kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+            if skip:
+                missed = before.totals[SKIPPED] + jnp.where(finite, 0.0, 1.0)
+                kept = kept.replace(step=after.step, totals=kept.totals | {SKIPPED: missed})
+            return kept, finite | skip
+
+        return jax.lax.while_loop(lambda c: (c[0].step < end) & c[1], body, (state, jnp.array(True)))[0]
+
+    specs = _specs(state)
+    return mesh.spread(steps, (*_inputs(specs), mesh.SAME), specs)(state, train_set, order, key, count)
+
+
+@jax.jit(static_argnums=1)
+def epoch_order(key, size: int, epoch) -> Int[Array, "N"]:
+    """The permutation of the training set in this epoch."""
+    key = jax.random.fold_in(jax.random.fold_in(key, streams.Training.ORDER), epoch)
+    return jax.random.permutation(key, size).astype(jnp.int32)
