@@ -33,13 +33,15 @@ def main(argv: list[str]) -> int:
 
 def _main(argv):
     from clustr_jax.runtime.errors import UserError
-    from clustr_jax.settings import command_line, usage
+    from clustr_jax.settings import usage
     from configs.common import METHODS, VARIANTS, base
 
     if {"--help", "-h", "--list"} & set(argv):
         text = usage.listing if "--list" in argv else usage.screen
         print(text(HERE / "configs", METHODS, VARIANTS))
         return 0
+    from clustr_jax.stages import command_line
+
     try:
         spec, words = command_line.split(argv, "digits:clustr_qtrades")
         config = command_line.read(spec, HERE / "configs", base("digits"))

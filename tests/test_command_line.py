@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from clustr_jax import data, stages
 from clustr_jax.runtime import errors
 from clustr_jax.runtime.errors import UserError
-from clustr_jax.settings import command_line
+from clustr_jax.stages import command_line
 from configs import common
 from runs import DIGITS, ROOT, assert_one_line
 
@@ -221,6 +221,7 @@ def leaves(config, prefix=""):
             yield from leaves(value, f"{prefix}{name}.")
 
 
+LETTERS = string.ascii_letters + string.digits + string.punctuation
 NAMES = tuple(leaves(common.base("digits")))
 
 
@@ -241,7 +242,7 @@ def mutated(rng):
         line[at] = {
             "drop": word[:i] + word[i + 1 :], "double": word[:i] + word[i] + word[i:],
             "swap": word[:i] + word[i : i + 2][::-1] + word[i + 2 :], "split": word[:i] + " " + word[i:],
-            "other": word[:i] + rng.choice(string.ascii_letters + string.digits + string.punctuation) + word[i + 1 :],
+            "other": word[:i] + rng.choice(LETTERS) + word[i + 1 :],
         }[kind]  # fmt: skip
     if rng.random() < 0.2:
         rng.shuffle(line)

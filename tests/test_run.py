@@ -492,7 +492,7 @@ DIGITS_METHOD = f"{DIGITS}:clustr_qtrades"
         ((DIGITS_METHOD, "--config.eval.attack.steps=5.5"), ("steps", "5.5")),
         ((DIGITS_METHOD, "--config.eval.attack.eps=-0.1"), ("eps must be >= 0", "-0.1")),
         ((DIGITS_METHOD, "--config.train.attack.eps=-0.1"), ("eps must be >= 0", "-0.1")),
-        ((DIGITS_METHOD, "--config.eval.attack.eps=8/255"), ("eps", "8/255")),
+        ((DIGITS_METHOD, "--config.eval.attack.eps=8//255"), ("eps", "8//255")),
         ((DIGITS_METHOD, "--config.magnet.k=200"), ("class", "k=200", "magnet.k")),
         ((DIGITS_METHOD, "--config.magnet.clusters=21"), ("magnet.clusters is 21", "20 clusters")),
         ((DIGITS_METHOD, "--stages=2_trian"), ("unknown stage '2_trian'", "2_train")),

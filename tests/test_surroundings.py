@@ -17,18 +17,8 @@ import numpy as np
 import pytest
 
 import clustr_jax
-from clustr_jax import (
-    attacks,
-    certify,
-    clusters,
-    data,
-    folder,
-    lipschitz,
-    losses,
-    paths,
-    stages,
-    surroundings,
-)
+from clustr_jax import attacks, certify, clusters, data, lipschitz, losses, stages
+from clustr_jax.data import folder
 from clustr_jax.doors import safetensors_file
 from clustr_jax.kmeans import kmeans
 from clustr_jax.report.__main__ import main as report_main

@@ -100,8 +100,9 @@ def write(record: Record, found: Looks, say: Callable[[str], None] | None = None
     `say` is told, in a line each, what could not be drawn; the page has the reason in its place.
     """
     made = page.report(record, found)
-    for what, why in made.failures.items() if say is not None else ():
-        say(f"report: {what}: {why}")
+    for what, why in made.failures.items():
+        if say is not None:
+            say(f"report: {what}: {why}")
     folder = record.root / "figures"
     names = {f"{d.name}.{kind}" for d in made.drawings for kind in ("svg", "png")}
     for path in folder.glob("*"):
