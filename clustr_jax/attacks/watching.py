@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from clustr_jax.runtime import extras
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C in a scheduled attack. `found` is what it would have returned, as far as it came.
@@ -32,9 +34,14 @@ def bar(progress: bool | None, name: str) -> Iterator[Callable | None]:
     if progress is False:
         yield None
         return
-    # an attack without a bar needs JAX and NumPy only
-    from rich.console import Console
-    from rich.progress import Progress
+    try:  # an attack without a bar needs JAX and NumPy only
+        from rich.console import Console
+        from rich.progress import Progress
+    except ModuleNotFoundError as error:
+        if progress:
+            raise extras.explained(error, "progress=True") from error
+        yield None
+        return
 
     console = Console(stderr=True)
     if progress is None and not (console.is_terminal or console.is_jupyter):
