@@ -20,7 +20,7 @@ from clustr_jax.clusters import Clusters
 from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
 from clustr_jax.stages import configuration
 from clustr_jax.storage import loading
-from clustr_jax.training import train
+from clustr_jax.training import train, train_state, trainers
 from clustr_jax.training.objectives import METHODS
 from configs import cifar10
 
@@ -49,10 +49,10 @@ def problem(method, model="resnet8", dtype="float32"):
 
 def lowered_steps(method, **model):
     config, net, images, labels = problem(method, **model)
-    trainer = train.Trainer(
+    trainer = trainers.Trainer(
         net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), len(labels)
     )
-    train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
+    train_set = train_state.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
     key = jax.random.key(0)
     variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(net.init, key))
     state = train.blank(trainer, variables, train_set, key)
