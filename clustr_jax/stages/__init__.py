@@ -25,6 +25,7 @@ from clustr_jax.stages import configuration, evaluation, refusals, reporting, tr
 from clustr_jax.stages.context import Run
 from clustr_jax.storage import loading, results
 from clustr_jax.storage.workdir import Workdir
+from clustr_jax.training import trainers
 from clustr_jax.training.objectives import METHODS
 
 __all__ = ["CERTIFY", "EVALUATE", "REPORT", "STAGES", "TRAIN", "WARMUP", "Run", "run", "stage_key"]
