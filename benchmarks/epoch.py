@@ -48,14 +48,14 @@ def ours(args):
     from clustr_jax.runtime import mesh
     from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
     from clustr_jax.storage import loading
-    from clustr_jax.training import refit, train
+    from clustr_jax.training import refit, train, train_state, trainers
     from clustr_jax.training.objectives import METHODS
 
     config = configured(args)
     x, y = images(args.n)
     net = loading.build_net(ModelSettings.of(config.model), data.Split(x, y, 10, 255.0, (0.0, 1.0), ""))
-    train_set = mesh.place(train.TrainSet(jnp.asarray(x), jnp.asarray(y), 255.0, config.data.augment))
-    trainer = train.Trainer(
+    train_set = mesh.place(train_state.TrainSet(jnp.asarray(x), jnp.asarray(y), 255.0, config.data.augment))
+    trainer = trainers.Trainer(
         net, METHODS["clustr_qtrades"], TrainingSettings.of(config), Recipe.of(config.train), args.n
     )
     key = jax.random.key(0)

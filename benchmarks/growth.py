@@ -42,7 +42,7 @@ def epoch(n, k, samples):
     from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
     from clustr_jax.stages import configuration
     from clustr_jax.storage import loading
-    from clustr_jax.training import refit, train
+    from clustr_jax.training import refit, train, train_state, trainers
     from clustr_jax.training.objectives import METHODS
     from configs import cifar10
 
@@ -55,8 +55,8 @@ def epoch(n, k, samples):
     net = loading.build_net(
         ModelSettings.of(config.model), data.Split(images, labels, 10, 255.0, (0.0, 1.0), "")
     )
-    train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
-    trainer = train.Trainer(
+    train_set = train_state.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
+    trainer = trainers.Trainer(
         net, METHODS["clustr_qtrades"], TrainingSettings.of(config), Recipe.of(config.train), n
     )
     key = jax.random.key(0)

@@ -19,7 +19,7 @@ from clustr_jax.runtime import mesh
 from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
 from clustr_jax.stages import configuration
 from clustr_jax.storage import loading
-from clustr_jax.training import train
+from clustr_jax.training import train, train_state, trainers
 from clustr_jax.training.objectives import METHODS
 from configs import cifar10
 
@@ -35,10 +35,12 @@ def measure(method, model, count):
     net = loading.build_net(
         ModelSettings.of(config.model), data.Split(images, labels, 10, 255.0, (0.0, 1.0), "")
     )
-    trainer = train.Trainer(net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), SIZE)
+    trainer = trainers.Trainer(
+        net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), SIZE
+    )
     key = jax.random.key(0)
     with mesh.over(jax.devices()[:count]):
-        train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
+        train_set = train_state.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
         train_set = mesh.place(train_set)
         variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(net.init, key))
         state = mesh.place(train.blank(trainer, variables, train_set, key))

@@ -25,7 +25,7 @@ from clustr_jax.runtime import mesh
 from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
 from clustr_jax.stages import configuration
 from clustr_jax.storage import loading
-from clustr_jax.training import cost, refit, train
+from clustr_jax.training import cost, refit, train, train_state, trainers
 from clustr_jax.training.objectives import METHODS
 from configs import cifar10
 
@@ -83,7 +83,9 @@ class FreeNet:
 
 def stepping(net, method, config, train_set, key):
     """(trainer, function that makes three steps in one call, as training runs them, and its state)."""
-    trainer = train.Trainer(net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), SIZE)
+    trainer = trainers.Trainer(
+        net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), SIZE
+    )
     state = mesh.place(train.create(trainer, net.init(key)))
     if trainer.magnet:
         state = refit.refit(trainer, state, train_set, key)
@@ -111,7 +113,7 @@ def measure(method, args):
     net = loading.build_net(
         ModelSettings.of(config.model), data.Split(images, labels, 10, 255.0, (0.0, 1.0), "")
     )
-    train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
+    train_set = train_state.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
     train_set = mesh.place(train_set)
     key = jax.random.key(0)
     trainer, step, state = stepping(net, method, config, train_set, key)

@@ -13,7 +13,7 @@ import pytest
 from clustr_jax.models import Outputs
 from clustr_jax.settings import Recipe, TrainingSettings
 from clustr_jax.stages import configuration
-from clustr_jax.training import refit, train
+from clustr_jax.training import refit, train, train_state, trainers
 from clustr_jax.training.objectives import METHODS, Batch
 
 # A distance is a sum of a few squares and a loss the mean of some such terms, each rounded by 6e-8.
@@ -135,9 +135,9 @@ def steps_of(steps, step_size, eps=0.1, start="zero", bn="batch"):
 class Stage:
     """A stage of training at its start."""
 
-    trainer: train.Trainer
-    train_set: train.TrainSet
-    state: train.TrainState
+    trainer: trainers.Trainer
+    train_set: train_state.TrainSet
+    state: train_state.TrainState
     order: jax.Array
     key: jax.Array
 
@@ -197,13 +197,13 @@ def problem(method, rng, net=None, images=None, labels=None, fit=True, **changes
         **changes,
     }
     config = get_config(method, **changes)
-    trainer = train.Trainer(
+    trainer = trainers.Trainer(
         net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), len(labels)
     )
     if images.dtype != np.uint8:
         images = np.float32(images)
     scale = 255.0 if images.dtype == np.uint8 else 1.0
-    train_set = train.TrainSet(
+    train_set = train_state.TrainSet(
         jnp.asarray(images), jnp.asarray(labels, jnp.int32), scale=scale, augment=config.data.augment
     )
     state = train.create(trainer, net.variables(rng))

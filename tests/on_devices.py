@@ -13,7 +13,7 @@ from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
 from clustr_jax.stages import configuration
 from clustr_jax.storage import loading
 from clustr_jax.storage.checkpoints import Checkpoints
-from clustr_jax.training import refit, train
+from clustr_jax.training import refit, train, train_state, trainers
 from clustr_jax.training.objectives import METHODS
 from configs import digits
 
@@ -52,8 +52,10 @@ def prepare(method, wide, **changes):
     variables = net.init(jax.random.key(0))
     if wide:
         variables = jax.tree.map(lambda a: a.astype(jnp.float64), variables)
-    trainer = train.Trainer(net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), SIZE)
-    train_set = train.TrainSet(
+    trainer = trainers.Trainer(
+        net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), SIZE
+    )
+    train_set = train_state.TrainSet(
         jnp.asarray(part.images), jnp.asarray(part.labels), part.scale, config.data.augment
     )
     return trainer, variables, train_set
@@ -95,7 +97,7 @@ def methods(names, wide):
             "sent": mesh.sent(compiled),
             "gradients": sum(leaf.size for leaf in jax.tree.leaves(one.params)),
             "statistics": sum(leaf.size for leaf in jax.tree.leaves(one.batch_stats)),
-            "rows": train.rows(trainer.settings.magnet, 10) if trainer.magnet else 0,
+            "rows": trainers.rows(trainer.settings.magnet, 10) if trainer.magnet else 0,
             "embedding": 0 if one.clusters is None else one.clusters.centroids.shape[-1],
         }
         if one.clusters is not None:

@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 import reference
 import reference_attacks
 from clustr_jax import attacks, losses
-from clustr_jax.attacks import aims, ensemble, scheduler
+from clustr_jax.attacks import aims, ensemble, lanes, scheduler
 from clustr_jax.attacks.aims import View
 from clustr_jax.attacks.apgd import APGD, windows
 from clustr_jax.attacks.fab import onto_hyperplane
@@ -342,7 +342,7 @@ def test_apgd_matches_a_slow_one(norm, steps):
     )
     number = np.arange(16, dtype=np.int32)
     target = 1 + number % 2
-    work = scheduler._work(jax.random.key(0), number, number, 0 * number, x, y, target)
+    work = lanes.fill(jax.random.key(0), number, number, 0 * number, x, y, target)
     state, update = jax.jit(APGD.init)(attack, work), jax.jit(APGD.update)
     path, sizes = [np.asarray(state.candidate)], []
     for step in range(steps):
@@ -377,7 +377,7 @@ def test_apgd_starts_at_the_border_of_the_ball():
     """x + eps t / |t|: a uniform draw scaled by its largest entry, a Gaussian by its length."""
     x = np.full((4, 50), 0.5, np.float32)
     number = np.arange(4, dtype=np.int32)
-    work = scheduler._work(jax.random.key(0), number, number, 0 * number, x, number, number)
+    work = lanes.fill(jax.random.key(0), number, number, 0 * number, x, number, number)
     for norm, size in (("linf", lambda d: np.abs(d).max(1)), ("l2", lambda d: np.linalg.norm(d, axis=1))):
         attack = APGD(eps=jnp.float32(0.1), steps=5, norm=norm, bounds=None, aim=aims.one(aims.cross_entropy))
         delta = np.asarray(attack.init(work).candidate) - x
@@ -516,7 +516,7 @@ def test_square_starts_with_stripes_and_paints_one_square_a_query():
     """linf: each column +-eps; then a square of at most the scheduled side at +-eps, per channel."""
     x, number = np.full((4, 8, 8, 3), 0.5, np.float32), np.arange(4, dtype=np.int32)
     attack = ensemble.build("square", eps=0.1, queries=100)
-    work = scheduler._work(jax.random.key(0), number, number, 0 * number, x, number, number)
+    work = lanes.fill(jax.random.key(0), number, number, 0 * number, x, number, number)
     state = attack.init(work)
     first = np.asarray(state.candidate) - x
     np.testing.assert_allclose(np.abs(first), 0.1, atol=1e-6)

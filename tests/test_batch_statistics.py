@@ -12,6 +12,7 @@ import pytest
 import reference_objectives as naive
 from clustr_jax import data, models, stages
 from clustr_jax.clusters import Clusters
+from clustr_jax.models import batch_norm
 from clustr_jax.settings import Settings, TrainingSettings
 from clustr_jax.stages import training
 from clustr_jax.storage import loading
@@ -96,7 +97,7 @@ def test_the_unbiased_running_variance(where, rng):
     """fidelity.running_variance: sum / (n - 1) is averaged, n pixels in the batch; nothing else changes."""
     if where == "alone":
         x = rng.normal(size=(5, 4, 3, 2)).astype(np.float32) + 3
-        layer = models.BatchNorm(use_running_average=False, momentum=0.9)
+        layer = batch_norm.BatchNorm(use_running_average=False, momentum=0.9)
         old = {"mean": np.array([1.0, 2.0], np.float32), "var": np.array([0.5, 4.0], np.float32)}
         variables = {"params": {"scale": np.ones(2), "bias": np.zeros(2)}, "batch_stats": old}
         outputs, new = layer.apply(variables, x, mutable=["batch_stats"])

@@ -20,7 +20,7 @@ from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import EvalSettings, ModelSettings, Recipe, Settings, TrainingSettings
 from clustr_jax.stages import configuration, refusals
 from clustr_jax.storage import loading
-from clustr_jax.training import objectives, train
+from clustr_jax.training import objectives, train, train_state, trainers
 from marks import in_ci
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -91,11 +91,11 @@ def one_step_of_each_stage(name, method, smoke):
 
 
 def _one_step(config, method, recipe, net, split):
-    trainer = train.Trainer(net, method, TrainingSettings.of(config), Recipe.of(recipe), len(split))
+    trainer = trainers.Trainer(net, method, TrainingSettings.of(config), Recipe.of(recipe), len(split))
 
     def one_step(key, images, labels):
         keys = jax.random.split(key, 4)
-        train_set = train.TrainSet(images, labels, scale=split.scale, augment=config.data.augment)
+        train_set = train_state.TrainSet(images, labels, scale=split.scale, augment=config.data.augment)
         before = train.blank(trainer, net.init(keys[0]), train_set, keys[1])
         order = train.epoch_order(keys[2], trainer.size, 0)
         # traced by `blank` already
@@ -210,7 +210,7 @@ def test_magnet_batches_are_those_of_appendix_d(name):
     split = fake_split(*DATA[name])
     config = configuration.complete(get_config(name, "clustr"), split, split)
     clusters = config.magnet.k * DATA[name][1]
-    trainer = train.Trainer(
+    trainer = trainers.Trainer(
         loading.build_net(ModelSettings.of(config.model), split),
         objectives.METHODS["clustr"],
         TrainingSettings.of(config),

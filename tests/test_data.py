@@ -25,7 +25,7 @@ from clustr_jax import data
 from clustr_jax.data import prepared
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import DataSettings
-from clustr_jax.training.train import TrainSet
+from clustr_jax.training.train_state import TrainSet
 
 ROOT = pathlib.Path(__file__).parents[1]
 PADDING = 4  # of the random crop, on each side

@@ -15,7 +15,7 @@ import pytest
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
-from clustr_jax.evaluation import checks, sound_protocol
+from clustr_jax.evaluation import checks, probes, sound_protocol
 from clustr_jax.evaluation.checks import FAIL, PASS, SKIP, WARN, Check, Probe
 from clustr_jax.models import Outputs
 from test_evaluate import LinearNet, eval_settings, exact_robust, points, separated, silent
@@ -247,7 +247,7 @@ def test_the_images_looked_at_are_of_every_class(monkeypatch):
     """Image folders are stored class by class; the checks look at the first few of a shuffled set."""
     clf, examples, config, exact = problem()
     order = np.argsort(examples.y, kind="stable")
-    monkeypatch.setattr(checks, "_IMAGES", 16)
+    monkeypatch.setattr(checks, "IMAGES", 16)
     seen = []
 
     class Spy(Probe):
@@ -280,7 +280,7 @@ def test_the_toy_is_solved():
 
 
 def test_the_toy_notices_a_crippled_attack(monkeypatch):
-    monkeypatch.setattr(checks, "PGD", lambda **settings: PGD(**settings | {"step_size": jnp.float32(0.0)}))
+    monkeypatch.setattr(probes, "PGD", lambda **settings: PGD(**settings | {"step_size": jnp.float32(0.0)}))
     check = checks.toy(jax.random.key(5))
     assert check.status == FAIL and check.value > 10
 

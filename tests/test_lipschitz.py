@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 
 import reference_certify as reference
 from clustr_jax import lipschitz, models
-from clustr_jax.models import unit
+from clustr_jax.models import convolution, unit
 from marks import in_ci
 
 # Rounding of float64 against float64: a bound may not be below the truth by more.
@@ -68,7 +68,7 @@ def test_the_network_s_own_convolution_is_the_matrix():
     for k, stride, padding in ((3, 1, 1), (3, 2, 1), (1, 2, 0)):
         kernel, x = rng.standard_normal((k, k, 2, 3)), rng.standard_normal((1, 6, 5, 2))
         matrix = reference.convolution_matrix(kernel, 6, 5, stride, padding)
-        found = models.conv2d(jnp.float32(x), jnp.float32(kernel), stride, padding)
+        found = convolution.conv2d(jnp.float32(x), jnp.float32(kernel), stride, padding)
         np.testing.assert_allclose(np.ravel(found), matrix @ x.ravel(), atol=1e-4)
 
 

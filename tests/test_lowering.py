@@ -9,7 +9,7 @@ import pytest
 from jax import export
 
 from clustr_jax import clusters, data
-from clustr_jax.attacks import aims, scheduler
+from clustr_jax.attacks import aims
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.pgd import as_partial, pgd
@@ -20,7 +20,7 @@ from clustr_jax.clusters import Clusters
 from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
 from clustr_jax.stages import configuration
 from clustr_jax.storage import loading
-from clustr_jax.training import train
+from clustr_jax.training import train, train_state, trainers
 from clustr_jax.training.objectives import METHODS
 from configs import cifar10
 
@@ -49,10 +49,10 @@ def problem(method, model="resnet8", dtype="float32"):
 
 def lowered_steps(method, **model):
     config, net, images, labels = problem(method, **model)
-    trainer = train.Trainer(
+    trainer = trainers.Trainer(
         net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), len(labels)
     )
-    train_set = train.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
+    train_set = train_state.TrainSet(jnp.asarray(images), jnp.asarray(labels), 255.0, config.data.augment)
     key = jax.random.key(0)
     variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(net.init, key))
     state = train.blank(trainer, variables, train_set, key)
@@ -130,13 +130,11 @@ def test_every_attack(name, cluster_head):
     key = jax.random.key(0)
 
     def call(key, model, x, y):
-        work = scheduler._work(key, y, y, y, x, y, y + 1)
-        state = scheduler._empty(attack, jax.tree.map(lambda a: a[:lanes], work))
-        orders = scheduler._Orders(np.int32(5), np.int32(0), np.array([False]))
+        work = lanes.fill(key, y, y, y, x, y, y + 1)
+        state = lanes.empty(attack, jax.tree.map(lambda a: a[:lanes], work))
+        orders = lanes.Orders(np.int32(5), np.int32(0), np.array([False]))
         best = jnp.full(1024, 10, jnp.int32)
-        return scheduler._advance(
-            attack, model, state, work, np.ones(2 * lanes, bool), best, orders, first=True
-        )
+        return lanes.advance(attack, model, state, work, np.ones(2 * lanes, bool), best, orders, first=True)
 
     assert "convolution" in lowered(call, key, model, x, y)
     if name == "pgd":

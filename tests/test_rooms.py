@@ -60,6 +60,12 @@ def test_configs_stay_at_the_doors(path):
     assert module(path).startswith("stages") or not any("ml_collections" in line for line in lines)
 
 
+def test_no_file_is_long():
+    """Above 400 lines a file holds two things."""
+    lengths = {label(path): len(path.read_text().splitlines()) for path in FILES}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
 def test_few_things_lie_flat():
     assert len(list(PACKAGE.glob("*.py"))) <= 12
 

@@ -24,7 +24,7 @@ from clustr_jax.report.record import read as read_record
 from clustr_jax.runtime import errors
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.storage import loading, safetensors_file
-from clustr_jax.training import train
+from clustr_jax.training import train, train_state
 from clustr_jax.training.objectives import METHODS
 from marks import in_ci
 from runs import (
@@ -215,13 +215,13 @@ def test_the_source_of_at_pretrain_may_have_other_classes(tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_each_set_has_its_own_augmentation(tmp_path, monkeypatch):
     """pretrain.augment is the source's, data.augment the target's."""
-    seen, real = [], train.TrainSet
+    seen, real = [], train_state.TrainSet
 
     def spy(images, labels, *, scale, augment):
         seen.append(augment)
         return real(images, labels, scale=scale, augment=augment)
 
-    monkeypatch.setattr(train, "TrainSet", spy)
+    monkeypatch.setattr(train_state, "TrainSet", spy)
     config = smoke("digits", "at_pretrain")
     config.pretrain.name, config.pretrain.augment, config.data.augment = "digits", "flip", "crop"
     stages.run(config, tmp_path / "run", ("1_warmup", "2_train"))

@@ -20,7 +20,7 @@ from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
 from clustr_jax.storage import loading
 from clustr_jax.storage.checkpoints import Checkpoints
-from clustr_jax.training import objectives, refit, train
+from clustr_jax.training import objectives, refit, train, train_state, trainers
 from clustr_jax.training.objectives import METHODS, Batch
 from linear_problems import Stage
 from runs import assert_same_arrays
@@ -67,10 +67,10 @@ def problem(method, rng, split=None, **changes):
         method, **{"data.name": "digits", "magnet.k": 2, "model.mean": (0.0,), "model.std": (1.0,), **changes}
     )
     net = loading.build_net(ModelSettings.of(config.model), split)
-    trainer = train.Trainer(
+    trainer = trainers.Trainer(
         net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), len(split)
     )
-    train_set = train.TrainSet(
+    train_set = train_state.TrainSet(
         jnp.asarray(split.images), jnp.asarray(split.labels), scale=1.0, augment="none"
     )
     keys = jax.random.split(jax.random.key(4), 4)
@@ -212,7 +212,7 @@ def test_a_step_has_separate_streams_of_randomness(rng, monkeypatch):
 
     method = dataclasses.replace(p.trainer.method, objective=objective, adversary=adversary)
     p = dataclasses.replace(p, trainer=dataclasses.replace(p.trainer, method=method))
-    for owner, name, position in ((train.sampling, "draw", 0), (train.TrainSet, "batch", 2)):
+    for owner, name, position in ((train.sampling, "draw", 0), (train_state.TrainSet, "batch", 2)):
         original = getattr(owner, name)
 
         def wrapper(*args, original=original, position=position, **kwargs):
@@ -501,7 +501,7 @@ def test_the_objective_sees_the_adversary_of_its_own_images(rng):
 def test_momentum_by_hand(nesterov):
     """v = 0.9 v + g; w -= rate v, or rate (g + 0.9 v) (Sutskever et al. 2013, as PyTorch has both)."""
     recipe = get_config("trades", **{"train.weight_decay": 0.0, "train.nesterov": nesterov}).train
-    transform, _ = train.optimizer(recipe, 5)
+    transform, _ = trainers.optimizer(recipe, 5)
     w, v, x = 1.0, 0.0, jnp.float32(1.0)
     state = transform.init(x)
     for _ in range(5):
@@ -528,7 +528,7 @@ def test_the_recipe_moves_with_its_stage():
 def test_learning_rates(schedule, expected):
     recipe = get_config("nominal", **{"train.schedule": schedule, "train.lr": 1.0, "train.epochs": 10})
     recipe = dataclasses.replace(Recipe.of(recipe.train), milestones=(3, 6))
-    _, rate = train.optimizer(recipe, 2)
+    _, rate = trainers.optimizer(recipe, 2)
     np.testing.assert_allclose([float(rate(i)) for i in range(20)], expected, rtol=1e-5)
 
 
@@ -537,7 +537,7 @@ def test_one_cycle_rises_and_falls():
         "nominal", **{"train.schedule": "onecycle", "train.lr": 1.0, "train.epochs": 10}
     ).train
     recipe = Recipe.of(recipe)
-    _, rate = train.optimizer(recipe, 10)
+    _, rate = trainers.optimizer(recipe, 10)
     rates = np.array([float(rate(i)) for i in range(100)])
     assert rates.max() == pytest.approx(1.0, rel=1e-3) and rates.argmax() == 30
     assert (np.diff(rates[:30]) > 0).all() and (np.diff(rates[31:]) < 0).all()
@@ -548,7 +548,7 @@ def test_one_cycle_rises_and_falls():
 def test_unknown_optimisers_are_refused(name, value):
     recipe = dataclasses.replace(Recipe.of(get_config("nominal").train), **{name: value})
     with pytest.raises(UserError, match=f"{name} must be .*{value}"):
-        train.optimizer(recipe, 1)
+        trainers.optimizer(recipe, 1)
 
 
 def after_warmup(rng, split=None, **changes):

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import aims, scheduler
+from clustr_jax.attacks import aims, lanes, scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.gate import Admitted, admit
@@ -56,7 +56,7 @@ def build(
     queries=QUERIES,
     restarts=1,
     rescale_schedule=True,
-) -> scheduler.Attack:
+) -> lanes.Attack:
     """An attack of the ensemble by name: apgd-ce, apgd-dlr, apgd-t, fab-t or square."""
     common: dict[str, Any] = dict(eps=jnp.float32(eps), norm=norm, bounds=bounds)
     if name == "square":

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float
 
 from clustr_jax.attacks.aims import Aim
 from clustr_jax.attacks.geometry import ascend, over, project, random_start
-from clustr_jax.attacks.scheduler import Attack, climb
+from clustr_jax.attacks.lanes import Attack, climb
 from clustr_jax.runtime import struct
 
 

@@ -7,22 +7,20 @@ of a few slots' worth and takes back what has ended, which it verifies in a fres
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.tree_util import Partial
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from clustr_jax.attacks import lanes
 from clustr_jax.attacks.aims import logits_of, misclassified
 from clustr_jax.attacks.input_checks import check_found
-from clustr_jax.attacks.options import GENERATOR, key_of
-from clustr_jax.runtime import mesh, struct
+from clustr_jax.attacks.options import key_of
+from clustr_jax.runtime import mesh
 from clustr_jax.runtime.errors import UserError
 
 # Pairs that the device gets to work on before it asks for more, in slots.
@@ -38,50 +36,6 @@ _SMALL = 4
 _WORTH = 4096
 # Rounding allowed for in checking the ball and the box.
 TOLERANCE = 1e-6
-
-
-class Work(struct.PyTreeNode):
-    """One (example, restart) in each lane: its randomness, image, label and target (-1: none)."""
-
-    example: Int[Array, "S"]
-    restart: Int[Array, "S"]
-    random: Array  # key data: a lane keeps it, so it is a stream rather than a key that is used up
-    x: Float[Array, "S ..."]
-    y: Int[Array, "S"]
-    target: Int[Array, "S"]
-
-    @property
-    def keys(self):
-        """The lanes' keys; fold the step in where there is more than one draw."""
-        return jax.random.wrap_key_data(self.random, impl=GENERATOR)
-
-
-class Attack(struct.PyTreeNode):
-    """What the scheduler runs. Numbers are traced unless a subclass needs them to be static.
-
-    A state has at least `fooled` [S] (success within the ball, at the latest update) and `candidate`
-    [S, ...] (the image to return if the restart ended now). An update spends one evaluation per lane.
-    """
-
-    eps: ArrayLike
-    steps: ArrayLike
-    norm: str = struct.field(pytree_node=False)
-    bounds: tuple[float, float] | None = struct.field(pytree_node=False)
-
-    gradients = 1  # of the model, per lane and update
-    forwards = 0  # passes beside them
-
-    def init(self, work: Work) -> Any:
-        """The state before the first update; looks at no network."""
-        raise NotImplementedError
-
-    def update(self, model: Callable, work: Work, state: Any, step: Int[Array, "S"]) -> Any:
-        """One evaluation of the model in every lane."""
-        raise NotImplementedError
-
-    def finished(self, state: Any, step: Int[Array, "S"]) -> Bool[Array, "S"]:
-        """Which lanes have nothing left to do."""
-        return state.fooled | (step >= self.steps)
 
 
 @dataclasses.dataclass
@@ -119,136 +73,6 @@ class Outcome:
         return int(np.sum(self.spent, where=np.arange(len(self.spent))[:, None] <= last[None, :]))
 
 
-class _Slots(struct.PyTreeNode):
-    work: Work
-    state: Any
-    step: Int[Array, "S"]
-    active: Bool[Array, "S"]
-
-
-class _Ended(struct.PyTreeNode):
-    """Restarts that ended in this call, in order; `count` of them are filled."""
-
-    example: Int[Array, "Q"]
-    restart: Int[Array, "Q"]
-    step: Int[Array, "Q"]
-    fooled: Bool[Array, "Q"]
-    x: Float[Array, "Q ..."]
-    count: Int[Array, "devices"]
-
-
-class _Orders(struct.PyTreeNode):
-    """What the host says for one call: when to come back, and whether it has pairs beyond this queue."""
-
-    limit: ArrayLike  # iterations
-    small: ArrayLike  # come back when nothing waits and no more slots than this are busy
-    more: ArrayLike  # [devices]
-
-
-@functools.partial(jax.jit, static_argnames="first")
-def _advance(attack, model, slots, queue, waiting, best, orders, *, first):
-    """Iterate until an idle slot waits for the host, or as `orders` say.
-
-    `best` [capacity] is the smallest restart that broke each example so far: with `first`, later ones are
-    given up; smaller ones go on, so that which restart counts does not depend on the schedule.
-    On a mesh each device works through its own slots and queue, at its own pace, and has the same results.
-    """
-    run = functools.partial(_advance_here, first=first)
-    inputs = (mesh.SAME, mesh.SAME, mesh.ROWS, mesh.ROWS, mesh.ROWS, mesh.SAME)
-    orders_specs = _Orders(mesh.SAME, mesh.SAME, mesh.ROWS)  # pyright: ignore[reportArgumentType]
-    return mesh.spread(run, (*inputs, orders_specs), mesh.SAME)(
-        attack, model, slots, queue, waiting, best, orders
-    )
-
-
-def _advance_here(attack, model, slots, queue, waiting, best, orders, *, first):
-    """`_advance` on one device."""
-    more = orders.more[0]
-    lanes, length = slots.step.shape[0], waiting.shape[0]
-    capacity, room = best.shape[0], lanes + length
-    ended = _Ended(
-        example=jnp.zeros(room, jnp.int32),
-        restart=jnp.zeros(room, jnp.int32),
-        step=jnp.zeros(room, jnp.int32),
-        fooled=jnp.zeros(room, bool),
-        x=jnp.zeros((room, *queue.x.shape[1:]), queue.x.dtype),
-        count=jnp.zeros((), jnp.int32),
-    )
-
-    def wanted(work, best):
-        return work.restart <= best[work.example] if first else jnp.ones(work.restart.shape, bool)
-
-    def refill(carry):
-        slots, waiting, best = carry
-        waiting = waiting & wanted(queue, best)
-        following = jnp.flatnonzero(waiting, size=lanes, fill_value=length)  # the next pairs, in order
-        rank = jnp.cumsum(~slots.active) - 1
-        place = jnp.where(slots.active, length, following[jnp.clip(rank, 0, lanes - 1)])
-        take = place < length
-        new = jax.tree.map(lambda a: a[jnp.minimum(place, length - 1)], queue)
-        work = _where(take, new, slots.work)
-        state = _where(take, attack.init(work), slots.state)
-        slots = _Slots(work, state, jnp.where(take, 0, slots.step), slots.active | take)
-        return slots, waiting.at[place].set(False, mode="drop"), best
-
-    def iterate(carry):
-        slots, waiting, best, ended, i = carry
-        slots, waiting, best = lax.cond(
-            jnp.any(~slots.active) & jnp.any(waiting), refill, lambda c: c, (slots, waiting, best)
-        )
-        work = slots.work
-        state = attack.update(model, work, slots.state, slots.step)
-        step = slots.step + 1
-        success = slots.active & state.fooled
-        best = best.at[jnp.where(success, work.example, capacity)].min(work.restart, mode="drop")
-        alive = slots.active & wanted(work, best)
-        over = alive & attack.finished(state, step)
-        place = jnp.where(over, ended.count + jnp.cumsum(over) - 1, room)
-        ended = _Ended(
-            example=ended.example.at[place].set(work.example, mode="drop"),
-            restart=ended.restart.at[place].set(work.restart, mode="drop"),
-            step=ended.step.at[place].set(step, mode="drop"),
-            fooled=ended.fooled.at[place].set(state.fooled, mode="drop"),
-            x=ended.x.at[place].set(state.candidate, mode="drop"),
-            count=ended.count + jnp.sum(over, dtype=jnp.int32),
-        )
-        return _Slots(work, state, step, alive & ~over), waiting, best, ended, i + 1
-
-    def going(carry):
-        slots, waiting, best, _, i = carry
-        left = jnp.any(waiting & wanted(queue, best))
-        busy = jnp.sum(slots.active)
-        starved = more & ~left & (busy < lanes)
-        return (i < orders.limit) & (left | (busy > jnp.where(more, 0, orders.small))) & ~starved
-
-    zero = jnp.zeros((), jnp.int32)
-    slots, _, _, ended, i = lax.while_loop(going, iterate, (slots, waiting, best, ended, zero))
-    ended = ended.replace(count=ended.count[None])
-    return jax.tree.map(mesh.gather, (slots, ended, i[None]))
-
-
-def _where(take, new, old):
-    """Lane by lane."""
-
-    def choose(a, b):
-        return jnp.where(take.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(choose, new, old)
-
-
-@jax.jit
-def _work(key, example, ids, restart, x, y, target):
-    keys = jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r))(ids, restart)
-    return Work(example, restart, jax.random.key_data(keys), x, y, target)
-
-
-@jax.jit
-def _empty(attack, work):
-    """Slots that hold nothing yet; what `work` says is never used."""
-    lanes = work.y.shape[0]
-    return _Slots(work, attack.init(work), jnp.zeros(lanes, jnp.int32), jnp.zeros(lanes, bool))
-
-
 @jax.jit
 def judge(model, x, y):
     """(misclassified [B], logits finite [B]) of a fresh forward pass; see `misjudged`."""
@@ -277,7 +101,7 @@ def misjudged(model, x, y, count: int | None = None) -> Bool[np.ndarray, "B"]:
 
 
 def run(
-    attack: Attack,
+    attack: lanes.Attack,
     key: Array,
     model: Partial,
     x: Float[np.ndarray, "N ..."],
@@ -330,14 +154,16 @@ def run(
         if state is not None and not pending.any() and _busiest(state, devices) <= small:
             state, small = _shrink(attack, state, small, devices), 0
         e, r, waiting = _queues(pending, devices, length)
-        work = _work(key, e, ids[e], r, x[e], y[e], aims[r, e])
+        work = lanes.fill(key, e, ids[e], r, x[e], y[e], aims[r, e])
         if state is None:
-            state = _empty(attack, jax.tree.map(lambda a: a[:slots], work))
+            state = lanes.empty(attack, jax.tree.map(lambda a: a[:slots], work))
         # of several devices none comes back to shrink before the others
         early = small if devices == 1 else 0
         more = np.array([np.sum(pending[:, d::devices]) > length for d in range(devices)])
-        orders = _Orders(np.int32(limit), np.int32(early), more)
-        state, ended, iterations = _advance(attack, model, state, work, waiting, best, orders, first=first)
+        orders = lanes.Orders(np.int32(limit), np.int32(early), more)
+        state, ended, iterations = lanes.advance(
+            attack, model, state, work, waiting, best, orders, first=first
+        )
         outcome.evaluations += state.step.shape[0] // devices * int(np.sum(iterations))
         _take(attack, model, ended, outcome, best, x, y, slots, first, collect)
         outcome.flight, flying = state, _flying(state, flying.shape)
@@ -384,35 +210,35 @@ def _flying(state, shape):
 
 def _board(attack, leaves, x, total):
     """(slots, pairs in them) from the leaves that an interrupted run left, in the order of the tree."""
-    lanes = len(leaves[0])
-    nothing = np.zeros(lanes, np.int32)
+    size = len(leaves[0])
+    nothing = np.zeros(size, np.int32)
     work = jax.eval_shape(
-        _work,
+        lanes.fill,
         key_of(jax.random.key(0)),
         nothing,
         nothing,
         nothing,
-        x[:1].repeat(lanes, 0),
+        x[:1].repeat(size, 0),
         nothing,
         nothing,
     )
-    state = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(_empty, attack, work)), leaves)
+    state = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(lanes.empty, attack, work)), leaves)
     return state, _flying(state, (total, len(x)))
 
 
 def _shrink(attack, state, small, devices):
     """The busy slots alone, in a smaller program, where that pays; decided by the work that is left."""
     active = np.asarray(state.active).reshape(devices, -1)
-    lanes = active.shape[1]
+    size = active.shape[1]
     step = np.asarray(state.step)[active.reshape(-1)]
-    left = (int(attack.steps) - int(np.min(step))) * (lanes - small) * devices
+    left = (int(attack.steps) - int(np.min(step))) * (size - small) * devices
     if left < _WORTH:
         return state
-    kept = np.argsort(~active, axis=1, kind="stable")[:, :small] + lanes * np.arange(devices)[:, None]
+    kept = np.argsort(~active, axis=1, kind="stable")[:, :small] + size * np.arange(devices)[:, None]
     return jax.tree.map(lambda a: a[kept.reshape(-1)], state)
 
 
-def _take(attack, model, ended, outcome, best, x, y, lanes, first, collect):
+def _take(attack, model, ended, outcome, best, x, y, slots, first, collect):
     """Verify what ended, note it, and hand it on."""
     counts = np.asarray(ended.count)
     room, count = len(ended.example) // len(counts), int(np.sum(counts))
@@ -423,9 +249,9 @@ def _take(attack, model, ended, outcome, best, x, y, lanes, first, collect):
         np.asarray(a)[filled] for a in (ended.example, ended.restart, ended.step, ended.fooled)
     )
     found, fooled = np.asarray(ended.x)[filled], np.zeros(count, bool)
-    for start in range(0, count, lanes):
-        part = np.arange(start, min(start + lanes, count))
-        index = np.resize(part, lanes)
+    for start in range(0, count, slots):
+        part = np.arange(start, min(start + slots, count))
+        index = np.resize(part, slots)
         fooled[part] = misjudged(model, found[index], y[example[index]], len(part))
     if first:
         verify_inside(found, x[example], attack.eps, attack.norm, attack.bounds)
@@ -449,18 +275,6 @@ def verify_inside(x_adv, x, eps, norm: str, bounds) -> None:
         raise AssertionError(f"attack left the {norm} ball: {size.max()} > eps = {float(eps)}")
     if bounds is not None and (np.min(x_adv) < bounds[0] or np.max(x_adv) > bounds[1]):
         raise AssertionError(f"attack left the box {bounds}")
-
-
-def climb(model: Callable, aim: Callable, work: Work, x):
-    """(gradient of the aim [S, ...], its value [S], misclassified [S]) at x."""
-
-    def total(x):
-        outputs = model(x)
-        value = aim(outputs, work.y, work.target)
-        return jnp.sum(value), (value, misclassified(outputs, work.y))
-
-    gradient, (value, fooled) = jax.grad(total, has_aux=True)(x)
-    return gradient, value, fooled
 
 
 def _call(model, x):

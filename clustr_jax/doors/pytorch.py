@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 import clustr_jax
 from clustr_jax import models
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
+from clustr_jax.doors import torch_layout
 from clustr_jax.models import unit
 from clustr_jax.runtime.errors import UserError, first_line
 from clustr_jax.runtime.paths import local
@@ -80,9 +80,12 @@ def checkpoint(clf: Classifier, **about: Any) -> dict:
         meta["plan"], state = _folded(clf)
     else:
         state = {}
-        for name, path, kind in _layout(net):
-            params, stats = _at(clf.variables["params"], path), _at(clf.variables["batch_stats"], path)
-            for key, value in _KINDS[kind][0](net, params, stats).items():
+        for name, path, kind in torch_layout.layout(net):
+            params, stats = (
+                torch_layout.at(clf.variables["params"], path),
+                torch_layout.at(clf.variables["batch_stats"], path),
+            )
+            for key, value in torch_layout.KINDS[kind][0](net, params, stats).items():
                 state[f"{name}.{key}"] = value
     saved = {"state_dict": _tensors(state), "meta": meta}
     if clf.clusters is not None:
@@ -156,108 +159,6 @@ def from_torch(
     )
 
 
-def as_jax(value: Any) -> Float[Array, "..."]:
-    """A PyTorch weight in JAX's order: [O, I, H, W] -> [H, W, I, O], [O, I] -> [I, O], others as they are."""
-    value = np.asarray(value.detach().cpu().float().numpy() if hasattr(value, "detach") else value)
-    order = {4: (2, 3, 1, 0), 2: (1, 0)}.get(value.ndim)
-    return jnp.asarray(value if order is None else value.transpose(order))
-
-
-# From one layout to the other: (PyTorch's name, path in our parameters, kind of layer).
-
-
-def _layout(net) -> list[tuple[str, tuple[str, ...], str]]:
-    module = net.module
-    if isinstance(module, models.ResNet):
-        rows: list[tuple[str, tuple[str, ...], str]] = [
-            ("conv1", ("Conv_0",), "conv"),
-            ("bn1", ("BatchNorm_0",), "norm"),
-        ]
-        number = 0
-        for i, blocks in enumerate(module.stages):
-            for j in range(blocks):
-                ours, theirs = f"Block_{number}", f"layer{i + 1}.{j}"
-                layers = [("conv1", "bn1"), ("conv2", "bn2")]
-                if i > 0 and j == 0:
-                    layers.append(("shortcut.0", "shortcut.1"))
-                for n, (conv, norm) in enumerate(layers):
-                    rows.append((f"{theirs}.{conv}", (ours, f"Conv_{n}"), "conv"))
-                    rows.append((f"{theirs}.{norm}", (ours, f"BatchNorm_{n}"), "norm"))
-                number += 1
-        return [*rows, ("linear", (models.HEAD,), "dense")]
-    if isinstance(module, models.CNN):
-        names = ("Conv_0", "BatchNorm_0", "Conv_1", "BatchNorm_1", "Dense_0", "BatchNorm_2", models.HEAD)
-        theirs = ("conv1", "bn1", "conv2", "bn2", "fc", "bn3", "linear")
-        kinds = ("conv", "norm", "conv", "norm", "flattened", "norm", "dense")
-        return [(t, (n,), kind) for t, n, kind in zip(theirs, names, kinds, strict=True)]
-    if isinstance(module, models.MLP):
-        return [
-            ("fc1", ("Dense_0",), "dense"),
-            ("fc2", ("Dense_1",), "dense"),
-            ("linear", (models.HEAD,), "dense"),
-        ]
-    raise UserError(f"{models.name_of(net)} can be exported to PyTorch, but not read back")
-
-
-def _at(tree, path):
-    for name in path:
-        tree = tree.get(name, {})
-    return tree
-
-
-def _conv_out(net, params, stats):
-    return {"weight": np.transpose(params["kernel"], (3, 2, 0, 1))}
-
-
-def _dense_out(net, params, stats):
-    return {"weight": np.transpose(params["kernel"]), "bias": params["bias"]}
-
-
-def _norm_out(net, params, stats):
-    return {
-        "weight": params["scale"], "bias": params["bias"], "running_mean": stats["mean"],
-        "running_var": stats["var"], "num_batches_tracked": np.int64(0),
-    }  # fmt: skip
-
-
-def _flattened_out(net, params, stats):
-    """The inputs of this layer are the pixels of all channels: channels first in PyTorch, last in ours."""
-    kernel = np.asarray(params["kernel"])
-    kernel = kernel.reshape(*_cells(net), -1, kernel.shape[1])
-    return {"weight": kernel.transpose(3, 2, 0, 1).reshape(kernel.shape[3], -1), "bias": params["bias"]}
-
-
-def _conv_in(net, get):
-    return {"kernel": as_jax(get("weight"))}, {}
-
-
-def _dense_in(net, get):
-    return {"kernel": as_jax(get("weight")), "bias": as_jax(get("bias"))}, {}
-
-
-def _norm_in(net, get):
-    params = {"scale": as_jax(get("weight")), "bias": as_jax(get("bias"))}
-    return params, {"mean": as_jax(get("running_mean")), "var": as_jax(get("running_var"))}
-
-
-def _flattened_in(net, get):
-    weight = get("weight")
-    features = weight.shape[0]
-    kernel = as_jax(weight.reshape(features, -1, *_cells(net)))
-    return {"kernel": kernel.reshape(-1, features), "bias": as_jax(get("bias"))}, {}
-
-
-_KINDS = {
-    "conv": (_conv_out, _conv_in), "dense": (_dense_out, _dense_in), "norm": (_norm_out, _norm_in),
-    "flattened": (_flattened_out, _flattened_in),
-}  # fmt: skip
-
-
-def _cells(net):
-    """Height and width after the CNN's second convolution."""
-    return tuple(-(-side // 2) for side in net.input_shape[:2])
-
-
 def _tensors(arrays):
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -290,7 +191,7 @@ def _folded(clf):
             scaled = 2 * np.asarray(rest[0])[None, None, :, None] * kernel[::-1, ::-1].transpose(0, 1, 3, 2)
             state[f"{name}.adjoint.weight"] = scaled.transpose(3, 2, 0, 1)
     head = clf.variables["params"][models.HEAD]
-    state |= {f"linear.{key}": value for key, value in _dense_out(net, head, {}).items()}
+    state |= {f"linear.{key}": value for key, value in torch_layout.dense_out(net, head, {}).items()}
     return plan, state
 
 
@@ -363,13 +264,13 @@ def _variables(net, state):
         used.add(name)
         return state[name]
 
-    for name, path, kind in _layout(net):
-        params, stats = _KINDS[kind][1](net, lambda key, name=name: get(f"{name}.{key}"))
+    for name, path, kind in torch_layout.layout(net):
+        params, stats = torch_layout.KINDS[kind][1](net, lambda key, name=name: get(f"{name}.{key}"))
         for tree, found in ((variables["params"], params), (variables["batch_stats"], stats)):
             for part in path if found else ():
                 tree = tree.setdefault(part, {})
             tree.update(found)
-        wanted = _at(expected, path)
+        wanted = torch_layout.at(expected, path)
         for key, value in params.items():
             if value.shape != wanted[key].shape:
                 raise UserError(

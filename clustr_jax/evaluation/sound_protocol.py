@@ -20,6 +20,7 @@ from jaxtyping import Bool
 from clustr_jax.attacks import aims, ensemble, scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
+from clustr_jax.attacks.lanes import Attack
 from clustr_jax.attacks.pgd import as_partial, pgd
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.attacks.square import Square
@@ -44,7 +45,7 @@ class Plan:
     """One attack of a protocol: on which targets (None, "classes" or "clusters"), with how many restarts."""
 
     name: str
-    attack: scheduler.Attack
+    attack: Attack
     restarts: int = 1
     targets: str | None = None
     number: int = 0  # of its stream (runtime.streams)

@@ -25,7 +25,7 @@ from clustr_jax.stages import configuration, evaluation, refusals, reporting, tr
 from clustr_jax.stages.context import Run
 from clustr_jax.storage import loading, results
 from clustr_jax.storage.workdir import Workdir
-from clustr_jax.training import train
+from clustr_jax.training import trainers
 from clustr_jax.training.objectives import METHODS
 
 __all__ = ["CERTIFY", "EVALUATE", "REPORT", "STAGES", "TRAIN", "WARMUP", "Run", "run", "stage_key"]
@@ -204,9 +204,9 @@ def _introduce(this):
         progress.line(f"{len(names)} classes: {shown}")
     if METHODS[settings.method].sampler == "magnet":
         magnet = settings.training.magnet
-        clusters = train.per_class(magnet, this.net.num_classes)
+        clusters = trainers.per_class(magnet, this.net.num_classes)
         progress.line(
-            f"clusters: {sum(clusters)} in all, {train.rows(magnet, this.net.num_classes)} x "
+            f"clusters: {sum(clusters)} in all, {trainers.rows(magnet, this.net.num_classes)} x "
             f"{magnet.samples} images per Magnet batch"
         )
     progress.line(f"work directory: {this.workdir.root}")

@@ -12,7 +12,7 @@ from clustr_jax.models import Net
 from clustr_jax.reference.switches import SWITCHES
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import DataSettings, MagnetSettings, ModelSettings, Recipe, Settings, TermSettings
-from clustr_jax.training import refit, train
+from clustr_jax.training import refit, trainers
 from clustr_jax.training.objectives import CERTIFIED, METHODS, Method
 
 # Switches of `fidelity` that change the clusters or statistics of weights trained with Magnet batches,
@@ -110,7 +110,7 @@ def _batches(settings: Settings, stages: dict[str, tuple[Method, Images]], net: 
     found = {}
     for name, (method, (size, _)) in stages.items():
         what = "magnet.clusters x magnet.samples" if method.sampler == "magnet" else f"{name}.batch_size"
-        trainer = train.Trainer(net, method, settings.training, _recipe(settings, name), size)
+        trainer = trainers.Trainer(net, method, settings.training, _recipe(settings, name), size)
         found[what] = trainer.batch_size
     return found
 
@@ -182,7 +182,7 @@ def check_recipe(name: str, recipe: Recipe) -> None:
         )
     if recipe.target > 1:
         raise UserError(f"{name}.target is an accuracy in [0, 1], got {recipe.target}")
-    train.optimizer(recipe, 1)
+    trainers.optimizer(recipe, 1)
 
 
 def _check_stage(name: str, method: Method, images: Images, settings: Settings, *, pretrained: bool) -> None:
@@ -231,7 +231,7 @@ def check_augment(section: str, images: DataSettings, *, points: bool) -> None:
 
 def _check_clusters(magnet: MagnetSettings, name: str, method: Method, net: Net, train_split: Split) -> None:
     """What the clusters ask of the network and of the training images."""
-    k_of = train.per_class(magnet, net.num_classes)
+    k_of = trainers.per_class(magnet, net.num_classes)
     if magnet.fit == "linear_head":
         if method.warmup is None or set(k_of) != {1}:
             raise UserError(
@@ -239,7 +239,7 @@ def _check_clusters(magnet: MagnetSettings, name: str, method: Method, net: Net,
                 f"{name} with magnet.k={magnet.k}: set magnet.k=1, or magnet.fit=kmeans"
             )
         refit.check_linear(net, net.init(jax.random.key(0)), train_split.pixels(slice(0, 8)))
-    train.rows(magnet, net.num_classes)
+    trainers.rows(magnet, net.num_classes)
     counts = np.bincount(train_split.labels, minlength=net.num_classes)
     for c, (count, k) in enumerate(zip(counts, k_of, strict=True)):
         if count < k:

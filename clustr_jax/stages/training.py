@@ -19,7 +19,7 @@ from clustr_jax.storage import loading
 from clustr_jax.storage.checkpoints import Checkpoints
 from clustr_jax.storage.files import write_json
 from clustr_jax.storage.workdir import config_dict, training_sha
-from clustr_jax.training import cost, refit, train
+from clustr_jax.training import cost, refit, train, train_state, trainers
 from clustr_jax.training.objectives import METHODS
 
 # A compiled chunk of steps lasts about this long: progress and signals are served in between.
@@ -46,13 +46,13 @@ def run(this: Run, stage: str) -> None:
     if stage == WARMUP and this.source:
         this, augment = this.source, settings.pretrain.augment
     recipe = settings.warmup if stage == WARMUP else settings.recipe
-    train_set = mesh.place(train.TrainSet(
+    train_set = mesh.place(train_state.TrainSet(
         jnp.asarray(this.train_split.images),
         jnp.asarray(this.train_split.labels),
         scale=this.train_split.scale,
         augment=augment,
     ))  # fmt: skip
-    trainer = train.Trainer(this.net, METHODS[name], settings.training, recipe, len(this.train_split))
+    trainer = trainers.Trainer(this.net, METHODS[name], settings.training, recipe, len(this.train_split))
     key = this.key(stage)
     identity = training_sha(config_dict(this.config))
     checkpoints = Checkpoints(folder / "checkpoints", identity, mend=True, say=progress.line)
@@ -112,7 +112,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
     """Train to the end of the stage. Returns (why it ended, epochs)."""
     recipe, per_epoch = trainer.recipe, trainer.steps_per_epoch
     target = recipe.target if stage == WARMUP else 0.0
-    _, rate = train.optimizer(recipe, per_epoch)
+    _, rate = trainers.optimizer(recipe, per_epoch)
     val_x, val_y = this.val_split.pixels(), this.val_split.labels
     step, chunk, saved, warned = int(state.step), 1, time.monotonic(), False
     records = [r for r in this.workdir.records() if r["stage"] == stage]
@@ -170,7 +170,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
         this.workdir.log(record)
         state = train.reset_totals(state)
         # while the adversary's radius still grows, accuracy says how small it is, and no model is the best
-        checkpoints.save(state, val if train.strength(trainer, step - 1) >= 1 else None)
+        checkpoints.save(state, val if trainers.strength(trainer, step - 1) >= 1 else None)
         saved = time.monotonic()
         this.progress.line(
             f"{stage} {epoch + 1:3d}/{recipe.epochs}  {_metrics(totals)}  "

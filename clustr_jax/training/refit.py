@@ -10,8 +10,9 @@ from clustr_jax.clusters import Clusters
 from clustr_jax.models import Net
 from clustr_jax.runtime import mesh, streams
 from clustr_jax.runtime.errors import UserError
-from clustr_jax.training import sampling, train
-from clustr_jax.training.train import Trainer, TrainSet, TrainState
+from clustr_jax.training import sampling, trainers
+from clustr_jax.training.train_state import TrainSet, TrainState
+from clustr_jax.training.trainers import Trainer
 
 # Images per pass.
 _EVAL_BATCH = 200
@@ -89,7 +90,7 @@ def _fit(trainer, variables, train_set, key, augmented=None, train_mode=False):
         z,
         train_set.labels,
         num_classes=num_classes,
-        k=train.per_class(magnet, num_classes),
+        k=trainers.per_class(magnet, num_classes),
         n_init=magnet.n_init,
         max_iter=magnet.max_iter,
     )

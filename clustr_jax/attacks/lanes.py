@@ -1,0 +1,205 @@
+"""What runs on the device: a fixed number of lanes, each working on one (example, restart) of an attack.
+
+An attack is three pure functions over lanes, `init`, `update` and `finished`. A lane whose example breaks, or
+whose restart ends, takes the next pair from the queue at once, inside the compiled loop.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from clustr_jax.attacks.aims import misclassified
+from clustr_jax.attacks.options import GENERATOR
+from clustr_jax.runtime import mesh, struct
+
+
+class Work(struct.PyTreeNode):
+    """One (example, restart) in each lane: its randomness, image, label and target (-1: none)."""
+
+    example: Int[Array, "S"]
+    restart: Int[Array, "S"]
+    random: Array  # key data: a lane keeps it, so it is a stream rather than a key that is used up
+    x: Float[Array, "S ..."]
+    y: Int[Array, "S"]
+    target: Int[Array, "S"]
+
+    @property
+    def keys(self):
+        """The lanes' keys; fold the step in where there is more than one draw."""
+        return jax.random.wrap_key_data(self.random, impl=GENERATOR)
+
+
+class Attack(struct.PyTreeNode):
+    """What the scheduler runs. Numbers are traced unless a subclass needs them to be static.
+
+    A state has at least `fooled` [S] (success within the ball, at the latest update) and `candidate`
+    [S, ...] (the image to return if the restart ended now). An update spends one evaluation per lane.
+    """
+
+    eps: ArrayLike
+    steps: ArrayLike
+    norm: str = struct.field(pytree_node=False)
+    bounds: tuple[float, float] | None = struct.field(pytree_node=False)
+
+    gradients = 1  # of the model, per lane and update
+    forwards = 0  # passes beside them
+
+    def init(self, work: Work) -> Any:
+        """The state before the first update; looks at no network."""
+        raise NotImplementedError
+
+    def update(self, model: Callable, work: Work, state: Any, step: Int[Array, "S"]) -> Any:
+        """One evaluation of the model in every lane."""
+        raise NotImplementedError
+
+    def finished(self, state: Any, step: Int[Array, "S"]) -> Bool[Array, "S"]:
+        """Which lanes have nothing left to do."""
+        return state.fooled | (step >= self.steps)
+
+
+class Slots(struct.PyTreeNode):
+    work: Work
+    state: Any
+    step: Int[Array, "S"]
+    active: Bool[Array, "S"]
+
+
+class Ended(struct.PyTreeNode):
+    """Restarts that ended in this call, in order; `count` of them are filled."""
+
+    example: Int[Array, "Q"]
+    restart: Int[Array, "Q"]
+    step: Int[Array, "Q"]
+    fooled: Bool[Array, "Q"]
+    x: Float[Array, "Q ..."]
+    count: Int[Array, "devices"]
+
+
+class Orders(struct.PyTreeNode):
+    """What the host says for one call: when to come back, and whether it has pairs beyond this queue."""
+
+    limit: ArrayLike  # iterations
+    small: ArrayLike  # come back when nothing waits and no more slots than this are busy
+    more: ArrayLike  # [devices]
+
+
+@functools.partial(jax.jit, static_argnames="first")
+def advance(attack, model, slots, queue, waiting, best, orders, *, first):
+    """Iterate until an idle slot waits for the host, or as `orders` say.
+
+    `best` [capacity] is the smallest restart that broke each example so far: with `first`, later ones are
+    given up; smaller ones go on, so that which restart counts does not depend on the schedule.
+    On a mesh each device works through its own slots and queue, at its own pace, and has the same results.
+    """
+    run = functools.partial(_advance_here, first=first)
+    inputs = (mesh.SAME, mesh.SAME, mesh.ROWS, mesh.ROWS, mesh.ROWS, mesh.SAME)
+    orders_specs = Orders(mesh.SAME, mesh.SAME, mesh.ROWS)  # pyright: ignore[reportArgumentType]
+    return mesh.spread(run, (*inputs, orders_specs), mesh.SAME)(
+        attack, model, slots, queue, waiting, best, orders
+    )
+
+
+def _advance_here(attack, model, slots, queue, waiting, best, orders, *, first):
+    """`advance` on one device."""
+    more = orders.more[0]
+    lanes, length = slots.step.shape[0], waiting.shape[0]
+    capacity, room = best.shape[0], lanes + length
+    ended = Ended(
+        example=jnp.zeros(room, jnp.int32),
+        restart=jnp.zeros(room, jnp.int32),
+        step=jnp.zeros(room, jnp.int32),
+        fooled=jnp.zeros(room, bool),
+        x=jnp.zeros((room, *queue.x.shape[1:]), queue.x.dtype),
+        count=jnp.zeros((), jnp.int32),
+    )
+
+    def wanted(work, best):
+        return work.restart <= best[work.example] if first else jnp.ones(work.restart.shape, bool)
+
+    def refill(carry):
+        slots, waiting, best = carry
+        waiting = waiting & wanted(queue, best)
+        following = jnp.flatnonzero(waiting, size=lanes, fill_value=length)  # the next pairs, in order
+        rank = jnp.cumsum(~slots.active) - 1
+        place = jnp.where(slots.active, length, following[jnp.clip(rank, 0, lanes - 1)])
+        take = place < length
+        new = jax.tree.map(lambda a: a[jnp.minimum(place, length - 1)], queue)
+        work = _where(take, new, slots.work)
+        state = _where(take, attack.init(work), slots.state)
+        slots = Slots(work, state, jnp.where(take, 0, slots.step), slots.active | take)
+        return slots, waiting.at[place].set(False, mode="drop"), best
+
+    def iterate(carry):
+        slots, waiting, best, ended, i = carry
+        slots, waiting, best = lax.cond(
+            jnp.any(~slots.active) & jnp.any(waiting), refill, lambda c: c, (slots, waiting, best)
+        )
+        work = slots.work
+        state = attack.update(model, work, slots.state, slots.step)
+        step = slots.step + 1
+        success = slots.active & state.fooled
+        best = best.at[jnp.where(success, work.example, capacity)].min(work.restart, mode="drop")
+        alive = slots.active & wanted(work, best)
+        over = alive & attack.finished(state, step)
+        place = jnp.where(over, ended.count + jnp.cumsum(over) - 1, room)
+        ended = Ended(
+            example=ended.example.at[place].set(work.example, mode="drop"),
+            restart=ended.restart.at[place].set(work.restart, mode="drop"),
+            step=ended.step.at[place].set(step, mode="drop"),
+            fooled=ended.fooled.at[place].set(state.fooled, mode="drop"),
+            x=ended.x.at[place].set(state.candidate, mode="drop"),
+            count=ended.count + jnp.sum(over, dtype=jnp.int32),
+        )
+        return Slots(work, state, step, alive & ~over), waiting, best, ended, i + 1
+
+    def going(carry):
+        slots, waiting, best, _, i = carry
+        left = jnp.any(waiting & wanted(queue, best))
+        busy = jnp.sum(slots.active)
+        starved = more & ~left & (busy < lanes)
+        return (i < orders.limit) & (left | (busy > jnp.where(more, 0, orders.small))) & ~starved
+
+    zero = jnp.zeros((), jnp.int32)
+    slots, _, _, ended, i = lax.while_loop(going, iterate, (slots, waiting, best, ended, zero))
+    ended = ended.replace(count=ended.count[None])
+    return jax.tree.map(mesh.gather, (slots, ended, i[None]))
+
+
+def _where(take, new, old):
+    """Lane by lane."""
+
+    def choose(a, b):
+        return jnp.where(take.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, new, old)
+
+
+@jax.jit
+def fill(key, example, ids, restart, x, y, target):
+    keys = jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r))(ids, restart)
+    return Work(example, restart, jax.random.key_data(keys), x, y, target)
+
+
+@jax.jit
+def empty(attack, work):
+    """Slots that hold nothing yet; what `work` says is never used."""
+    lanes = work.y.shape[0]
+    return Slots(work, attack.init(work), jnp.zeros(lanes, jnp.int32), jnp.zeros(lanes, bool))
+
+
+def climb(model: Callable, aim: Callable, work: Work, x):
+    """(gradient of the aim [S, ...], its value [S], misclassified [S]) at x."""
+
+    def total(x):
+        outputs = model(x)
+        value = aim(outputs, work.y, work.target)
+        return jnp.sum(value), (value, misclassified(outputs, work.y))
+
+    gradient, (value, fooled) = jax.grad(total, has_aux=True)(x)
+    return gradient, value, fooled

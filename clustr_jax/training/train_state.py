@@ -1,0 +1,54 @@
+"""What a stage of training changes, and the images that it trains on."""
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from clustr_jax import data
+from clustr_jax.clusters import Clusters
+from clustr_jax.runtime import struct
+from clustr_jax.training.sampling import Sampler
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that a stage changes; saved and restored as a whole. `totals` sums metrics of the epoch."""
+
+    step: Int[Array, ""]
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+    totals: dict[str, Float[Array, ""]]
+    clusters: Clusters | None = None
+    sampler: Sampler | None = None
+    delta: Array | None = None  # Free AT: the perturbation that is carried from batch to batch
+    average: dict | None = None  # moving average of the variables, if train.ema
+    average_clusters: Clusters | None = None  # fitted on the average's embeddings
+
+    @property
+    def variables(self) -> dict:
+        """What `net.eval` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def deployed(self) -> tuple[dict, Clusters | None]:
+        """(variables, clusters) to evaluate: the moving average where there is one."""
+        if self.average is None:
+            return self.variables, self.clusters
+        return self.average, self.average_clusters
+
+
+class TrainSet(struct.PyTreeNode):
+    """The training split on the device: uint8 images (float32 points) and labels."""
+
+    images: Array
+    labels: Int[Array, "N"]
+    scale: float = struct.field(pytree_node=False)
+    augment: str = struct.field(pytree_node=False)
+
+    def batch(self, ids, key=None):
+        """(pixels in [0, 1], labels) of these examples; augmented where there is a key."""
+        images = self.images[ids]
+        if key is not None and self.augment != "none":
+            flip, crop = "flip" in self.augment, "crop" in self.augment
+            images = data.crop_flip(key, images, flip=flip, crop=crop)
+        return images.astype(jnp.float32) / self.scale, self.labels[ids]
