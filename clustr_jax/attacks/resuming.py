@@ -68,7 +68,12 @@ def usable(folder: str | os.PathLike | None) -> pathlib.Path | None:
 
 
 def begin(
-    folder: pathlib.Path | None, given: Admitted, logits, planned: Iterable[Planned], lanes: int, settings: dict
+    folder: pathlib.Path | None,
+    given: Admitted,
+    logits,
+    planned: Iterable[Planned],
+    lanes: int,
+    settings: dict,
 ) -> "Kept":
     """The records of this call in `folder`, those of an interrupted one where there are any."""
     if folder is None:
@@ -94,11 +99,13 @@ class Kept:
             return fresh
         outcome, _ = self._records.load(name, x, restarts)
         if outcome is None and self._records.path(name).exists():
-            _warn(f"{shown(self._records.path(name), 200)} is damaged: {name} starts again from its beginning")
+            _warn(
+                f"{shown(self._records.path(name), 200)} is damaged: {name} starts again from its beginning"
+            )
         return fresh if outcome is None else outcome
 
     def note(self, name: str, outcome: scheduler.Outcome, **how: bool) -> str:
-        """Store it, if it is time to (`how`: see Records.save); returns why it could not be written, or ""."""
+        """Store it, if it is time to (`how`: see Records.save); returns why that failed, or ""."""
         if self._records is None:
             return ""
         try:
@@ -106,7 +113,8 @@ class Kept:
         except OSError as error:
             why = error.strerror or first_line(error, 100)
             if not self._failed:
-                _warn(f"records cannot be written to {shown(self._records.directory, 200)} ({why}); {name} goes on")
+                where = shown(self._records.directory, 200)
+                _warn(f"records cannot be written to {where} ({why}); {name} goes on")
             self._failed = True
             return why
         return ""
@@ -130,7 +138,11 @@ class Kept:
         self._failed = True  # it is said here
         why = self.note(name, outcome, leaving=True)
         where = shown(self._records.directory.parent, 200)
-        return f"; {where}: cannot write records ({why})" if why else f"; the same call with folder={where} goes on"
+        return (
+            f"; {where}: cannot write records ({why})"
+            if why
+            else f"; the same call with folder={where} goes on"
+        )
 
     def clear(self) -> None:
         """The attack has ended: nothing to go on from."""
@@ -149,7 +161,9 @@ def _warn(text):
 
 def _parts(given, logits, planned, lanes, settings) -> dict[str, str]:
     """What the outcome depends on, each as a short hash."""
-    attacks = [[p.name, p.restarts, type(p.attack).__name__, _numbers(p.attack)] for p in planned]
+    attacks = [
+        [p.name, p.restarts, p.targets is None, type(p.attack).__name__, _numbers(p.attack)] for p in planned
+    ]
     place = [mesh.devices(), jax.default_backend(), jax.devices()[0].device_kind]
     return {
         "images": _digest(given.x),
@@ -165,8 +179,12 @@ def _parts(given, logits, planned, lanes, settings) -> dict[str, str]:
 
 def _numbers(attack) -> dict[str, str]:
     """The settings of an attack that are numbers, words or bounds."""
-    plain = {k: v for k, v in vars(attack).items() if not callable(v) and not jax.tree.leaves(v, is_leaf=callable) == []}
-    return {name: str(np.asarray(value).tolist()) for name, value in plain.items()}
+    plain = (str, int, float, tuple, type(None), np.generic, np.ndarray, jax.Array)
+    found = {name: value for name, value in vars(attack).items() if isinstance(value, plain)}
+    return {
+        name: repr(value if isinstance(value, str) else np.asarray(value).tolist())
+        for name, value in found.items()
+    }
 
 
 def _first_steps(planned: Planned, given: Admitted, lanes: int) -> list[str]:
@@ -178,7 +196,10 @@ def _first_steps(planned: Planned, given: Admitted, lanes: int) -> list[str]:
     work = scheduler.Work(nothing, nothing, random, given.x[index], given.y[index], target)  # pyright: ignore[reportArgumentType]
     program = str(_step.trace(planned.attack, given.model, work).jaxpr)
     state = _step(planned.attack, given.model, work)
-    return [_digest(np.frombuffer(_ADDRESS.sub("", program).encode(), np.uint8)), _digest(*jax.tree.leaves(state))]
+    return [
+        _digest(np.frombuffer(_ADDRESS.sub("", program).encode(), np.uint8)),
+        _digest(*jax.tree.leaves(state)),
+    ]
 
 
 @jax.jit
@@ -216,8 +237,8 @@ def _warn_of_others(directory: pathlib.Path, parts: dict[str, str]) -> None:
             with np.load(path, allow_pickle=False) as file:
                 theirs = json.loads(str(file["extra_parts"]))
             others[path.name] = [name for name in parts if theirs.get(name) != parts[name]]
-        except Exception:  # damaged
-            others[path.name] = ["a damaged file"]
+        except Exception:  # damaged: nobody's
+            continue
     if not others or not processes.leader():
         return
     name = min(others, key=lambda name: len(others[name]))
@@ -227,7 +248,7 @@ def _warn_of_others(directory: pathlib.Path, parts: dict[str, str]) -> None:
         if cause in different:
             different = [n for n in different if n not in (*follows, "gradients or loss")]
     _warn(
-        f"{shown(directory, 150)} has records of another attack ({', '.join(different)} differ); they are left "
-        f"alone, and this one starts from its beginning. The same call as before goes on with them; to be rid "
-        f"of them delete {_PREFIX}*.npz"
+        f"{shown(directory, 150)} has records of another attack (different: {', '.join(different)}); they are "
+        f"left alone, and this one starts from its beginning. The same call as before goes on with them; to be "
+        f"rid of them delete {_PREFIX}*.npz there"
     )

@@ -114,7 +114,9 @@ class Outcome:
 
     def copied(self) -> "Outcome":
         """One of its own to note in, but for the images."""
-        own = {name: getattr(self, name).copy() for name in ("broken", "restart", "step", "spent", "unconfirmed")}
+        own = {
+            name: getattr(self, name).copy() for name in ("broken", "restart", "step", "spent", "unconfirmed")
+        }
         return dataclasses.replace(self, **own)
 
     def become(self, other: "Outcome") -> None:
@@ -308,10 +310,11 @@ def run(
     example depends neither on the order nor on what else is attacked (but for float rounding where the
     network's own rows depend on their place in the batch). first=False runs all restarts to their end.
 
-    `outcome` goes on from an earlier, interrupted one, and has what was done where this one is. `collect(example, restart, x, fooled)` receives
-    restarts as they end, `report(outcome)` is called between device calls. Every success is verified in
-    a fresh forward pass and, with `first`, inside the ball and the box: an attack that leaves them raises
-    AssertionError (the authors' starts do leave the box, so first=False lets them).
+    `outcome` goes on from an earlier, interrupted one, and has what was done where this one is interrupted.
+    `collect(example, restart, x, fooled)` receives restarts as they end, `report(outcome)` is called between
+    device calls. Every success is verified in a fresh forward pass and, with `first`, inside the ball and the
+    box: an attack that leaves them raises AssertionError (the authors' starts do leave the box, so
+    first=False lets them).
     """
     x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
     ids = np.arange(len(x), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)

@@ -1,4 +1,4 @@
-"""What an interrupted evaluation had done: the records of attacks, without images, in its results' `partial`."""
+"""What an interrupted evaluation had done: records of its attacks, without images, beside its results."""
 
 from clustr_jax.attacks.records import Records
 
