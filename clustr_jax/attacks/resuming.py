@@ -73,12 +73,12 @@ def begin(
     logits,
     planned: Iterable[Planned],
     lanes: int,
-    settings: dict,
+    door: str,
 ) -> "Kept":
     """The records of this call in `folder`, those of an interrupted one where there are any."""
     if folder is None:
         return Kept(None, {})
-    parts = _parts(given, logits, list(planned), lanes, settings)
+    parts = _parts(given, logits, list(planned), lanes, door)
     records = Records(folder, _PREFIX + provenance.sha(parts), images=True)
     if not any(records.directory.glob(f"{records.identity}-*")):
         _warn_of_others(records.directory, parts)
@@ -156,10 +156,10 @@ class Kept:
 
 
 def _warn(text):
-    warnings.warn(cut(text), RecordWarning, stacklevel=5)
+    warnings.warn(cut(text), RecordWarning, stacklevel=6)
 
 
-def _parts(given, logits, planned, lanes, settings) -> dict[str, str]:
+def _parts(given, logits, planned, lanes, door) -> dict[str, str]:
     """What the outcome depends on, each as a short hash."""
     attacks = [
         [p.name, p.restarts, p.targets is None, type(p.attack).__name__, _numbers(p.attack)] for p in planned
@@ -170,7 +170,7 @@ def _parts(given, logits, planned, lanes, settings) -> dict[str, str]:
         "labels": _digest(given.y),
         "ids": _digest(given.ids),
         "key": _digest(jax.random.key_data(given.key)),
-        "settings": provenance.sha([settings, attacks, lanes]),
+        "settings": provenance.sha([door, attacks, lanes]),
         "versions or device": provenance.sha([provenance.versions(), place, _source()]),
         "model": _digest(*jax.tree.leaves(logits)),
         "gradients or loss": provenance.sha([_first_steps(p, given, lanes) for p in planned]),
@@ -244,11 +244,12 @@ def _warn_of_others(directory: pathlib.Path, parts: dict[str, str]) -> None:
     name = min(others, key=lambda name: len(others[name]))
     different = others[name]
     # what follows from the others is no news
-    for cause, follows in (("images", ("model",)), ("labels", ()), ("settings", ()), ("model", ())):
-        if cause in different:
-            different = [n for n in different if n not in (*follows, "gradients or loss")]
+    if different != ["gradients or loss"]:
+        different = [n for n in different if n != "gradients or loss"]
+    if "images" in different:
+        different = [n for n in different if n != "model"]
     _warn(
-        f"{shown(directory, 150)} has records of another attack (different: {', '.join(different)}); they are "
-        f"left alone, and this one starts from its beginning. The same call as before goes on with them; to be "
-        f"rid of them delete {_PREFIX}*.npz there"
+        f"{shown(directory, 150)} has records of another attack (different: {', '.join(different)}); they "
+        f"are left alone, and this one starts from its beginning. The same call as before goes on with them; "
+        f"to be rid of them delete {_PREFIX}*.npz there"
     )
