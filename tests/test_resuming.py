@@ -101,7 +101,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("name", list(DOORS))
-@pytest.mark.parametrize("place, period", [("device", 13), ("judge", 9), ("noted", 17)])
+@pytest.mark.parametrize("place, period", [("device", 13), ("judge", 6), ("noted", 11)])
 def test_it_goes_on_bit_for_bit(name, place, period, tmp_path, monkeypatch):
     """Interrupted again and again until it ends; what was found on the way is what the whole run finds."""
     wanted = whole(name)
