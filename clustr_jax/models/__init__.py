@@ -19,7 +19,7 @@ from clustr_jax.models import unit
 from clustr_jax.models.batch_norm import BatchNorm
 from clustr_jax.models.convolution import conv2d
 from clustr_jax.runtime import mesh
-from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.errors import UserError, nearest
 
 
 class Outputs(NamedTuple):
@@ -376,7 +376,7 @@ def build(
     `running_variance` "unbiased" averages the variances that PyTorch does (`fidelity.running_variance`).
     """
     if name not in _MODULES:
-        raise UserError(f"unknown model {name!r}; known: {', '.join(_MODULES)}")
+        raise UserError(f"unknown model {name!r}{nearest(name, _MODULES)}; known: {', '.join(_MODULES)}")
     if width < 0:
         raise UserError(f"model.width must be positive (or 0 for the usual one), got {width}")
     if name == "mlp" and len(input_shape) != 1:
