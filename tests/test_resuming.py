@@ -310,13 +310,14 @@ def no_folder(kind, tmp_path):
     return {
         "a file": file, "below a file": file / "below", "null": f"{tmp_path}/a\0b", "empty": "",
         "bytes": b"runs", "number": 5, "long": tmp_path / ("a" * 300), "partial": tmp_path / "taken",
-        "home": "~nobody-here/runs",
+        "home": "~nobody-here/runs", "address": "gs://bucket/run",
     }[kind]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(DOORS))
 @pytest.mark.parametrize(
-    "kind", ["a file", "below a file", "null", "empty", "bytes", "number", "long", "partial", "home"]
+    "kind",
+    ["a file", "below a file", "null", "empty", "bytes", "number", "long", "partial", "home", "address"],
 )
 def test_a_folder_that_cannot_be(name, kind, tmp_path):
     def never(x):

@@ -144,9 +144,7 @@ def autoattack(
     alive = logits.argmax(axis=1) == y
     common: dict[str, Any] = dict(eps=eps, norm=given.norm, bounds=given.bounds)
     common["rescale_schedule"] = bool(rescale_schedule)
-    planned = [
-        _planned(name, build(name, **common), given, logits, name in TARGETED) for name in attacks
-    ]  # fmt: skip
+    planned = [_planned(name, build(name, **common), given, logits, name in TARGETED) for name in attacks]
     kept = resuming.begin(place, given, logits, planned, slots, "autoattack")
     broken_by = np.where(alive, "", "clean").astype("U16")
     notes = (given.note,) if given.note else ()
@@ -155,16 +153,8 @@ def autoattack(
         index = np.flatnonzero(alive)
         if not len(index):
             break
-        outcome, stopped = _run(
-            jax.random.fold_in(given.key, number),
-            plan,
-            given,
-            index,
-            slots,
-            progress,
-            kept,
-            f"{number}-{plan.name}",
-        )
+        own, record = jax.random.fold_in(given.key, number), f"{number}-{plan.name}"
+        outcome, stopped = _run(own, plan, given, index, slots, progress, kept, record)
         x_adv[index] = outcome.x_adv
         broken_by[index[outcome.broken]] = plan.name
         alive[index] = ~outcome.broken

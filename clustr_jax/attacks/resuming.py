@@ -23,7 +23,7 @@ import numpy as np
 from clustr_jax.attacks import scheduler
 from clustr_jax.attacks.gate import Admitted
 from clustr_jax.attacks.records import Records
-from clustr_jax.runtime import mesh, processes, provenance
+from clustr_jax.runtime import mesh, paths, processes, provenance
 from clustr_jax.runtime.errors import UserError, cut, first_line, shown
 
 _PREFIX = "attack-"
@@ -52,14 +52,14 @@ def usable(folder: str | os.PathLike | None) -> pathlib.Path | None:
     text = os.fspath(folder)
     if not text.strip():
         raise UserError("folder must be a path or None, got an empty one; give folder='.' for this one")
+    path = paths.local(text, "folder")
     try:
-        path = pathlib.Path(text).expanduser()
         path.mkdir(parents=True, exist_ok=True)
         partial = path / "partial"
         with tempfile.TemporaryFile(dir=partial if partial.exists() else path):
             pass
-    except (OSError, ValueError, RuntimeError) as error:  # a null character, an unknown home
-        why = (error.strerror if isinstance(error, OSError) else None) or first_line(error, 100)
+    except OSError as error:
+        why = error.strerror or first_line(error, 100)
         raise UserError(
             f"folder={shown(text, 200)}: cannot write records there ({why}); give a folder that can be "
             f"written to, or leave folder out"
