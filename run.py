@@ -4,51 +4,62 @@ python run.py --config=configs/cifar10.py:clustr_qtrades [--workdir=DIR]
 python run.py --help        and --list, which says what each config, method and variant is
 """
 
+import logging
 import os
 import pathlib
 import re
 import shlex
 import signal
 import sys
-import traceback
 
 HERE = pathlib.Path(__file__).resolve().parent
 _PLATFORMS = ("cpu", "cuda", "tpu")
 # XLA takes its temporary memory afresh at each call; with huge pages the page faults stop dominating
 # on CPU. glibc reads this before Python starts, hence the second exec.
 _TUNABLE = "glibc.malloc.hugetlb=1"
+_LONGEST = 480  # characters of a mistake
+_notes: list[str] = []  # what was found on the way, to be told once it is known whether anything may be
 
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 2 a mistake that the user can mend, 75 stopped by a signal."""
-    if {"--help", "-h", "--list"} & set(argv):
-        from clustr_jax.settings import usage
-        from configs.common import METHODS, VARIANTS
+    try:
+        from clustr_jax.runtime import surroundings
+    except Exception as error:  # JAX reads its switches (JAX_*) when it is imported
+        return _mistake(_first_line(error))
+    with surroundings.steady():
+        return _main(argv)
 
+
+def _main(argv):
+    from clustr_jax.runtime.errors import UserError
+    from clustr_jax.settings import usage
+    from configs.common import METHODS, VARIANTS, base
+
+    if {"--help", "-h", "--list"} & set(argv):
         text = usage.listing if "--list" in argv else usage.screen
         print(text(HERE / "configs", METHODS, VARIANTS))
         return 0
+    from clustr_jax.stages import command_line
+
     try:
-        values = _flags()
-        rest = values(argv)
+        spec, words = command_line.split(argv, "digits:clustr_qtrades")
+        config = command_line.read(spec, HERE / "configs", base("digits"))
+        words = command_line.decimals(words, config)
+        values = _flags(config, words)
+        rest = values(words)
         config = values.config
-        config.method  # noqa: B018  a file that cannot be read is noticed at the first look only
-    except Exception as error:  # the config file is code, and absl raises many types for a mistyped flag
-        text = _first_line(error)
-        if text.endswith(
-            "has no attribute 'get_config'"
-        ):  # ml_collections has a module name of its own for it
-            text = "the file of --config has no function get_config(name), which returns the settings; "
-            text += "configs/digits.py is one that has"
-        return _mistake(text + _place(error))
+    except Exception as error:  # UserError, and the many types that absl has for a mistyped flag
+        return _mistake(_first_line(error))
     if len(rest) > 1:
         return _mistake(f"unexpected argument {rest[1]!r}; options start with --")
+    for note in () if values.quiet else _notes:
+        print(note, file=sys.stderr)
 
     from jax.errors import JaxRuntimeError
 
     from clustr_jax import stages
     from clustr_jax.runtime import preemption, processes
-    from clustr_jax.runtime.errors import UserError
 
     joined = processes.joined(values.coordinator, values.num_processes, values.process_id, values.platform)
     try:
@@ -81,16 +92,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _flags():
-    """All of them. Raises what the code of a config file raises: the settings are given to it at once."""
+def _flags(config, words):
+    """All of them, the settings of `config` among them."""
     from absl import flags
     from ml_collections import config_flags
 
     values = flags.FlagValues()
-    default = str(HERE / "configs" / "digits.py") + ":clustr_qtrades"
-    config_flags.DEFINE_config_file(
-        "config", default, "FILE.py[:METHOD]", lock_config=True, flag_values=values
-    )
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
     flags.DEFINE_string("workdir", None, "default: runs/<dataset>-<method>[-<variant>]", flag_values=values)
     flags.DEFINE_list("stages", None, "default: all; comma-separated", flag_values=values)
     flags.DEFINE_enum("platform", None, _PLATFORMS, "default: the best that JAX finds", flag_values=values)
@@ -113,43 +121,64 @@ def _first_line(error: Exception) -> str:
     return " ".join(" ".join(lines).split())
 
 
-def _place(error: BaseException) -> str:
-    """ " (FILE, line N)" for an error in the code of a config file, else nothing."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f" ({error.filename}, line {error.lineno})"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [
-        f for f in frames if pathlib.Path(f.filename).suffix == ".py" and "site-packages" not in f.filename
-    ]
-    last = own[-1] if own else None
-    if last is None or last.filename == __file__ or isinstance(error, ValueError):
-        return ""
-    return f" ({last.filename}, line {last.lineno})"
-
-
 def _mistake(text: str) -> int:
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
     print(f"error: {text}", file=sys.stderr)
     return 2
 
 
 def _several() -> bool:
     """Whether this process has joined others."""
-    import jax
-
-    return jax.distributed.is_initialized()
+    jax = sys.modules.get("jax")  # not there if it could not be imported
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _prepare_process() -> None:
     """Settings that must be there before JAX is imported."""
+    wanted = {}
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform == "linux" and "malloc.hugetlb" not in tunables:
-        os.environ["GLIBC_TUNABLES"] = f"{tunables}:{_TUNABLE}" if tunables else _TUNABLE
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "clustr_jax" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        wanted["GLIBC_TUNABLES"] = f"{tunables}:{_TUNABLE}" if tunables else _TUNABLE
+    # paths are bytes, and orbax takes them for UTF-8 whatever the locale; what is shown stays in the locale's
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        wanted["PYTHONUTF8"] = "1"
+        if sys.stdout is not None and "PYTHONIOENCODING" not in os.environ:
+            wanted["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:backslashreplace"
+    if wanted and sys.executable:
+        os.environ.update(wanted)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for number in range(3):  # a stream that was closed: a file of the run would get its number, and its text
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    _prepare_cache()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ["MPLBACKEND"] = "agg"  # figures are files, whatever a notebook around this has set
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it cannot keep its fonts
     sys.path.insert(0, str(HERE))  # configs are found from any folder
+
+
+def _prepare_cache():
+    """Compiled programs are kept under $XDG_CACHE_HOME or ~/.cache, if there is such a folder to write to."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # no home: it stays "~/.cache"
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(home, "clustr_jax", "xla")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    if "://" not in folder:  # JAX itself takes a bucket
+        try:
+            if folder.startswith("~"):
+                raise OSError("there is no home folder")
+            os.makedirs(folder, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise OSError("it cannot be written")
+        except OSError as error:
+            os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+            _notes.append(
+                f"note: compiled programs are not kept ({folder}: {error.strerror or error}); set "
+                f"XDG_CACHE_HOME to a folder that can be written"
+            )
+            return
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.runtime import arrays, struct
+from clustr_jax.runtime.promotion import promoting
 
 
 class KMeans(struct.PyTreeNode):
@@ -68,6 +69,7 @@ def kmeans(
 
 
 @functools.partial(jax.jit, static_argnames=("k", "n_init", "max_iter"))
+@promoting
 def _kmeans(key, points, k, mask, n_init, max_iter, limit) -> KMeans:
     if mask is None:
         mask = jnp.ones(points.shape[0], bool)

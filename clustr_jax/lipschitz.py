@@ -177,7 +177,7 @@ def jacobian_norm(
     """
     f = f if isinstance(f, Partial) else Partial(f)
     found = _jacobian_norm(f, jnp.asarray(x, jnp.float32), jax.random.key(seed), steps)
-    return np.asarray(found) * np.float32(1 - 1e-5)
+    return np.asarray(found, np.float32) * np.float32(1 - 1e-5)
 
 
 @functools.partial(jax.jit, static_argnames="steps")
@@ -198,7 +198,7 @@ def _jacobian_norm(f, x, key, steps):
     def step(_, u):
         return unit(backward(unit(forward(u)[0]))[0])
 
-    u = jax.lax.fori_loop(0, steps, step, unit(jax.random.normal(key, x.shape)))
+    u = jax.lax.fori_loop(0, steps, step, unit(jax.random.normal(key, x.shape, x.dtype)))
     return length(forward(u)[0]) / length(u)
 
 

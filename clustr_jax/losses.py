@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.runtime import arrays
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.promotion import promoting
 
 # Below this a variance is a rounding artefact: all embeddings coincide (losses stay finite there).
 MIN_VARIANCE = 1e-12
@@ -127,6 +128,7 @@ def distances(a: Float[Array, "N E"], b: Float[Array, "M E"]) -> Float[Array, "N
     return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0)
 
 
+@promoting
 def magnet_loss(
     z: Float[Array, "M S E"],
     classes: Int[Array, "M"],
@@ -178,6 +180,7 @@ def magnet_loss(
     return loss.reshape(num_rows, num_samples), variance
 
 
+@promoting
 def magnet_loss_of_rows(
     z: Float[Array, "B E"],
     row: Int[Array, "B"],

@@ -3,12 +3,13 @@
 Names follow the keyword arguments of the functions they are passed to; the paper's symbols are in
 the comments. Every default of a run lives here. Leaves are
 JSON values (numbers, words, tuples), so that any of them can be set on the command line
-(`--config.train.epochs=5`; eps as a decimal, 8/255 = 0.03137255).
+(`--config.train.epochs=5`, `--config.eval.attack.eps=8/255`).
 """
 
 from ml_collections import ConfigDict
 
 from clustr_jax.reference.switches import SWITCHES
+from clustr_jax.runtime.errors import nearest
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # authors' code, CIFAR-10 and -100
 SVHN_MEAN, SVHN_STD = (0.4378, 0.4439, 0.4729), (0.1980, 0.2011, 0.1971)  # authors' code
@@ -134,10 +135,12 @@ def parse(arg: str) -> tuple[str, tuple[str, ...]]:
     """ "method,variant" -> (method, variants); ValueError with the list for an unknown one."""
     method, *variants = arg.split(",")
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+        raise ValueError(f"unknown method {method!r}{nearest(method, METHODS)}; known: {', '.join(METHODS)}")
     for variant in variants:
         if variant not in VARIANTS:
-            raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
+            raise ValueError(
+                f"unknown variant {variant!r}{nearest(variant, VARIANTS)}; known: {', '.join(VARIANTS)}"
+            )
     return method, tuple(variants)
 
 

@@ -4,9 +4,11 @@ The work directories are written file by file, so that every number on the page 
 were trained come last, and are slow.
 """
 
+import contextlib
 import dataclasses
 import html.parser
 import importlib
+import io
 import json
 import pathlib
 import re
@@ -22,7 +24,7 @@ from clustr_jax import report
 from clustr_jax.evaluation import intervals
 from clustr_jax.reference import claims
 from clustr_jax.report import __main__ as command
-from clustr_jax.report import compare, figures, looks, page, svg, terminal, words
+from clustr_jax.report import compare, figures, looks, page, pictures, svg, terminal, words
 from clustr_jax.report.looks import Victim
 from clustr_jax.runtime import provenance
 from clustr_jax.runtime.errors import UserError
@@ -502,6 +504,78 @@ def test_principal_axes_are_those_of_the_covariance(rng):
         assert (looks.principal(other)[1] * axes).sum() > 1.9
 
 
+@pytest.mark.parametrize("shape", [(1, 16), (1, 1), (5, 1), (2, 2), (3, 16)])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_axes_of_few_points_and_few_dimensions(shape, spread, rng):
+    """One test image, embeddings of one number, points that are all equal: a picture all the same."""
+    z = 3.0 + spread * rng.standard_normal(shape)
+    mean, axes, share, unit = looks.principal(z)
+    assert axes.shape == (2, shape[1]) and np.isfinite(axes).all() and unit > 0
+    assert sum(share) <= 1 + 1e-9 and min(share) >= 0
+    found = looks.plane("2_train", z, np.zeros(len(z), int), z[:1] + 1.0, np.zeros(1, int), "", True)
+    np.testing.assert_allclose(found.points, (z - mean) @ axes.T / unit)
+    (drawing,) = pictures.planes([found])
+    assert not drawing.failed and drawing.png
+
+
+FIGURES = {
+    "Accuracy over the radius": (figures, "over_eps"), "Accuracy over steps": (figures, "over_budget"),
+    "Each attack alone": (figures, "attacks"), "Certified accuracy": (figures, "certified"),
+    "Warm-up: loss": (figures, "_history"), "After: the trained network": (pictures, "_plane"),
+    "Adversarial images": (pictures, "gallery"), "gallery": (page, "_png"),
+    "Before: after the warm-up": (pictures, "limits"),
+}  # fmt: skip
+
+
+ERRORS = (
+    np.linalg.LinAlgError("SVD <did> not\nconverge"),
+    IndexError("index 1 is out of bounds"),
+    KeyError(),
+)
+
+
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [*((what, ERRORS[0]) for what in FIGURES), *(("Each attack alone", e) for e in ERRORS[1:])],
+)
+def test_a_figure_that_cannot_be_drawn_withholds_nothing(what, error, monkeypatch, full, tmp_path):
+    """Its place says why, one line is told, and verdict, tables and all other figures are there."""
+
+    def fail(*_, **__):
+        raise error
+
+    record, before = full
+    record = report.read(shutil.copytree(record.root, tmp_path / "run"))
+
+    def light(name, title, caption, alt, paint, height=0):
+        return svg.Drawing(name, title, caption, alt, svg.Markup(""), b"svg", b"png")
+
+    for module in (figures, pictures):  # what matplotlib makes of them is looked at elsewhere
+        monkeypatch.setattr(module, "draw", light)
+    monkeypatch.setattr(*FIGURES[what], fail)
+    said = []
+    path = report.write(record, page.Looks(planes(), victims(), 1234, (100, 10, 40)), said.append)
+    lines = [line for line in said if line.startswith(f"report: {what}: ")]
+    assert len(lines) == 1 and type(error).__name__ in lines[0]
+    assert all("\n" not in line and len(line) < 500 for line in said)
+    text = path.read_text()
+    # the gallery's picture is a file in figures/ only
+    assert ("could not be drawn" in text) == (what != "Adversarial images") and "<did>" not in text
+    assert results.diagnosis(record.results)["verdict"] in html.unescape(text)
+    assert not report.current(record)  # it is made again
+    kept = {d.name for d in before.drawings}
+    there = {p.stem for p in (record.root / "figures").glob("*.svg")}
+    assert there < kept or (what == "gallery" and there == kept)
+    assert {p.stem for p in (record.root / "figures").glob("*.png")} == there
+
+
+def test_a_comparison_without_its_figure(tmp_path, monkeypatch):
+    records = [report.read(make(tmp_path / name)) for name in ("a", "b")]
+    monkeypatch.setattr(figures, "_line", lambda *_: 1 / 0)
+    text = report.write_comparison(records, tmp_path / "c.html").read_text()
+    assert "could not be drawn (ZeroDivisionError" in text and "<table>" in text
+
+
 def test_every_point_of_the_plane_lies_in_the_cell_of_its_nearest_centroid(rng):
     centroids, box = rng.uniform(-1, 1, (12, 2)), (-1.5, 1.5, -1.0, 2.0)
     found = looks.cells(centroids, box)
@@ -676,6 +750,41 @@ def trained(smoke, run):
         return folder
 
     return directory
+
+
+@on_a_network
+@pytest.mark.parametrize(
+    ("where", "error", "code"),
+    [
+        ("report.looks.embeddings", ZeroDivisionError(), 0),
+        ("report.figures._line", IndexError("index 1 is out of bounds"), 0),
+        ("evaluation.certificates.draw", ValueError("no font"), 0),
+        ("stages.reporting.run", UserError("the page is not made"), 2),
+        ("stages.reporting.run", OSError(28, "No space left on device"), 2),
+    ],
+)
+def test_a_failure_while_drawing_never_withholds_the_verdict(
+    where, error, code, trained, attempt, tmp_path, monkeypatch
+):
+    """One line, and everything else as it was."""
+
+    def fail(*_, **__):
+        raise error
+
+    folder = tmp_path / "run"
+    shutil.copytree(trained("points"), folder)
+    for path in (folder / "report.html", folder / "results" / "certified.json"):
+        path.unlink()
+    monkeypatch.setattr(f"clustr_jax.{where}", fail)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        found, stderr = attempt(*SMOKES["points"], "--config.smoke=True", f"--workdir={folder}")
+    assert found == code and stderr.count("\n") == (1 if code else 0)
+    stdout = " ".join(output.getvalue().split())
+    assert results.load(folder / "results", "diagnostics")["verdict"] in stdout
+    assert f"results: {folder / 'results'}" in stdout
+    if not code:
+        assert str(error) in stdout and "could not be" in stdout and (folder / "report.html").exists()
 
 
 @on_a_network

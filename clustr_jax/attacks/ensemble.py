@@ -27,6 +27,7 @@ from clustr_jax.attacks.square import Square
 from clustr_jax.attacks.watching import Interrupted, bar
 from clustr_jax.runtime import mesh
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.promotion import promoting
 
 # Of "standard": steps of the gradient attacks, queries of Square, targets of APGD-T and FAB-T.
 STEPS, QUERIES, TARGETS = 100, 5000, 9
@@ -86,6 +87,7 @@ def likely_targets(logits, y, count: int = TARGETS) -> Int[np.ndarray, "T B"]:
     return np.ascontiguousarray(order[:, : min(count, logits.shape[1] - 1)].T).astype(np.int32)
 
 
+@promoting
 def autoattack(
     key: Array,
     logits_fn: Callable,
@@ -153,6 +155,7 @@ def autoattack(
     return AutoAttackResult(x_adv, alive, broken_by, notes)
 
 
+@promoting
 def apgd(
     key: Array,
     logits_fn: Callable,
@@ -186,6 +189,7 @@ def apgd(
     return _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots, progress)
 
 
+@promoting
 def fab(
     key: Array,
     logits_fn: Callable,
@@ -219,6 +223,7 @@ def fab(
     return _attack(key, attack, logits_fn, x, y, True, ids, restarts, slots, progress)
 
 
+@promoting
 def square(
     key: Array,
     logits_fn: Callable,

@@ -15,7 +15,7 @@ from clustr_jax.data import folder, prepared, shares, toy
 from clustr_jax.data.augment import crop_flip
 from clustr_jax.data.prepared import PREPARED, default_data_dir
 from clustr_jax.data.split import Examples, Split, digest
-from clustr_jax.runtime.errors import UserError, shown
+from clustr_jax.runtime.errors import UserError, nearest, shown
 from clustr_jax.settings import DataSettings
 
 __all__ = [
@@ -72,7 +72,9 @@ def load_split(name: str, split: str, data_dir: str | None = None) -> Split:
     if name == OWN:
         train, _, test = _own(data_dir)
         return train if split == "train" else test
-    raise UserError(f"unknown data set {name!r}; known: {', '.join(NAMES)}")
+    raise UserError(
+        f"unknown data set {name!r}{nearest(name, (*NAMES, *ALIASES))}; known: {', '.join(NAMES)}"
+    )
 
 
 def label(settings: DataSettings) -> str:

@@ -20,6 +20,7 @@ from jaxtyping import Int, UInt8
 from clustr_jax.data import folder_images, folder_npz
 from clustr_jax.data.folder_layout import LAYOUT
 from clustr_jax.runtime.errors import UserError, cut, shown
+from clustr_jax.runtime.paths import local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _read(path):
     if not str(path):
         raise UserError(f"data.dir must name your images (--config.data.dir=PATH): {LAYOUT}")
     try:
-        path = pathlib.Path(path).expanduser()
+        path = local(path, "data.dir")
         there, is_folder = path.exists(), path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user, a null character
         raise UserError(f"data.dir: cannot look at {shown(path)}: {error}") from error
@@ -108,7 +109,7 @@ def _expect_npz(path):
 
 def name(path: str | pathlib.Path) -> str:
     """What the data set is called: the name of its folder, or of its file without .npz."""
-    place = pathlib.Path(path).expanduser().resolve()
+    place = local(path, "data.dir").resolve()
     return (place.stem if place.suffix == ".npz" else place.name) or "folder"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from clustr_jax.data.split import Split
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.paths import local
 
 # Sets of TFDS, and the published sizes of their splits.
 PREPARED = {
@@ -30,13 +31,13 @@ def default_data_dir() -> pathlib.Path:
     ...     data.default_data_dir() == pathlib.Path.home() / "sets"
     True
     """
-    return pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    return local(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "TFDS_DATA_DIR")
 
 
 def read(name, split, data_dir):
     import tensorflow_datasets as tfds
 
-    directory = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
+    directory = local(data_dir, "data.dir") if data_dir else default_data_dir()
     official = PREPARED[name]["sizes"][("train", "test").index(split)]
     split = PREPARED[name].get("test", "test") if split == "test" else split
     builder = _builder(tfds, name, directory)

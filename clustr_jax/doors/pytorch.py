@@ -30,6 +30,7 @@ from clustr_jax.clusters import Clusters
 from clustr_jax.doors import torch_layout
 from clustr_jax.models import unit
 from clustr_jax.runtime.errors import UserError, first_line
+from clustr_jax.runtime.paths import local
 from clustr_jax.storage import description
 
 if TYPE_CHECKING:
@@ -319,7 +320,7 @@ def save(clf: Classifier, path: str | pathlib.Path, **about: Any) -> float:
     nets = _nets()
     import torch  # pyright: ignore[reportMissingImports]
 
-    path = pathlib.Path(path).expanduser()
+    path = local(path, "the file")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

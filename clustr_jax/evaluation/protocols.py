@@ -20,7 +20,7 @@ from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
 from clustr_jax.evaluation import intervals, sound_protocol
 from clustr_jax.runtime import canary
-from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.errors import UserError, nearest
 from clustr_jax.settings import AdversarySettings, EvalSettings
 from clustr_jax.storage import loading
 
@@ -197,7 +197,10 @@ def check_config(settings: EvalSettings) -> None:
         check_settings(eps=eps, step_size=attack.step_size)
     unknown = [name for name in settings.protocols if name not in RUNNERS]
     if unknown:
-        raise UserError(f"eval.protocols: unknown {unknown[0]!r}; known: {', '.join(RUNNERS)}")
+        raise UserError(
+            f"eval.protocols: unknown {unknown[0]!r}{nearest(unknown[0], RUNNERS)}; "
+            f"known: {', '.join(RUNNERS)}"
+        )
 
 
 def wide_radii(train: AdversarySettings, settings: EvalSettings, bounds, shape: tuple[int, ...]) -> list[str]:

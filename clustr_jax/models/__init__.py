@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from clustr_jax.models.networks import CNN, HEAD, MLP, UNIT_STAGES, Outputs, ResNet, UnitNet
-from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.errors import UserError, nearest
 
 __all__ = [
     "CNN",
@@ -100,7 +100,7 @@ def build(
     `running_variance` "unbiased" averages the variances that PyTorch does (`fidelity.running_variance`).
     """
     if name not in _MODULES:
-        raise UserError(f"unknown model {name!r}; known: {', '.join(_MODULES)}")
+        raise UserError(f"unknown model {name!r}{nearest(name, _MODULES)}; known: {', '.join(_MODULES)}")
     if width < 0:
         raise UserError(f"model.width must be positive (or 0 for the usual one), got {width}")
     if name == "mlp" and len(input_shape) != 1:

@@ -11,6 +11,7 @@
 """
 
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from clustr_jax import data
 from clustr_jax.report import compare, looks, page
 from clustr_jax.report.page import Looks, Report
 from clustr_jax.report.record import VERSION, Record, read
+from clustr_jax.report.svg import reason
 from clustr_jax.runtime import mesh, streams
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.stage_names import TRAIN
@@ -34,7 +36,7 @@ def current(record: Record) -> bool:
     path = record.root / "report.html"
     if not (path.exists() and (record.root / "MODEL_CARD.md").exists()):
         return False
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         return f'content="clustr_jax {VERSION} {record.identity}"' in file.read(2000)
 
 
@@ -56,29 +58,51 @@ def look(record: Record, key: jax.Array, splits: tuple[data.Split, data.Split, d
         reasons["gallery"] = f"{images.name} has points, not images"
     elif TRAIN not in stages:
         reasons["gallery"] = f"{TRAIN} is not finished"
+    failures = {}
+
+    def attempt(what, compute, *args):
+        """What it computes, or [] and the reason: no picture is worth a result."""
+        try:
+            return compute(*args)
+        except Exception as error:
+            if jax.process_count() > 1:  # the others would wait for this one
+                raise
+            reasons[what] = failures[what] = f"they could not be computed ({reason(error)})"
+            return []
+
     victims = []
     if not reasons:  # of the images that were attacked, if any were
         attacked = record.outcomes("sound")["ids"] if "sound" in record.results else np.arange(len(test))
-        victims = looks.gallery(
+        victims = attempt(
+            "gallery",
+            looks.gallery,
             jax.random.fold_in(key, streams.Report.GALLERY),
             last,
             EvalSettings.of(config["eval"]),
             test,
             attacked,
         )
-    planes = looks.embeddings(
+    planes = attempt(
+        "embeddings",
+        looks.embeddings,
         jax.random.fold_in(key, streams.Report.EMBEDDINGS),
         stages,
         MagnetSettings.of(config["magnet"]),
         train,
         test,
     )
-    return Looks(planes, victims, count, (len(train), len(held_out), len(test)), reasons)
+    return Looks(planes, victims, count, (len(train), len(held_out), len(test)), reasons, failures)
 
 
-def write(record: Record, found: Looks) -> pathlib.Path:
-    """report.html, figures/ and MODEL_CARD.md; returns the first. Figures of an earlier report go."""
+def write(record: Record, found: Looks, say: Callable[[str], None] | None = None) -> pathlib.Path:
+    """report.html, figures/ and MODEL_CARD.md; returns the first. Figures of an earlier report go.
+
+    `say` is told, in a line each, what could not be drawn; the page has the reason in its place.
+    """
     made = page.report(record, found)
+    for what, why in made.failures.items():
+        if say is not None:
+            say(f"report: {what}: {why}")
     folder = record.root / "figures"
     names = {f"{d.name}.{kind}" for d in made.drawings for kind in ("svg", "png")}
     for path in folder.glob("*"):
@@ -87,9 +111,9 @@ def write(record: Record, found: Looks) -> pathlib.Path:
     for drawing in made.drawings:
         write_bytes(folder / f"{drawing.name}.svg", drawing.svg)
         write_bytes(folder / f"{drawing.name}.png", drawing.png)
-    write_bytes(record.root / "MODEL_CARD.md", made.card.encode())
+    write_bytes(record.root / "MODEL_CARD.md", made.card.encode(errors="backslashreplace"))
     path = record.root / "report.html"
-    write_bytes(path, made.html.encode())  # last: it says that the rest is there
+    write_bytes(path, made.html.encode(errors="backslashreplace"))  # last: it says that the rest is there
     return path
 
 

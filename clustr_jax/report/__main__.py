@@ -23,6 +23,10 @@ def _checked(record: report.Record) -> tuple[report.Record, str]:
     return report.read(record.root, network), ""
 
 
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 2 a mistake that the user can mend."""
     parser = argparse.ArgumentParser(
@@ -42,7 +46,9 @@ def main(argv: list[str]) -> int:
             raise UserError("--out is for several directories; the page of one is DIR/report.html")
         else:
             record = report.read(args.workdirs[0], loading.digest(loading.load(args.workdirs[0])))
-            path = report.write(record, report.look(record, stage_key(record.config["seed"], REPORT), None))
+            path = report.write(
+                record, report.look(record, stage_key(record.config["seed"], REPORT), None), _warn
+            )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ import dataclasses
 from clustr_jax.evaluation import intervals
 from clustr_jax.report import figures, page, tables, words
 from clustr_jax.report.record import Record
+from clustr_jax.report.svg import attempt
 from clustr_jax.runtime import provenance
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.storage import results
@@ -16,7 +17,7 @@ def compare(records: list[Record]) -> str:
     """One page for several runs; UserError where they hold different versions of the same result."""
     _check_versions(records)
     names = _names(records)
-    drawing = figures.compared(records, names)
+    drawing = attempt("eps", "Accuracy over the radius", figures.compared, records, names)
     found = {r["protocol"] for record in records for r in record.results.values()}
     by_name = {n: next((p for p in found if p.startswith(n)), "not run") for n in ("clean", "paper", "sound")}
     certified = [r.results["certified"] for r in records if "certified" in r.results]

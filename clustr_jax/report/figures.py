@@ -5,7 +5,7 @@ import numpy as np
 from clustr_jax.evaluation import intervals
 from clustr_jax.reference import claims
 from clustr_jax.report.record import Record
-from clustr_jax.report.svg import DASHES, MARKERS, SERIES, Drawing, draw
+from clustr_jax.report.svg import DASHES, MARKERS, SERIES, Drawing, attempt, draw
 from clustr_jax.runtime.stage_names import TRAIN, WARMUP
 
 # Of metrics.jsonl: field -> what the legend calls it.
@@ -215,7 +215,8 @@ def training(record: Record) -> list[Drawing]:
     for stage in dict.fromkeys(r["stage"] for r in record.metrics):
         lines = [r for r in record.metrics if r["stage"] == stage]
         for kind, fields in (("accuracy", _ACCURACIES), ("loss", _LOSSES)):
-            drawing = _history(stage, lines, kind, fields)
+            name, title = f"training-{stage}-{kind}", f"{_STAGES.get(stage, stage)}: {kind}"
+            drawing = attempt(name, title, _history, stage, lines, kind, fields)
             found += [drawing] if drawing else []
     return found
 

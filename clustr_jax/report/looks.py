@@ -63,16 +63,19 @@ def principal(z: Float[np.ndarray, "N E"]):
     """(mean [E], axes [2, E], share of the variance along each, root mean square distance to the mean).
 
     By the singular values in float64; the largest entry of each axis is positive, so that the same
-    embeddings always give the same picture.
+    embeddings always give the same picture. An axis that they do not have (of one point, say) is zero.
     """
     z = np.asarray(z, np.float64)
     mean = z.mean(axis=0)
-    _, singular, axes = np.linalg.svd(z - mean, full_matrices=False)
-    axes = axes[:2] * np.sign(axes[np.arange(2), np.abs(axes[:2]).argmax(axis=1)])[:, None]
-    power = singular**2
-    share = power[:2] / max(power.sum(), 1e-300)
-    unit = max(float(np.sqrt(power.sum() / len(z))), 1e-12)
-    return mean, axes, (float(share[0]), float(share[1])), unit
+    _, singular, found = np.linalg.svd(z - mean, full_matrices=False)
+    axes, power = np.zeros((2, z.shape[1])), np.zeros(2)  # of one point, or one dimension, there is no second
+    axes[: len(found[:2])] = found[:2]
+    axes *= np.sign(axes[np.arange(2), np.abs(axes).argmax(axis=1)])[:, None]
+    power[: len(found[:2])] = singular[:2] ** 2
+    total = float(np.sum(singular**2))
+    share = power / max(total, 1e-300)
+    unit = float(np.sqrt(total / len(z)))
+    return mean, axes, (float(share[0]), float(share[1])), unit if unit > 1e-12 else 1.0
 
 
 def plane(stage: str, z, labels, centroids, owners, source: str, borders: bool) -> Plane:

@@ -16,7 +16,7 @@ from clustr_jax.evaluation import intervals
 from clustr_jax.report import figures, pictures, tables, words
 from clustr_jax.report.looks import CLASSES, Plane, Victim
 from clustr_jax.report.record import VERSION, Record
-from clustr_jax.report.svg import Drawing
+from clustr_jax.report.svg import Drawing, attempt, reason
 from clustr_jax.runtime import provenance
 from clustr_jax.runtime.stage_names import TRAIN
 
@@ -42,6 +42,7 @@ class Looks:
     parameters: int | None = None
     sizes: tuple[int, int, int] | None = None  # train, held out, test
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)  # "embeddings" or "gallery" -> why not
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)  # those of them that are our fault
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Report:
     html: str
     card: str
     drawings: list[Drawing]
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)  # what could not be shown -> why
 
 
 @functools.cache
@@ -64,19 +66,30 @@ def _environment():
 
 def render(template: str, **values) -> str:
     """A filled template."""
-    css = markupsafe.Markup((_TEMPLATES / "page.css").read_text())
+    css = markupsafe.Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8"))
     package = provenance.versions()["clustr-jax"]
     return _environment().get_template(template).render(css=css, version=VERSION, package=package, **values)
 
 
 def report(record: Record, looks: Looks) -> Report:
     """The page, the card and the figures of one work directory."""
-    curves = [figures.over_eps(record), *(figures.over_budget(record, w) for w in ("restarts", "steps"))]
-    single = {"attacks": figures.attacks(record), "certified": figures.certified(record)}
+    curves = [attempt("eps", "Accuracy over the radius", figures.over_eps, record)]
+    for what in ("restarts", "steps"):
+        curves.append(attempt(what, f"Accuracy over {what}", figures.over_budget, record, what))
+    single = {
+        "attacks": attempt("attacks", "Each attack alone", figures.attacks, record),
+        "certified": attempt("certified", "Certified accuracy", figures.certified, record),
+    }
     training, planes = figures.training(record), pictures.planes(looks.planes)
     eps = record.config["eval"]["attack"]["eps"]
-    gallery = pictures.gallery(looks.victims, eps)
-    drawings = [*curves, *single.values(), *training, *planes, gallery]
+    gallery = attempt("gallery", "Adversarial images", pictures.gallery, looks.victims, eps)
+    drawings = [d for d in (*curves, *single.values(), *training, *planes, gallery) if d]
+    failures = looks.failures | {d.title: f"could not be drawn ({d.failed})" for d in drawings if d.failed}
+    victims, no_gallery = [], looks.reasons.get("gallery", "no image is classified correctly")
+    try:
+        victims = _shown(record, looks.victims, eps)
+    except Exception as error:  # as with figures: no picture is worth a result
+        no_gallery = failures["gallery"] = f"they could not be drawn ({reason(error)})"
     shared = {
         "record": record, "verdict": words.verdict(record), "accuracy": tables.accuracy_table(record),
         "certified": tables.certified_table(record), "method": words.method(record),
@@ -84,8 +97,8 @@ def report(record: Record, looks: Looks) -> Report:
         "commands": record.environment.get("commands", []),
     }  # fmt: skip
     # a page without what the data would have shown is made again as soon as they are there
-    unread = any("could not be read" in reason for reason in looks.reasons.values())
-    identity = "incomplete" if unread else record.identity
+    unread = any("could not be read" in why for why in looks.reasons.values())
+    identity = "incomplete" if unread or failures else record.identity
     html = render(
         "report.html", title=f"{record.title}: report", identity=identity, sections=_SECTIONS,
         lead=_lead(record), facts=words.facts(record), check_counts=_counts(record),
@@ -95,9 +108,9 @@ def report(record: Record, looks: Looks) -> Report:
         no_certificates=_no_certificates(record), training=training, planes=planes,
         many=CLASSES if _many(record) else 0,
         borders=any(p.borders for p in looks.planes), no_planes=_no_planes(record, looks),
-        victims=_shown(record, looks.victims, eps), clustered=_clustered(looks.victims),
+        victims=victims, clustered=_clustered(looks.victims),
         eps=intervals.radius(eps), gain=f"{pictures.magnification(eps):.3g}",
-        no_gallery=f"No images: {looks.reasons.get('gallery', 'no image is classified correctly')}.",
+        no_gallery=f"No images: {no_gallery}.",
         config=json.dumps(record.config, indent=2),
         packages="\n".join(f"{k} {v}" for k, v in record.environment.get("packages", {}).items()), **shared,
     )  # fmt: skip
@@ -105,7 +118,7 @@ def report(record: Record, looks: Looks) -> Report:
         "card.md", parameters=looks.parameters, sizes=_sizes(looks), subset=words.subset(record),
         duplicates=words.duplicates(record), notes=words.notes(record), markdown=_markdown, **shared,
     )  # fmt: skip
-    return Report(html, card, [d for d in drawings if d])
+    return Report(html, card, [d for d in drawings if not d.failed], failures)
 
 
 def _many(record):

@@ -3,17 +3,20 @@
 import numpy as np
 
 from clustr_jax.report.looks import Plane, Victim, cells, limits
-from clustr_jax.report.svg import INK, MUTED, SERIES, Drawing, draw
+from clustr_jax.report.svg import INK, MUTED, SERIES, Drawing, attempt, draw
 from clustr_jax.runtime.stage_names import TRAIN, WARMUP
+
+_WHEN = {WARMUP: "Before: after the warm-up", TRAIN: "After: the trained network"}
 
 
 def planes(found: list[Plane]) -> list[Drawing]:
     """Embeddings with centroids and the borders between their cells, one drawing per stage, same limits."""
-    box = limits(found) if found else None
-    return [_plane(plane, box) for plane in found]
+    made = [attempt(f"embeddings-{p.stage}", _WHEN.get(p.stage, p.stage), _plane, p, found) for p in found]
+    return [drawing for drawing in made if drawing]
 
 
-def _plane(plane: Plane, box) -> Drawing:
+def _plane(plane: Plane, found: list[Plane]) -> Drawing:
+    box = limits(found)
     classes = np.unique(np.concatenate([plane.labels, plane.owners]))
 
     def paint(figure):
@@ -53,9 +56,8 @@ def _plane(plane: Plane, box) -> Drawing:
         f"{spread.max():.2f} units from the centre."
     )
     ratio = (box[3] - box[2]) / (box[1] - box[0])
-    when = {WARMUP: "Before: after the warm-up", TRAIN: "After: the trained network"}
     return draw(
-        f"embeddings-{plane.stage}", when.get(plane.stage, plane.stage),
+        f"embeddings-{plane.stage}", _WHEN.get(plane.stage, plane.stage),
         f"Circles: {plane.source}.", alt, paint, float(np.clip(0.5 + 3.72 * ratio, 2.6, 6.0)),
     )  # fmt: skip
 

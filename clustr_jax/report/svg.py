@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from markupsafe import Markup
 
+from clustr_jax.runtime.errors import first_line
+
 # Drawn in these; inside a page each becomes the CSS variable that page.css gives a value for either theme.
 INK, MUTED, LINE, PAPER = "#1c2128", "#59636e", "#d1d9e0", "#ffffff"
 # Wong 2011 (Okabe and Ito), darkened until each stands out from white by 4.5 : 1. Never the only sign: lines
@@ -44,6 +46,7 @@ class Drawing:
     inline: Markup
     svg: bytes
     png: bytes
+    failed: str = ""  # why there is no picture, if there is none
 
 
 def draw(name: str, title: str, caption: str, alt: str, paint: Callable, height: float = 3.1) -> Drawing:
@@ -61,6 +64,26 @@ def draw(name: str, title: str, caption: str, alt: str, paint: Callable, height:
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     inline = _inline(svg.getvalue(), name, f"{title}. {alt}")
     return Drawing(name, title, caption, alt, inline, svg.getvalue(), png.getvalue())
+
+
+def attempt(name: str, title: str, make: Callable[..., Drawing | None], *args) -> Drawing | None:
+    """make(*args), or where it raises a place-holder that says why: no picture is worth a result.
+
+    >>> drawing = svg.attempt("eps", "Accuracy over the radius", lambda: 1 / 0)
+    >>> print(drawing.failed)
+    ZeroDivisionError: division by zero
+    """
+    try:
+        return make(*args)
+    except Exception as error:  # whatever NumPy, matplotlib and its fonts have to say
+        why = reason(error)
+        inline = Markup('<p class="muted">This figure could not be drawn ({}).</p>').format(why)
+        return Drawing(name, title, "", f"could not be drawn ({why})", inline, b"", b"", why)
+
+
+def reason(error: Exception) -> str:
+    """ "ValueError: what it says", in one short line."""
+    return f"{type(error).__name__}: {first_line(error, at_most=160)}"
 
 
 def _inline(svg: bytes, name: str, alt: str) -> Markup:

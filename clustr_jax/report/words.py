@@ -154,7 +154,8 @@ def method(record: Record) -> list[str]:
 
 def first_sentence(function) -> str:
     """The first line of a docstring."""
-    return (function.__doc__ or "").strip().splitlines()[0]
+    lines = (function.__doc__ or "").strip().splitlines()  # python -OO has none
+    return lines[0] if lines else function.__name__
 
 
 def subset(record: Record) -> str:

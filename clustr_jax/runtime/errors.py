@@ -1,5 +1,8 @@
 """The one exception that means "the user can fix this": shown as one line, exit code 2."""
 
+import difflib
+from collections.abc import Iterable
+
 # Characters of a message: more is no line to read.
 LONGEST = 500
 _ENDING = " ..."
@@ -38,3 +41,10 @@ def listed(names, most: int = 3, at_most: int = 60) -> str:
     names = list(names)
     text = ", ".join(shown(name, at_most) for name in names[:most])
     return f"{text} and {len(names) - most:,} more" if len(names) > most else text
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ " (did you mean WORD?)" where one of the `known` words is close to what was typed, else ""."""
+    lower = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(str(word).lower(), lower, n=1, cutoff=0.6)
+    return f" (did you mean {lower[found[0]]}?)" if found else ""

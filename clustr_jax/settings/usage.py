@@ -41,7 +41,10 @@ exit codes: 0 done, 2 a mistake told in one line, 75 stopped by a signal (resume
 def listing(folder: pathlib.Path, methods: dict[str, Callable], variants: dict[str, Callable]) -> str:
     """The configs in `folder`, the methods and the variants, each with the first line of its docstring."""
     texts = {
-        "configs": {path.stem: ast.get_docstring(ast.parse(path.read_text())) for path in _configs(folder)},
+        "configs": {
+            path.stem: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+            for path in _configs(folder)
+        },
         "methods": {name: function.__doc__ for name, function in methods.items()},
         "variants": {name: function.__doc__ for name, function in variants.items()},
     }

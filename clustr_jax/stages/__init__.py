@@ -14,8 +14,8 @@ from clustr_jax import data
 from clustr_jax.data import remarks
 from clustr_jax.evaluation import certificates, protocols
 from clustr_jax.report import terminal
-from clustr_jax.runtime import canary, mesh, processes
-from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime import canary, mesh, processes, surroundings
+from clustr_jax.runtime.errors import UserError, nearest
 from clustr_jax.runtime.profiling import Profiler
 from clustr_jax.runtime.progress import Progress
 from clustr_jax.runtime.stage_names import CERTIFY, EVALUATE, REPORT, STAGES, TRAIN, WARMUP
@@ -46,18 +46,25 @@ def run(
     writes a trace of a few seconds of each stage to WORKDIR/profile. Raises UserError, before anything is
     computed, for settings that cannot work.
     """
-    console = Console(quiet=quiet or not processes.leader())
     config = configuration.resolve(config)
-    method = _method(config)
+    _check_method(config)
     wanted = _wanted(stages, config.method)
     asked = Settings.of(config)
     protocols.check_config(asked.eval)
     certificates.check_config(asked.certify, asked.training.magnet, asked.eval.nearest)
     place = Workdir(workdir or configuration.default_workdir(config))
+    with surroundings.steady(f"the run goes on, and its results go to {place.results}"):
+        progress = Progress(Console(quiet=quiet or not processes.leader()))
+        with surroundings.pinned(progress.line):
+            return _run(config, asked, place, wanted, progress, command, profile)
+
+
+def _run(config, asked, place, wanted, progress, command, profile):
+    """`run`, once it is known what is wanted and where."""
+    method = METHODS[config.method]
     splits = data.splits(asked.data, smoke=asked.smoke)
     config = configuration.complete(config, splits[0], splits[2])
     known = Settings.of(config)
-    progress = Progress(console)
     source = None
     if method.source and WARMUP in wanted and not place.finished(WARMUP):
         source = _source(config, known, place, progress, splits[0])
@@ -104,18 +111,26 @@ def run(
         # last, for they look at the certificates as well; a new certificate is a new diagnosis
         if {EVALUATE, CERTIFY} & set(wanted) and known.eval.diagnostics:
             evaluation.diagnose(this)
+        unreported = None
         if REPORT in wanted:
-            reporting.run(this)
+            try:
+                reporting.run(this)
+            except Exception as error:  # the verdict first, then what went wrong with the page about it
+                unreported = error
     there = {name: results.load(place.results, name) for name in results.PROTOCOLS}
     there = {name: result for name, result in there.items() if result is not None}
     found = {name: there[name] for name in ("clean", *known.eval.protocols) if name in there}
     if EVALUATE in wanted and found:
-        console.print(terminal.side_by_side(found))
+        progress.console.print(terminal.side_by_side(found))
         diagnosis = results.diagnosis(there)
         if diagnosis is not None and "sound" in found:
-            console.print(terminal.checks_table(diagnosis))
-            console.print(diagnosis["verdict"], markup=False, highlight=False, soft_wrap=True, style="bold")
+            progress.console.print(terminal.checks_table(diagnosis))
+            progress.console.print(
+                diagnosis["verdict"], markup=False, highlight=False, soft_wrap=True, style="bold"
+            )
         progress.line(f"results: {place.results}")
+    if unreported is not None:
+        raise unreported
     if REPORT in wanted:
         progress.line(f"report: {place.root / 'report.html'}")
     return found
@@ -146,10 +161,11 @@ def _source(config, settings, place, progress, target):
     return Run(config, settings, place, progress, net, *splits)
 
 
-def _method(config):
+def _check_method(config):
     if config.method not in METHODS:
-        raise UserError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
-    return METHODS[config.method]
+        raise UserError(
+            f"unknown method {config.method!r}{nearest(config.method, METHODS)}; known: {', '.join(METHODS)}"
+        )
 
 
 def _wanted(stages, name):
@@ -159,7 +175,9 @@ def _wanted(stages, name):
         raise UserError(f"--stages names no stage; known: {', '.join(STAGES)} (leave it out for all)")
     unknown = [s for s in stages or () if s not in STAGES]
     if unknown:
-        raise UserError(f"unknown stage {unknown[0]!r}; known: {', '.join(STAGES)}")
+        raise UserError(
+            f"unknown stage {unknown[0]!r}{nearest(unknown[0], STAGES)}; known: {', '.join(STAGES)}"
+        )
     if CERTIFY in (stages or ()) and method.head != "clusters":
         raise UserError(f"certify needs a cluster head, and {name} ends in a linear one; leave the stage out")
     has = {WARMUP: bool(method.warmup), CERTIFY: method.head == "clusters"}

@@ -8,7 +8,7 @@ import numpy as np
 from clustr_jax import data
 from clustr_jax.evaluation import certificates, checks, intervals, protocols, resume
 from clustr_jax.runtime import mesh, preemption, processes, provenance, streams
-from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.errors import UserError, first_line
 from clustr_jax.runtime.progress import duration
 from clustr_jax.runtime.stage_names import CERTIFY, EVALUATE, TRAIN
 from clustr_jax.stages.context import Run
@@ -175,7 +175,10 @@ def certify(this: Run) -> None:
     }  # fmt: skip
     results.save(folder, "certified", result, outcomes)
     if processes.leader():
-        certificates.draw(folder / "certified.png", result)
+        try:
+            certificates.draw(folder / "certified.png", result)
+        except Exception as error:  # no picture is worth a result
+            progress.line(f"certify: certified.png could not be drawn ({first_line(error)})")
     at = ", ".join(
         f"{intervals.percent(v['robust'])} / {intervals.percent(result['sweep'][e])} at {float(e):.4g}"
         for e, v in result["empirical"]["at"].items()

@@ -23,6 +23,6 @@ def run(this: Run) -> None:
     found = report.look(record, this.key(REPORT), (this.train_split, this.val_split, this.test_split))
     if processes.leader():
         this.progress.status("report  figures and page")
-        report.write(record, found)
+        report.write(record, found, this.progress.line)
     processes.wait("report.html")
     this.progress.line(f"report: made ({duration(time.monotonic() - started)})")

@@ -10,7 +10,7 @@ from clustr_jax.runtime.errors import UserError
 def read_json(path: pathlib.Path) -> dict:
     """A JSON file of the work directory; UserError naming it where it is missing or damaged."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):

@@ -34,7 +34,7 @@ def problem(folder: pathlib.Path, path: pathlib.Path, identity: str) -> str | No
     if not path.exists():
         return UNFINISHED
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         wanted, owner = content["files"], content["identity"]
         found = _digests(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -10,6 +10,7 @@ from clustr_jax import data, models
 from clustr_jax.classifier import Classifier
 from clustr_jax.models import Net
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.paths import local
 from clustr_jax.runtime.stage_names import TRAIN, WARMUP
 from clustr_jax.settings import DataSettings, ModelSettings
 from clustr_jax.storage import safetensors_file
@@ -186,7 +187,7 @@ def read_config(workdir: pathlib.Path) -> dict:
 
 def find_stage(path: str | pathlib.Path) -> pathlib.Path:
     """The folder of a finished stage: the path itself, or the newest one in it; UserError without one."""
-    path = pathlib.Path(path).expanduser().resolve()
+    path = local(path, "the work directory").resolve()
     for folder in (path, path / TRAIN, path / WARMUP):
         if (folder / "done.json").exists():
             return folder

@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
 from clustr_jax.runtime.errors import UserError, first_line
+from clustr_jax.runtime.paths import local
 from clustr_jax.storage import description
 
 FORMAT = "clustr_jax-1"
@@ -45,7 +46,7 @@ def save(clf: Classifier, path: str | pathlib.Path, **about: Any) -> None:
         "classifier": json.dumps(description.describe(clf) | {"about": about}),
         "sha256": _digest(arrays),
     }
-    path = pathlib.Path(path).expanduser()
+    path = local(path, "the file")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def load(path: str | pathlib.Path) -> Classifier:
 
     clf = load("model.safetensors")         # as clustr_jax.load does
     """
-    path = pathlib.Path(path).expanduser()
+    path = local(path, "the file")
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:

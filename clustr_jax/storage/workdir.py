@@ -18,6 +18,7 @@ except ImportError:  # not on Windows: no lock there
 
 from clustr_jax.runtime import processes, provenance
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.paths import local
 from clustr_jax.storage import additions
 from clustr_jax.storage.files import read_json, write_json
 from clustr_jax.storage.tensorboard import Events
@@ -39,10 +40,10 @@ _TRAINING = (
 
 
 class Workdir:
-    """Paths and small files under one directory."""
+    """Paths and small files under one directory; UserError for a root that no folder can have."""
 
     def __init__(self, root: str | pathlib.Path):
-        self.root = pathlib.Path(root).expanduser().resolve()
+        self.root = local(root, "--workdir").resolve()
         self._events = Events(self.root / "tensorboard", self.records)
 
     @property
@@ -151,7 +152,7 @@ class Workdir:
         """Append one record to metrics.jsonl, and to the event files."""
         if not processes.leader():
             return
-        with self.metrics.open("a") as file:
+        with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self._events.add(record)
 
@@ -160,7 +161,7 @@ class Workdir:
         if not self.metrics.exists():
             return []
         kept = []
-        for line in self.metrics.read_text(errors="replace").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 kept.append(json.loads(line))
             except ValueError:
@@ -172,7 +173,7 @@ class Workdir:
         if self.metrics.exists() and processes.leader():
             kept = [r for r in self.records() if r["stage"] != stage or r["step"] <= step]
             temporary = self.metrics.with_name(self.metrics.name + ".tmp")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
             temporary.replace(self.metrics)
         processes.wait("metrics.jsonl is rewound")
 
