@@ -34,6 +34,7 @@ MODULES = (
 WITHOUT = {
     "AutoAttackResult",
     "Interrupted",
+    "RecordWarning",
     "UnitWarning",
     "UnsteadyWarning",
     "KMeans",

@@ -106,7 +106,7 @@ def test_an_interrupted_paper_protocol_goes_on(small, tmp_path, monkeypatch):
     """The largest losses so far are recorded with the restarts: the same outcomes, nothing run twice."""
     expected = paper(small)
     monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1.0})
-    monkeypatch.setattr(resume, "_RECORD_SECONDS", 0.0)
+    monkeypatch.setattr("clustr_jax.attacks.records._RECORD_SECONDS", 0.0)
     for stop in (3, 12):
         calls = []
 

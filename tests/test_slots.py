@@ -317,7 +317,7 @@ def interrupted(records, after, **more):
 def often(monkeypatch):
     """The device comes back after each iteration, and every record is written."""
     monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1.0})
-    monkeypatch.setattr(resume, "_RECORD_SECONDS", 0.0)
+    monkeypatch.setattr("clustr_jax.attacks.records._RECORD_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("stops", [(1,), (5,), (60,), (3, 30)])

@@ -18,7 +18,7 @@ SCHEDULED = {
     "apgd": functools.partial(attacks.apgd, steps=5),
     "fab": functools.partial(attacks.fab, steps=5),
     "square": functools.partial(attacks.square, queries=20),
-    "autoattack": functools.partial(attacks.autoattack, attacks=("square", "apgd-ce")),
+    "autoattack": functools.partial(attacks.autoattack, attacks=("apgd-ce", "square")),
 }
 
 
@@ -51,7 +51,7 @@ def test_ctrl_c_keeps_what_was_found(name, monkeypatch):
         run(jax.random.key(0))
     found = stopped.value.found
     if name == "autoattack":
-        assert found.notes == ("interrupted in square",)
+        assert found.notes == ("interrupted in apgd-ce",)
         assert (found.robust >= whole.robust).all() and 0 < (~found.robust).sum() < N
         whole, found = whole.x_adv, found.x_adv
     changed = (found != x).any(axis=(1, 2, 3))

@@ -8,6 +8,7 @@ one compilation per attack and shapes. Where an image is not broken they return 
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import aims, lanes, scheduler
+from clustr_jax.attacks import aims, lanes, resuming, scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.gate import Admitted, admit
@@ -102,6 +103,7 @@ def autoattack(
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
     progress: bool | None = None,
+    folder: str | os.PathLike | None = None,
 ) -> AutoAttackResult:
     """The standard ensemble: 100 steps, 9 targets, 5,000 queries; the union of what succeeds, per image.
 
@@ -109,6 +111,11 @@ def autoattack(
     Two and three classes are handled: targets are all other classes, and the targeted loss is the plain
     margin where DLR has too few logits. `logits_fn` as in `pgd`. `progress` None draws a bar on a
     terminal or in a notebook. Raises UserError for bad input, and on Ctrl-C Interrupted with what was found.
+
+    With a `folder` the same call goes on where it was interrupted or killed, and its result is bit for bit
+    that of an uninterrupted one. Its records lie in `folder`/partial: of the moment itself after Ctrl-C,
+    every 20 seconds otherwise. They go when the attack ends. Records of other images, labels, ids, keys,
+    settings, versions, devices or models are left alone, with a RecordWarning.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -129,29 +136,32 @@ def autoattack(
     unknown = [name for name in attacks if name not in _ALL]
     if unknown:
         raise UserError(f"attacks: unknown {unknown[0]!r}; known: {', '.join(_ALL)}")
+    place = resuming.usable(folder)
     given, logits = _prepare(key, logits_fn, x, y, eps, norm, bounds, ids, slots)
     x, y = given.x, given.y
     if "apgd-dlr" in attacks and logits.shape[1] < 3:
         raise UserError("apgd-dlr needs at least 3 classes, got 2; leave it out")
     alive = logits.argmax(axis=1) == y
+    common: dict[str, Any] = dict(eps=eps, norm=given.norm, bounds=given.bounds)
+    common["rescale_schedule"] = bool(rescale_schedule)
+    planned = [_planned(name, build(name, **common), given, logits, name in TARGETED) for name in attacks]
+    kept = resuming.begin(place, given, logits, planned, slots, "autoattack")
     broken_by = np.where(alive, "", "clean").astype("U16")
     notes = (given.note,) if given.note else ()
     x_adv = x.copy()
-    for number, name in enumerate(attacks):
+    for number, plan in enumerate(planned):
         index = np.flatnonzero(alive)
         if not len(index):
             break
-        attack = build(name, eps=eps, norm=given.norm, bounds=bounds, rescale_schedule=bool(rescale_schedule))
-        outcome, stopped = _run(
-            jax.random.fold_in(given.key, number), attack, given.model,
-            x[index], y[index], logits[index], name in TARGETED, given.ids[index], 1, slots, progress, name,
-        )  # fmt: skip
+        own, record = jax.random.fold_in(given.key, number), f"{number}-{plan.name}"
+        outcome, stopped = _run(own, plan, given, index, slots, progress, kept, record)
         x_adv[index] = outcome.x_adv
-        broken_by[index[outcome.broken]] = name
+        broken_by[index[outcome.broken]] = plan.name
         alive[index] = ~outcome.broken
-        if stopped:
-            found = AutoAttackResult(x_adv, alive, broken_by, (*notes, f"interrupted in {name}"))
-            raise Interrupted(found, _STOPPED)
+        if stopped is not None:
+            found = AutoAttackResult(x_adv, alive, broken_by, (*notes, f"interrupted in {plan.name}"))
+            raise Interrupted(found, _STOPPED + stopped)
+    kept.clear()
     return AutoAttackResult(x_adv, alive, broken_by, notes)
 
 
@@ -172,8 +182,11 @@ def apgd(
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
     progress: bool | None = None,
+    folder: str | os.PathLike | None = None,
 ) -> Float[np.ndarray, "B ..."]:
     """Auto-PGD on `loss_fn`; targeted=True is APGD-T: DLR towards the 9 likeliest classes, no `loss_fn`.
+
+    `folder` as in `autoattack`: the same call goes on where it was interrupted.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -186,7 +199,7 @@ def apgd(
     """
     aim = aims.one(aims.dlr_targeted if targeted else aims.untargeted(loss_fn))
     attack = APGD(steps=whole("steps", steps, 1), aim=aim, **_common(eps, norm, bounds))
-    return _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots, progress)
+    return _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots, progress, folder)
 
 
 @promoting
@@ -204,10 +217,12 @@ def fab(
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
     progress: bool | None = None,
+    folder: str | os.PathLike | None = None,
 ) -> Float[np.ndarray, "B ..."]:
     """FAB-T: looks for the nearest adversarial point towards the 9 likeliest classes; ends within eps.
 
     What is returned is the first one found within eps, and not always the nearest: no measure of distance.
+    `folder` as in `autoattack`: the same call goes on where it was interrupted.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -220,7 +235,7 @@ def fab(
     """
     restarts = whole("restarts", restarts, 1)
     attack = FAB(steps=whole("steps", steps, 1), restarts=restarts, **_common(eps, norm, bounds))
-    return _attack(key, attack, logits_fn, x, y, True, ids, restarts, slots, progress)
+    return _attack(key, attack, logits_fn, x, y, True, ids, restarts, slots, progress, folder)
 
 
 @promoting
@@ -239,13 +254,15 @@ def square(
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
     progress: bool | None = None,
+    folder: str | os.PathLike | None = None,
 ) -> Float[np.ndarray, "B H W C"]:
     """Square: random search without gradients; `queries` forward passes per image and restart at most.
 
     The squares shrink by a schedule for 10,000 queries. `rescale_schedule` stretches it over `queries`, as
     the authors of Square and the `sound` protocol do; without it 5,000 queries end at squares of 3 x 3
     pixels on 32 x 32 images, not of one, and none reaches the last row or column: AutoAttack's "standard"
-    (its `resc_schedule=False`), which breaks a little less.
+    (its `resc_schedule=False`), which breaks a little less. `folder` as in `autoattack`:
+    the same call goes on where it was interrupted.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -258,7 +275,7 @@ def square(
     """
     steps = whole("queries", queries, 1)
     attack = Square(steps=steps, rescale=bool(rescale_schedule), **_common(eps, norm, bounds))
-    return _attack(key, attack, logits_fn, x, y, False, ids, restarts, slots, progress)
+    return _attack(key, attack, logits_fn, x, y, False, ids, restarts, slots, progress, folder)
 
 
 def _common(eps, norm, bounds) -> dict[str, Any]:
@@ -266,39 +283,49 @@ def _common(eps, norm, bounds) -> dict[str, Any]:
     return dict(eps=jnp.float32(eps), norm=norm_of(norm), bounds=bounds_of(bounds))
 
 
-def _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots, progress):
-    restarts = whole("restarts", restarts, 1)
+def _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots, progress, folder):
+    restarts, place = whole("restarts", restarts, 1), resuming.usable(folder)
     given, logits = _prepare(key, logits_fn, x, y, float(attack.eps), attack.norm, attack.bounds, ids, slots)
+    plan = _planned(type(attack).__name__, attack, given, logits, targeted, restarts)
     x_adv, alive = given.x.copy(), np.flatnonzero(logits.argmax(axis=1) == given.y)
     if len(alive):
-        outcome, stopped = _run(
-            given.key, attack, given.model, given.x[alive], given.y[alive], logits[alive], targeted,
-            given.ids[alive], restarts, slots, progress, type(attack).__name__,
-        )  # fmt: skip
+        kept = resuming.begin(place, given, logits, [plan], slots, "one attack")
+        outcome, stopped = _run(given.key, plan, given, alive, slots, progress, kept, plan.name)
         x_adv[alive] = outcome.x_adv
-        if stopped:
-            raise Interrupted(x_adv, _STOPPED)
+        if stopped is not None:
+            raise Interrupted(x_adv, _STOPPED + stopped)
+        kept.clear()
     return x_adv
 
 
 _STOPPED = "interrupted; .found has what was found, and other images were not attacked to the end"
 
 
-def _run(key, attack, model, x, y, logits, targeted, ids, restarts, lanes, progress, name):
-    """(the outcome, whether it was interrupted)."""
-    targets = likely_targets(logits, y) if targeted else None
-    if isinstance(attack, Square) and x.ndim != 4:
-        raise UserError(f"square takes images [B, H, W, C], got {x.shape}; leave it out for points")
-    outcome = scheduler.Outcome.fresh(x, restarts * (1 if targets is None else len(targets)))
+def _planned(name, attack, given, logits, targeted, restarts=1) -> resuming.Planned:
+    """UserError where it cannot attack these images."""
+    if isinstance(attack, Square) and given.x.ndim != 4:
+        raise UserError(f"square takes images [B, H, W, C], got {given.x.shape}; leave it out for points")
+    targets = likely_targets(logits, given.y) if targeted else None
+    return resuming.Planned(name, attack, targets, restarts)
+
+
+def _run(key, plan, given, index, lanes, progress, kept, record) -> tuple[scheduler.Outcome, str | None]:
+    """(the outcome on the images of this index; where it was interrupted, what to say of its records)."""
+    x, y, ids = given.x[index], given.y[index], given.ids[index]
+    targets = None if plan.targets is None else plan.targets[:, index]
+    outcome = kept.load(record, x, plan.restarts * (1 if targets is None else len(targets)))
     try:
-        with bar(progress, name) as report:
+        with bar(progress, plan.name) as report:
             scheduler.run(
-                attack, key, model, x, y, ids=ids, targets=targets, restarts=restarts, slots=lanes,
-                outcome=outcome, report=report,
+                plan.attack, key, given.model, x, y, ids=ids, targets=targets, restarts=plan.restarts,
+                slots=lanes, outcome=outcome, report=kept.noting(record, report),
             )  # fmt: skip
+        kept.note(record, outcome, now=True)
     except KeyboardInterrupt:
-        return outcome, True
-    return outcome, False
+        said = kept.leave(record, outcome)
+        outcome.x_adv[~outcome.broken] = x[~outcome.broken]  # of a call that was not noted to its end
+        return outcome, said
+    return outcome, None
 
 
 def _prepare(key, logits_fn, x, y, eps, norm, bounds, ids, lanes) -> tuple[Admitted, np.ndarray]:

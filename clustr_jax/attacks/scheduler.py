@@ -66,6 +66,17 @@ class Outcome:
         no = np.zeros(len(x), bool)
         return cls(no, nothing, nothing.copy(), spent, np.array(x, np.float32), no.copy())
 
+    def copied(self) -> "Outcome":
+        """One of its own to note in, but for the images."""
+        own = {
+            name: getattr(self, name).copy() for name in ("broken", "restart", "step", "spent", "unconfirmed")
+        }
+        return dataclasses.replace(self, **own)
+
+    def become(self, other: "Outcome") -> None:
+        """All of it at once: whoever is interrupted finds this outcome as it was before, or as it is now."""
+        vars(self).update(vars(other))
+
     @property
     def needed(self) -> int:
         """Evaluations that no schedule could leave out: all restarts up to the first success."""
@@ -123,10 +134,11 @@ def run(
     example depends neither on the order nor on what else is attacked (but for float rounding where the
     network's own rows depend on their place in the batch). first=False runs all restarts to their end.
 
-    `outcome` goes on from an earlier, interrupted one. `collect(example, restart, x, fooled)` receives
-    restarts as they end, `report(outcome)` is called between device calls. Every success is verified in
-    a fresh forward pass and, with `first`, inside the ball and the box: an attack that leaves them raises
-    AssertionError (the authors' starts do leave the box, so first=False lets them).
+    `outcome` goes on from an earlier, interrupted one, and has what was done where this one is interrupted.
+    `collect(example, restart, x, fooled)` receives restarts as they end, `report(outcome)` is called between
+    device calls. Every success is verified in a fresh forward pass and, with `first`, inside the ball and the
+    box: an attack that leaves them raises AssertionError (the authors' starts do leave the box, so
+    first=False lets them).
     """
     x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
     ids = np.arange(len(x), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
@@ -164,9 +176,11 @@ def run(
         state, ended, iterations = lanes.advance(
             attack, model, state, work, waiting, best, orders, first=first
         )
-        outcome.evaluations += state.step.shape[0] // devices * int(np.sum(iterations))
-        _take(attack, model, ended, outcome, best, x, y, slots, first, collect)
-        outcome.flight, flying = state, _flying(state, flying.shape)
+        after = outcome.copied()
+        after.evaluations += state.step.shape[0] // devices * int(np.sum(iterations))
+        _take(attack, model, ended, after, best, x, y, slots, first, collect)
+        after.flight, flying = state, _flying(state, flying.shape)
+        outcome.become(after)
         if report is not None:
             report(outcome)
 
@@ -239,7 +253,7 @@ def _shrink(attack, state, small, devices):
 
 
 def _take(attack, model, ended, outcome, best, x, y, slots, first, collect):
-    """Verify what ended, note it, and hand it on."""
+    """Verify what ended, note it, and hand it on. The images are noted in place: none but verified ones."""
     counts = np.asarray(ended.count)
     room, count = len(ended.example) // len(counts), int(np.sum(counts))
     if not count:

@@ -12,7 +12,8 @@ from clustr_jax.runtime import extras
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C in a scheduled attack. `found` is what it would have returned, as far as it came.
 
-    No number: images that are not broken in it have not been attacked to the end.
+    No number: images that are not broken in it have not been attacked to the end. With `folder=` the same
+    call goes on from here.
 
         try:
             result = attacks.autoattack(key, clf.logits, x, y, eps=8/255)
