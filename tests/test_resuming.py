@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from clustr_jax import attacks, losses
-from clustr_jax.attacks import ensemble, records, resuming, scheduler
+from clustr_jax.attacks import ensemble, lanes, records, resuming, scheduler
 from clustr_jax.runtime.errors import UserError
 
 N, SLOTS, EPS = 16, 4, 0.06
@@ -171,8 +171,8 @@ def test_any_line_of_it(tmp_path, monkeypatch):
 def test_the_second_attack_of_the_ensemble(tmp_path, monkeypatch):
     """The first one is not run again, and the calls of the device are as many as without an interruption."""
     wanted = whole("autoattack")
-    device = Every(scheduler._advance, 10**9)
-    monkeypatch.setattr(scheduler, "_advance", device)
+    device = Every(lanes.advance, 10**9)
+    monkeypatch.setattr(lanes, "advance", device)
     call("autoattack")
     needed, device.calls = device.calls, 0
     stopped = None
@@ -203,7 +203,7 @@ def left(tmp_path_factory):
     folder = tmp_path_factory.mktemp("left")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "_OPERATIONS", {"cpu": 1000.0})
-        patch.setattr(scheduler, "_advance", Every(scheduler._advance, 8))
+        patch.setattr(lanes, "advance", Every(lanes.advance, 8))
         with pytest.raises(attacks.Interrupted):
             call("apgd", folder)
     return folder
@@ -350,7 +350,7 @@ def test_a_disk_that_fills_up_ends_no_attack(tmp_path, monkeypatch):
         same(call("square", tmp_path), wanted)
     assert len(told) == 1 and not files(tmp_path)
     monkeypatch.setattr(records, "_RECORD_SECONDS", 100.0)
-    monkeypatch.setattr(scheduler, "_advance", Every(scheduler._advance, 3))
+    monkeypatch.setattr(lanes, "advance", Every(lanes.advance, 3))
     with pytest.raises(attacks.Interrupted, match="cannot write records .No space left"):
         call("square", tmp_path)
 
@@ -373,8 +373,8 @@ def test_a_process_that_is_killed(tmp_path, monkeypatch):
     env = os.environ | {"PYTHONPATH": paths, "PYTHONHASHSEED": "3", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 7, done.stderr
-    device = Every(scheduler._advance, 10**9)
-    monkeypatch.setattr(scheduler, "_advance", device)
+    device = Every(lanes.advance, 10**9)
+    monkeypatch.setattr(lanes, "advance", device)
     call("apgd")
     needed, device.calls = device.calls, 0
     same(call("apgd", tmp_path), wanted)

@@ -22,6 +22,7 @@ import numpy as np
 
 from clustr_jax.attacks import scheduler
 from clustr_jax.attacks.gate import Admitted
+from clustr_jax.attacks.lanes import Attack, Work
 from clustr_jax.attacks.records import Records
 from clustr_jax.runtime import mesh, paths, processes, provenance
 from clustr_jax.runtime.errors import UserError, cut, first_line, shown
@@ -38,7 +39,7 @@ class Planned(NamedTuple):
     """An attack that a call may run, with its targets [T, B] (None: none) and restarts."""
 
     name: str
-    attack: scheduler.Attack
+    attack: Attack
     targets: np.ndarray | None
     restarts: int
 
@@ -193,7 +194,7 @@ def _first_steps(planned: Planned, given: Admitted, lanes: int) -> list[str]:
     nothing = np.zeros(lanes, np.int32)
     target = nothing - 1 if planned.targets is None else planned.targets[0, index]
     random = np.repeat(np.asarray(jax.random.key_data(given.key))[None], lanes, 0)
-    work = scheduler.Work(nothing, nothing, random, given.x[index], given.y[index], target)  # pyright: ignore[reportArgumentType]
+    work = Work(nothing, nothing, random, given.x[index], given.y[index], target)  # pyright: ignore[reportArgumentType]
     program = str(_step.trace(planned.attack, given.model, work).jaxpr)
     state = _step(planned.attack, given.model, work)
     return [
@@ -206,7 +207,7 @@ def _first_steps(planned: Planned, given: Admitted, lanes: int) -> list[str]:
 def _step(attack, model, work):
     def rows(shared, *fields):
         attack, model = shared
-        work = scheduler.Work(*fields)
+        work = Work(*fields)
         return attack.update(model, work, attack.init(work), jnp.zeros(work.y.shape, jnp.int32))
 
     fields = (work.example, work.restart, work.random, work.x, work.y, work.target)
