@@ -103,3 +103,34 @@ def test_extras_are_those_of_the_project():
         assert {ON_THE_INDEX.get(p, p) for p in packages} <= names(extras[extra]), extra
     assert names(project["dependencies"]) == {"jax", "jaxtyping", "numpy"}
     assert set(sum((extras[extra] for extra in EXTRAS), [])) == set(extras["all"])
+
+
+def test_the_wheel_has_every_package_and_the_configs():
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "clustr_jax").rglob("*.py")}
+    assert set(tools["packages"]) == folders | {"clustr_jax.configs"}
+    assert tools["package-dir"] == {"clustr_jax.configs": "configs"}
+
+
+def console(*arguments, blocked=()):
+    """(exit code, stdout, stderr) of the console command."""
+    code = BLOCKED.format(
+        blocked=blocked, code=f"from clustr_jax.command import main\nsys.exit(main({list(arguments)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_console_command():
+    assert "  train  " in console("--help")[1] and console()[0] == 2
+    code, stdout, _ = console("fidelity")
+    assert code == 0 and stdout.startswith("| `config.fidelity.`")
+    assert console("prepare")[0] == console("report")[0] == 2
+    assert console("train", "--list")[1].startswith("configs")
+    code, _, stderr = console("trian")
+    assert code == 2 and stderr == (
+        "error: unknown command 'trian'; known: train, report, quirks, prepare, fidelity\n"
+    )
+    for name in ("train", "report", "quirks"):
+        code, _, stderr = console(name, "x", blocked=("flax", "ml_collections", "jinja2"))
+        assert code == 2 and stderr.count("\n") == 1 and "pip install 'clustr-jax[" in stderr

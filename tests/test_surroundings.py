@@ -19,11 +19,11 @@ import pytest
 import clustr_jax
 from clustr_jax import attacks, certify, clusters, data, lipschitz, losses, stages
 from clustr_jax.data import folder
-from clustr_jax.doors import safetensors_file
 from clustr_jax.kmeans import kmeans
 from clustr_jax.report.__main__ import main as report_main
 from clustr_jax.runtime import paths, surroundings
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.storage import safetensors_file
 from clustr_jax.storage.workdir import Workdir
 from marks import in_ci
 from runs import DIGITS, ROOT, TOY, arrays, assert_one_line, read

@@ -99,5 +99,11 @@ def table() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> int:
+    """Prints the table; returns the exit code."""
     print(table())
+    return 0
+
+
+if __name__ == "__main__":
+    main([])

@@ -14,7 +14,7 @@ class Missing(UserError, ImportError):
     """A package of an extra is not installed."""
 
 
-def explained(error: ModuleNotFoundError, what: str) -> ImportError:
+def explained(error: ImportError, what: str) -> ImportError:
     """The error to raise instead: with the command that installs what is missing, if an extra has it."""
     package = (error.name or "").split(".")[0]
     extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
