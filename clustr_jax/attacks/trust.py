@@ -51,8 +51,8 @@ def check(opened: Opened, x, bounds) -> str:
         logits = np.asarray(_look(opened.model, first))
     except (TypeError, ValueError) as error:  # it took all of them
         raise UserError(
-            f"logits_fn takes the {count} images of the batch, not {_ROWS} of them ({first_line(error)}); let "
-            f"it treat every image alike, whatever the batch"
+            f"logits_fn takes the {count} images of the batch, not {_ROWS} of them ({first_line(error)}); "
+            f"let it treat every image alike, whatever the batch"
         ) from error
     problem, text = diagnose(logits[: min(count, _ROWS)])
     if problem:
