@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from clustr_jax import attacks, losses
-from clustr_jax.attacks import ensemble, records, resuming, scheduler
+from clustr_jax.attacks import ensemble, lanes, records, resuming, scheduler
 from clustr_jax.runtime.errors import UserError
 
 N, SLOTS, EPS = 16, 4, 0.06
@@ -92,7 +92,7 @@ class Every:
 
 
 PLACES = {
-    "device": (scheduler, "_advance", True),
+    "device": (lanes, "advance", True),
     "judge": (scheduler, "misjudged", False),
     "inside": (scheduler, "verify_inside", True),
     "noted": (scheduler.Outcome, "become", False),
@@ -132,8 +132,9 @@ def test_other_places(name, place, tmp_path, monkeypatch):
     test_it_goes_on_bit_for_bit(name, place, 6, tmp_path, monkeypatch)
 
 
-def test_any_line_of_it(tmp_path, monkeypatch):
-    """KeyboardInterrupt on lines spread over the whole call, of the scheduler and of what keeps records."""
+@pytest.mark.parametrize("part, stops", [("", 4), ("_take", 6)])
+def test_any_line_of_it(part, stops, tmp_path, monkeypatch):
+    """KeyboardInterrupt on lines spread over the whole call, and over the noting of what the device found."""
     wanted = whole("square")
     monkeypatch.setattr(records, "_RECORD_SECONDS", 0.0)
     ours = {module.__file__ for module in (scheduler, ensemble, records, resuming)}
@@ -143,7 +144,7 @@ def test_any_line_of_it(tmp_path, monkeypatch):
 
         def trace(frame, event, argument):
             nonlocal count
-            if frame.f_code.co_filename not in ours:
+            if frame.f_code.co_filename not in ours or part not in frame.f_code.co_name:
                 return None
             if event == "line":
                 count += 1
@@ -162,17 +163,43 @@ def test_any_line_of_it(tmp_path, monkeypatch):
 
     call("square", tmp_path)
     total = lines(None)  # nothing is compiled
-    for stop in np.linspace(1, total - 1, 7).astype(int):
+    for stop in np.linspace(1, total - 1, stops).astype(int):
         assert lines(int(stop)) >= stop
         same(call("square", tmp_path), wanted)
         assert not files(tmp_path)
 
 
+def test_a_half_noted_call_is_made_again(tmp_path, monkeypatch):
+    """Restarts that began and ended in one call of the device: their counts are never kept without them."""
+    wanted, judged = whole("apgd"), []
+    monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1e12})
+
+    def flatnonzero(a):
+        """Ctrl-C where the first success is noted, after what was spent."""
+        found = nonzero(a)
+        if a.dtype == bool and a.ndim == 1 and sys._getframe(1).f_code.co_name == "_take" and judged:
+            judged.clear()
+            raise KeyboardInterrupt
+        return found
+
+    def verify(*args):
+        judged.append(1)
+        return inside(*args)
+
+    nonzero, inside = np.flatnonzero, scheduler.verify_inside
+    monkeypatch.setattr(scheduler, "verify_inside", verify)
+    monkeypatch.setattr(scheduler.np, "flatnonzero", flatnonzero)
+    with pytest.raises(attacks.Interrupted):
+        call("apgd", tmp_path)
+    monkeypatch.setattr(scheduler.np, "flatnonzero", nonzero)
+    same(call("apgd", tmp_path), wanted)
+
+
 def test_the_second_attack_of_the_ensemble(tmp_path, monkeypatch):
     """The first one is not run again, and the calls of the device are as many as without an interruption."""
     wanted = whole("autoattack")
-    device = Every(scheduler._advance, 10**9)
-    monkeypatch.setattr(scheduler, "_advance", device)
+    device = Every(lanes.advance, 10**9)
+    monkeypatch.setattr(lanes, "advance", device)
     call("autoattack")
     needed, device.calls = device.calls, 0
     stopped = None
@@ -203,7 +230,7 @@ def left(tmp_path_factory):
     folder = tmp_path_factory.mktemp("left")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "_OPERATIONS", {"cpu": 1000.0})
-        patch.setattr(scheduler, "_advance", Every(scheduler._advance, 8))
+        patch.setattr(lanes, "advance", Every(lanes.advance, 8))
         with pytest.raises(attacks.Interrupted):
             call("apgd", folder)
     return folder
@@ -350,7 +377,7 @@ def test_a_disk_that_fills_up_ends_no_attack(tmp_path, monkeypatch):
         same(call("square", tmp_path), wanted)
     assert len(told) == 1 and not files(tmp_path)
     monkeypatch.setattr(records, "_RECORD_SECONDS", 100.0)
-    monkeypatch.setattr(scheduler, "_advance", Every(scheduler._advance, 3))
+    monkeypatch.setattr(lanes, "advance", Every(lanes.advance, 3))
     with pytest.raises(attacks.Interrupted, match="cannot write records .No space left"):
         call("square", tmp_path)
 
@@ -361,11 +388,11 @@ def test_a_process_that_is_killed(tmp_path, monkeypatch):
     code = (
         "import os, test_resuming as t\n"
         "t.scheduler._OPERATIONS, t.records._RECORD_SECONDS = {'cpu': 1000.0}, 0.0\n"
-        "advance, calls = t.scheduler._advance, []\n"
+        "advance, calls = t.lanes.advance, []\n"
         "def killed(*args, **settings):\n"
         "    calls.append(1)\n"
         "    return os._exit(7) if len(calls) == 9 else advance(*args, **settings)\n"
-        "t.scheduler._advance = killed\n"
+        "t.lanes.advance = killed\n"
         f"t.call('apgd', {str(tmp_path)!r})\n"
     )
     here = pathlib.Path(__file__).parent
@@ -373,8 +400,8 @@ def test_a_process_that_is_killed(tmp_path, monkeypatch):
     env = os.environ | {"PYTHONPATH": paths, "PYTHONHASHSEED": "3", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 7, done.stderr
-    device = Every(scheduler._advance, 10**9)
-    monkeypatch.setattr(scheduler, "_advance", device)
+    device = Every(lanes.advance, 10**9)
+    monkeypatch.setattr(lanes, "advance", device)
     call("apgd")
     needed, device.calls = device.calls, 0
     same(call("apgd", tmp_path), wanted)

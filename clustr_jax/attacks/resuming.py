@@ -22,6 +22,7 @@ import numpy as np
 
 from clustr_jax.attacks import scheduler
 from clustr_jax.attacks.gate import Admitted
+from clustr_jax.attacks.lanes import Attack, Work
 from clustr_jax.attacks.records import Records
 from clustr_jax.runtime import mesh, paths, processes, provenance
 from clustr_jax.runtime.errors import UserError, cut, first_line, shown
@@ -38,7 +39,7 @@ class Planned(NamedTuple):
     """An attack that a call may run, with its targets [T, B] (None: none) and restarts."""
 
     name: str
-    attack: scheduler.Attack
+    attack: Attack
     targets: np.ndarray | None
     restarts: int
 
@@ -72,13 +73,13 @@ def begin(
     given: Admitted,
     logits,
     planned: Iterable[Planned],
-    lanes: int,
+    slots: int,
     door: str,
 ) -> "Kept":
     """The records of this call in `folder`, those of an interrupted one where there are any."""
     if folder is None:
         return Kept(None, {})
-    parts = _parts(given, logits, list(planned), lanes, door)
+    parts = _parts(given, logits, list(planned), slots, door)
     records = Records(folder, _PREFIX + provenance.sha(parts), images=True)
     if not any(records.directory.glob(f"{records.identity}-*")):
         _warn_of_others(records.directory, parts)
@@ -159,7 +160,7 @@ def _warn(text):
     warnings.warn(cut(text), RecordWarning, stacklevel=6)
 
 
-def _parts(given, logits, planned, lanes, door) -> dict[str, str]:
+def _parts(given, logits, planned, slots, door) -> dict[str, str]:
     """What the outcome depends on, each as a short hash."""
     attacks = [
         [p.name, p.restarts, p.targets is None, type(p.attack).__name__, _numbers(p.attack)] for p in planned
@@ -170,10 +171,10 @@ def _parts(given, logits, planned, lanes, door) -> dict[str, str]:
         "labels": _digest(given.y),
         "ids": _digest(given.ids),
         "key": _digest(jax.random.key_data(given.key)),
-        "settings": provenance.sha([door, attacks, lanes]),
+        "settings": provenance.sha([door, attacks, slots]),
         "versions or device": provenance.sha([provenance.versions(), place, _source()]),
         "model": _digest(*jax.tree.leaves(logits)),
-        "gradients or loss": provenance.sha([_first_steps(p, given, lanes) for p in planned]),
+        "gradients or loss": provenance.sha([_first_steps(p, given, slots) for p in planned]),
     }
 
 
@@ -187,13 +188,13 @@ def _numbers(attack) -> dict[str, str]:
     }
 
 
-def _first_steps(planned: Planned, given: Admitted, lanes: int) -> list[str]:
+def _first_steps(planned: Planned, given: Admitted, slots: int) -> list[str]:
     """(the program of one step, what it makes of the first images): the model's gradients and the loss."""
-    index = np.resize(np.arange(len(given.x)), lanes)
-    nothing = np.zeros(lanes, np.int32)
+    index = np.resize(np.arange(len(given.x)), slots)
+    nothing = np.zeros(slots, np.int32)
     target = nothing - 1 if planned.targets is None else planned.targets[0, index]
-    random = np.repeat(np.asarray(jax.random.key_data(given.key))[None], lanes, 0)
-    work = scheduler.Work(nothing, nothing, random, given.x[index], given.y[index], target)  # pyright: ignore[reportArgumentType]
+    random = np.repeat(np.asarray(jax.random.key_data(given.key))[None], slots, 0)
+    work = Work(nothing, nothing, random, given.x[index], given.y[index], target)  # pyright: ignore[reportArgumentType]
     program = str(_step.trace(planned.attack, given.model, work).jaxpr)
     state = _step(planned.attack, given.model, work)
     return [
@@ -206,7 +207,7 @@ def _first_steps(planned: Planned, given: Admitted, lanes: int) -> list[str]:
 def _step(attack, model, work):
     def rows(shared, *fields):
         attack, model = shared
-        work = scheduler.Work(*fields)
+        work = Work(*fields)
         return attack.update(model, work, attack.init(work), jnp.zeros(work.y.shape, jnp.int32))
 
     fields = (work.example, work.restart, work.random, work.x, work.y, work.target)
