@@ -92,7 +92,7 @@ class Every:
 
 
 PLACES = {
-    "device": (scheduler, "_advance", True),
+    "device": (lanes, "advance", True),
     "judge": (scheduler, "misjudged", False),
     "inside": (scheduler, "verify_inside", True),
     "noted": (scheduler.Outcome, "become", False),
@@ -361,11 +361,11 @@ def test_a_process_that_is_killed(tmp_path, monkeypatch):
     code = (
         "import os, test_resuming as t\n"
         "t.scheduler._OPERATIONS, t.records._RECORD_SECONDS = {'cpu': 1000.0}, 0.0\n"
-        "advance, calls = t.scheduler._advance, []\n"
+        "advance, calls = t.lanes.advance, []\n"
         "def killed(*args, **settings):\n"
         "    calls.append(1)\n"
         "    return os._exit(7) if len(calls) == 9 else advance(*args, **settings)\n"
-        "t.scheduler._advance = killed\n"
+        "t.lanes.advance = killed\n"
         f"t.call('apgd', {str(tmp_path)!r})\n"
     )
     here = pathlib.Path(__file__).parent
