@@ -3,6 +3,7 @@
 `rounding=0` where exact arithmetic is compared; the default elsewhere.
 """
 
+import functools
 import time
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.tree_util import Partial
 
 import reference_certify as reference
 from clustr_jax import attacks, certify
@@ -303,23 +305,26 @@ def attacked(linear, rule, factor):
     """
     x, y, logits, radii = linear
     known = radii[rule] > 0
-    x, y, r = x[known], y[known], jnp.asarray(radii[rule][known] * factor)[:, None]
+    x, y, r = x[known], y[known], jnp.asarray(radii[rule][known] * factor)
 
-    def scaled(u):
-        return logits(x + r * u)
+    def scaled(x, r, u):
+        return logits(x + r[:, None] * u)
 
-    fooled = np.zeros(len(y), bool)
-    for target in range(5):
+    def of_one(target, x, r, y):
+        """Each example is a model of its own, which moves about it."""
 
-        def towards(z, y, target=target):
+        def towards(z, y):
             return z[:, target] - jnp.take_along_axis(z, y[:, None], axis=1)[:, 0]
 
+        model = Partial(scaled, x[None], r[None])
         u = attacks.pgd(
-            jax.random.key(target), scaled, jnp.zeros(x.shape), y, eps=1.0, step_size=0.25, steps=20,
+            jax.random.key(target), model, jnp.zeros((1, 6)), y[None], eps=1.0, step_size=0.25, steps=20,
             norm="l2", bounds=None, loss_fn=towards,
         )  # fmt: skip
-        fooled |= np.asarray(jnp.argmax(scaled(u), axis=1) != y)
-    return fooled
+        return jnp.argmax(model(u)[0]) != y
+
+    found = [jax.jit(jax.vmap(functools.partial(of_one, target)))(x, r, y) for target in range(5)]
+    return np.any(found, axis=0)
 
 
 def test_l2_pgd_inside_the_radius_never_succeeds_and_beyond_it_does(linear):

@@ -265,7 +265,7 @@ def test_splits_refuse_impossible_settings(changes, message):
 
 def test_pixels_of_some_images():
     split = data.load_split("digits", "test")
-    np.testing.assert_array_equal(split.pixels([3, 5]), split.pixels()[[3, 5]])
+    np.testing.assert_array_equal(split.pixels(np.array([3, 5])), split.pixels()[[3, 5]])
     assert split.pixels().dtype == np.float32
 
 

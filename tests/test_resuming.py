@@ -132,8 +132,9 @@ def test_other_places(name, place, tmp_path, monkeypatch):
     test_it_goes_on_bit_for_bit(name, place, 6, tmp_path, monkeypatch)
 
 
-def test_any_line_of_it(tmp_path, monkeypatch):
-    """KeyboardInterrupt on lines spread over the whole call, of the scheduler and of what keeps records."""
+@pytest.mark.parametrize("part, stops", [("", 4), ("_take", 6)])
+def test_any_line_of_it(part, stops, tmp_path, monkeypatch):
+    """KeyboardInterrupt on lines spread over the whole call, and over the noting of what the device found."""
     wanted = whole("square")
     monkeypatch.setattr(records, "_RECORD_SECONDS", 0.0)
     ours = {module.__file__ for module in (scheduler, ensemble, records, resuming)}
@@ -143,7 +144,7 @@ def test_any_line_of_it(tmp_path, monkeypatch):
 
         def trace(frame, event, argument):
             nonlocal count
-            if frame.f_code.co_filename not in ours:
+            if frame.f_code.co_filename not in ours or part not in frame.f_code.co_name:
                 return None
             if event == "line":
                 count += 1
@@ -162,10 +163,36 @@ def test_any_line_of_it(tmp_path, monkeypatch):
 
     call("square", tmp_path)
     total = lines(None)  # nothing is compiled
-    for stop in np.linspace(1, total - 1, 7).astype(int):
+    for stop in np.linspace(1, total - 1, stops).astype(int):
         assert lines(int(stop)) >= stop
         same(call("square", tmp_path), wanted)
         assert not files(tmp_path)
+
+
+def test_a_half_noted_call_is_made_again(tmp_path, monkeypatch):
+    """Restarts that began and ended in one call of the device: their counts are never kept without them."""
+    wanted, judged = whole("apgd"), []
+    monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1e12})
+
+    def flatnonzero(a):
+        """Ctrl-C where the first success is noted, after what was spent."""
+        found = nonzero(a)
+        if a.dtype == bool and a.ndim == 1 and sys._getframe(1).f_code.co_name == "_take" and judged:
+            judged.clear()
+            raise KeyboardInterrupt
+        return found
+
+    def verify(*args):
+        judged.append(1)
+        return inside(*args)
+
+    nonzero, inside = np.flatnonzero, scheduler.verify_inside
+    monkeypatch.setattr(scheduler, "verify_inside", verify)
+    monkeypatch.setattr(scheduler.np, "flatnonzero", flatnonzero)
+    with pytest.raises(attacks.Interrupted):
+        call("apgd", tmp_path)
+    monkeypatch.setattr(scheduler.np, "flatnonzero", nonzero)
+    same(call("apgd", tmp_path), wanted)
 
 
 def test_the_second_attack_of_the_ensemble(tmp_path, monkeypatch):

@@ -73,13 +73,13 @@ def begin(
     given: Admitted,
     logits,
     planned: Iterable[Planned],
-    lanes: int,
+    slots: int,
     door: str,
 ) -> "Kept":
     """The records of this call in `folder`, those of an interrupted one where there are any."""
     if folder is None:
         return Kept(None, {})
-    parts = _parts(given, logits, list(planned), lanes, door)
+    parts = _parts(given, logits, list(planned), slots, door)
     records = Records(folder, _PREFIX + provenance.sha(parts), images=True)
     if not any(records.directory.glob(f"{records.identity}-*")):
         _warn_of_others(records.directory, parts)
@@ -160,7 +160,7 @@ def _warn(text):
     warnings.warn(cut(text), RecordWarning, stacklevel=6)
 
 
-def _parts(given, logits, planned, lanes, door) -> dict[str, str]:
+def _parts(given, logits, planned, slots, door) -> dict[str, str]:
     """What the outcome depends on, each as a short hash."""
     attacks = [
         [p.name, p.restarts, p.targets is None, type(p.attack).__name__, _numbers(p.attack)] for p in planned
@@ -171,10 +171,10 @@ def _parts(given, logits, planned, lanes, door) -> dict[str, str]:
         "labels": _digest(given.y),
         "ids": _digest(given.ids),
         "key": _digest(jax.random.key_data(given.key)),
-        "settings": provenance.sha([door, attacks, lanes]),
+        "settings": provenance.sha([door, attacks, slots]),
         "versions or device": provenance.sha([provenance.versions(), place, _source()]),
         "model": _digest(*jax.tree.leaves(logits)),
-        "gradients or loss": provenance.sha([_first_steps(p, given, lanes) for p in planned]),
+        "gradients or loss": provenance.sha([_first_steps(p, given, slots) for p in planned]),
     }
 
 
@@ -188,12 +188,12 @@ def _numbers(attack) -> dict[str, str]:
     }
 
 
-def _first_steps(planned: Planned, given: Admitted, lanes: int) -> list[str]:
+def _first_steps(planned: Planned, given: Admitted, slots: int) -> list[str]:
     """(the program of one step, what it makes of the first images): the model's gradients and the loss."""
-    index = np.resize(np.arange(len(given.x)), lanes)
-    nothing = np.zeros(lanes, np.int32)
+    index = np.resize(np.arange(len(given.x)), slots)
+    nothing = np.zeros(slots, np.int32)
     target = nothing - 1 if planned.targets is None else planned.targets[0, index]
-    random = np.repeat(np.asarray(jax.random.key_data(given.key))[None], lanes, 0)
+    random = np.repeat(np.asarray(jax.random.key_data(given.key))[None], slots, 0)
     work = Work(nothing, nothing, random, given.x[index], given.y[index], target)  # pyright: ignore[reportArgumentType]
     program = str(_step.trace(planned.attack, given.model, work).jaxpr)
     state = _step(planned.attack, given.model, work)

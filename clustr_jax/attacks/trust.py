@@ -14,7 +14,7 @@ from clustr_jax.attacks.aims import logits_of
 from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.models import IN_EVALUATION, Opened
 from clustr_jax.runtime import mesh
-from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.errors import UserError, first_line
 
 # Images of a pass: half of them are looked at, the rest are their company.
 _ROWS = 8
@@ -47,7 +47,13 @@ def check(opened: Opened, x, bounds) -> str:
     if not count or opened.classes is None:
         return ""
     first, second, places = _compositions(x, bounds)
-    logits = np.asarray(_look(opened.model, first))
+    try:
+        logits = np.asarray(_look(opened.model, first))
+    except (TypeError, ValueError) as error:  # it took all of them
+        raise UserError(
+            f"logits_fn takes the {count} images of the batch, not {_ROWS} of them ({first_line(error)}); "
+            f"let it treat every image alike, whatever the batch"
+        ) from error
     problem, text = diagnose(logits[: min(count, _ROWS)])
     if problem:
         raise UserError(text)
