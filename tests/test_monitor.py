@@ -11,6 +11,7 @@ import pytest
 from clustr_jax import data, stages
 from clustr_jax.classifier import Classifier
 from clustr_jax.models import Outputs
+from clustr_jax.settings import Settings
 from clustr_jax.stages import training
 from linear_problems import (
     Linear,
@@ -39,7 +40,8 @@ def monitored(net, variables, eps, x, y, **changes):
     lines = []
     config = get_config("fast_at", **{"train.attack.eps": eps, **changes})
     split = data.Split(np.float32(x), np.int32(y), 2, 1.0, None, "")
-    run = stages.Run(config, None, types.SimpleNamespace(line=lines.append), net, split, split, split)
+    settings, progress = Settings.of(config), types.SimpleNamespace(line=lines.append)
+    run = stages.Run(config, settings, None, progress, net, split, split, split)
     clf = Classifier(variables, None, net, bounds=None)
     found = training._monitor(run, clf, jax.random.key(0))
     training._warn_of_overfitting(run, stages.TRAIN, found)

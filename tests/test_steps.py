@@ -89,7 +89,7 @@ def test_trades_steps_by_hand(rng):
         labels=labels,
         **{"train.attack.eps": eps, "train.attack.step_size": eps / 4},
     )
-    assert p.trainer.config.train.beta == beta and p.trainer.config.train.attack.steps == 10
+    assert p.trainer.settings.train.beta == beta and p.trainer.settings.train.attack.steps == 10
     x, y = float64(p.train_set.images)[p.order], labels[p.order]
     state, params, sgd = p.state, float64(p.state.params), naive.Sgd(0.1, 0.01)
     for i in range(2):
