@@ -200,7 +200,7 @@ def test_points_are_not_augmented():
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown variant 'gpu'; known: cpu"):
+    with pytest.raises(ValueError, match=r"unknown variant 'gpu' .did you mean cpu\?.; known: cpu"):
         get_config("cifar10", "clustr,gpu")
 
 
@@ -289,7 +289,7 @@ def test_methods_change_what_they_should():
 
 @pytest.mark.parametrize("name", DATA)
 def test_an_unknown_method_is_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match="unknown method 'trade'; known: nominal, .*clustr_qtrades"):
+    with pytest.raises(ValueError, match=r"unknown method 'trade' .did you mean trades\?.; known: nominal, "):
         get_config(name, "trade")
 
 
