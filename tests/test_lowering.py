@@ -117,7 +117,7 @@ def test_kmeans_of_all_classes():
 @pytest.mark.parametrize("name", ["pgd", "apgd", "fab", "square"])
 def test_every_attack(name, cluster_head):
     """One device call of the scheduler; and `pgd` by itself."""
-    clf, lanes = classifier(cluster_head), 8
+    clf, slots = classifier(cluster_head), 8
     model = as_partial(clf.view)
     common = {"eps": jnp.float32(8 / 255), "norm": "linf", "bounds": (0.0, 1.0)}
     attack = {
@@ -126,15 +126,15 @@ def test_every_attack(name, cluster_head):
         "fab": FAB(steps=20, **common),
         "square": Square(steps=20, **common),
     }[name]
-    x, y = np.zeros((2 * lanes, 32, 32, 3), np.float32), np.zeros(2 * lanes, np.int32)
+    x, y = np.zeros((2 * slots, 32, 32, 3), np.float32), np.zeros(2 * slots, np.int32)
     key = jax.random.key(0)
 
     def call(key, model, x, y):
         work = lanes.fill(key, y, y, y, x, y, y + 1)
-        state = lanes.empty(attack, jax.tree.map(lambda a: a[:lanes], work))
+        state = lanes.empty(attack, jax.tree.map(lambda a: a[:slots], work))
         orders = lanes.Orders(np.int32(5), np.int32(0), np.array([False]))
         best = jnp.full(1024, 10, jnp.int32)
-        return lanes.advance(attack, model, state, work, np.ones(2 * lanes, bool), best, orders, first=True)
+        return lanes.advance(attack, model, state, work, np.ones(2 * slots, bool), best, orders, first=True)
 
     assert "convolution" in lowered(call, key, model, x, y)
     if name == "pgd":

@@ -45,7 +45,8 @@ def admit(
     ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     input_checks.check_ids(ids, count)
     if input_checks.concrete(x):
-        input_checks.check_pixels(x, bounds)
+        # while something else is traced, operations of JAX give no values
+        input_checks.check_pixels(np.asarray(x) if traced else x, bounds)
     options.warn_of_units(eps, step_size, norm, bounds, x.shape[1:])
     if traced or not count:
         return Admitted(key, models.as_partial(logits_fn), x, y, ids, norm, bounds, "")
