@@ -9,7 +9,7 @@ import pytest
 from jax import export
 
 from clustr_jax import clusters, data
-from clustr_jax.attacks import aims
+from clustr_jax.attacks import aims, lanes
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.pgd import as_partial, pgd
