@@ -102,7 +102,7 @@ test-doors: $(INSTALLED_DOORS)  ## the doors to PyTorch and Foolbox, in .venv-do
 	$(VENV_DOORS)/bin/python -m pytest -n 2 --dist worksteal tests/test_doors*.py $(ARGS)
 
 faults: $(INSTALLED_DEV)  ## all faults of docs/reliability.md, whose table it writes (about ten minutes)
-	FAULTS=all $(PY) -m pytest -q tests/test_faults.py $(ARGS)
+	FAULTS=all $(PY) -m pytest -q tests/test_faults*.py $(ARGS)
 
 lint: $(INSTALLED_DEV)  ## ruff (lint and format) and pyright; changes nothing
 	$(PY) -m ruff check .

@@ -103,7 +103,7 @@ def test_a_model_that_differs_is_not_written(tmp_path, monkeypatch):
 
 
 def test_the_command(capsys, tmp_path):
-    """Its own mistakes; that it exports a run is tested with a run, in test_run.py's way."""
+    """Its own mistakes; that it exports a run is tested with a run, in test_run_whole.py's way."""
     assert door.main([str(tmp_path / "none"), f"--out={tmp_path / 'model.pt'}"]) == 2
     assert capsys.readouterr().err.startswith("error: no finished stage in ")
     assert not pathlib.Path(tmp_path / "model.pt").exists()
