@@ -3,7 +3,7 @@
 # ARGS=... is passed on: make run ARGS="--config=configs/cifar10.py:trades", make test ARGS="-k pgd -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow test-long test-doors faults lint format docs notebooks prepare-tf clean
+.PHONY: help setup run test test-slow test-long test-doors test-wheel faults lint format docs notebooks prepare-tf clean
 
 ifndef ACCEL
 ACCEL := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda12 || echo cpu)
@@ -100,6 +100,14 @@ $(INSTALLED_DOORS): requirements-doors.txt $(INSTALLED_DEV)
 
 test-doors: $(INSTALLED_DOORS)  ## the doors to PyTorch and Foolbox, in .venv-doors
 	$(VENV_DOORS)/bin/python -m pytest -n 2 --dist worksteal tests/test_doors*.py $(ARGS)
+
+# The lower bounds of pyproject.toml are the pins, so the oldest JAX that is allowed is the one that is installed.
+test-wheel: $(INSTALLED)  ## the wheel in an environment of its own, with nothing but what it requires
+	@rm -rf build/wheel build/core build/lib && mkdir -p build/empty
+	@$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	@$(PY) -m venv build/core
+	@build/core/bin/python -m pip install --quiet --disable-pip-version-check -c requirements-cpu.txt build/wheel/*.whl
+	cd build/empty && ../core/bin/python ../../tests/core_only.py
 
 faults: $(INSTALLED_DEV)  ## all faults of docs/reliability.md, whose table it writes (about ten minutes)
 	FAULTS=all $(PY) -m pytest -q tests/test_faults*.py $(ARGS)

@@ -26,9 +26,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.utils.capture import capture_output
 
-ROOT = next(p for p in (pathlib.Path.cwd(), *pathlib.Path.cwd().parents) if (p / "configs").is_dir())
-os.chdir(ROOT)
-sys.path.insert(0, str(ROOT))  # configs/ lies beside the package
+for folder in (pathlib.Path.cwd(), *pathlib.Path.cwd().parents):
+    if (folder / "configs").is_dir():  # in a clone, configs/ lies beside the package
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        break
+else:  # in an installed copy, inside it
+    import clustr_jax.configs
+
+    sys.modules["configs"] = clustr_jax.configs
 
 import clustr_jax  # noqa: E402
 from clustr_jax import attacks, certify, data, lipschitz, losses, stages  # noqa: E402

@@ -74,7 +74,7 @@ def test_points_are_not_augmented():
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown variant 'gpu'; known: cpu"):
+    with pytest.raises(ValueError, match=r"unknown variant 'gpu' .did you mean cpu\?.; known: cpu"):
         get_config("cifar10", "clustr,gpu")
 
 
