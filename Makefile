@@ -110,7 +110,7 @@ test-wheel: $(INSTALLED)  ## the wheel in an environment of its own, with nothin
 	cd build/empty && ../core/bin/python ../../tests/core_only.py
 
 faults: $(INSTALLED_DEV)  ## all faults of docs/reliability.md, whose table it writes (about ten minutes)
-	FAULTS=all $(PY) -m pytest -q tests/test_faults.py $(ARGS)
+	FAULTS=all $(PY) -m pytest -q tests/test_faults*.py $(ARGS)
 
 lint: $(INSTALLED_DEV)  ## ruff (lint and format) and pyright; changes nothing
 	$(PY) -m ruff check .

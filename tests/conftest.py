@@ -20,7 +20,8 @@ import compiled
 import shapes  # noqa: F401  before clustr_jax is imported
 from clustr_jax.runtime import canary
 from clustr_jax.runtime.errors import UserError
-from runs import attempt, program, reference, run, shared, start  # noqa: F401  fixtures, for all files
+from faults import table  # noqa: F401  one for all files of faults
+from runs import ROOT, attempt, program, reference, run, shared, start  # noqa: F401  fixtures, for all files
 
 jax.config.update("jax_compilation_cache_dir", str(compiled.PROGRAMS))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -75,6 +76,12 @@ def pytest_collection_modifyitems(items):
 def _shapes(request):
     """Annotations are not checked where wrong arrays are handed over on purpose."""
     jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("wrong_arrays") is not None)
+
+
+@pytest.fixture
+def importable(monkeypatch):
+    """The configs are files beside the package, not part of it."""
+    monkeypatch.syspath_prepend(ROOT)
 
 
 @pytest.fixture

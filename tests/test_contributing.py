@@ -20,7 +20,8 @@ STEPS = TEXT.split("### Worked example: a method")[1].split("\n## ")[0]
 EDITED = ("clustr_jax/training/objectives.py", "configs/common.py", "tests/test_objectives.py", "README.md")
 TESTS = (
     "tests/test_objectives.py", "tests/test_readme.py::test_names_in_backticks",
-    "tests/test_batch_statistics.py", "tests/test_usage.py", "tests/test_configs.py",
+    "tests/test_batch_statistics.py", "tests/test_usage.py",
+    "tests/test_configs_train_steps.py", "tests/test_configs_values.py", "tests/test_configs_mistakes.py",
 )  # fmt: skip
 
 

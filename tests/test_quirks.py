@@ -10,11 +10,18 @@ import numpy as np
 import pytest
 
 import reference
+from centroid_classifiers import (
+    bounded_problem,
+    eval_config,
+    eval_settings,
+    linear_classifier,
+    points,
+    silent,
+)
 from clustr_jax import attacks, data
 from clustr_jax.attacks import scheduler
 from clustr_jax.classifier import Classifier
 from clustr_jax.evaluation import protocols, quirks, resume
-from test_evaluate import bounded_problem, eval_config, eval_settings, linear_classifier, points, silent
 
 STEPS, RESTARTS = 6, 3
 NAMES = ["none", "exp_scores", "mean_loss", "max_loss", "start_outside", "all"]
