@@ -23,7 +23,8 @@ from small_training import STEPS, assert_close, ids_of, problem, spy
 )
 def test_the_length_of_a_chunk_changes_nothing(method, changes, rng):
     """5 steps at once, 1 + 4, and five times 1: the same state to the last bit, and one compilation."""
-    p = problem(method, rng, **{"train.batch_size": 8, **changes})
+    # a learning rate of its own: compiled by no other test before
+    p = problem(method, rng, **{"train.batch_size": 8, "train.lr": 0.0234, **changes})
     before = train.run_steps._cache_size()
     whole = p.run(p.state, STEPS)
     assert int(whole.step) == STEPS
