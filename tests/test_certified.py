@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 import reference
 from clustr_jax import attacks, certify, clusters, data, lipschitz, losses, models, stages
@@ -188,14 +189,22 @@ def test_attacks_inside_the_radius_fail_and_some_beyond_succeed(digits):
         own = jnp.arange(10)[None, :] == y[:, None]
         return jnp.max(jnp.where(own, -jnp.inf, logits), axis=1)
 
+    def scaled(clf, x, r, u):
+        return clf.logits(x[None] + r * u)
+
     def fooled(factor, loss_fn):
-        r = jnp.asarray(factor * radii[chosen])[:, None, None, None]
-        # one eps for all: u moves in the unit ball, x + r u goes into the network
-        u = attacks.pgd(
-            jax.random.key(0), lambda u: clf.logits(x + r * u), jnp.zeros_like(x), y, eps=1.0,
-            step_size=0.25, steps=20, norm="l2", bounds=None, loss_fn=loss_fn,
-        )  # fmt: skip
-        return np.asarray(clf.predict(x + r * u) != y)
+        r = jnp.asarray(factor * radii[chosen])
+        anywhere = clf.replace(bounds=None)
+
+        def of_one(x, r, y):
+            """One eps for all: u moves in the unit ball, x + r u goes into the network."""
+            u = attacks.pgd(
+                jax.random.key(0), Partial(scaled, anywhere, x, r), jnp.zeros_like(x)[None], y[None], eps=1.0,
+                step_size=0.25, steps=20, norm="l2", bounds=None, loss_fn=loss_fn,
+            )  # fmt: skip
+            return anywhere.predict(x[None] + r * u)[0] != y
+
+        return np.asarray(jax.jit(jax.vmap(of_one))(x, r, y))
 
     for loss_fn in (losses.margin, towards_centroids):
         assert not fooled(0.999, loss_fn).any()

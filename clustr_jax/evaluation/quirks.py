@@ -49,7 +49,8 @@ _EXP_AIM = aims.one(aims.cross_entropy)
 def evaluate(key, clf, examples, settings: EvalSettings, on: frozenset[str], *, steps: int, restarts: int):
     """Bool [N]: who survives PGD with the departures `on`, all others switched off."""
     budget = settings.attack
-    model = as_partial(clf.scores if "exp_scores" in on else clf.logits)
+    anywhere = clf.replace(bounds=None)  # a start may leave the box
+    model = as_partial(anywhere.scores if "exp_scores" in on else anywhere.logits)
     attack = PGD(
         eps=jnp.float32(budget.eps), steps=steps, norm="linf", bounds=clf.bounds,
         step_size=jnp.float32(budget.step_size), aim=PAPER_AIM if "mean_loss" in on else _EXP_AIM,
