@@ -42,7 +42,7 @@ def python(path, answer):
     ".pyenv/versions/3.13.0/bin/python3.13",
     ".pyenv/versions/3.12.7/bin/python3.12",
     ".local/share/uv/python/cpython-3.13.2-linux-x86_64-gnu/bin/python3.13",
-    "miniconda3/envs/work/bin/python3.12",
+    "miniconda3/envs/mine/bin/python3.12",
     "miniforge3/bin/python3.13",
 ])  # fmt: skip
 def test_an_interpreter_of_a_version_manager_is_found(setup, tmp_path, place):
