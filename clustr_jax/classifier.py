@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from clustr_jax.attacks import placement
 from clustr_jax.attacks.aims import View
 from clustr_jax.attacks.input_checks import check_input, check_labels, check_sizes, labels_of
 from clustr_jax.clusters import Clusters
@@ -99,6 +100,7 @@ class Classifier(struct.PyTreeNode):
 
     def _applied(self, x, what: str):
         """UserError for images that are not the network's; inside jit only their shape is looked at."""
+        x = placement.beside(placement.home(jax.tree.leaves(self)), x)
         x = check_input(x, getattr(self.net, "input_shape", None), self.bounds)
         return _apply(self.replace(bounds=None), x, what)  # one program, whatever the box
 
