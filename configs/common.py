@@ -30,7 +30,7 @@ def base(dataset: str) -> ConfigDict:
     c.data.train_size = 0  # stratified subset; 0 = all
     c.data.test_size = 0
     c.data.val_size = 0.02  # share of the training split held out for stopping and selection
-    c.data.augment = "none"  # "crop_flip", "crop", "flip" or "none"
+    c.data.augment = "none"  # "crop_flip", "crop", "flip", "translate_alternate" or "none"
 
     c.model = ConfigDict()
     c.model.name = "resnet18"  # "auto": by the size of the images
@@ -46,6 +46,7 @@ def base(dataset: str) -> ConfigDict:
     c.train.beta = 6.0  # 1 / lambda of TRADES
     c.train.consistency = "ce"  # of ClusTR+QTRADES: "ce" (Eq. 5), "kl", or "mse" of the embeddings
     c.train.stop_target = False  # no gradient through the clean side of the consistency term
+    c.train.label_smoothing = 0.0  # share of a label that cross entropy spreads over all classes, linear head
     c.train.xent_lam = 0.0  # weight of cross entropy on the cluster head (authors' --xent-lambda)
     c.train.radius = 36 / 255  # l2 radius that the *_certified methods train for, in [0, 1] pixels
     c.train.nearest = 0  # D nearest clusters in training; 0 = all (authors' --L)
@@ -115,11 +116,14 @@ def _recipe(epochs, lr, milestones):
     r = ConfigDict()
     r.epochs = epochs
     r.batch_size = 128  # not used with Magnet batches
-    r.optimizer = "adam"  # or "sgd", with momentum 0.9
+    r.optimizer = "adam"  # or "sgd"
+    r.momentum = 0.9  # of SGD
     r.nesterov = True  # of SGD; the code of Free AT, Fast AT, TRADES, Pang et al.: plain momentum, False
+    r.norm_bias_rate = 1.0  # of SGD: so many times the rate for the biases of batch norm
+    r.lookahead = 0  # steps after which slow weights move towards the fast ones (Zhang et al. 2019); 0 = off
     r.lr = lr
     r.weight_decay = 0.0
-    r.schedule = "multistep"  # x decay at the epochs `milestones`; or "cosine", "onecycle"
+    r.schedule = "multistep"  # x decay at the epochs `milestones`; or "cosine", "onecycle", "triangle"
     r.milestones = milestones
     r.decay = 0.1
     r.replays = 1  # steps on the same batch, the perturbation carried along (Free AT: 8)
@@ -161,7 +165,8 @@ def _sgd(c, epochs, lr, milestones, weight_decay):
 
 
 _OPTIMISATION = (
-    "epochs", "batch_size", "optimizer", "nesterov", "lr", "weight_decay", "schedule", "milestones", "decay",
+    "epochs", "batch_size", "optimizer", "momentum", "nesterov", "norm_bias_rate", "lookahead", "lr",
+    "weight_decay", "schedule", "milestones", "decay",
 )  # fmt: skip
 
 
@@ -338,4 +343,30 @@ def cpu(c):
         c.eval.n, c.eval.curve = 1000, (2 / 255, 4 / 255, 16 / 255, 32 / 255)
 
 
-VARIANTS = {"cpu": cpu}
+# cifar10-airbench: a rate of 11.5 and a decay of 0.0153 for sums over 1,024 images and their momentum.
+_AIRBENCH = dict(batch_size=1024, lr=1.5, weight_decay=1.33e-3, momentum=0.85)
+
+
+def fast(c):
+    """A network that reaches 92 % on CIFAR-10 in minutes of two cores, with its own recipe.
+
+    Whitened first convolution for what is trained on clean images, an ordinary one where an adversary trains
+    the network from its first step: whitening amplifies what images hardly vary in.
+    """
+    clean = c.method in ("nominal", "clustr", "clustr_qtrades", "magnet")
+    c.model.name, c.model.width = "fast" if clean else "fast_plain", 64
+    if c.data.augment == "crop_flip":
+        c.data.augment = "translate_alternate"
+    recipes = [c.warmup] + ([c.train] if c.method == "nominal" else [])
+    for recipe in recipes:
+        recipe.optimizer, recipe.schedule, recipe.milestones = "sgd", "triangle", ()
+        recipe.epochs, recipe.norm_bias_rate, recipe.lookahead = 16, 64.0, 5
+        recipe.nesterov = True
+        for name, value in _AIRBENCH.items():
+            recipe[name] = value
+    c.warmup.target = 0.0
+    if clean:
+        c.train.label_smoothing = 0.2
+
+
+VARIANTS = {"cpu": cpu, "fast": fast}

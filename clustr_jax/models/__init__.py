@@ -9,9 +9,12 @@ import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from clustr_jax.models.networks import CNN, HEAD, MLP, UNIT_STAGES, Outputs, ResNet, UnitNet
+from clustr_jax.models.fast import FastNet
+from clustr_jax.models.networks import CNN, MLP, UNIT_STAGES, ResNet, UnitNet
+from clustr_jax.models.parts import HEAD, Outputs
 from clustr_jax.runtime.errors import UserError, nearest
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "HEAD",
     "MLP",
     "UNIT",
+    "FastNet",
     "Net",
     "Outputs",
     "ResNet",
@@ -53,6 +57,11 @@ class Net:
         # a pair only where something is mutable
         return self.module.apply(variables, x, train=False)  # pyright: ignore[reportReturnType]
 
+    def fitted(self, variables: dict, images: Float[np.ndarray, "N ..."]) -> dict:
+        """Fresh variables with what a network takes from training images (pixels in [0, 1]), if anything."""
+        fit = getattr(self.module, "fitted", None)
+        return variables if fit is None else fit(variables, images)
+
     def describe(self, variables: dict) -> list[tuple]:
         """The layers from pixels to embeddings in eval mode, batch norm folded in, for `lipschitz.bound`."""
         return self.module.describe(variables, self.input_shape)  # pyright: ignore[reportAttributeAccessIssue]
@@ -61,6 +70,8 @@ class Net:
 _MODULES = {
     "resnet18": functools.partial(ResNet, stages=(2, 2, 2, 2)),
     "resnet8": functools.partial(ResNet, stages=(1, 1, 1)),
+    "fast": FastNet,
+    "fast_plain": functools.partial(FastNet, whitened=False),
     "cnn": CNN,
     "mlp": MLP,
     "lip_sll": functools.partial(UnitNet, layer="sll"),
@@ -70,11 +81,13 @@ _MODULES = {
 # Networks that are 1-Lipschitz by construction (times 1 / min(std)): their certificates are not vacuous.
 UNIT = ("lip_sll", "lip_aol", "lip_cpl")
 # Networks that can compute in bfloat16, and have batch norm.
-_MIXED = ("resnet18", "resnet8", "cnn")
+_MIXED = ("resnet18", "resnet8", "fast", "fast_plain", "cnn")
 # `width` 0 in a config means the usual one.
 DEFAULT_WIDTH = {
     "resnet18": 64,
     "resnet8": 16,
+    "fast": 64,
+    "fast_plain": 64,
     "cnn": 32,
     "mlp": 20,
     "lip_sll": 32,
@@ -96,7 +109,7 @@ def build(
 ) -> Net:
     """The network called `name` for inputs of this shape; mean and std are per channel, in [0, 1] units.
 
-    `dtype` "bfloat16" computes the layers so in training mode (resnet18, resnet8, cnn), for accelerators.
+    `dtype` "bfloat16" computes the layers so in training mode (residual, fast, cnn), for accelerators.
     `running_variance` "unbiased" averages the variances that PyTorch does (`fidelity.running_variance`).
     """
     if name not in _MODULES:

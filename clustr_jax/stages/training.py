@@ -26,6 +26,8 @@ from clustr_jax.training.objectives import METHODS
 _CHUNK_SECONDS = 3.0
 # Long epochs leave checkpoints inside them.
 _CHECKPOINT_SECONDS = 600.0
+# Training images from which a network takes what it does not learn.
+_FITTED = 5000
 # Ordinary adversarially trained networks differ by a few points between one step and ten.
 _OVERFITTING_GAP = 0.2
 
@@ -100,7 +102,8 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
         if body:
             variables["params"][models.HEAD] = fresh["params"][models.HEAD]
     else:
-        variables = fresh
+        some = this.train_split.pixels(np.arange(min(len(this.train_split), _FITTED)))
+        variables = this.net.fitted(fresh, some)
     state = train.create(trainer, variables)
     if trainer.magnet:
         progress.status(f"{stage}: first k-means++ on the network's own embeddings")

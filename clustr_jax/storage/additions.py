@@ -11,6 +11,13 @@ ADDED = {
     ("fidelity", "running_variance"): "biased",
     ("warmup", "nesterov"): True,
     ("train", "nesterov"): True,
+    ("warmup", "momentum"): 0.9,
+    ("train", "momentum"): 0.9,
+    ("warmup", "norm_bias_rate"): 1.0,
+    ("train", "norm_bias_rate"): 1.0,
+    ("warmup", "lookahead"): 0,
+    ("train", "lookahead"): 0,
+    ("train", "label_smoothing"): 0.0,
 }
 
 
