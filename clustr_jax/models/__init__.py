@@ -80,8 +80,12 @@ _MODULES = {
 }
 # Networks that are 1-Lipschitz by construction (times 1 / min(std)): their certificates are not vacuous.
 UNIT = ("lip_sll", "lip_aol", "lip_cpl")
-# Networks that can compute in bfloat16, and have batch norm.
-_MIXED = ("resnet18", "resnet8", "fast", "fast_plain", "cnn")
+# Of networks that cannot take any image: the smallest side.
+LEAST_SIDE = {"fast": 9, "fast_plain": 8}
+# Networks that can compute in bfloat16, and all that have batch norm. Of the fast ones' gradients bfloat16
+# leaves little: a max pool passes on one value, and which one hangs on digits that it does not have.
+_MIXED = ("resnet18", "resnet8", "cnn")
+_NORMED = (*_MIXED, "fast", "fast_plain")
 # `width` 0 in a config means the usual one.
 DEFAULT_WIDTH = {
     "resnet18": 64,
@@ -109,7 +113,7 @@ def build(
 ) -> Net:
     """The network called `name` for inputs of this shape; mean and std are per channel, in [0, 1] units.
 
-    `dtype` "bfloat16" computes the layers so in training mode (residual, fast, cnn), for accelerators.
+    `dtype` "bfloat16" computes the layers so in training mode (resnet18, resnet8, cnn), for accelerators.
     `running_variance` "unbiased" averages the variances that PyTorch does (`fidelity.running_variance`).
     """
     if name not in _MODULES:
@@ -122,6 +126,11 @@ def build(
         )
     if name not in ("mlp", *UNIT) and len(input_shape) != 3:
         raise UserError(f"model {name} takes images [H, W, C], got inputs of shape {input_shape}; use mlp")
+    least = LEAST_SIDE.get(name, 1)
+    if len(input_shape) == 3 and min(input_shape[:2]) < least:
+        raise UserError(
+            f"model {name} halves the image three times: its sides must be at least {least}, got {input_shape}"
+        )
     if name in UNIT and len(input_shape) == 3 and any(side % 2**UNIT_STAGES for side in input_shape[:2]):
         raise UserError(
             f"model {name} halves the image {UNIT_STAGES} times: its sides must be multiples of "
@@ -132,7 +141,8 @@ def build(
     if dtype != "float32" and name not in _MIXED:
         raise UserError(f"model {name} computes in float32 only; choose one of {', '.join(_MIXED)}")
     module = _MODULES[name](
-        **({"dtype": dtype, "unbiased": running_variance == "unbiased"} if name in _MIXED else {}),
+        **({"dtype": dtype} if name in _MIXED else {}),
+        **({"unbiased": running_variance == "unbiased"} if name in _NORMED else {}),
         num_classes=num_classes,
         width=width or DEFAULT_WIDTH[name],
         mean=tuple(map(float, mean)),

@@ -127,17 +127,16 @@ max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 class FastNet(nn.Module):
-    """Images [H, W, C] with sides of 26 to 33 or so -> an embedding of 2 width features, after the last pool.
+    """Square images [H, H, C] -> an embedding of 2 width features, what the last pool leaves.
 
     `whitened` False: an ordinary 3 x 3 convolution comes first, for adversarial training (whitening
-    amplifies the directions that images hardly vary in). `dtype` and `unbiased` as in ResNet.
+    amplifies the directions that images hardly vary in). `unbiased` as in ResNet.
     """
 
     num_classes: int
     width: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    dtype: str = "float32"
     unbiased: bool = False
     whitened: bool = True
 
@@ -149,7 +148,6 @@ class FastNet(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         x = parts.normalise(x, self.mean, self.std)
-        x = parts.reduced(x, self.dtype, train)
         norm = functools.partial(
             BatchNorm if self.unbiased else nn.BatchNorm,
             use_running_average=not train, momentum=0.6, use_scale=False, epsilon=parts.EPSILON,
@@ -188,10 +186,10 @@ class FastNet(nn.Module):
 
         if self.whitened:
             layers += [("conv", np.asarray(stats["first"]["kernel"]), 1, 0), gelu]
-            side = input_shape[0] - PATCH + 1
+            side = min(input_shape[:2]) - PATCH + 1
         else:
             layers += [conv("first", "first_norm"), gelu]
-            side = input_shape[0]
+            side = min(input_shape[:2])
         for i in range(len(self.groups)):
             # the norm's factor is positive: it can go before the pool
             layers += [conv(f"conv_{i}_0", f"norm_{i}_0"), ("max_pool", 2, 2), gelu]
