@@ -46,7 +46,7 @@ def test_the_cpu_variant_of_small_sets(name):
 @pytest.mark.parametrize("name", ["digits", "toy2d"])
 def test_the_fast_variant_is_not_for_small_sets(name):
     with pytest.raises(ValueError, match="9 pixels"):
-        parse(name, method="nominal,fast")
+        get_config(name, "nominal,fast")
 
 
 @pytest.mark.parametrize(

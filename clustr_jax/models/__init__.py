@@ -70,7 +70,7 @@ class Net:
 _MODULES = {
     "resnet18": functools.partial(ResNet, stages=(2, 2, 2, 2)),
     "resnet8": functools.partial(ResNet, stages=(1, 1, 1)),
-    "fast": FastNet,
+    "fast": functools.partial(FastNet, whitened=True),
     "fast_plain": functools.partial(FastNet, whitened=False),
     "cnn": CNN,
     "mlp": MLP,
