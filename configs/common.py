@@ -51,6 +51,9 @@ def base(dataset: str) -> ConfigDict:
     c.train.radius = 36 / 255  # l2 radius that the *_certified methods train for, in [0, 1] pixels
     c.train.nearest = 0  # D nearest clusters in training; 0 = all (authors' --L)
     c.train.attack_bn = "batch"  # inner attack: "batch" statistics (kept out of the running ones) or "eval"
+    c.train.on_collapse = (
+        "warn"  # what follows when a stage destroys its network: "warn", "stop" or "restore"
+    )
     c.train.monitor = True  # single-step against multi-step accuracy on held-out images, each epoch
     c.train.attack = ConfigDict()  # the adversary of training: keyword arguments of attacks.pgd
     c.train.attack.eps = 8 / 255

@@ -129,7 +129,7 @@ def build(
     least = LEAST_SIDE.get(name, 1)
     if len(input_shape) == 3 and min(input_shape[:2]) < least:
         raise UserError(
-            f"model {name} halves the image three times: its sides must be at least {least}, got {input_shape}"
+            f"model {name} halves the image three times: its sides must be {least} or more, got {input_shape}"
         )
     if name in UNIT and len(input_shape) == 3 and any(side % 2**UNIT_STAGES for side in input_shape[:2]):
         raise UserError(

@@ -12,6 +12,7 @@ from clustr_jax.models import Net
 from clustr_jax.reference.switches import SWITCHES
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import DataSettings, MagnetSettings, ModelSettings, Recipe, Settings, TermSettings
+from clustr_jax.stages import guarding
 from clustr_jax.training import refit, trainers
 from clustr_jax.training.objectives import CERTIFIED, METHODS, Method
 from clustr_jax.training.train_state import ALTERNATE
@@ -123,7 +124,12 @@ def check_terms(train: TermSettings) -> None:
     for name in ("lam", "beta", "xent_lam", "radius"):
         if not 0 <= getattr(train, name) < math.inf:
             raise UserError(f"train.{name} must be >= 0, got {getattr(train, name)}")
-    for name, known in (("consistency", ("ce", "kl", "mse")), ("attack_bn", ("batch", "eval"))):
+    if not 0 <= train.label_smoothing < 1:
+        raise UserError(f"train.label_smoothing must be in [0, 1), got {train.label_smoothing}")
+    for name, known in (
+        ("consistency", ("ce", "kl", "mse")), ("attack_bn", ("batch", "eval")),
+        ("on_collapse", guarding.ANSWERS),
+    ):  # fmt: skip
         if getattr(train, name) not in known:
             raise UserError(f"train.{name} must be one of {', '.join(known)}, got {getattr(train, name)!r}")
     if train.attack.steps < 1 or train.nearest < 0:
