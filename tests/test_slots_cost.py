@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from clustr_jax.attacks import aims, scheduler
+from clustr_jax.attacks import attack_losses, scheduler
 from slot_attacks import (
     EASY,
     MIXED,
@@ -84,13 +84,13 @@ def test_shrinking_changes_no_outcome(monkeypatch):
 
 
 def test_radii_steps_aims_and_models_share_a_program():
-    """Nothing is traced again for another eps, step size, aim of the same options, number of steps or of
+    """Nothing is traced again for another eps, step size, loss of the same options, number of steps or of
     restarts, or for other parameters."""
     model, x, y = problem()
     whole()
     before = len(TRACES)
-    for eps, step_size, aim in ((0.01, 0.1, aims.cross_entropy), (0.3, 0.0, aims.margin)):
-        run(model, x, y, attack=pgd_attack(eps, step_size=step_size, aim=aim))
+    for eps, step_size, loss in ((0.01, 0.1, attack_losses.cross_entropy), (0.3, 0.0, attack_losses.margin)):
+        run(model, x, y, attack=pgd_attack(eps, step_size=step_size, loss=loss))
     run(random_network(5), x, y, attack=pgd_attack(0.1, steps=3), restarts=2)
     run(model, x[:9], y[:9])
     assert len(TRACES) == before

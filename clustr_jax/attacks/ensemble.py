@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import aims, lanes, resuming, scheduler
+from clustr_jax.attacks import attack_losses, lanes, resuming, scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.gate import Admitted, admit
@@ -64,13 +64,17 @@ def build(
         return Square(steps=queries, rescale=rescale_schedule, **common)
     if name == "fab-t":
         return FAB(steps=steps, restarts=restarts, **common)
-    return APGD(steps=steps, aim=aims.one(_AIMS[name]), **common)
+    return APGD(steps=steps, loss=attack_losses.one(_LOSSES[name]), **common)
 
 
-_AIMS = {"apgd-ce": aims.cross_entropy, "apgd-dlr": aims.dlr, "apgd-t": aims.dlr_targeted}
+_LOSSES = {
+    "apgd-ce": attack_losses.cross_entropy,
+    "apgd-dlr": attack_losses.dlr,
+    "apgd-t": attack_losses.dlr_targeted,
+}
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 TARGETED = ("apgd-t", "fab-t")
-_ALL = (*_AIMS, "fab-t", "square")
+_ALL = (*_LOSSES, "fab-t", "square")
 
 
 def likely_targets(logits, y, count: int = TARGETS) -> Int[np.ndarray, "T B"]:
@@ -197,8 +201,8 @@ def apgd(
     >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
     [ True False] True
     """
-    aim = aims.one(aims.dlr_targeted if targeted else aims.untargeted(loss_fn))
-    attack = APGD(steps=whole("steps", steps, 1), aim=aim, **_common(eps, norm, bounds))
+    loss = attack_losses.one(attack_losses.dlr_targeted if targeted else attack_losses.untargeted(loss_fn))
+    attack = APGD(steps=whole("steps", steps, 1), loss=loss, **_common(eps, norm, bounds))
     return _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots, progress, folder)
 
 

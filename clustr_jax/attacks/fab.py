@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from clustr_jax.attacks.aims import margin_targeted, misclassified
+from clustr_jax.attacks.attack_losses import margin_targeted, misclassified
 from clustr_jax.attacks.geometry import length, on_sphere, over, project
 from clustr_jax.attacks.lanes import Attack, climb
 from clustr_jax.runtime import struct

@@ -14,7 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax.attacks.aims import misclassified
+from clustr_jax.attacks.attack_losses import misclassified
 from clustr_jax.attacks.options import GENERATOR
 from clustr_jax.runtime import mesh, struct
 
@@ -193,12 +193,12 @@ def empty(attack, work):
     return Slots(work, attack.init(work), jnp.zeros(lanes, jnp.int32), jnp.zeros(lanes, bool))
 
 
-def climb(model: Callable, aim: Callable, work: Work, x):
-    """(gradient of the aim [S, ...], its value [S], misclassified [S]) at x."""
+def climb(model: Callable, loss: Callable, work: Work, x):
+    """(gradient of the loss [S, ...], its value [S], misclassified [S]) at x."""
 
     def total(x):
         outputs = model(x)
-        value = aim(outputs, work.y, work.target)
+        value = loss(outputs, work.y, work.target)
         return jnp.sum(value), (value, misclassified(outputs, work.y))
 
     gradient, (value, fooled) = jax.grad(total, has_aux=True)(x)

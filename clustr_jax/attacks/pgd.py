@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks.aims import logits_of
+from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.gate import admit
 from clustr_jax.attacks.geometry import ascend, project, random_start
 from clustr_jax.attacks.input_checks import check_found, check_logits, check_shape, concrete

@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks import lanes
-from clustr_jax.attacks.aims import logits_of, misclassified
+from clustr_jax.attacks.attack_losses import logits_of, misclassified
 from clustr_jax.attacks.input_checks import check_found
 from clustr_jax.attacks.options import key_of
 from clustr_jax.runtime import mesh
@@ -143,11 +143,11 @@ def run(
     x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
     ids = np.arange(len(x), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
     key = key_of(key)
-    aims = np.full((1, len(x)), -1, np.int32) if targets is None else np.asarray(targets, np.int32)
-    aims = np.repeat(aims, restarts, axis=0)
+    target = np.full((1, len(x)), -1, np.int32) if targets is None else np.asarray(targets, np.int32)
+    target = np.repeat(target, restarts, axis=0)
     devices = mesh.devices()
     slots = -(-slots // devices) * devices
-    total, length = len(aims), _QUEUE * slots // devices
+    total, length = len(target), _QUEUE * slots // devices
     outcome = Outcome.fresh(x, total) if outcome is None else outcome
     best = np.full(-(-len(x) // 1024) * 1024, total, np.int32)  # few sizes, few compilations
     best[: len(x)] = np.where(outcome.broken, outcome.restart, total)
@@ -166,7 +166,7 @@ def run(
         if state is not None and not pending.any() and _busiest(state, devices) <= small:
             state, small = _shrink(attack, state, small, devices), 0
         e, r, waiting = _queues(pending, devices, length)
-        work = lanes.fill(key, e, ids[e], r, x[e], y[e], aims[r, e])
+        work = lanes.fill(key, e, ids[e], r, x[e], y[e], target[r, e])
         if state is None:
             state = lanes.empty(attack, jax.tree.map(lambda a: a[:slots], work))
         # of several devices none comes back to shrink before the others

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from clustr_jax import losses
-from clustr_jax.attacks.aims import logits_of, misclassified
+from clustr_jax.attacks.attack_losses import logits_of, misclassified
 from clustr_jax.attacks.geometry import l2_norm, over
 from clustr_jax.attacks.lanes import Attack
 from clustr_jax.runtime import struct

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from clustr_jax.attacks import aims, ensemble, scheduler
+from clustr_jax.attacks import attack_losses, ensemble, scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.lanes import Attack
@@ -61,26 +61,28 @@ def plans(clf: Classifier, settings: EvalSettings, *, eps: float, shape: tuple[i
 
     options = options_of(clf)
 
-    def pgd_on(aim, **more):
-        return pgd_attack(clf, eps=eps, steps=steps, step_size=step_size, aim=aim, **more)
+    def pgd_on(loss, **more):
+        return pgd_attack(clf, eps=eps, steps=steps, step_size=step_size, loss=loss, **more)
 
-    def apgd_on(aim):
-        return APGD(steps=apgd_steps, aim=aims.among(aim, options), **common)
+    def apgd_on(loss):
+        return APGD(steps=apgd_steps, loss=attack_losses.among(loss, options), **common)
 
     found = [
-        Plan("ce", pgd_on(aims.cross_entropy), attack.restarts),
-        Plan("margin", pgd_on(aims.margin), attack.restarts),
+        Plan("ce", pgd_on(attack_losses.cross_entropy), attack.restarts),
+        Plan("margin", pgd_on(attack_losses.margin), attack.restarts),
     ]
     if clf.clusters is not None:
-        away = pgd_on(aims.margin, opening=aims.away, opening_steps=int(_AWAY_SHARE * steps))
+        away = pgd_on(
+            attack_losses.margin, opening=attack_losses.away, opening_steps=int(_AWAY_SHARE * steps)
+        )
         found += [
-            Plan("centroid", pgd_on(aims.centroid), 1, "clusters"),
-            Plan("feature", pgd_on(aims.feature), 1, "clusters"),
+            Plan("centroid", pgd_on(attack_losses.centroid), 1, "clusters"),
+            Plan("feature", pgd_on(attack_losses.feature), 1, "clusters"),
             Plan("away", away, attack.restarts),
         ]
     found += [
-        Plan("apgd-ce", apgd_on(aims.cross_entropy)),
-        Plan("apgd-t", apgd_on(aims.dlr_targeted), 1, "classes"),
+        Plan("apgd-ce", apgd_on(attack_losses.cross_entropy)),
+        Plan("apgd-t", apgd_on(attack_losses.dlr_targeted), 1, "classes"),
         Plan("fab-t", FAB(steps=apgd_steps, **common), 1, "classes"),
     ]
     if len(shape) == 3:  # it paints squares
@@ -90,16 +92,16 @@ def plans(clf: Classifier, settings: EvalSettings, *, eps: float, shape: tuple[i
 
 def options_of(clf: Classifier):
     """The losses that attacks on this classifier choose from."""
-    return aims.LINEAR if clf.clusters is None else aims.CLUSTERED
+    return attack_losses.LINEAR if clf.clusters is None else attack_losses.CLUSTERED
 
 
-def pgd_attack(clf, *, eps, steps, step_size, aim, opening=aims.margin, opening_steps=0) -> PGD:
-    """PGD on `clf.view`: one compilation for all radii, steps and aims."""
+def pgd_attack(clf, *, eps, steps, step_size, loss, opening=attack_losses.margin, opening_steps=0) -> PGD:
+    """PGD on `clf.view`: one compilation for all radii, steps and losses."""
     options = options_of(clf)
     return PGD(
         eps=jnp.float32(eps), steps=np.int32(steps), norm="linf", bounds=clf.bounds,
-        step_size=jnp.float32(step_size), aim=aims.among(aim, options),
-        opening=aims.among(opening, options), opening_steps=np.int32(opening_steps),
+        step_size=jnp.float32(step_size), loss=attack_losses.among(loss, options),
+        opening=attack_losses.among(opening, options), opening_steps=np.int32(opening_steps),
     )  # fmt: skip
 
 
@@ -282,7 +284,7 @@ class Sweep:
         for eps in radii:
             attack = APGD(
                 eps=jnp.float32(eps), steps=self.settings.apgd_steps, norm="linf", bounds=self.clf.bounds,
-                aim=aims.among(aims.margin, options),
+                loss=attack_losses.among(attack_losses.margin, options),
             )  # fmt: skip
             plan = Plan(f"apgd-margin-{eps:.6f}", attack, number=streams.Evaluation.SWEEP)
             outcome, _ = execute(
