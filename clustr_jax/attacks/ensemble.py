@@ -10,29 +10,22 @@ images, one compilation per attack and shapes. Where an image is not broken they
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import attack_losses, resuming, scheduler
-from clustr_jax.attacks.apgd import APGD
-from clustr_jax.attacks.fab import FAB
+from clustr_jax.attacks import registry, resuming, scheduler
 from clustr_jax.attacks.gate import Admitted, admit
 from clustr_jax.attacks.input_checks import check_logits, concrete
 from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
-from clustr_jax.attacks.scheduled_attack import Attack
-from clustr_jax.attacks.square import Square
+from clustr_jax.attacks.registry import PARAMETER_FREE, QUERIES, STANDARD, STEPS, Budget, Entry
 from clustr_jax.attacks.watching import Interrupted, bar
 from clustr_jax.runtime import mesh
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.promotion import promoting
 
-# Of "standard": steps of the gradient attacks, queries of Square, targets of APGD-T and FAB-T.
-STEPS, QUERIES, TARGETS = 100, 5000, 9
 SLOTS = 64
 
 
@@ -46,51 +39,6 @@ class AutoAttackResult:
     robust: Bool[np.ndarray, "B"]
     broken_by: np.ndarray
     notes: tuple[str, ...] = ()
-
-
-def build(
-    name: str,
-    *,
-    eps,
-    norm="linf",
-    bounds=(0.0, 1.0),
-    steps=STEPS,
-    queries=QUERIES,
-    restarts=1,
-    rescale_schedule=True,
-) -> Attack:
-    """An attack of the ensemble by name: apgd-ce, apgd-dlr, apgd-t, fab-t or square."""
-    common: dict[str, Any] = dict(eps=jnp.float32(eps), norm=norm, bounds=bounds)
-    if name == "square":
-        return Square(steps=queries, rescale=rescale_schedule, **common)
-    if name == "fab-t":
-        return FAB(steps=steps, restarts=restarts, **common)
-    return APGD(steps=steps, loss=attack_losses.one(_LOSSES[name]), **common)
-
-
-_LOSSES = {
-    "apgd-ce": attack_losses.cross_entropy,
-    "apgd-dlr": attack_losses.dlr,
-    "apgd-t": attack_losses.dlr_targeted,
-}
-STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
-TARGETED = ("apgd-t", "fab-t")
-_ALL = (*_LOSSES, "fab-t", "square")
-
-
-def likely_targets(logits, y, count: int = TARGETS) -> Int[np.ndarray, "T B"]:
-    """For each image the `count` other classes with the largest clean logits, best first (at most Y - 1).
-
-    >>> from clustr_jax.attacks import ensemble
-    >>> z = np.array([[5.0, 1.0, 3.0], [0.0, 2.0, 1.0]])  # [B=2, Y=3]
-    >>> print(ensemble.likely_targets(z, np.array([0, 1])))  # [T=2, B=2]
-    [[2 2]
-     [1 0]]
-    """
-    logits = np.array(logits, np.float32)
-    logits[np.arange(len(y)), y] = -np.inf
-    order = np.argsort(-logits, axis=1, kind="stable")
-    return np.ascontiguousarray(order[:, : min(count, logits.shape[1] - 1)].T).astype(np.int32)
 
 
 @promoting
@@ -133,23 +81,28 @@ def autoattack(
     >>> print(np.abs(result.x_adv - x).max() <= 0.1 + 1e-6, bool((result.x_adv[1] == x[1]).all()))
     True True
     """
+    known = ", ".join(PARAMETER_FREE)
     if isinstance(attacks, str) or not attacks:
         raise UserError(
-            f"attacks must name one or more of {', '.join(_ALL)}, got {attacks!r}; without any, nothing is "
+            f"attacks must name one or more of {known}, got {attacks!r}; without any, nothing is "
             f"attacked and every image counts as robust"
         )
-    unknown = [name for name in attacks if name not in _ALL]
+    unknown = [name for name in attacks if name not in PARAMETER_FREE]
     if unknown:
-        raise UserError(f"attacks: unknown {unknown[0]!r}; known: {', '.join(_ALL)}")
+        raise UserError(f"attacks: unknown {unknown[0]!r}; known: {known}")
     place = resuming.usable(folder)
     given, logits = _prepare(key, logits_fn, x, y, eps, norm, bounds, ids, slots)
     x, y = given.x, given.y
-    if "apgd-dlr" in attacks and logits.shape[1] < 3:
-        raise UserError("apgd-dlr needs at least 3 classes, got 2; leave it out")
     alive = logits.argmax(axis=1) == y
-    common: dict[str, Any] = dict(eps=eps, norm=given.norm, bounds=given.bounds)
-    common["rescale_schedule"] = bool(rescale_schedule)
-    planned = [_planned(name, build(name, **common), given, logits, name in TARGETED) for name in attacks]
+    budget = Budget(
+        eps=eps,
+        norm=given.norm,
+        bounds=given.bounds,
+        steps=STEPS,
+        queries=QUERIES,
+        rescale_schedule=bool(rescale_schedule),
+    )
+    planned = [_planned(registry.ATTACKS[name], budget, given, logits) for name in attacks]
     kept = resuming.begin(place, given, logits, planned, slots, "autoattack")
     broken_by = np.where(alive, "", "clean").astype("U16")
     notes = (given.note,) if given.note else ()
@@ -202,9 +155,11 @@ def apgd(
     >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
     [ True False] True
     """
-    loss = attack_losses.one(attack_losses.dlr_targeted if targeted else attack_losses.untargeted(loss_fn))
-    attack = APGD(steps=whole("steps", steps, 1), loss=loss, **_common(eps, norm, bounds))
-    return _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots, progress, folder)
+    entry = registry.ATTACKS["apgd-t"] if targeted else registry.custom_apgd(loss_fn)
+    budget = _budget(eps, norm, bounds, restarts, steps=whole("steps", steps, 1))
+    return _attack(
+        entry, budget, key, logits_fn, x, y, ids=ids, slots=slots, progress=progress, folder=folder
+    )
 
 
 @promoting
@@ -238,9 +193,11 @@ def fab(
     >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
     [ True False] True
     """
-    restarts = whole("restarts", restarts, 1)
-    attack = FAB(steps=whole("steps", steps, 1), restarts=restarts, **_common(eps, norm, bounds))
-    return _attack(key, attack, logits_fn, x, y, True, ids, restarts, slots, progress, folder)
+    entry = registry.ATTACKS["fab-t"]
+    budget = _budget(eps, norm, bounds, restarts, steps=whole("steps", steps, 1))
+    return _attack(
+        entry, budget, key, logits_fn, x, y, ids=ids, slots=slots, progress=progress, folder=folder
+    )
 
 
 @promoting
@@ -278,20 +235,29 @@ def square(
     >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
     [ True False] True
     """
-    steps = whole("queries", queries, 1)
-    attack = Square(steps=steps, rescale=bool(rescale_schedule), **_common(eps, norm, bounds))
-    return _attack(key, attack, logits_fn, x, y, False, ids, restarts, slots, progress, folder)
+    entry, spend = registry.ATTACKS["square"], {"queries": whole("queries", queries, 1)}
+    budget = _budget(eps, norm, bounds, restarts, rescale_schedule=bool(rescale_schedule), **spend)
+    return _attack(
+        entry, budget, key, logits_fn, x, y, ids=ids, slots=slots, progress=progress, folder=folder
+    )
 
 
-def _common(eps, norm, bounds) -> dict[str, Any]:
+def _budget(eps, norm, bounds, restarts, **spend) -> Budget:
+    """UserError for a setting that is none."""
     check_radius("eps", eps)
-    return dict(eps=jnp.float32(eps), norm=norm_of(norm), bounds=bounds_of(bounds))
+    restarts = whole("restarts", restarts, 1)
+    return Budget(
+        eps=float(np.float32(eps)), norm=norm_of(norm), bounds=bounds_of(bounds), restarts=restarts, **spend
+    )
 
 
-def _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots, progress, folder):
-    restarts, place = whole("restarts", restarts, 1), resuming.usable(folder)
-    given, logits = _prepare(key, logits_fn, x, y, float(attack.eps), attack.norm, attack.bounds, ids, slots)
-    plan = _planned(type(attack).__name__, attack, given, logits, targeted, restarts)
+def _attack(
+    entry: Entry, budget: Budget, key, logits_fn, x, y, *, ids, slots, progress, folder
+) -> Float[np.ndarray, "B ..."]:
+    """One attack on all that is classified correctly."""
+    place = resuming.usable(folder)
+    given, logits = _prepare(key, logits_fn, x, y, budget.eps, budget.norm, budget.bounds, ids, slots)
+    plan = _planned(entry, budget, given, logits)._replace(name=entry.kind.__name__)
     x_adv, alive = given.x.copy(), np.flatnonzero(logits.argmax(axis=1) == given.y)
     if len(alive):
         kept = resuming.begin(place, given, logits, [plan], slots, "one attack")
@@ -306,12 +272,13 @@ def _attack(key, attack, logits_fn, x, y, targeted, ids, restarts, slots, progre
 _STOPPED = "interrupted; .found has what was found, and other images were not attacked to the end"
 
 
-def _planned(name, attack, given, logits, targeted, restarts=1) -> resuming.Planned:
+def _planned(entry: Entry, budget: Budget, given: Admitted, logits) -> resuming.Planned:
     """UserError where it cannot attack these images."""
-    if isinstance(attack, Square) and given.x.ndim != 4:
-        raise UserError(f"square takes images [B, H, W, C], got {given.x.shape}; leave it out for points")
-    targets = likely_targets(logits, given.y) if targeted else None
-    return resuming.Planned(name, attack, targets, restarts)
+    lacking = entry.lacking(shape=given.x.shape, classes=logits.shape[1], norm=given.norm, clusters=False)
+    if lacking:
+        raise UserError(lacking)
+    targets = entry.choose_targets(given.model, given.x, given.y, logits)
+    return resuming.Planned(entry.name, entry.make(budget, None), targets, budget.restarts)
 
 
 def _run(key, plan, given, index, slots, progress, kept, record) -> tuple[scheduler.Outcome, str | None]:
