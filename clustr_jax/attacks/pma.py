@@ -1,0 +1,62 @@
+"""The probability margin attack (Xie et al., CVPR 2025, "Towards Million-Scale Adversarial Robustness
+Evaluation With Stronger Individual Attacks"), linf and l2.
+
+Steps up p_c - p_y, the margin of the softmax's probabilities. Each restart begins at a uniform point, takes
+one step towards the label, then runs half of its steps away from it (first, third ... restart) or towards the
+likeliest other class (second, fourth ...), and the rest up the margin. The steps of each half shrink from
+2 eps to 0 along half a cosine. What is climbed are logarithms of the same odds, whose gradients have the same
+directions and do not underflow.
+"""
+
+import jax.numpy as jnp
+
+from clustr_jax.attacks.attack_losses import label_odds, probability_margin, rival_odds
+from clustr_jax.attacks.geometry import ascend, over, project, random_start
+from clustr_jax.attacks.scheduled_attack import Attack, climb
+from clustr_jax.attacks.scheduled_pgd import PGDState
+
+# The kinds of restarts that take turns: away from the label, towards the likeliest other class.
+ROUNDS = 2
+
+
+class PMA(Attack):
+    """Restarts alternate between the two openings. One gradient per update."""
+
+    def init(self, work):
+        """A uniform point of the ball."""
+        x = random_start(work.keys, work.x, self.eps, "uniform", self.norm)
+        x = project(x, work.x, self.eps, self.norm, self.bounds)
+        return PGDState(x, jnp.zeros(work.y.shape, bool))
+
+    def update(self, model, work, state, step):
+        """Evaluate the iterate; move it unless it is misclassified."""
+        opening = step < self.opening_steps
+
+        def loss(outputs, y, target):
+            odds = label_odds(outputs, y, target)
+            towards_rival = (work.restart % ROUNDS == 1) & (step > 0)
+            first_half = jnp.where(towards_rival, rival_odds(outputs, y, target), odds)
+            first_half = jnp.where(step == 0, -odds, first_half)
+            return jnp.where(opening, first_half, probability_margin(outputs, y, target))
+
+        x = state.candidate
+        gradient, _, fooled = climb(model, loss, work, x)
+        moved = ascend(x, gradient, over(self.step_size(step), x), self.norm)
+        moved = project(moved, work.x, self.eps, self.norm, self.bounds)
+        return PGDState(jnp.where(over(fooled, x), x, moved), fooled)
+
+    @property
+    def opening_steps(self):
+        """Steps before the margin: the larger half."""
+        return (self.steps + 1) // 2
+
+    def step_size(self, step):
+        """2 eps (1 + cos) / 2, from 2 eps in both halves; of the first, the first two steps have it.
+
+        The authors' code takes the first step up the margin with the last, vanishing size of the opening;
+        here it has the size that begins its half.
+        """
+        first = self.opening_steps
+        opening = jnp.maximum(step - 1, 0) / first
+        margin = (step - first) / jnp.maximum(self.steps - first, 1)
+        return self.eps * (1 + jnp.cos(jnp.pi * jnp.where(step < first, opening, margin)))
