@@ -20,8 +20,8 @@ from jaxtyping import Bool
 from clustr_jax.attacks import attack_losses, ensemble, scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
-from clustr_jax.attacks.lanes import Attack
 from clustr_jax.attacks.pgd import as_partial, pgd
+from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.attacks.square import Square
 from clustr_jax.classifier import Classifier, correct
