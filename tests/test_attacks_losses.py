@@ -28,8 +28,8 @@ def test_targeted_dlr(rng):
 
 def test_targets_are_the_likeliest_other_classes():
     logits = np.array([[3.0, 1.0, 2.0, 0.0], [0.0, 5.0, 5.0, 1.0]])
-    np.testing.assert_array_equal(ensemble.likely_targets(logits, [0, 3], 2), [[2, 1], [1, 2]])
-    np.testing.assert_array_equal(ensemble.likely_targets(logits, [1, 1], 9), [[0, 2], [2, 3], [3, 0]])
+    np.testing.assert_array_equal(targets.likely_targets(logits, [0, 3], 2), [[2, 1], [1, 2]])
+    np.testing.assert_array_equal(targets.likely_targets(logits, [1, 1], 9), [[0, 2], [2, 3], [3, 0]])
     assert logits[0, 0] == 3.0  # the argument is left as it was
 
 

@@ -9,10 +9,11 @@ from clustr_jax.attacks.models import wrap
 from clustr_jax.attacks.options import UnitWarning
 from clustr_jax.attacks.pgd import fgsm, noise, pgd, qtrades
 from clustr_jax.attacks.resuming import RecordWarning
+from clustr_jax.attacks.targets import malt_targets
 from clustr_jax.attacks.trust import UnsteadyWarning
 from clustr_jax.attacks.watching import Interrupted
 
 __all__ = [
     "AutoAttackResult", "Interrupted", "RecordWarning", "UnitWarning", "UnsteadyWarning", "apgd",
-    "autoattack", "fab", "fgsm", "noise", "pgd", "qtrades", "square", "wrap",
+    "autoattack", "fab", "fgsm", "malt_targets", "noise", "pgd", "qtrades", "square", "wrap",
 ]  # fmt: skip

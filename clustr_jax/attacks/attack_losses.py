@@ -87,9 +87,9 @@ def dlr_targeted(outputs, y, target) -> Float[Array, "B"]:
 
 
 def label_odds(outputs, y, target) -> Float[Array, "B"]:
-    """log (1 - p_y) / p_y, p = softmax(logits): down with p_y, as cross entropy goes, with all of its gradient.
+    """log (1 - p_y) / p_y, p = softmax(logits): up as p_y falls.
 
-    Cross entropy's gradient has the same direction, and is 0 in float32 where p_y rounds to 1.
+    The gradient has the direction of cross entropy's, which is 0 in float32 where p_y rounds to 1.
     """
     logits = logits_of(outputs)
     return jax.nn.logsumexp(_without(logits, y), axis=1) - _at(logits, y)

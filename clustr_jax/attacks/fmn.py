@@ -44,7 +44,7 @@ class Nearest(Attack):
         raise NotImplementedError
 
     def move(self, work, state, seen, step):
-        """(the next iterate, the next radius); `seen` are gradient, value and misclassified at the iterate."""
+        """(the next iterate and radius); `seen`: gradient, value and misclassified at this one."""
         raise NotImplementedError
 
     def init(self, work):
