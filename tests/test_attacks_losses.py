@@ -7,7 +7,7 @@ import pytest
 
 import reference
 import reference_attacks
-from clustr_jax.attacks import attack_losses, ensemble
+from clustr_jax.attacks import attack_losses, targets
 from clustr_jax.attacks.attack_losses import View
 from clustr_jax.clusters import Clusters
 from clustr_jax.evaluation import sound_protocol

@@ -35,6 +35,7 @@ MODULES = (
 WITHOUT = {
     "AutoAttackResult",
     "Interrupted",
+    "NearestResult",
     "RecordWarning",
     "UnitWarning",
     "UnsteadyWarning",

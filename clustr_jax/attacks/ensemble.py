@@ -75,7 +75,7 @@ _LOSSES = {
 }
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 TARGETED = ("apgd-t", "fab-t")
-_ALL = (*_LOSSES, "fab-t", "square")
+KNOWN = (*_LOSSES, "fab-t", "square")
 
 
 @promoting
@@ -120,12 +120,12 @@ def autoattack(
     """
     if isinstance(attacks, str) or not attacks:
         raise UserError(
-            f"attacks must name one or more of {', '.join(_ALL)}, got {attacks!r}; without any, nothing is "
+            f"attacks must name one or more of {', '.join(KNOWN)}, got {attacks!r}; without any, nothing is "
             f"attacked and every image counts as robust"
         )
-    unknown = [name for name in attacks if name not in _ALL]
+    unknown = [name for name in attacks if name not in KNOWN]
     if unknown:
-        raise UserError(f"attacks: unknown {unknown[0]!r}; known: {', '.join(_ALL)}")
+        raise UserError(f"attacks: unknown {unknown[0]!r}; known: {', '.join(KNOWN)}")
     place = resuming.usable(folder)
     given, logits = prepare(key, logits_fn, x, y, eps, norm, bounds, ids, slots)
     x, y = given.x, given.y
