@@ -14,6 +14,7 @@ from clustr_jax import attacks
 from clustr_jax.attacks import device_loop, ensemble, registry, scheduler
 from clustr_jax.attacks.attack_losses import View
 from clustr_jax.attacks.registry import ATTACKS, Budget
+from clustr_jax.attacks.targets import CHOOSERS
 from clustr_jax.clusters import Clusters
 from clustr_jax.runtime.errors import UserError
 
@@ -62,8 +63,15 @@ def problem(entry, *, shape=SHAPE, classes=CLASSES):
     return Partial(view if entry.clusters else logits, clusters, weight), x, y
 
 
+def chosen(entry, model, x, y, norm, count):
+    if entry.targets is None:
+        return None
+    outputs = scheduler.forward(model, x, SLOTS)
+    return CHOOSERS[entry.targets](model, x, y, outputs, norm, count=count, slots=SLOTS)
+
+
 def attacked(entry, budget, model, x, y, ids=None):
-    targets = entry.choose_targets(model, x, y, scheduler.forward(model, x, SLOTS), 2)
+    targets = chosen(entry, model, x, y, budget.norm, 2)
     return scheduler.run(
         entry.make(budget, None),
         jax.random.key(0),
@@ -106,8 +114,7 @@ def test_gradients_are_taken_where_the_entry_says_so(entry):
         raise ArithmeticError("differentiated")
 
     model, x, y = problem(entry)
-    outputs = scheduler.forward(model, x, SLOTS)
-    targets = entry.choose_targets(model, x, y, outputs, 1)
+    targets = chosen(entry, model, x, y, "linf", 1)
     ids = np.arange(N, dtype=np.int32)
     target = -np.ones(N, np.int32) if targets is None else targets[0]
     work = device_loop.fill(jax.random.key(0), ids, ids, 0 * ids, x, y, target)

@@ -16,17 +16,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import registry, resuming, scheduler
-from clustr_jax.attacks.gate import Admitted, admit
-from clustr_jax.attacks.input_checks import check_logits, concrete
-from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
-from clustr_jax.attacks.registry import PARAMETER_FREE, QUERIES, STANDARD, STEPS, Budget, Entry
-from clustr_jax.attacks.watching import Interrupted, bar
-from clustr_jax.runtime import mesh
+from clustr_jax.attacks import attack_losses, resuming
+from clustr_jax.attacks.apgd import APGD
+from clustr_jax.attacks.calls import SLOTS, STOPPED, attack_alone, common_of, planned, prepare, run_plan
+from clustr_jax.attacks.fab import FAB
+from clustr_jax.attacks.options import whole
+from clustr_jax.attacks.registry import ATTACKS, PARAMETER_FREE, QUERIES, STANDARD, STEPS, Budget
+from clustr_jax.attacks.square import Square
+from clustr_jax.attacks.targets import check_ranking
+from clustr_jax.attacks.watching import Interrupted
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.promotion import promoting
-
-SLOTS = 64
 
 
 @dataclasses.dataclass
@@ -91,7 +91,7 @@ def autoattack(
     if unknown:
         raise UserError(f"attacks: unknown {unknown[0]!r}; known: {known}")
     place = resuming.usable(folder)
-    given, logits = _prepare(key, logits_fn, x, y, eps, norm, bounds, ids, slots)
+    given, logits = prepare(key, logits_fn, x, y, eps, norm, bounds, ids, slots)
     x, y = given.x, given.y
     alive = logits.argmax(axis=1) == y
     budget = Budget(
@@ -102,23 +102,27 @@ def autoattack(
         queries=QUERIES,
         rescale_schedule=bool(rescale_schedule),
     )
-    planned = [_planned(registry.ATTACKS[name], budget, given, logits) for name in attacks]
-    kept = resuming.begin(place, given, logits, planned, slots, "autoattack")
+    plans = []
+    for entry in (ATTACKS[name] for name in attacks):
+        entry.check(shape=x.shape, classes=logits.shape[1], norm=given.norm)
+        attack = entry.make(budget, None)
+        plans.append(planned(entry.name, attack, given, logits, entry.targets, slots=slots))
+    kept = resuming.begin(place, given, logits, plans, slots, "autoattack")
     broken_by = np.where(alive, "", "clean").astype("U16")
     notes = (given.note,) if given.note else ()
     x_adv = x.copy()
-    for number, plan in enumerate(planned):
+    for number, plan in enumerate(plans):
         index = np.flatnonzero(alive)
         if not len(index):
             break
         own, record = jax.random.fold_in(given.key, number), f"{number}-{plan.name}"
-        outcome, stopped = _run(own, plan, given, index, slots, progress, kept, record)
+        outcome, stopped = run_plan(own, plan, given, index, slots, progress, kept, record)
         x_adv[index] = outcome.x_adv
         broken_by[index[outcome.broken]] = plan.name
         alive[index] = ~outcome.broken
         if stopped is not None:
             found = AutoAttackResult(x_adv, alive, broken_by, (*notes, f"interrupted in {plan.name}"))
-            raise Interrupted(found, _STOPPED + stopped)
+            raise Interrupted(found, STOPPED + stopped)
     kept.clear()
     return AutoAttackResult(x_adv, alive, broken_by, notes)
 
@@ -135,6 +139,7 @@ def apgd(
     restarts: int = 1,
     loss_fn: Callable = losses.cross_entropy,
     targeted: bool = False,
+    targets: str = "likely",
     norm: str = "linf",
     bounds: tuple[float, float] | None = (0.0, 1.0),
     ids: Int[np.ndarray, "B"] | None = None,
@@ -142,9 +147,11 @@ def apgd(
     progress: bool | None = None,
     folder: str | os.PathLike | None = None,
 ) -> Float[np.ndarray, "B ..."]:
-    """Auto-PGD on `loss_fn`; targeted=True is APGD-T: DLR towards the 9 likeliest classes, no `loss_fn`.
+    """Auto-PGD on `loss_fn`; targeted=True is APGD-T: DLR towards 9 other classes, no `loss_fn`.
 
-    `folder` as in `autoattack`: the same call goes on where it was interrupted.
+    These are the likeliest ones, or with targets="malt" the nearest by `malt_targets` (one gradient per
+    class before the attack, 100 at most). `folder` as in `autoattack`: the same call goes on where it was
+    interrupted.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -155,11 +162,11 @@ def apgd(
     >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
     [ True False] True
     """
-    entry = registry.ATTACKS["apgd-t"] if targeted else registry.custom_apgd(loss_fn)
-    budget = _budget(eps, norm, bounds, restarts, steps=whole("steps", steps, 1))
-    return _attack(
-        entry, budget, key, logits_fn, x, y, ids=ids, slots=slots, progress=progress, folder=folder
-    )
+    check_ranking(targets)
+    loss = attack_losses.one(attack_losses.dlr_targeted if targeted else attack_losses.untargeted(loss_fn))
+    attack = APGD(steps=whole("steps", steps, 1), loss=loss, **common_of(eps, norm, bounds))
+    ranking = targets if targeted else None
+    return attack_alone(key, attack, logits_fn, x, y, ranking, ids, restarts, slots, progress, folder)
 
 
 @promoting
@@ -193,11 +200,9 @@ def fab(
     >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
     [ True False] True
     """
-    entry = registry.ATTACKS["fab-t"]
-    budget = _budget(eps, norm, bounds, restarts, steps=whole("steps", steps, 1))
-    return _attack(
-        entry, budget, key, logits_fn, x, y, ids=ids, slots=slots, progress=progress, folder=folder
-    )
+    restarts = whole("restarts", restarts, 1)
+    attack = FAB(steps=whole("steps", steps, 1), restarts=restarts, **common_of(eps, norm, bounds))
+    return attack_alone(key, attack, logits_fn, x, y, "likely", ids, restarts, slots, progress, folder)
 
 
 @promoting
@@ -235,82 +240,6 @@ def square(
     >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
     [ True False] True
     """
-    entry, spend = registry.ATTACKS["square"], {"queries": whole("queries", queries, 1)}
-    budget = _budget(eps, norm, bounds, restarts, rescale_schedule=bool(rescale_schedule), **spend)
-    return _attack(
-        entry, budget, key, logits_fn, x, y, ids=ids, slots=slots, progress=progress, folder=folder
-    )
-
-
-def _budget(eps, norm, bounds, restarts, **spend) -> Budget:
-    """UserError for a setting that is none."""
-    check_radius("eps", eps)
-    restarts = whole("restarts", restarts, 1)
-    return Budget(
-        eps=float(np.float32(eps)), norm=norm_of(norm), bounds=bounds_of(bounds), restarts=restarts, **spend
-    )
-
-
-def _attack(
-    entry: Entry, budget: Budget, key, logits_fn, x, y, *, ids, slots, progress, folder
-) -> Float[np.ndarray, "B ..."]:
-    """One attack on all that is classified correctly."""
-    place = resuming.usable(folder)
-    given, logits = _prepare(key, logits_fn, x, y, budget.eps, budget.norm, budget.bounds, ids, slots)
-    plan = _planned(entry, budget, given, logits)._replace(name=entry.kind.__name__)
-    x_adv, alive = given.x.copy(), np.flatnonzero(logits.argmax(axis=1) == given.y)
-    if len(alive):
-        kept = resuming.begin(place, given, logits, [plan], slots, "one attack")
-        outcome, stopped = _run(given.key, plan, given, alive, slots, progress, kept, plan.name)
-        x_adv[alive] = outcome.x_adv
-        if stopped is not None:
-            raise Interrupted(x_adv, _STOPPED + stopped)
-        kept.clear()
-    return x_adv
-
-
-_STOPPED = "interrupted; .found has what was found, and other images were not attacked to the end"
-
-
-def _planned(entry: Entry, budget: Budget, given: Admitted, logits) -> resuming.Planned:
-    """UserError where it cannot attack these images."""
-    lacking = entry.lacking(shape=given.x.shape, classes=logits.shape[1], norm=given.norm, clusters=False)
-    if lacking:
-        raise UserError(lacking)
-    targets = entry.choose_targets(given.model, given.x, given.y, logits)
-    return resuming.Planned(entry.name, entry.make(budget, None), targets, budget.restarts)
-
-
-def _run(key, plan, given, index, slots, progress, kept, record) -> tuple[scheduler.Outcome, str | None]:
-    """(the outcome on the images of this index; where it was interrupted, what to say of its records)."""
-    x, y, ids = given.x[index], given.y[index], given.ids[index]
-    targets = None if plan.targets is None else plan.targets[:, index]
-    outcome = kept.load(record, x, plan.restarts * (1 if targets is None else len(targets)))
-    try:
-        with bar(progress, plan.name) as report:
-            scheduler.run(
-                plan.attack, key, given.model, x, y, ids=ids, targets=targets, restarts=plan.restarts,
-                slots=slots, outcome=outcome, report=kept.noting(record, report),
-            )  # fmt: skip
-        kept.note(record, outcome, now=True)
-    except KeyboardInterrupt:
-        said = kept.leave(record, outcome)
-        outcome.x_adv[~outcome.broken] = x[~outcome.broken]  # of a call that was not noted to its end
-        return outcome, said
-    return outcome, None
-
-
-def _prepare(key, logits_fn, x, y, eps, norm, bounds, ids, slots) -> tuple[Admitted, np.ndarray]:
-    """(what the attack goes on with, in NumPy; clean logits), or UserError for what cannot be attacked."""
-    slots = whole("slots", slots, 1)
-    rows = -(-slots // mesh.devices())  # what one device sees
-    given = admit(key, logits_fn, x, y, eps=eps, norm=norm, bounds=bounds, ids=ids, rows=rows)
-    if not concrete(given.x, given.y, given.key):
-        raise UserError("this attack cannot be inside jit: it schedules images from the host; pgd can")
-    if given.y.ndim != 1:
-        raise UserError(f"y must be labels [B], got probabilities {given.y.shape}; give y.argmax(axis=1)")
-    x, y = np.asarray(given.x), np.asarray(given.y).astype(np.int32)
-    x = x if given.bounds is None else np.clip(x, *given.bounds)
-    logits = scheduler.forward(given.model, x, slots)
-    check_logits(logits, y)
-    return given._replace(x=x, y=y, ids=np.asarray(given.ids).astype(np.int32)), logits
+    steps = whole("queries", queries, 1)
+    attack = Square(steps=steps, rescale=bool(rescale_schedule), **common_of(eps, norm, bounds))
+    return attack_alone(key, attack, logits_fn, x, y, None, ids, restarts, slots, progress, folder)

@@ -12,18 +12,18 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 
 from clustr_jax.attacks import attack_losses
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
+from clustr_jax.attacks.pma import PMA
 from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.attacks.square import Square
-from clustr_jax.attacks.targets import CHOOSERS
+from clustr_jax.runtime.errors import UserError
 
-# Of AutoAttack's "standard": steps of the gradient attacks, queries of Square, targets of APGD-T and FAB-T.
-STEPS, QUERIES, TARGETS = 100, 5000, 9
+# Of AutoAttack's "standard": steps of the gradient attacks and queries of Square.
+STEPS, QUERIES = 100, 5000
 # Of a two-stage attack, the part that only runs away from the own cluster.
 _AWAY_SHARE = 0.5
 
@@ -63,7 +63,6 @@ class Entry:
     settings: tuple[str, ...]  # of `Budget`, beside the ball
     targets: str | None = None  # a name in `targets.CHOOSERS`
     min_classes: int = 2
-    images: bool = False  # takes [B, H, W, C] only
     clusters: bool = False  # takes a `View` of a cluster head only
     norms: tuple[str, ...] = ("linf", "l2")
 
@@ -72,7 +71,14 @@ class Entry:
         """Whether it differentiates the model; if not it is a black-box attack."""
         return self.kind.gradients > 0
 
-    def lacking(self, *, shape: tuple[int, ...], classes: int, norm: str, clusters: bool) -> str:
+    @property
+    def images(self) -> bool:
+        """Whether it takes [B, H, W, C] only."""
+        return self.kind.images
+
+    def lacking(
+        self, *, shape: tuple[int, ...], classes: int, norm: str = "linf", clusters: bool = False
+    ) -> str:
         """What keeps it from images of this batch shape and such a model, and what to do; "" if nothing."""
         if self.images and len(shape) != 4:
             return f"{self.name} takes images [B, H, W, C], got {shape}; leave it out for points"
@@ -84,9 +90,11 @@ class Entry:
             return f"{self.name} needs a model with clusters (clf.view), got logits alone; leave it out"
         return ""
 
-    def choose_targets(self, model, x, y, outputs, count: int = TARGETS) -> Int[np.ndarray, "T N"] | None:
-        """The targets of each image, given the model's outputs on it; None for an untargeted attack."""
-        return None if self.targets is None else CHOOSERS[self.targets](model, x, y, outputs, count)
+    def check(self, **where) -> None:
+        """UserError where something is `lacking`."""
+        text = self.lacking(**where)
+        if text:
+            raise UserError(text)
 
 
 def _ball(budget: Budget) -> dict:
@@ -122,6 +130,10 @@ def _apgd(loss: Callable):
         return APGD(steps=budget.steps, loss=_chosen(loss, options), **_ball(budget))
 
     return make
+
+
+def _pma(budget: Budget, options: Options) -> PMA:
+    return PMA(steps=np.int32(budget.steps), **_ball(budget))
 
 
 def _fab(budget: Budget, options: Options) -> FAB:
@@ -213,7 +225,24 @@ _ENTRIES = (
         what="APGD-T: Auto-PGD on the targeted DLR (the margin below four classes)",
         source=_CROCE,
         settings=("steps", "restarts"),
-        targets="classes",
+        targets="likely",
+    ),
+    Entry(
+        name="apgd-malt",
+        kind=APGD,
+        make=_apgd(attack_losses.dlr_targeted),
+        what="APGD-T towards the classes whose boundaries are nearest by the linearised model",
+        source="Melamed et al. 2024",
+        settings=("steps", "restarts"),
+        targets="malt",
+    ),
+    Entry(
+        name="pma",
+        kind=PMA,
+        make=_pma,
+        what="steps up the margin of the probabilities; odd restarts begin towards the likeliest other class",
+        source="Xie et al. 2025",
+        settings=("steps", "restarts"),
     ),
     Entry(
         name="fab-t",
@@ -222,7 +251,7 @@ _ENTRIES = (
         what="FAB-T: the nearest adversarial image towards each target; ends at the first one within eps",
         source=_CROCE,
         settings=("steps", "restarts"),
-        targets="classes",
+        targets="likely",
     ),
     Entry(
         name="square",
@@ -231,7 +260,6 @@ _ENTRIES = (
         what="random search with squares",
         source="Andriushchenko et al. 2020",
         settings=("queries", "restarts", "rescale_schedule"),
-        images=True,
     ),
 )
 
@@ -245,12 +273,6 @@ PARAMETER_FREE = tuple(e.name for e in _ENTRIES if "step_size" not in e.settings
 def build(name: str, budget: Budget, options: Options = None) -> Attack:
     """The attack of this name within this budget; `options`: see `Options`."""
     return ATTACKS[name].make(budget, options)
-
-
-def custom_apgd(loss_fn: Callable) -> Entry:
-    """Auto-PGD on a loss (logits, y) of the caller's own."""
-    loss = attack_losses.untargeted(loss_fn)
-    return dataclasses.replace(ATTACKS["apgd-ce"], name="apgd", make=_apgd(loss), what="Auto-PGD")
 
 
 def table() -> list[str]:

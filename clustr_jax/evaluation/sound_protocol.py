@@ -95,7 +95,9 @@ def execute(
     view = scheduler.forward(model, part.x, settings.slots)
     targets = None
     if plan.targets is not None:
-        targets = CHOOSERS[plan.targets](model, part.x, part.y, view, settings.targets)
+        targets = CHOOSERS[plan.targets](
+            model, part.x, part.y, view, plan.attack.norm, count=settings.targets, slots=settings.slots
+        )
     total = plan.restarts * (1 if targets is None else len(targets))
     outcome, _ = records.load(plan.name, part.x, total) if records else (None, {})
 
