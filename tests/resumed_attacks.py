@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from clustr_jax import attacks
-from clustr_jax.attacks import ensemble, lanes, records, scheduler
+from clustr_jax.attacks import device_loop, ensemble, records, scheduler
 
 N, SLOTS, EPS = 16, 4, 0.06
 DOORS = {
@@ -43,7 +43,8 @@ def call(name, folder=None, **other):
 def often(monkeypatch):
     """The device comes back after each iteration or two; AutoAttack's attacks are short."""
     monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1000.0})
-    monkeypatch.setattr(ensemble, "build", functools.partial(ensemble.build, steps=4, queries=6))
+    monkeypatch.setattr(ensemble, "STEPS", 4)
+    monkeypatch.setattr(ensemble, "QUERIES", 6)
 
 
 _whole = {}
@@ -87,7 +88,7 @@ class Every:
 
 
 PLACES = {
-    "device": (lanes, "advance", True),
+    "device": (device_loop, "advance", True),
     "judge": (scheduler, "misjudged", False),
     "inside": (scheduler, "verify_inside", True),
     "noted": (scheduler.Outcome, "become", False),

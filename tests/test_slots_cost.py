@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from clustr_jax.attacks import aims, scheduler
+from clustr_jax.attacks import attack_losses, scheduler
 from slot_attacks import (
     EASY,
     MIXED,
@@ -29,7 +29,7 @@ from slot_attacks import (
 @pytest.mark.parametrize("restarts", [1, RESTARTS, 10])
 @pytest.mark.parametrize("eps", [EASY, MIXED, ROBUST], ids=["easy", "mixed", "robust"])
 def test_few_evaluations_are_wasted(eps, restarts):
-    """Lanes x iterations, idle ones included, against what no schedule could leave out."""
+    """Slots x iterations, idle ones included, against what no schedule could leave out."""
     found = whole(eps, 200, restarts)
     share = found.broken.mean()
     assert (share > 0.95) if eps == EASY else (share == 0) if eps == ROBUST else (0.1 < share < 0.9)
@@ -64,17 +64,17 @@ def test_shrinking_changes_no_outcome(monkeypatch):
     model = Partial(whole_numbers, [jnp.asarray(p) for p in params])
     x = rng.uniform(0, 1, (18, 6)).astype(np.float32)
     y = np.asarray(model(x)).argmax(axis=1).astype(np.int32)
-    lanes = []
+    slots = []
 
     def watch(outcome):
-        lanes.append(len(outcome.flight.active))
+        slots.append(len(outcome.flight.active))
 
     full = run(model, x, y, eps=0.1, slots=16, restarts=1, report=watch)
-    assert set(lanes) == {16} and 0 < full.broken.mean() < 1
+    assert set(slots) == {16} and 0 < full.broken.mean() < 1
     monkeypatch.setattr(scheduler, "_WORTH", 0)
-    lanes.clear()
+    slots.clear()
     small = run(model, x, y, eps=0.1, slots=16, restarts=1, report=watch)
-    assert set(lanes) == {16, 4}
+    assert set(slots) == {16, 4}
     same(small, full)
     np.testing.assert_array_equal(small.spent, full.spent)
     assert small.needed == full.needed and small.evaluations < full.evaluations
@@ -84,13 +84,13 @@ def test_shrinking_changes_no_outcome(monkeypatch):
 
 
 def test_radii_steps_aims_and_models_share_a_program():
-    """Nothing is traced again for another eps, step size, aim of the same options, number of steps or of
+    """Nothing is traced again for another eps, step size, loss of the same options, number of steps or of
     restarts, or for other parameters."""
     model, x, y = problem()
     whole()
     before = len(TRACES)
-    for eps, step_size, aim in ((0.01, 0.1, aims.cross_entropy), (0.3, 0.0, aims.margin)):
-        run(model, x, y, attack=pgd_attack(eps, step_size=step_size, aim=aim))
+    for eps, step_size, loss in ((0.01, 0.1, attack_losses.cross_entropy), (0.3, 0.0, attack_losses.margin)):
+        run(model, x, y, attack=pgd_attack(eps, step_size=step_size, loss=loss))
     run(random_network(5), x, y, attack=pgd_attack(0.1, steps=3), restarts=2)
     run(model, x[:9], y[:9])
     assert len(TRACES) == before
