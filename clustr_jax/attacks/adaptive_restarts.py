@@ -164,8 +164,8 @@ def adaptive_restarts(
     Every image has one restart of `steps` steps. Of those left the `share` with the largest margins has
     another one, and so on, until `patience` rounds in a row break nothing, or `most` restarts are through.
     `attack`: pma, apgd-ce, apgd-dlr, apgd-t (a restart is one of each target), fab-t or square (`steps` are
-    its queries). `folder` as in `autoattack`: the same call goes on where it was interrupted. Images that are not
-    broken come back unchanged.
+    its queries). `folder` as in `autoattack`: the same call goes on where it was interrupted. Images that are
+    not broken come back unchanged.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
