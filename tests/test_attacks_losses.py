@@ -10,7 +10,6 @@ import reference_attacks
 from clustr_jax.attacks import attack_losses, targets
 from clustr_jax.attacks.attack_losses import View
 from clustr_jax.clusters import Clusters
-from clustr_jax.evaluation import sound_protocol
 
 
 def test_targeted_dlr(rng):
@@ -36,9 +35,9 @@ def test_targets_are_the_likeliest_other_classes():
 def test_nearest_clusters_are_those_of_other_classes():
     """Numbered class * K + j, best first; where clusters are missing the best one stands in."""
     u = np.array([[[-1.0, -9.0], [-2.0, -3.0], [-0.5, -np.inf]]])
-    np.testing.assert_array_equal(sound_protocol.nearest_clusters(u, [0], 9), [[4], [2], [3], [4]])
-    np.testing.assert_array_equal(sound_protocol.nearest_clusters(u, [1], 2), [[4], [0]])
-    np.testing.assert_array_equal(sound_protocol.nearest_clusters(u, [2], 3), [[0], [2], [3]])
+    np.testing.assert_array_equal(targets.nearest_clusters(u, [0], 9), [[4], [2], [3], [4]])
+    np.testing.assert_array_equal(targets.nearest_clusters(u, [1], 2), [[4], [0]])
+    np.testing.assert_array_equal(targets.nearest_clusters(u, [2], 3), [[0], [2], [3]])
 
 
 def cluster_view(z, centroids, variance, mask=None):

@@ -14,11 +14,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax.attacks import ensemble, resuming, scheduler
+from clustr_jax.attacks import registry, resuming, scheduler
 from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.calls import SLOTS, STOPPED, common_of, planned, prepare
 from clustr_jax.attacks.options import whole
-from clustr_jax.attacks.pma import PMA, STEPS
+from clustr_jax.attacks.pma import STEPS
+from clustr_jax.attacks.registry import Budget
 from clustr_jax.attacks.watching import Interrupted, bar
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.promotion import promoting
@@ -228,9 +229,7 @@ def _loaded(kept, x, most, targets) -> Progress:
 
 def _attack_of(name, steps, most, common):
     """(the attack, the ranking of its targets or None) by name."""
-    if name == "pma":
-        return PMA(steps=np.int32(steps), **common), None
-    if name not in ensemble.KNOWN:
-        raise UserError(f"attack must be one of pma, {', '.join(ensemble.KNOWN)}, got {name!r}")
-    made = ensemble.build(name, steps=steps, queries=steps, restarts=most, **common)
-    return made, "likely" if name in ensemble.TARGETED else None
+    if name not in registry.PARAMETER_FREE:
+        raise UserError(f"attack must be one of {', '.join(registry.PARAMETER_FREE)}, got {name!r}")
+    entry = registry.ATTACKS[name]
+    return entry.make(Budget(**common, steps=steps, queries=steps, restarts=most), None), entry.targets

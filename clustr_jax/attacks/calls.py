@@ -9,8 +9,7 @@ from clustr_jax.attacks import resuming, scheduler
 from clustr_jax.attacks.gate import Admitted, admit
 from clustr_jax.attacks.input_checks import check_logits, concrete
 from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
-from clustr_jax.attacks.square import Square
-from clustr_jax.attacks.targets import likely_targets, nearest_by_class
+from clustr_jax.attacks.targets import CHOOSERS
 from clustr_jax.attacks.watching import Interrupted, bar
 from clustr_jax.runtime import mesh
 from clustr_jax.runtime.errors import UserError
@@ -43,15 +42,15 @@ def attack_alone(key, attack, logits_fn, x, y, ranking, ids, restarts, slots, pr
 
 
 def planned(name, attack, given, logits, ranking, restarts=1, slots=SLOTS) -> resuming.Planned:
-    """UserError where it cannot attack these images. `ranking`: "likely", "malt", or None without targets."""
-    if isinstance(attack, Square) and given.x.ndim != 4:
-        raise UserError(f"square takes images [B, H, W, C], got {given.x.shape}; leave it out for points")
+    """UserError where it cannot attack these images. `ranking`: of its targets, or None without targets."""
+    if attack.images and given.x.ndim != 4:
+        what = type(attack).__name__.lower()
+        raise UserError(f"{what} takes images [B, H, W, C], got {given.x.shape}; leave it out for points")
     targets = None
-    if ranking == "likely":
-        targets = likely_targets(logits, given.y)
-    elif ranking == "malt":
+    if ranking is not None:
+        targets = CHOOSERS[ranking](given.model, given.x, given.y, logits, attack.norm, slots=slots)
+    if ranking == "malt" and "malt" not in name:
         name = f"{name}-malt"
-        targets = nearest_by_class(given.model, given.x, given.y, logits, attack.norm, slots=slots)
     return resuming.Planned(name, attack, targets, restarts)
 
 

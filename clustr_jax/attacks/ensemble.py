@@ -10,10 +10,8 @@ images, one compilation per attack and shapes. Where an image is not broken they
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -23,17 +21,12 @@ from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.calls import SLOTS, STOPPED, attack_alone, common_of, planned, prepare, run_plan
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.options import whole
-from clustr_jax.attacks.scheduled_attack import Attack
+from clustr_jax.attacks.registry import ATTACKS, PARAMETER_FREE, QUERIES, STANDARD, STEPS, Budget
 from clustr_jax.attacks.square import Square
-from clustr_jax.attacks.targets import TARGETS as TARGETS
 from clustr_jax.attacks.targets import check_ranking
-from clustr_jax.attacks.targets import likely_targets as likely_targets
 from clustr_jax.attacks.watching import Interrupted
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.promotion import promoting
-
-# Of "standard": steps of the gradient attacks, queries of Square (and TARGETS of APGD-T and FAB-T).
-STEPS, QUERIES = 100, 5000
 
 
 @dataclasses.dataclass
@@ -46,36 +39,6 @@ class AutoAttackResult:
     robust: Bool[np.ndarray, "B"]
     broken_by: np.ndarray
     notes: tuple[str, ...] = ()
-
-
-def build(
-    name: str,
-    *,
-    eps,
-    norm="linf",
-    bounds=(0.0, 1.0),
-    steps=STEPS,
-    queries=QUERIES,
-    restarts=1,
-    rescale_schedule=True,
-) -> Attack:
-    """An attack of the ensemble by name: apgd-ce, apgd-dlr, apgd-t, fab-t or square."""
-    common: dict[str, Any] = dict(eps=jnp.float32(eps), norm=norm, bounds=bounds)
-    if name == "square":
-        return Square(steps=queries, rescale=rescale_schedule, **common)
-    if name == "fab-t":
-        return FAB(steps=steps, restarts=restarts, **common)
-    return APGD(steps=steps, loss=attack_losses.one(_LOSSES[name]), **common)
-
-
-_LOSSES = {
-    "apgd-ce": attack_losses.cross_entropy,
-    "apgd-dlr": attack_losses.dlr,
-    "apgd-t": attack_losses.dlr_targeted,
-}
-STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
-TARGETED = ("apgd-t", "fab-t")
-KNOWN = (*_LOSSES, "fab-t", "square")
 
 
 @promoting
@@ -118,26 +81,32 @@ def autoattack(
     >>> print(np.abs(result.x_adv - x).max() <= 0.1 + 1e-6, bool((result.x_adv[1] == x[1]).all()))
     True True
     """
+    known = ", ".join(PARAMETER_FREE)
     if isinstance(attacks, str) or not attacks:
         raise UserError(
-            f"attacks must name one or more of {', '.join(KNOWN)}, got {attacks!r}; without any, nothing is "
+            f"attacks must name one or more of {known}, got {attacks!r}; without any, nothing is "
             f"attacked and every image counts as robust"
         )
-    unknown = [name for name in attacks if name not in KNOWN]
+    unknown = [name for name in attacks if name not in PARAMETER_FREE]
     if unknown:
-        raise UserError(f"attacks: unknown {unknown[0]!r}; known: {', '.join(KNOWN)}")
+        raise UserError(f"attacks: unknown {unknown[0]!r}; known: {known}")
     place = resuming.usable(folder)
     given, logits = prepare(key, logits_fn, x, y, eps, norm, bounds, ids, slots)
     x, y = given.x, given.y
-    if "apgd-dlr" in attacks and logits.shape[1] < 3:
-        raise UserError("apgd-dlr needs at least 3 classes, got 2; leave it out")
     alive = logits.argmax(axis=1) == y
-    common: dict[str, Any] = dict(eps=eps, norm=given.norm, bounds=given.bounds)
-    common["rescale_schedule"] = bool(rescale_schedule)
-    plans = [
-        planned(name, build(name, **common), given, logits, "likely" if name in TARGETED else None)
-        for name in attacks
-    ]
+    budget = Budget(
+        eps=eps,
+        norm=given.norm,
+        bounds=given.bounds,
+        steps=STEPS,
+        queries=QUERIES,
+        rescale_schedule=bool(rescale_schedule),
+    )
+    plans = []
+    for entry in (ATTACKS[name] for name in attacks):
+        entry.check(shape=x.shape, classes=logits.shape[1], norm=given.norm)
+        attack = entry.make(budget, None)
+        plans.append(planned(entry.name, attack, given, logits, entry.targets, slots=slots))
     kept = resuming.begin(place, given, logits, plans, slots, "autoattack")
     broken_by = np.where(alive, "", "clean").astype("U16")
     notes = (given.note,) if given.note else ()

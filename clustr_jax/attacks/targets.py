@@ -7,6 +7,7 @@ the two logits move together. It costs one gradient per candidate.
 
 import functools
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,14 @@ __all__ = ["likely_targets", "malt_targets", "nearest_clusters"]
 TARGETS, CANDIDATES = 9, 100
 # What `targets=` may be.
 RANKINGS = ("likely", "malt")
+
+
+class Chooser(Protocol):
+    """Of each image the targets to try, best first; `outputs` are the model's on x [N, ...]."""
+
+    def __call__(
+        self, model: Callable, x, y, outputs: Any, norm: str, *, count: int = TARGETS, slots: int = 64
+    ) -> Int[np.ndarray, "T N"]: ...
 
 
 def check_ranking(targets) -> None:
@@ -135,6 +144,23 @@ def nearest_by_cluster(
     distance = _distances(model, x, y, found, centroid, norm, slots)
     distance[1:][found[1:] == found[:1]] = np.inf  # it stands in for clusters that there are not
     return _first(found, distance, count)
+
+
+def _likely(model, x, y, outputs, norm, *, count=TARGETS, slots=64):
+    return likely_targets(logits_of(outputs), y, count)
+
+
+def _clusters(model, x, y, outputs, norm, *, count=TARGETS, slots=64):
+    return nearest_clusters(outputs.exponents, y, count)
+
+
+# By the name in an attack's entry of the registry. Targets of the last two are clusters.
+CHOOSERS: dict[str, Chooser] = {
+    "likely": _likely,
+    "malt": nearest_by_class,
+    "clusters": _clusters,
+    "malt-clusters": nearest_by_cluster,
+}
 
 
 def _first(candidates, distance, count):

@@ -16,7 +16,7 @@ from clustr_jax.attacks.pgd import as_partial, pgd
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.clusters import Clusters
 from clustr_jax.evaluation import intervals
-from clustr_jax.evaluation.sound_protocol import pgd_attack
+from clustr_jax.evaluation.sound_protocol import attack_on
 from clustr_jax.runtime import canary
 from clustr_jax.settings import EvalSettings
 from clustr_jax.storage import loading
@@ -89,9 +89,7 @@ class Probe:
     def _pgd(self, *, steps, step_size=None, restarts=1, scale=1.0) -> scheduler.Outcome:
         """Margin PGD with the program that the sound protocol has compiled, at `scale` x the radius."""
         step_size = scale * (self.settings.step_size if step_size is None else step_size)
-        attack = pgd_attack(
-            self.clf, eps=scale * self.eps, steps=steps, step_size=step_size, loss=attack_losses.margin
-        )
+        attack = attack_on(self.clf, "margin", eps=scale * self.eps, steps=steps, step_size=step_size)
         return scheduler.run(
             attack, self.key, as_partial(self.clf.view), self.examples.x, self.examples.y,
             ids=self.examples.ids, restarts=restarts, slots=self.slots,
