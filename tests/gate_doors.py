@@ -24,8 +24,8 @@ DOORS = {
     "adaptive": functools.partial(attacks.adaptive_restarts, eps=0.1, steps=2, most=2, slots=B),
     "autoattack": functools.partial(attacks.autoattack, eps=0.1, slots=B, attacks=("square",)),
 }
-# Those that take no radius
-NEAREST = {
+# Those that take no radius; the last one takes no key, either
+WITHOUT_RADIUS = {
     "fmn": functools.partial(attacks.fmn, steps=3, slots=B),
     "ddn": functools.partial(attacks.ddn, steps=3, slots=B),
     "fmn-malt": functools.partial(attacks.fmn, steps=3, slots=B, targeted=True),
