@@ -54,7 +54,11 @@ def accuracy(logits, batch):
 def nominal(net, variables, batch, adversarial, clusters, settings):
     """Cross entropy: on clean images, or on the adversary's where there is one (Madry et al. 2018)."""
     outputs, stats = net.train(variables, batch.x if adversarial.images is None else adversarial.images)
-    loss = losses.cross_entropy(outputs.logits, batch.y)
+    smoothing = settings.train.label_smoothing
+    if smoothing:
+        loss = losses.smoothed_cross_entropy(outputs.logits, batch.y, smoothing)
+    else:
+        loss = losses.cross_entropy(outputs.logits, batch.y)
     name = "accuracy" if adversarial.images is None else "adversarial_accuracy"
     return mean(loss, batch.mask), Aux(stats, loss, {name: accuracy(outputs.logits, batch)})
 
