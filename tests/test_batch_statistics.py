@@ -202,7 +202,7 @@ def test_statistics_after_an_epoch(switch, rng):
 
 
 def test_the_authors_passes_after_an_epoch():
-    """leak_test: the statistics have seen all 40 training images at once, then 60 test images, 25 at a time."""
+    """leak_test: the statistics have seen 40 training images at once, then 60 test images, 25 at a time."""
     kept, *_ = statistics_after_an_epoch("clustr", np.random.default_rng(0), "keep")
     found, _, _, images, test = statistics_after_an_epoch("clustr", np.random.default_rng(0), "leak_test")
     assert_statistics(found, kept, [images, test[:25], test[25:50], test[50:]])
