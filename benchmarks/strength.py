@@ -2,7 +2,7 @@
 
     python benchmarks/strength.py [--n=200] [--first=5000] [--row=cifar10/trades-0] [--save]
 
-Needs a prepared TFDS CIFAR-10. Every attack with 100 steps, on the same images of the test split at 8/255:
+Needs the row's data set, prepared. Every attack with 100 steps, on the same images of the test split at 8/255:
 robust accuracy, the images that only it broke, and the gradients that no schedule could leave out. Then
 adaptive restarts of PMA, and minimum norms (of which those within 8/255 count as broken).
 """
@@ -47,7 +47,7 @@ def main():
     parser.add_argument("--row", default="cifar10/trades-0")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
-    x, y = data.load("cifar10", "test")
+    x, y = data.load(args.row.split("/")[0], "test")
     clf = clustr_jax.load(process.ROOT / "results" / "campaign" / args.row / "model.safetensors")
     index = np.arange(args.first, args.first + args.n)
     clean = np.asarray(clf.logits(x[index])).argmax(axis=1) == y[index]
