@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from jax.tree_util import Partial
 
 from clustr_jax import attacks, data, losses
-from clustr_jax.attacks import aims, ensemble, scheduler
+from clustr_jax.attacks import attack_losses, ensemble, scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.doors.pytorch import as_jax
@@ -213,7 +213,7 @@ def speed(net, model, x, y, eps, runs) -> list[dict]:
     step = eps / 4
     attack = PGD(
         eps=jnp.float32(eps), steps=np.int32(STEPS), norm="linf", bounds=(0.0, 1.0),
-        step_size=jnp.float32(step), aim=aims.one(aims.cross_entropy),
+        step_size=jnp.float32(step), loss=attack_losses.one(attack_losses.cross_entropy),
     )  # fmt: skip
     spent = {}
 

@@ -77,7 +77,7 @@ def attack(images, restarts, steps, slots):
     import jax.numpy as jnp
 
     from clustr_jax import losses, models
-    from clustr_jax.attacks import aims, scheduler
+    from clustr_jax.attacks import attack_losses, scheduler
     from clustr_jax.attacks.pgd import as_partial
     from clustr_jax.attacks.scheduled_pgd import PGD
     from clustr_jax.classifier import Classifier
@@ -88,7 +88,7 @@ def attack(images, restarts, steps, slots):
     y = np.asarray(clf.predict(x))
     pgd = PGD(
         eps=jnp.float32(1e-6), steps=steps, norm="linf", bounds=(0.0, 1.0), step_size=jnp.float32(2e-7),
-        aim=aims.one(aims.untargeted(losses.cross_entropy)),
+        loss=attack_losses.one(attack_losses.untargeted(losses.cross_entropy)),
     )  # fmt: skip
 
     def once():

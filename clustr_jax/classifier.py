@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks import placement
-from clustr_jax.attacks.aims import View
+from clustr_jax.attacks.attack_losses import View
 from clustr_jax.attacks.input_checks import check_input, check_labels, check_sizes, labels_of
 from clustr_jax.clusters import Clusters
 from clustr_jax.runtime import mesh, struct

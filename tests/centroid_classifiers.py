@@ -14,8 +14,8 @@ import pytest
 from flax import struct
 
 from clustr_jax import data
-from clustr_jax.attacks import aims, scheduler
-from clustr_jax.attacks.aims import View
+from clustr_jax.attacks import attack_losses, scheduler
+from clustr_jax.attacks.attack_losses import View
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.classifier import Classifier
@@ -100,14 +100,14 @@ def bounded_problem(rng, n=60, classes=5, k=2, size=6, variance=0.05):
     return weight.astype(np.float32), (anchors @ weight).astype(np.float32), variance, x.astype(np.float32), y
 
 
-def attack_soundly(key, clf, examples, alive=None, aim=aims.margin, **changes):
+def attack_soundly(key, clf, examples, alive=None, loss=attack_losses.margin, **changes):
     """(which of `alive` survive PGD, evaluations spent)"""
     settings = dict(eps=0.1, step_size=0.025, steps=20, restarts=2, slots=16) | changes
     alive = np.ones(len(examples), bool) if alive is None else alive
     part = examples.take(np.flatnonzero(alive))
     attack = PGD(
         eps=jnp.float32(settings["eps"]), step_size=jnp.float32(settings["step_size"]),
-        steps=settings["steps"], norm="linf", bounds=clf.bounds, aim=aims.one(aim),
+        steps=settings["steps"], norm="linf", bounds=clf.bounds, loss=attack_losses.one(loss),
     )  # fmt: skip
     outcome = scheduler.run(
         attack, key, as_partial(clf.view), part.x, part.y, ids=part.ids, restarts=settings["restarts"],

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 
 from clustr_jax import attacks
-from clustr_jax.attacks import ensemble, lanes, records, scheduler
+from clustr_jax.attacks import device_loop, ensemble, records, scheduler
 
 N, SLOTS, EPS = 16, 4, 0.06
 DOORS = {
     "apgd": functools.partial(attacks.apgd, steps=6, restarts=2),
     "fab": functools.partial(attacks.fab, steps=4),
     "square": functools.partial(attacks.square, queries=12, restarts=2),
+    "pma": functools.partial(attacks.pma, steps=6),
+    "fmn": lambda eps, **settings: attacks.fmn(**settings, steps=8, targeted=True),
+    "adaptive": functools.partial(attacks.adaptive_restarts, steps=6, most=5, share=0.9),
     "autoattack": functools.partial(attacks.autoattack, attacks=("square", "apgd-ce", "square")),
 }
 WEIGHTS = np.random.default_rng(1).normal(size=(16, 4)).astype(np.float32)
@@ -43,7 +46,8 @@ def call(name, folder=None, **other):
 def often(monkeypatch):
     """The device comes back after each iteration or two; AutoAttack's attacks are short."""
     monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1000.0})
-    monkeypatch.setattr(ensemble, "build", functools.partial(ensemble.build, steps=4, queries=6))
+    monkeypatch.setattr(ensemble, "STEPS", 4)
+    monkeypatch.setattr(ensemble, "QUERIES", 6)
 
 
 _whole = {}
@@ -61,6 +65,9 @@ def same(found, wanted):
         np.testing.assert_array_equal(found.robust, wanted.robust)
         np.testing.assert_array_equal(found.broken_by, wanted.broken_by)
         assert found.notes == wanted.notes
+        found, wanted = found.x_adv, wanted.x_adv
+    if isinstance(wanted, attacks.NearestResult):
+        np.testing.assert_array_equal(found.distance, wanted.distance)
         found, wanted = found.x_adv, wanted.x_adv
     np.testing.assert_array_equal(found, wanted)
 
@@ -87,7 +94,7 @@ class Every:
 
 
 PLACES = {
-    "device": (lanes, "advance", True),
+    "device": (device_loop, "advance", True),
     "judge": (scheduler, "misjudged", False),
     "inside": (scheduler, "verify_inside", True),
     "noted": (scheduler.Outcome, "become", False),

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from clustr_jax.attacks import aims, scheduler
+from clustr_jax.attacks import attack_losses, scheduler
 from clustr_jax.attacks.scheduled_pgd import PGD
 
-OPTIONS = (aims.margin, aims.cross_entropy, aims.margin_targeted)
+OPTIONS = (attack_losses.margin, attack_losses.cross_entropy, attack_losses.margin_targeted)
 STEPS, RESTARTS, SLOTS, SIZE, HIDDEN, CLASSES = 8, 4, 7, 12, 10, 4
 EASY, MIXED, ROBUST = 0.5, 0.1, 1e-5
 COUNTS = ("broken", "restart", "step", "spent")
@@ -38,12 +38,16 @@ def problem(n=40):
     return model, x, np.asarray(model(x)).argmax(axis=1).astype(np.int32)
 
 
-def pgd_attack(eps, *, step_size=None, steps=STEPS, aim=aims.margin, kind=PGD, **more):
+def pgd_attack(eps, *, step_size=None, steps=STEPS, loss=attack_losses.margin, kind=PGD, **more):
     return kind(
-        eps=jnp.float32(eps), steps=np.int32(steps), norm="linf", bounds=(0.0, 1.0),
-        step_size=jnp.float32(eps / 12 if step_size is None else step_size), aim=aims.among(aim, OPTIONS),
+        eps=jnp.float32(eps),
+        steps=np.int32(steps),
+        norm="linf",
+        bounds=(0.0, 1.0),
+        step_size=jnp.float32(eps / 12 if step_size is None else step_size),
+        loss=attack_losses.among(loss, OPTIONS),
         **more,
-    )  # fmt: skip
+    )
 
 
 def run(model, x, y, *, eps=MIXED, key=0, restarts=RESTARTS, slots=SLOTS, attack=None, **more):

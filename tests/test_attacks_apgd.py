@@ -7,7 +7,7 @@ import pytest
 from jax.tree_util import Partial
 
 import reference_attacks
-from clustr_jax.attacks import aims, lanes
+from clustr_jax.attacks import attack_losses, device_loop
 from clustr_jax.attacks.apgd import APGD, windows
 
 
@@ -49,11 +49,15 @@ def test_apgd_matches_a_slow_one(norm, steps):
     x, y = rng.uniform(0, 1, (16, 8)).astype(np.float32), np.zeros(16, np.int32)
     eps, bounds = 1.0 if norm == "l2" else 0.4, (0.0, 1.0)
     attack = APGD(
-        eps=jnp.float32(eps), steps=steps, norm=norm, bounds=bounds, aim=aims.one(aims.margin_targeted)
+        eps=jnp.float32(eps),
+        steps=steps,
+        norm=norm,
+        bounds=bounds,
+        loss=attack_losses.one(attack_losses.margin_targeted),
     )
     number = np.arange(16, dtype=np.int32)
     target = 1 + number % 2
-    work = lanes.fill(jax.random.key(0), number, number, 0 * number, x, y, target)
+    work = device_loop.fill(jax.random.key(0), number, number, 0 * number, x, y, target)
     state, update = jax.jit(APGD.init)(attack, work), jax.jit(APGD.update)
     path, sizes = [np.asarray(state.candidate)], []
     for step in range(steps):
@@ -88,9 +92,15 @@ def test_apgd_starts_at_the_border_of_the_ball():
     """x + eps t / |t|: a uniform draw scaled by its largest entry, a Gaussian by its length."""
     x = np.full((4, 50), 0.5, np.float32)
     number = np.arange(4, dtype=np.int32)
-    work = lanes.fill(jax.random.key(0), number, number, 0 * number, x, number, number)
+    work = device_loop.fill(jax.random.key(0), number, number, 0 * number, x, number, number)
     for norm, size in (("linf", lambda d: np.abs(d).max(1)), ("l2", lambda d: np.linalg.norm(d, axis=1))):
-        attack = APGD(eps=jnp.float32(0.1), steps=5, norm=norm, bounds=None, aim=aims.one(aims.cross_entropy))
+        attack = APGD(
+            eps=jnp.float32(0.1),
+            steps=5,
+            norm=norm,
+            bounds=None,
+            loss=attack_losses.one(attack_losses.cross_entropy),
+        )
         delta = np.asarray(attack.init(work).candidate) - x
         np.testing.assert_allclose(size(delta), 0.1, rtol=1e-5)
         assert np.ptp(delta, axis=1).min() > 0.05 and not np.allclose(delta[0], delta[1])

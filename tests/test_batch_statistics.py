@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 import types
 
 import jax
@@ -17,6 +18,7 @@ from clustr_jax.settings import Settings, TrainingSettings
 from clustr_jax.stages import training
 from clustr_jax.storage import loading
 from clustr_jax.training import objectives, refit, train
+from clustr_jax.training.adversaries import Adversarial
 from clustr_jax.training.objectives import METHODS, Batch
 from linear_problems import (
     FLOAT32,
@@ -44,7 +46,7 @@ def test_which_passes_update_the_running_statistics(method, rng):
     objective = jax.jit(
         functools.partial(METHODS[method].objective, net, settings=TrainingSettings.of(get_config(method)))
     )
-    _, aux = objective(variables, batch, jnp.asarray(x[1]) if given else None, clusters)
+    _, aux = objective(variables, batch, Adversarial(jnp.asarray(x[1]) if given else None), clusters)
     both = METHODS[method].objective is not objectives.nominal
     seen = (x if both else x[1:]) if given else x[:1]
     mean, variance = naive.running(variables["batch_stats"].values(), seen)
@@ -76,7 +78,8 @@ def test_the_authors_order_is_clean_attack_adversarial(method, bn, rng):
 
     @jax.jit
     def parts(state, key):
-        batch, _, made, _ = train.prepare(p.trainer, state, p.train_set, p.order, key)
+        batch, _, adversarial, _ = train.prepare(p.trainer, state, p.train_set, p.order, key)
+        made = adversarial.make
         *shared, attack_key, settings, strength = made.args
         none = dataclasses.replace(settings.train.attack, steps=0)
         none = dataclasses.replace(settings, train=dataclasses.replace(settings.train, attack=none))
@@ -136,12 +139,12 @@ def test_the_config_builds_the_network_of_its_preset():
         assert net.module.unbiased == unbiased
 
 
-@pytest.mark.parametrize(("size", "batch"), [(50, 1), (801, 3)])
+@pytest.mark.parametrize(("size", "batch"), [(50, 1), (50, 25), (20, 25), (801, 3)])
 def test_a_pass_in_train_mode(size, batch, rng):
-    """epoch_statistics=leak_test: 400 updates, or as many as batches of one size allow, the rest a batch."""
+    """epoch_statistics=leak_test: an update for each batch, the rest a batch of its own."""
     net = Linear((4, 4, 2), 2, normed=True)
     variables, pixels = net.variables(rng), rng.normal(size=(size, 4, 4, 2)).astype(np.float32)
-    stats = refit.pass_in_train_mode(net, variables, pixels)
+    stats = refit.pass_in_train_mode(net, variables, pixels, batch)
     batches = [pixels[i : i + batch] for i in range(0, size, batch)]
     mean, variance = naive.running(variables["batch_stats"].values(), batches)
     np.testing.assert_allclose(stats["mean"], mean, rtol=FLOAT32, atol=1e-6)
@@ -157,10 +160,12 @@ def trained(method, rng, **changes):
     train_split = data.Split(images, labels, 3, 1.0, None, "")
     test_split = data.Split(test, np.zeros(60, np.int32), 3, 1.0, None, "")
     silent = types.SimpleNamespace(status=lambda text: None, line=lambda text: None)
-    workdir = types.SimpleNamespace(records=list, log=lambda record: None)
+    workdir = types.SimpleNamespace(
+        records=list, log=lambda record: None, stage=lambda name: pathlib.Path("no such folder")
+    )
     saved = []
     checkpoints = types.SimpleNamespace(directory="", save=lambda *what: saved.append(what))
-    settings = types.SimpleNamespace(training=p.trainer.settings)
+    settings = types.SimpleNamespace(training=p.trainer.settings, data=types.SimpleNamespace(name="digits"))
     run = stages.Run(None, settings, workdir, silent, net, train_split, train_split, test_split)
     state = train.with_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
     training._epochs(run, stages.TRAIN, p.trainer, checkpoints, state, p.train_set, jax.random.key(5))
@@ -197,7 +202,7 @@ def test_statistics_after_an_epoch(switch, rng):
 
 
 def test_the_authors_passes_after_an_epoch():
-    """leak_test: the statistics have seen all training, then all test images, of these few one by one."""
+    """leak_test: the statistics have seen 40 training images at once, then 60 test images, 25 at a time."""
     kept, *_ = statistics_after_an_epoch("clustr", np.random.default_rng(0), "keep")
     found, _, _, images, test = statistics_after_an_epoch("clustr", np.random.default_rng(0), "leak_test")
-    assert_statistics(found, kept, [x[None] for x in (*images, *test)])
+    assert_statistics(found, kept, [images, test[:25], test[25:50], test[50:]])

@@ -9,7 +9,7 @@ import pytest
 from jax import export
 
 from clustr_jax import clusters, data
-from clustr_jax.attacks import aims, lanes
+from clustr_jax.attacks import attack_losses, device_loop
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.pgd import as_partial, pgd
@@ -121,8 +121,10 @@ def test_every_attack(name, cluster_head):
     model = as_partial(clf.view)
     common = {"eps": jnp.float32(8 / 255), "norm": "linf", "bounds": (0.0, 1.0)}
     attack = {
-        "pgd": PGD(steps=20, step_size=jnp.float32(2 / 255), aim=aims.one(aims.margin), **common),
-        "apgd": APGD(steps=20, aim=aims.one(aims.dlr_targeted), **common),
+        "pgd": PGD(
+            steps=20, step_size=jnp.float32(2 / 255), loss=attack_losses.one(attack_losses.margin), **common
+        ),
+        "apgd": APGD(steps=20, loss=attack_losses.one(attack_losses.dlr_targeted), **common),
         "fab": FAB(steps=20, **common),
         "square": Square(steps=20, **common),
     }[name]
@@ -130,11 +132,13 @@ def test_every_attack(name, cluster_head):
     key = jax.random.key(0)
 
     def call(key, model, x, y):
-        work = lanes.fill(key, y, y, y, x, y, y + 1)
-        state = lanes.empty(attack, jax.tree.map(lambda a: a[:slots], work))
-        orders = lanes.Orders(np.int32(5), np.int32(0), np.array([False]))
+        work = device_loop.fill(key, y, y, y, x, y, y + 1)
+        state = device_loop.empty(attack, jax.tree.map(lambda a: a[:slots], work))
+        orders = device_loop.Orders(np.int32(5), np.int32(0), np.array([False]))
         best = jnp.full(1024, 10, jnp.int32)
-        return lanes.advance(attack, model, state, work, np.ones(2 * slots, bool), best, orders, first=True)
+        return device_loop.advance(
+            attack, model, state, work, np.ones(2 * slots, bool), best, orders, first=True
+        )
 
     assert "convolution" in lowered(call, key, model, x, y)
     if name == "pgd":

@@ -58,7 +58,12 @@ def test_each_row_switches_one_departure_off(small):
     rows, seen = recorded(small)
     assert [row["off"] for row in rows] == NAMES == ["none", *quirks.QUIRKS, "all"]
     settings = {
-        name: (f == "scores", attack.aim.options == protocols.PAPER_AIM.options, attack.clip_start, restarts)
+        name: (
+            f == "scores",
+            attack.loss.options == protocols.PAPER_LOSS.options,
+            attack.clip_start,
+            restarts,
+        )
         for name, (f, attack, restarts) in zip(NAMES, seen, strict=True)
     }
     assert settings == {
@@ -85,8 +90,8 @@ def test_the_aims_of_the_rows(rng):
     """Cross entropy, or a 64th of it: the gradient of the mean over the authors' batch."""
     logits, y = rng.normal(size=(6, 4)).astype(np.float32), np.arange(6) % 4
     expected = reference.cross_entropy(logits, y)
-    reference.close(quirks._EXP_AIM(logits, y, y), expected, 1e-5)
-    reference.close(protocols.PAPER_AIM(logits, y, y), expected / 64, 1e-5)
+    reference.close(quirks._EXP_LOSS(logits, y, y), expected, 1e-5)
+    reference.close(protocols.PAPER_LOSS(logits, y, y), expected / 64, 1e-5)
 
 
 def paper(small, **changes):

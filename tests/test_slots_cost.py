@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from clustr_jax.attacks import aims, ensemble, lanes, scheduler
+from clustr_jax.attacks import attack_losses, device_loop, registry, scheduler
 from slot_attacks import (
     CLASSES,
     EASY,
@@ -32,7 +32,7 @@ from slot_attacks import (
 @pytest.mark.parametrize("restarts", [1, RESTARTS, 10])
 @pytest.mark.parametrize("eps", [EASY, MIXED, ROBUST], ids=["easy", "mixed", "robust"])
 def test_few_evaluations_are_wasted(eps, restarts):
-    """Lanes x iterations, idle ones included, against what no schedule could leave out."""
+    """Slots x iterations, idle ones included, against what no schedule could leave out."""
     found = whole(eps, 200, restarts)
     share = found.broken.mean()
     assert (share > 0.95) if eps == EASY else (share == 0) if eps == ROBUST else (0.1 < share < 0.9)
@@ -67,17 +67,17 @@ def test_shrinking_changes_no_outcome(monkeypatch):
     model = Partial(whole_numbers, [jnp.asarray(p) for p in params])
     x = rng.uniform(0, 1, (18, 6)).astype(np.float32)
     y = np.asarray(model(x)).argmax(axis=1).astype(np.int32)
-    lanes = []
+    slots = []
 
     def watch(outcome):
-        lanes.append(len(outcome.flight.active))
+        slots.append(len(outcome.flight.active))
 
     full = run(model, x, y, eps=0.1, slots=16, restarts=1, report=watch)
-    assert set(lanes) == {16} and 0 < full.broken.mean() < 1
+    assert set(slots) == {16} and 0 < full.broken.mean() < 1
     monkeypatch.setattr(scheduler, "_WORTH", 0)
-    lanes.clear()
+    slots.clear()
     small = run(model, x, y, eps=0.1, slots=16, restarts=1, report=watch)
-    assert set(lanes) == {16, 4}
+    assert set(slots) == {16, 4}
     same(small, full)
     np.testing.assert_array_equal(small.spent, full.spent)
     assert small.needed == full.needed and small.evaluations < full.evaluations
@@ -87,19 +87,19 @@ def test_shrinking_changes_no_outcome(monkeypatch):
 
 
 def test_radii_steps_aims_and_models_share_a_program():
-    """Nothing is traced again for another eps, step size, aim of the same options, number of steps or of
+    """Nothing is traced again for another eps, step size, loss of the same options, number of steps or of
     restarts, or for other parameters."""
     model, x, y = problem()
     whole()
     before = len(TRACES)
-    for eps, step_size, aim in ((0.01, 0.1, aims.cross_entropy), (0.3, 0.0, aims.margin)):
-        run(model, x, y, attack=pgd_attack(eps, step_size=step_size, aim=aim))
+    for eps, step_size, loss in ((0.01, 0.1, attack_losses.cross_entropy), (0.3, 0.0, attack_losses.margin)):
+        run(model, x, y, attack=pgd_attack(eps, step_size=step_size, loss=loss))
     run(random_network(5), x, y, attack=pgd_attack(0.1, steps=3), restarts=2)
     run(model, x[:9], y[:9])
     assert len(TRACES) == before
 
 
-@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"])
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "pma"])
 def test_an_attack_is_one_program_however_often_it_comes_back(name, monkeypatch):
     """Its slots have the same types when they are empty and when they come back from the device."""
     monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1.0})  # after every iteration
@@ -110,10 +110,11 @@ def test_an_attack_is_one_program_however_often_it_comes_back(name, monkeypatch)
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(HIDDEN, CLASSES)), jnp.float32)
     x = np.random.default_rng(1).uniform(0, 1, (20, 2, SIZE // 2, 1)).astype(np.float32)
     y = np.asarray(model(x)).argmax(axis=1).astype(np.int32)
-    attack = ensemble.build(name, eps=0.05, steps=6, queries=6)
-    model, targets = Partial(model), (y[None] + 1) % CLASSES if name in ensemble.TARGETED else None
-    before, calls = lanes.advance._cache_size(), []
+    attack = registry.build(name, registry.Budget(eps=0.05, steps=6, queries=6))
+    targets = (y[None] + 1) % CLASSES if registry.ATTACKS[name].targets else None
+    model = Partial(model)
+    before, calls = device_loop.advance._cache_size(), []
     scheduler.run(
         attack, jax.random.key(0), model, x, y, slots=SLOTS, targets=targets, report=calls.append
     )  # fmt: skip
-    assert len(calls) > 5 and lanes.advance._cache_size() - before == 1
+    assert len(calls) > 5 and device_loop.advance._cache_size() - before == 1

@@ -8,7 +8,7 @@ from flax import struct
 from jax.tree_util import Partial
 
 from clustr_jax import attacks, losses
-from clustr_jax.attacks import aims, scheduler
+from clustr_jax.attacks import attack_losses, scheduler
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.runtime.errors import UserError
 from slot_attacks import (
@@ -207,7 +207,7 @@ def one_way_out():
 def test_each_target_has_its_restarts():
     """T targets x R restarts, target by target: restart t R + r goes for targets[t]."""
     model, x, y = one_way_out(), np.full((9, SIZE), 0.3, np.float32), np.zeros(9, np.int32)
-    attack = pgd_attack(0.2, step_size=0.1, aim=aims.margin_targeted)
+    attack = pgd_attack(0.2, step_size=0.1, loss=attack_losses.margin_targeted)
     for order in ((1, 2), (2, 1), (3, 1)):
         targets = np.repeat(np.array(order, np.int32)[:, None], 9, axis=1)
         found = run(model, x, y, attack=attack, targets=targets, restarts=3)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax.attacks.aims import Aim
+from clustr_jax.attacks.attack_losses import AttackLoss
 from clustr_jax.attacks.geometry import ascend, on_sphere, over, project
-from clustr_jax.attacks.lanes import Attack, climb
+from clustr_jax.attacks.scheduled_attack import Attack, climb
 from clustr_jax.runtime import struct
 
 # Share of the previous move that is carried on, share of rising steps that a window needs, first step / eps.
@@ -53,10 +53,10 @@ def windows(steps: int) -> np.ndarray:
 
 
 class APGD(Attack):
-    """`aim` decides between APGD-CE, APGD-DLR and, with targets, APGD-T."""
+    """`loss` decides between APGD-CE, APGD-DLR and, with targets, APGD-T."""
 
     steps: int = struct.field(pytree_node=False)
-    aim: Aim
+    loss: AttackLoss
 
     def init(self, work):
         """eps from x: along a uniform draw, scaled by its largest entry (linf), or a Gaussian (l2)."""
@@ -80,7 +80,7 @@ class APGD(Attack):
     def update(self, model, work, state, step):
         """Evaluate the iterate, halve the step where it is time to, and move."""
         x = state.candidate
-        gradient, value, fooled = climb(model, self.aim, work, x)
+        gradient, value, fooled = climb(model, self.loss, work, x)
         better = value > state.best_value
         best = jnp.where(over(better, x), x, state.best)
         best_gradient = jnp.where(over(better, x), gradient, state.best_gradient)

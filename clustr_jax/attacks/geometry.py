@@ -31,6 +31,14 @@ def length(delta, norm):
     return jnp.sqrt(jnp.sum(jnp.square(delta), axis=_inner(delta)))
 
 
+def dual_length(gradient, norm):
+    """[B] norms of [B, ...] in which a step of length 1 in `norm` raises a linear function the most."""
+    if norm == "linf":
+        return jnp.sum(jnp.abs(gradient), axis=_inner(gradient))
+    largest = jnp.max(jnp.abs(gradient), axis=_inner(gradient))  # squares of 1e-25 are 0
+    return largest * length(gradient / over(jnp.where(largest > 0, largest, 1.0), gradient), norm)
+
+
 def over(values, x):
     """[B] values as [B, 1, ...], to go with x [B, ...]."""
     return values.reshape(-1, *(1,) * (x.ndim - 1))
@@ -64,6 +72,17 @@ def random_start(keys, x, eps, start, norm):
         return radius * direction / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(direction))), 1e-12)
 
     return x + jax.vmap(lambda key: draw(key, x.shape[1:]))(keys)
+
+
+def start_in_ball(keys, x, *, eps, start, norm, bounds, clip=True):
+    """Where PGD begins: `random_start`, projected unless `clip` is False (then it may leave the box)."""
+    x_adv = random_start(keys, x, eps, start, norm)
+    return project(x_adv, x, eps, norm, bounds) if clip else x_adv
+
+
+def projected_step(x_adv, gradient, x, *, eps, step_size, norm, bounds):
+    """PGD's step (Madry et al. 2018): along the steepest ascent, then back into ball and box."""
+    return project(ascend(x_adv, gradient, step_size, norm), x, eps, norm, bounds)
 
 
 def on_sphere(keys, x, norm):

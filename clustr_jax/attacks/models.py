@@ -24,7 +24,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from clustr_jax.attacks.aims import View, logits_of
+from clustr_jax.attacks.attack_losses import View, logits_of
 from clustr_jax.attacks.names import aval, name_of, output_of
 from clustr_jax.runtime.errors import UserError, first_line
 

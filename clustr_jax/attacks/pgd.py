@@ -11,7 +11,7 @@ do not recompile; a new lambda or closure does. The attack owns no model state: 
 as `logits_fn` says.
 
 A call is one compiled program, all steps and restarts of it. So there is no `progress=`, and Ctrl-C is
-answered when it ends, with nothing kept. For hours of work there are `apgd` and `autoattack`, or calls on parts
+answered when it ends, with nothing kept. For hours of work there are `apgd`, `autoattack`, or calls on parts
 of the images: the outcome of an example does not depend on the others (`ids`).
 """
 
@@ -26,16 +26,16 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks.aims import logits_of
+from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.gate import admit
-from clustr_jax.attacks.geometry import ascend, project, random_start
+from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
 from clustr_jax.attacks.input_checks import check_found, check_logits, check_shape, concrete
 from clustr_jax.attacks.models import as_partial as as_partial
 from clustr_jax.attacks.options import check_radius, norm_of, whole
 from clustr_jax.runtime.errors import UserError
 
 # Restarts run side by side as long as the batch stays below this many images (memory), then in turns.
-_LANES = 512
+_SIDE_BY_SIDE = 512
 _STARTS, _SELECTS = ("uniform", "normal", "gaussian", "zero"), ("success", "loss", "last")
 
 
@@ -212,13 +212,13 @@ _STATIC = ("steps", "restarts", "loss_fn", "start", "norm", "bounds", "select", 
 def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
     def one(restart):
         numbers = jnp.full(x.shape[0], restart)
-        return pgd_lanes(key, logits_fn, x, y, ids, numbers, eps, step_size, **settings)
+        return pgd_restart(key, logits_fn, x, y, ids, numbers, eps, step_size, **settings)
 
     logits = logits_of(logits_fn(x))  # for the caller to look at; dropped by the compiler where nobody does
     check_shape(logits, y)
     if restarts == 1:  # the loss of the result is not needed, and is not computed
         return one(0)[0], logits
-    side_by_side = max(1, min(restarts, _LANES // max(x.shape[0], 1)))
+    side_by_side = max(1, min(restarts, _SIDE_BY_SIDE // max(x.shape[0], 1)))
     found, loss, fooled = lax.map(one, jnp.arange(restarts), batch_size=side_by_side)
     if y.ndim == 1 and settings["select"] == "success":  # any fooled restart beats any loss
         best = jnp.argmax(jnp.where(fooled, jnp.inf, loss), axis=0)
@@ -228,20 +228,19 @@ def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
 
 
 @functools.partial(jax.jit, static_argnames=tuple(name for name in _STATIC if name != "restarts"))
-def pgd_lanes(
+def pgd_restart(
     key, logits_fn, x, y, ids, restarts, eps, step_size,
     *, steps, loss_fn=losses.cross_entropy, start="uniform", norm="linf", bounds=(0.0, 1.0), select="success",
     clip_start=True,
 ):  # fmt: skip
-    """One restart of `pgd` in each lane -> (x_adv, its loss [B], fooled [B]).
+    """One restart of each image -> (x_adv, its loss [B], fooled [B]).
 
-    The engine under `pgd`, for callers that schedule (example, restart) pairs themselves: lane i runs
-    restart number `restarts[i]` of example `ids[i]`. `logits_fn` is a Partial, settings are not
-    checked. It ends as soon as every lane is fooled.
+    Image i is example `ids[i]`, and runs its restart number `restarts[i]`. `logits_fn` is a Partial, settings
+    are not checked. It ends as soon as every image is fooled.
     """
     stops = y.ndim == 1 and select != "last"
     keys = jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r))(ids, restarts)
-    over = (slice(None), *(None,) * (x.ndim - 1))  # [B] -> [B, 1, ...]
+    ball = {"eps": eps, "norm": norm, "bounds": bounds}
 
     def evaluate(x_adv):
         logits = logits_of(logits_fn(x_adv))
@@ -253,12 +252,12 @@ def pgd_lanes(
     def keep(best, x_adv, loss, fooled):
         """The iterate to return: the first fooled one, else the best loss; or (authors) the latest.
 
-        One whose logits are NaN is no success: its lane ends as NaN, for `check_found` to see.
+        One whose logits are NaN is no success: its image ends as NaN, for `check_found` to see.
         """
         best_x, best_loss, done = best
-        x_adv = jnp.where(jnp.isnan(loss)[over], jnp.nan, x_adv)
+        x_adv = jnp.where(over(jnp.isnan(loss), x), jnp.nan, x_adv)
         better = ~done & (fooled | (loss > best_loss)) if select == "success" else ~done
-        best_x = jnp.where(better[over], x_adv, best_x)
+        best_x = jnp.where(over(better, x), x_adv, best_x)
         return best_x, jnp.where(better, loss, best_loss), done | fooled
 
     def unfinished(carry):
@@ -269,14 +268,12 @@ def pgd_lanes(
         i, x_adv, best = carry
         gradient, (loss, fooled) = jax.grad(evaluate, has_aux=True)(x_adv)
         best = keep(best, x_adv, loss, fooled)
-        return i + 1, jnp.where(best[2][over], x_adv, move(x_adv, gradient)), best
+        return i + 1, jnp.where(over(best[2], x), x_adv, move(x_adv, gradient)), best
 
     def move(x_adv, gradient):
-        return project(ascend(x_adv, gradient, step_size, norm), x, eps, norm, bounds)
+        return projected_step(x_adv, gradient, x, step_size=step_size, **ball)
 
-    x_adv = random_start(keys, x, eps, start, norm)
-    if clip_start:
-        x_adv = project(x_adv, x, eps, norm, bounds)
+    x_adv = start_in_ball(keys, x, start=start, clip=clip_start, **ball)
     if not stops:
         x_adv = lax.fori_loop(0, steps, lambda _, z: move(z, jax.grad(evaluate, has_aux=True)(z)[0]), x_adv)
         _, (loss, fooled) = evaluate(x_adv)

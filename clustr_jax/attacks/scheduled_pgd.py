@@ -1,12 +1,12 @@
-"""PGD as slots run it: one gradient and one step of fixed size per update."""
+"""PGD for the scheduler: one gradient and one step of fixed size per update."""
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from clustr_jax.attacks.aims import Aim
-from clustr_jax.attacks.geometry import ascend, over, project, random_start
-from clustr_jax.attacks.lanes import Attack, climb
+from clustr_jax.attacks.attack_losses import AttackLoss
+from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
+from clustr_jax.attacks.scheduled_attack import Attack, climb
 from clustr_jax.runtime import struct
 
 
@@ -18,37 +18,34 @@ class PGDState(struct.PyTreeNode):
 
 
 class PGD(Attack):
-    """Madry et al. 2018: `steps` steps of `step_size` up `aim`, which stop at the first success.
+    """Madry et al. 2018: `steps` steps of `step_size` up `loss`, which stop at the first success.
 
     The first `opening_steps` steps climb `opening` instead (two stages: where one loss has no gradient the
     other may). clip_start=False leaves the start outside the box, as the authors' code does.
     """
 
     step_size: ArrayLike
-    aim: Aim
-    opening: Aim | None = None
+    loss: AttackLoss
+    opening: AttackLoss | None = None
     opening_steps: ArrayLike = 0
     start: str = struct.field(pytree_node=False, default="uniform")
     clip_start: bool = struct.field(pytree_node=False, default=True)
 
     def init(self, work):
         """A random point of the ball."""
-        x_adv = random_start(work.keys, work.x, self.eps, self.start, self.norm)
-        if self.clip_start:
-            x_adv = project(x_adv, work.x, self.eps, self.norm, self.bounds)
+        x_adv = start_in_ball(work.keys, work.x, start=self.start, clip=self.clip_start, **self.ball)
         return PGDState(x_adv, jnp.zeros(work.y.shape, bool))
 
     def update(self, model, work, state, step):
         """Evaluate the iterate; move it unless it is misclassified."""
 
-        def aim(outputs, y, target):
-            value = self.aim(outputs, y, target)
+        def loss(outputs, y, target):
+            value = self.loss(outputs, y, target)
             if self.opening is None:
                 return value
             return jnp.where(step < self.opening_steps, self.opening(outputs, y, target), value)
 
         x = state.candidate
-        gradient, _, fooled = climb(model, aim, work, x)
-        moved = ascend(x, gradient, self.step_size, self.norm)
-        moved = project(moved, work.x, self.eps, self.norm, self.bounds)
+        gradient, _, fooled = climb(model, loss, work, x)
+        moved = projected_step(x, gradient, work.x, step_size=self.step_size, **self.ball)
         return PGDState(jnp.where(over(fooled, x), x, moved), fooled)

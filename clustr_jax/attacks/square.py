@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from clustr_jax import losses
-from clustr_jax.attacks.aims import logits_of, misclassified
+from clustr_jax.attacks.attack_losses import logits_of, misclassified
 from clustr_jax.attacks.geometry import l2_norm, over
-from clustr_jax.attacks.lanes import Attack
+from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.runtime import struct
 
 # Share of the pixels of the first squares, halved after these proposals (of 10,000: see `sides`).
@@ -61,7 +61,7 @@ class Square(Attack):
     steps: int = struct.field(pytree_node=False)
     rescale: bool = struct.field(pytree_node=False, default=True)
 
-    gradients, forwards = 0, 1
+    gradients, forwards, images = 0, 1, True
 
     def init(self, work):
         """linf: vertical stripes of +-eps; l2: bumps on a grid of 5 x 5, scaled to eps."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax.attacks.aims import logits_of
+from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.models import IN_EVALUATION, Opened
 from clustr_jax.runtime import mesh

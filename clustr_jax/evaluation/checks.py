@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from clustr_jax.attacks.registry import ATTACKS
 from clustr_jax.evaluation import intervals
 from clustr_jax.evaluation.probes import (
     FAIL,
@@ -72,6 +73,11 @@ def _having(checks: list[Check], status: str) -> list[int]:
     return sorted({check.number for check in checks if check.status == status})
 
 
+def _is_black_box(name: str) -> bool:
+    """Whether the attack looks at no gradient of the model that is judged."""
+    return name.startswith("transfer") or (name in ATTACKS and not ATTACKS[name].gradients)
+
+
 def from_result(sound: dict, outcomes: dict, paper: dict | None):
     """What the sound result itself shows: 9 to 15 and 19."""
     n, attacks, curves = sound["n"], sound["attacks"], sound["curves"]
@@ -100,7 +106,7 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None):
         left = sound["unbounded"]
         yield Check(11, "an unbounded attack leaves", status_of(left <= 0.01), left, "<= 1 %")
 
-    black = [name for name in attacks if name == "square" or name.startswith("transfer")]
+    black = [name for name in attacks if _is_black_box(name)]
     white = [name for name in attacks if name not in black]
     survivors = {name: outcomes[f"robust_{name}"] for name in attacks}
     by_white = np.all([survivors[name] for name in white], axis=0)
@@ -112,7 +118,7 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None):
     else:
         yield Check(12, "broken by black boxes only", SKIP, None, "", "none ran")
 
-    adaptive = [name for name in ("centroid", "feature", "away") if name in attacks]
+    adaptive = [name for name in attacks if name in ATTACKS and ATTACKS[name].clusters]
     if adaptive:
         generic = [name for name in white if name not in adaptive]
         own = intervals.fraction(np.all([survivors[name] for name in adaptive], axis=0))

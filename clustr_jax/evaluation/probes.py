@@ -9,26 +9,17 @@ import numpy as np
 from jax.tree_util import Partial
 
 from clustr_jax import losses
-from clustr_jax.attacks import aims, scheduler
-from clustr_jax.attacks.geometry import ascend, l2_norm, project, random_start
+from clustr_jax.attacks import attack_losses, scheduler
+from clustr_jax.attacks.geometry import l2_norm, projected_step, start_in_ball
 from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.pgd import as_partial, pgd
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.clusters import Clusters
 from clustr_jax.evaluation import intervals
-from clustr_jax.evaluation.sound_protocol import pgd_attack
+from clustr_jax.evaluation.sound_protocol import attack_on
 from clustr_jax.runtime import canary
 from clustr_jax.settings import EvalSettings
 from clustr_jax.storage import loading
-
-PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
-# Test images that the checks look at themselves; the rest is read off the sound result.
-IMAGES, FEW = 256, 32
-# Points of accuracy by which a stronger or a blind attack may differ: half a point, or one image.
-POINTS = 0.005
-_DRAWS = 50
-_SLOPE = 0.01  # relative error of a derivative in float64, where differences of 1e-6 are good to about 1e-8
-_SCALES = (1e-3, 1e-2, 1e-1, 1e1, 1e2, 1e3)
 
 PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
 # Test images that the checks look at themselves; the rest is read off the sound result.
@@ -89,7 +80,7 @@ class Probe:
     def _pgd(self, *, steps, step_size=None, restarts=1, scale=1.0) -> scheduler.Outcome:
         """Margin PGD with the program that the sound protocol has compiled, at `scale` x the radius."""
         step_size = scale * (self.settings.step_size if step_size is None else step_size)
-        attack = pgd_attack(self.clf, eps=scale * self.eps, steps=steps, step_size=step_size, aim=aims.margin)
+        attack = attack_on(self.clf, "margin", eps=scale * self.eps, steps=steps, step_size=step_size)
         return scheduler.run(
             attack, self.key, as_partial(self.clf.view), self.examples.x, self.examples.y,
             ids=self.examples.ids, restarts=restarts, slots=self.slots,
@@ -116,9 +107,9 @@ class Probe:
     def gradients(self):
         """4, 7b: no vanishing gradients on the way, and a loss that has stopped rising."""
         share = {}
-        for name, aim in (("margin", aims.margin), ("ce", aims.cross_entropy)):
+        for name, loss in (("margin", attack_losses.margin), ("ce", attack_losses.cross_entropy)):
             zero, values = _trace(
-                self.key, as_partial(self.clf.view), self.examples, self.settings, aim, self.clf
+                self.key, as_partial(self.clf.view), self.examples, self.settings, loss, self.clf
             )
             share[name] = float(np.max(zero))
             if name == "margin":
@@ -202,29 +193,28 @@ def _scaled(scale, clf, x):
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "bounds"))
-def _path(key, model, aim, x, y, ids, eps, step_size, steps, bounds):
+def _path(key, model, loss, x, y, ids, eps, step_size, steps, bounds):
     """Along PGD without stopping: [steps] shares of useless gradients, and [steps] mean losses."""
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), 0))(ids)
-    z = project(random_start(keys, x, eps, "uniform", "linf"), x, eps, "linf", bounds)
+    ball = {"eps": eps, "norm": "linf", "bounds": bounds}
+    z = start_in_ball(keys, x, start="uniform", **ball)
 
     def step(z, _):
         def total(z):
-            value = aim(model(z), y, y)
+            value = loss(model(z), y, y)
             return jnp.sum(value), value
 
         gradient, value = jax.grad(total, has_aux=True)(z)
         size = jnp.max(jnp.abs(gradient), axis=tuple(range(1, z.ndim)))
         useless = jnp.mean(~(jnp.isfinite(size) & (size > 0)))
-        return project(ascend(z, gradient, step_size, "linf"), x, eps, "linf", bounds), (
-            useless,
-            jnp.mean(value),
-        )
+        moved = projected_step(z, gradient, x, step_size=step_size, **ball)
+        return moved, (useless, jnp.mean(value))
 
     return jax.lax.scan(step, z, None, length=steps)[1]
 
 
-def _trace(key, model, examples, settings, aim, clf):
-    chosen = aims.among(aim, (aims.margin, aims.cross_entropy))
+def _trace(key, model, examples, settings, loss, clf):
+    chosen = attack_losses.among(loss, (attack_losses.margin, attack_losses.cross_entropy))
     return jax.device_get(_path(
         key, model, chosen, examples.x, examples.y, examples.ids, jnp.float32(settings.eps),
         jnp.float32(settings.step_size), steps=settings.steps, bounds=clf.bounds,
@@ -277,7 +267,7 @@ def toy(key) -> Check:
     model = Partial(_nearest_centroid, Clusters(jnp.asarray(mu), jnp.float32(1.0)))
     attack = PGD(
         eps=jnp.float32(eps), steps=20, norm="linf", bounds=None, step_size=jnp.float32(eps / 4),
-        aim=aims.one(aims.margin_targeted),
+        loss=attack_losses.one(attack_losses.margin_targeted),
     )  # fmt: skip
     targets = np.stack([(y + k) % 5 for k in range(1, 5)]).astype(np.int32)
     outcome = scheduler.run(attack, key, model, x, y, targets=targets)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import aims, scheduler
+from clustr_jax.attacks import attack_losses, scheduler
 from clustr_jax.attacks.options import too_wide
 from clustr_jax.attacks.pgd import as_partial, check_settings
 from clustr_jax.attacks.scheduled_pgd import PGD
@@ -40,7 +40,7 @@ def paper_pgd(
     anywhere = clf.replace(bounds=None)  # the start may leave the box
     attack = PGD(
         eps=jnp.float32(eps), steps=steps, norm="linf", bounds=clf.bounds, step_size=jnp.float32(step_size),
-        aim=PAPER_AIM, clip_start=False,
+        loss=PAPER_LOSS, clip_start=False,
     )  # fmt: skip
     return largest_loss(
         key, as_partial(anywhere.scores), attack, examples, restarts=restarts, slots=slots, report=report,
@@ -101,7 +101,7 @@ def _paper_loss(logits, y):
     return losses.cross_entropy(logits, y) / _PAPER_BATCH
 
 
-PAPER_AIM = aims.one(aims.untargeted(_paper_loss))
+PAPER_LOSS = attack_losses.one(attack_losses.untargeted(_paper_loss))
 
 
 def _argmax(f: Callable, x) -> Int[np.ndarray, "N"]:

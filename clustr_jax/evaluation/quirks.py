@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from clustr_jax import data
-from clustr_jax.attacks import aims, scheduler
+from clustr_jax.attacks import attack_losses, scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.evaluation import intervals
-from clustr_jax.evaluation.protocols import PAPER_AIM, largest_loss
+from clustr_jax.evaluation.protocols import PAPER_LOSS, largest_loss
 from clustr_jax.runtime import canary, provenance
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.programs import program
@@ -44,7 +44,7 @@ _ADAPTIVE = {
     "hinged": "the paper's adaptive attack: PGD on the Magnet loss, flat beyond its margin",
     "unhinged": "the same loss without the hinge",
 }
-_EXP_AIM = aims.one(aims.cross_entropy)
+_EXP_LOSS = attack_losses.one(attack_losses.cross_entropy)
 
 
 def evaluate(key, clf, examples, settings: EvalSettings, on: frozenset[str], *, steps: int, restarts: int):
@@ -54,7 +54,7 @@ def evaluate(key, clf, examples, settings: EvalSettings, on: frozenset[str], *, 
     model = as_partial(anywhere.scores if "exp_scores" in on else anywhere.logits)
     attack = PGD(
         eps=jnp.float32(budget.eps), steps=steps, norm="linf", bounds=clf.bounds,
-        step_size=jnp.float32(budget.step_size), aim=PAPER_AIM if "mean_loss" in on else _EXP_AIM,
+        step_size=jnp.float32(budget.step_size), loss=PAPER_LOSS if "mean_loss" in on else _EXP_LOSS,
         clip_start="start_outside" not in on,
     )  # fmt: skip
     found = largest_loss(key, model, attack, examples, restarts=restarts, slots=settings.slots)
@@ -91,10 +91,10 @@ def adaptive(
     budget = settings.attack
     right = scheduler.judge(as_partial(clf.view), examples.x, examples.y)[0]
     found = {}
-    for name, aim in (("hinged", aims.magnet_hinged(alpha)), ("unhinged", aims.magnet)):
+    for name, loss in (("hinged", attack_losses.magnet_hinged(alpha)), ("unhinged", attack_losses.magnet)):
         attack = PGD(
             eps=jnp.float32(budget.eps), steps=steps, norm="linf", bounds=clf.bounds,
-            step_size=jnp.float32(budget.step_size), aim=aims.one(aim),
+            step_size=jnp.float32(budget.step_size), loss=attack_losses.one(loss),
         )  # fmt: skip
         outcome = scheduler.run(
             attack, key, as_partial(clf.view), examples.x, examples.y, ids=examples.ids, restarts=restarts,

@@ -10,20 +10,16 @@ kills. quick-1: margin PGD, cluster PGD and APGD-T with 20 steps, each on what t
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from clustr_jax.attacks import aims, ensemble, scheduler
-from clustr_jax.attacks.apgd import APGD
-from clustr_jax.attacks.fab import FAB
-from clustr_jax.attacks.lanes import Attack
+from clustr_jax.attacks import attack_losses, registry, scheduler
 from clustr_jax.attacks.pgd import as_partial, pgd
-from clustr_jax.attacks.scheduled_pgd import PGD
-from clustr_jax.attacks.square import Square
+from clustr_jax.attacks.registry import Budget
+from clustr_jax.attacks.scheduled_attack import Attack
+from clustr_jax.attacks.targets import CHOOSERS
 from clustr_jax.classifier import Classifier, correct
 from clustr_jax.data import Examples
 from clustr_jax.evaluation import intervals
@@ -32,8 +28,6 @@ from clustr_jax.runtime import streams
 from clustr_jax.settings import EvalSettings
 from clustr_jax.storage import loading
 
-# Of a two-stage attack, the part that only runs away from the own cluster.
-_AWAY_SHARE = 0.5
 # Restarts at which the curve over restarts is read off.
 _RESTARTS = (1, 2, 5, 10, 20, 50)
 # An unbounded attack: the whole box, or this many times the main radius where there is none.
@@ -42,7 +36,7 @@ _UNBOUNDED = 100.0
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One attack of a protocol: on which targets (None, "classes" or "clusters"), with how many restarts."""
+    """One attack of a protocol: on which targets (`attacks.targets`), with how many restarts."""
 
     name: str
     attack: Attack
@@ -54,66 +48,41 @@ class Plan:
 def plans(clf: Classifier, settings: EvalSettings, *, eps: float, shape: tuple[int, ...]) -> list[Plan]:
     """The attacks of sound-2 for this classifier, in order."""
     attack, quick = settings.attack, settings.quick
-    steps, apgd_steps = (20, 20) if quick else (attack.steps, settings.apgd_steps)
-    queries = 200 if quick else settings.queries
-    common: dict[str, Any] = dict(eps=jnp.float32(eps), norm="linf", bounds=clf.bounds)
-    step_size = jnp.float32(attack.step_size * eps / attack.eps if attack.eps else 0.0)
-
-    options = options_of(clf)
-
-    def pgd_on(aim, **more):
-        return pgd_attack(clf, eps=eps, steps=steps, step_size=step_size, aim=aim, **more)
-
-    def apgd_on(aim):
-        return APGD(steps=apgd_steps, aim=aims.among(aim, options), **common)
-
-    found = [
-        Plan("ce", pgd_on(aims.cross_entropy), attack.restarts),
-        Plan("margin", pgd_on(aims.margin), attack.restarts),
-    ]
-    if clf.clusters is not None:
-        away = pgd_on(aims.margin, opening=aims.away, opening_steps=int(_AWAY_SHARE * steps))
-        found += [
-            Plan("centroid", pgd_on(aims.centroid), 1, "clusters"),
-            Plan("feature", pgd_on(aims.feature), 1, "clusters"),
-            Plan("away", away, attack.restarts),
-        ]
-    found += [
-        Plan("apgd-ce", apgd_on(aims.cross_entropy)),
-        Plan("apgd-t", apgd_on(aims.dlr_targeted), 1, "classes"),
-        Plan("fab-t", FAB(steps=apgd_steps, **common), 1, "classes"),
-    ]
-    if len(shape) == 3:  # it paints squares
-        found.append(Plan("square", Square(steps=queries, **common)))
-    return [dataclasses.replace(plan, number=i) for i, plan in enumerate(found)]
+    once = Budget(
+        eps=eps,
+        bounds=clf.bounds,
+        steps=20 if quick else attack.steps,
+        step_size=attack.step_size * eps / attack.eps if attack.eps else 0.0,
+    )
+    pgd = dataclasses.replace(once, restarts=attack.restarts)
+    others = dataclasses.replace(
+        once,
+        steps=20 if quick else settings.apgd_steps,
+        queries=200 if quick else settings.queries,
+    )
+    budgets = {
+        "ce": pgd, "margin": pgd, "centroid": once, "feature": once, "away": pgd,
+        "apgd-ce": others, "apgd-t": others, "fab-t": others, "square": others,
+    }  # fmt: skip
+    found = []
+    for name, budget in budgets.items():
+        entry = registry.ATTACKS[name]
+        if not entry.lacking(
+            shape=(1, *shape), classes=2, norm=budget.norm, clusters=clf.clusters is not None
+        ):
+            made = entry.make(budget, options_of(clf))
+            found.append(Plan(name, made, budget.restarts, entry.targets, number=len(found)))
+    return found
 
 
 def options_of(clf: Classifier):
     """The losses that attacks on this classifier choose from."""
-    return aims.LINEAR if clf.clusters is None else aims.CLUSTERED
+    return attack_losses.LINEAR if clf.clusters is None else attack_losses.CLUSTERED
 
 
-def pgd_attack(clf, *, eps, steps, step_size, aim, opening=aims.margin, opening_steps=0) -> PGD:
-    """PGD on `clf.view`: one compilation for all radii, steps and aims."""
-    options = options_of(clf)
-    return PGD(
-        eps=jnp.float32(eps), steps=np.int32(steps), norm="linf", bounds=clf.bounds,
-        step_size=jnp.float32(step_size), aim=aims.among(aim, options),
-        opening=aims.among(opening, options), opening_steps=np.int32(opening_steps),
-    )  # fmt: skip
-
-
-def nearest_clusters(exponents, y, count: int):
-    """[T, N] of each example the `count` clusters of other classes with the largest exponents, best first.
-
-    Clusters are numbered class * K + j; where a class has fewer than K, the best one stands in for the rest.
-    """
-    size, classes, k = exponents.shape
-    flat = np.array(exponents).reshape(size, classes * k)
-    flat[np.arange(classes * k)[None, :] // k == np.asarray(y)[:, None]] = -np.inf
-    order = np.argsort(-flat, axis=1, kind="stable")[:, : min(count, (classes - 1) * k)]
-    missing = np.isneginf(np.take_along_axis(flat, order, axis=1))
-    return np.where(missing, order[:, :1], order).T.astype(np.int32)
+def attack_on(clf: Classifier, name: str, *, eps, **spend) -> Attack:
+    """An attack on `clf.view`, by its name in the registry: one compilation for all radii, and all of PGD."""
+    return registry.build(name, Budget(eps=eps, bounds=clf.bounds, **spend), options_of(clf))
 
 
 def execute(
@@ -125,10 +94,10 @@ def execute(
     part, model = examples.take(index), as_partial(clf.view)
     view = scheduler.forward(model, part.x, settings.slots)
     targets = None
-    if plan.targets == "classes":
-        targets = ensemble.likely_targets(view.logits, part.y, settings.targets)
-    elif plan.targets == "clusters":
-        targets = nearest_clusters(view.exponents, part.y, settings.targets)
+    if plan.targets is not None:
+        targets = CHOOSERS[plan.targets](
+            model, part.x, part.y, view, plan.attack.norm, count=settings.targets, slots=settings.slots
+        )
     total = plan.restarts * (1 if targets is None else len(targets))
     outcome, _ = records.load(plan.name, part.x, total) if records else (None, {})
 
@@ -166,10 +135,10 @@ def transfer(
 ) -> Bool[np.ndarray, "N"]:
     """Which of `alive` survive images made on another model: margin PGD there, without stopping."""
     attack, alive = settings.attack, alive.copy()
-    lanes = settings.slots
-    for start in range(0, len(examples), lanes):
-        index = np.arange(start, min(start + lanes, len(examples)))
-        padded = np.resize(index, lanes)
+    slots = settings.slots
+    for start in range(0, len(examples), slots):
+        index = np.arange(start, min(start + slots, len(examples)))
+        padded = np.resize(index, slots)
         x_adv = np.asarray(
             pgd(
                 key, source.logits, examples.x[padded], examples.y[padded], eps=attack.eps,
@@ -278,12 +247,8 @@ class Sweep:
 
     def run(self, alive, radii):
         """Survivors of all `radii`; each radius starts from what the ones before left."""
-        options = options_of(self.clf)
         for eps in radii:
-            attack = APGD(
-                eps=jnp.float32(eps), steps=self.settings.apgd_steps, norm="linf", bounds=self.clf.bounds,
-                aim=aims.among(aims.margin, options),
-            )  # fmt: skip
+            attack = attack_on(self.clf, "apgd-margin", eps=eps, steps=self.settings.apgd_steps)
             plan = Plan(f"apgd-margin-{eps:.6f}", attack, number=streams.Evaluation.SWEEP)
             outcome, _ = execute(
                 plan, self.key, self.clf, self.examples, alive, self.settings,

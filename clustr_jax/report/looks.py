@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clustr_jax import clusters, data
-from clustr_jax.attacks import aims, scheduler
+from clustr_jax.attacks import scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.classifier import Classifier
-from clustr_jax.evaluation.sound_protocol import pgd_attack
+from clustr_jax.evaluation.sound_protocol import attack_on
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.stage_names import TRAIN
 from clustr_jax.settings import EvalSettings, MagnetSettings
@@ -203,7 +203,7 @@ def gallery(
     def collect(example, restart, image, fooled):
         ends[example] = image
 
-    attack = pgd_attack(clf, eps=budget.eps, steps=budget.steps, step_size=budget.step_size, aim=aims.margin)
+    attack = attack_on(clf, "margin", eps=budget.eps, steps=budget.steps, step_size=budget.step_size)
     scheduler.run(attack, key, as_partial(clf.view), x, y, ids=index, slots=slots, collect=collect)
     before, after = (np.asarray(clf.predict(images)) for images in (x, ends))
     delta = (ends - x).reshape(len(x), -1).astype(np.float64)

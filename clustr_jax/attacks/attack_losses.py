@@ -1,9 +1,9 @@
-"""What an attack looks at and climbs: model outputs, misclassification, and losses of (outputs, y, target).
+"""What attacks maximise: losses (outputs, y, target) -> [B]; and what counts as misclassified.
 
 Attacks work on a *model*, a function of images that returns logits [B, Y] or a `View` of a classifier
-with clusters. What they maximise is a function (outputs, y, target) -> [B]; `untargeted` makes one of a
-loss (logits, y), and `one` or `among` the `Aim` that an attack takes. The functions are compared by
-identity, so they are module-level or cached: a fresh lambda would compile again.
+with clusters. `untargeted` turns a loss (logits, y) into a function (outputs, y, target), and `one` or
+`among` make of it the `AttackLoss` that an attack takes. The functions are compared by identity, so they
+are module-level or cached: a fresh lambda would compile again.
 """
 
 import functools
@@ -19,8 +19,8 @@ from clustr_jax import losses
 from clustr_jax.runtime import struct
 
 
-class Aim(struct.PyTreeNode):
-    """One of several functions (outputs, y, target) -> [B], chosen at run time: one program for all."""
+class AttackLoss(struct.PyTreeNode):
+    """One of several losses (outputs, y, target) -> [B], chosen at run time: one program for all."""
 
     which: ArrayLike
     options: tuple[Callable, ...] = struct.field(pytree_node=False)
@@ -58,12 +58,12 @@ def misclassified(outputs, y: Int[Array, "B"]) -> Bool[Array, "B"]:
 
 @functools.cache
 def untargeted(loss_fn: Callable) -> Callable:
-    """The aim that maximises `loss_fn(logits, y)`."""
+    """`loss_fn(logits, y)` as a function (outputs, y, target)."""
 
-    def aim(outputs, y, target):
+    def loss(outputs, y, target):
         return loss_fn(logits_of(outputs), y)
 
-    return aim
+    return loss
 
 
 def _at(values, index):
@@ -84,6 +84,33 @@ def dlr_targeted(outputs, y, target) -> Float[Array, "B"]:
         return difference
     top = jax.lax.top_k(logits, 4)[0]
     return difference / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def label_odds(outputs, y, target) -> Float[Array, "B"]:
+    """log (1 - p_y) / p_y, p = softmax(logits): up as p_y falls.
+
+    The gradient has the direction of cross entropy's, which is 0 in float32 where p_y rounds to 1.
+    """
+    logits = _in_float32(outputs)
+    return jax.nn.logsumexp(_without(logits, y), axis=1) - _at(logits, y)
+
+
+def rival_odds(outputs, y, target) -> Float[Array, "B"]:
+    """log p_c / (1 - p_c) of the likeliest class c other than y: up with p_c."""
+    logits = _in_float32(outputs)
+    rival = jnp.argmax(_without(logits, y), axis=1)
+    return _at(logits, rival) - jax.nn.logsumexp(_without(logits, rival), axis=1)
+
+
+def _in_float32(outputs):
+    """The logits, not rounded to float16 or bfloat16 in what is computed of them."""
+    logits = logits_of(outputs)
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def _without(logits, index):
+    """The logits with that class at -inf."""
+    return jnp.where(jnp.arange(logits.shape[1])[None, :] == index[:, None], -jnp.inf, logits)
 
 
 # Cluster heads. A target is a cluster, numbered class * K + j.
@@ -128,10 +155,10 @@ def magnet(view: View, y, target) -> Float[Array, "B"]:
 def magnet_hinged(alpha: float) -> Callable:
     """The paper's adaptive attack, literally: {alpha + magnet}_+, flat where the margin exceeds alpha."""
 
-    def aim(view, y, target):
+    def loss(view, y, target):
         return jax.nn.relu(alpha + magnet(view, y, target))
 
-    return aim
+    return loss
 
 
 def away(view: View, y, target) -> Float[Array, "B"]:
@@ -142,17 +169,18 @@ def away(view: View, y, target) -> Float[Array, "B"]:
 cross_entropy = untargeted(losses.cross_entropy)
 margin = untargeted(losses.margin)
 dlr = untargeted(losses.dlr)
+probability_margin = untargeted(losses.probability_margin)
 
 # What the sound protocols choose from; the last four look at clusters.
 LINEAR = (cross_entropy, margin, dlr_targeted)
 CLUSTERED = (*LINEAR, centroid, feature, magnet, away)
 
 
-def one(aim: Callable) -> Aim:
-    """This one."""
-    return Aim(np.int32(0), (aim,))
+def one(loss: Callable) -> AttackLoss:
+    """`loss` alone, as an attack takes it."""
+    return AttackLoss(np.int32(0), (loss,))
 
 
-def among(aim: Callable, options: tuple[Callable, ...]) -> Aim:
-    """This one of `options`: attacks that differ in it alone share a compilation."""
-    return Aim(np.int32(options.index(aim)), options)
+def among(loss: Callable, options: tuple[Callable, ...]) -> AttackLoss:
+    """`loss`, which is one of `options`: attacks that differ in it alone share a compilation."""
+    return AttackLoss(np.int32(options.index(loss)), options)
