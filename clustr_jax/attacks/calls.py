@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax.attacks import resuming, scheduler
+from clustr_jax.attacks import resuming, scheduler, user_losses
 from clustr_jax.attacks.gate import Admitted, admit
 from clustr_jax.attacks.input_checks import check_logits, concrete
 from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
@@ -29,6 +29,7 @@ def attack_alone(key, attack, logits_fn, x, y, ranking, ids, restarts, slots, pr
     """One attack at its door: x_adv [B, ...], x where nothing was broken. `ranking` of targets, or None."""
     restarts, place = whole("restarts", restarts, 1), resuming.usable(folder)
     given, logits = prepare(key, logits_fn, x, y, float(attack.eps), attack.norm, attack.bounds, ids, slots)
+    attack = user_losses.of_attack(attack, slots, logits.shape[1], given.y)
     plan = planned(type(attack).__name__, attack, given, logits, ranking, restarts, slots)
     x_adv, alive = given.x.copy(), np.flatnonzero(logits.argmax(axis=1) == given.y)
     if len(alive):

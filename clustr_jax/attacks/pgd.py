@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
+from clustr_jax.attacks import user_losses
 from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.gate import admit
 from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
@@ -93,6 +94,7 @@ def pgd(
     x, y = jnp.asarray(given.x), jnp.asarray(given.y)
     if not x.shape[0]:
         return x
+    loss_fn = user_losses.current(loss_fn, x.shape[0], given.classes, y)
     x_adv, logits = _pgd(
         given.key, given.model, x, y, jnp.asarray(given.ids), jnp.float32(eps), jnp.float32(step_size),
         steps=steps, restarts=restarts, loss_fn=loss_fn, start=start, norm=given.norm, bounds=given.bounds,
