@@ -171,7 +171,7 @@ def _open(logits_fn, shape) -> Opened:
             values = iter(values)
             full = [next(values) if t else a for t, a in zip(traced, leaves, strict=True)]
             args, keywords = jax.tree.unflatten(tree, full)
-            with _without_effects():
+            with without_effects():
                 return logits_in(partial.func(*args, x, **keywords))
 
         return call
@@ -316,7 +316,7 @@ IN_EVALUATION = {
 }
 
 
-def _without_effects():
+def without_effects():
     """A block in which Keras' layers leave their variables (moving averages, seeds) alone."""
     keras: Any = sys.modules.get("keras")
     return keras.StatelessScope() if hasattr(keras, "StatelessScope") else contextlib.nullcontext()

@@ -13,7 +13,8 @@ from clustr_jax import clusters, data
 from clustr_jax.attacks import attack_losses, scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.classifier import Classifier
-from clustr_jax.evaluation.sound_protocol import pgd_attack
+from clustr_jax.evaluation.plans import pgd_attack
+from clustr_jax.evaluation.subject import of_classifier
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.stage_names import TRAIN
 from clustr_jax.settings import EvalSettings, MagnetSettings
@@ -204,7 +205,7 @@ def gallery(
         ends[example] = image
 
     attack = pgd_attack(
-        clf, eps=budget.eps, steps=budget.steps, step_size=budget.step_size, loss=attack_losses.margin
+        of_classifier(clf), eps=budget.eps, steps=budget.steps, step_size=budget.step_size, loss=attack_losses.margin
     )
     scheduler.run(attack, key, as_partial(clf.view), x, y, ids=index, slots=slots, collect=collect)
     before, after = (np.asarray(clf.predict(images)) for images in (x, ends))

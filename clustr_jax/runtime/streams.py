@@ -32,6 +32,7 @@ class Checks:
     """Of the checks' own key."""
 
     KNOWN_ANSWER = 99
+    NUDGE = 98
 
 
 class Report:
