@@ -4,7 +4,7 @@
 
 The gate is everything that `attacks.pgd` does before its compiled program: settings, pixels, opening the
 model, two passes of eight images. A classifier's method, a function that captures the weights and flax.nnx
-are timed; medians after compilation, the runs of the kinds in turns. The radius is tiny, so that no lane
+are timed; medians after compilation, the runs of the kinds in turns. The radius is tiny, so that no slot
 stops early.
 """
 

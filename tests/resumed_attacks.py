@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from clustr_jax import attacks
-from clustr_jax.attacks import ensemble, lanes, records, scheduler
+from clustr_jax.attacks import device_loop, ensemble, records, scheduler
 
 N, SLOTS, EPS = 16, 4, 0.06
 DOORS = {
@@ -87,7 +87,7 @@ class Every:
 
 
 PLACES = {
-    "device": (lanes, "advance", True),
+    "device": (device_loop, "advance", True),
     "judge": (scheduler, "misjudged", False),
     "inside": (scheduler, "verify_inside", True),
     "noted": (scheduler.Outcome, "become", False),

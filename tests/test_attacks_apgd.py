@@ -7,7 +7,7 @@ import pytest
 from jax.tree_util import Partial
 
 import reference_attacks
-from clustr_jax.attacks import attack_losses, lanes
+from clustr_jax.attacks import attack_losses, device_loop
 from clustr_jax.attacks.apgd import APGD, windows
 
 
@@ -57,7 +57,7 @@ def test_apgd_matches_a_slow_one(norm, steps):
     )
     number = np.arange(16, dtype=np.int32)
     target = 1 + number % 2
-    work = lanes.fill(jax.random.key(0), number, number, 0 * number, x, y, target)
+    work = device_loop.fill(jax.random.key(0), number, number, 0 * number, x, y, target)
     state, update = jax.jit(APGD.init)(attack, work), jax.jit(APGD.update)
     path, sizes = [np.asarray(state.candidate)], []
     for step in range(steps):
@@ -92,7 +92,7 @@ def test_apgd_starts_at_the_border_of_the_ball():
     """x + eps t / |t|: a uniform draw scaled by its largest entry, a Gaussian by its length."""
     x = np.full((4, 50), 0.5, np.float32)
     number = np.arange(4, dtype=np.int32)
-    work = lanes.fill(jax.random.key(0), number, number, 0 * number, x, number, number)
+    work = device_loop.fill(jax.random.key(0), number, number, 0 * number, x, number, number)
     for norm, size in (("linf", lambda d: np.abs(d).max(1)), ("l2", lambda d: np.linalg.norm(d, axis=1))):
         attack = APGD(
             eps=jnp.float32(0.1),

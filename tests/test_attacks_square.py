@@ -7,7 +7,7 @@ import pytest
 
 import reference_attacks
 from clustr_jax import attacks
-from clustr_jax.attacks import ensemble, lanes, scheduler
+from clustr_jax.attacks import device_loop, ensemble, scheduler
 from clustr_jax.attacks.square import sides
 
 
@@ -79,7 +79,7 @@ def test_square_starts_with_stripes_and_paints_one_square_a_query():
     """linf: each column +-eps; then a square of at most the scheduled side at +-eps, per channel."""
     x, number = np.full((4, 8, 8, 3), 0.5, np.float32), np.arange(4, dtype=np.int32)
     attack = ensemble.build("square", eps=0.1, queries=100)
-    work = lanes.fill(jax.random.key(0), number, number, 0 * number, x, number, number)
+    work = device_loop.fill(jax.random.key(0), number, number, 0 * number, x, number, number)
     state = attack.init(work)
     first = np.asarray(state.candidate) - x
     np.testing.assert_allclose(np.abs(first), 0.1, atol=1e-6)

@@ -63,7 +63,7 @@ def small_cnn():
 
 @pytest.mark.parametrize("name", ["paper", pytest.param("sound", marks=pytest.mark.slow)])
 def test_padding_is_not_counted(name, small, key):
-    """70 images in lanes of 32 are 70 images; each appears once and fractions are of 70."""
+    """70 images in slots of 32 are 70 images; each appears once and fractions are of 70."""
     clf, examples = small
     result, outcomes, seconds = protocols.run(name, key, clf, examples, small_attack(), silent)
     assert result["n"] == 70 and seconds > 0
@@ -77,7 +77,7 @@ def test_padding_is_not_counted(name, small, key):
 
 @pytest.mark.parametrize("protocol", ["paper", "sound"])
 def test_every_batch_has_the_same_number_of_lanes(protocol, key):
-    """70 images x 2 restarts in lanes of 32: the attack is compiled for 32 images and for nothing else."""
+    """70 images x 2 restarts in slots of 32: the attack is compiled for 32 images and for nothing else."""
     seen = set()
 
     def scores(x):
@@ -137,7 +137,7 @@ def test_quick_runs_only_the_main_radius(small, key):
 
 @pytest.mark.parametrize("protocol", [pytest.param("paper", marks=pytest.mark.slow), "sound"])
 def test_outcomes_do_not_depend_on_order_or_split(protocol, small_cnn, key):
-    """At a fixed number of lanes an example's outcome is its own, whoever is beside it."""
+    """At a fixed number of slots an example's outcome is its own, whoever is beside it."""
     clf, examples = small_cnn
     settings = dict(eps=0.05, step_size=0.0125, steps=5, restarts=2, slots=16)
 

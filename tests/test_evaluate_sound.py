@@ -54,7 +54,7 @@ def test_only_the_living_are_attacked(key):
     survive, spent = attack_soundly(jax.random.clone(key), Stub(two_classes), examples, alive, restarts=3)
     assert not survive.any()
     assert alive.sum() == 20  # the argument is left as it was
-    assert spent <= 2 * 16 * 20  # 20 pairs in two batches of 16 lanes: broken at once, no further restarts
+    assert spent <= 2 * 16 * 20  # 20 pairs in two batches of 16 slots: broken at once, no further restarts
     survive, spent = attack_soundly(key, Stub(two_classes), examples, np.zeros(40, bool))
     assert not survive.any() and spent == 0
 

@@ -9,7 +9,7 @@ import pytest
 from jax import export
 
 from clustr_jax import clusters, data
-from clustr_jax.attacks import attack_losses, lanes
+from clustr_jax.attacks import attack_losses, device_loop
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.pgd import as_partial, pgd
@@ -132,11 +132,13 @@ def test_every_attack(name, cluster_head):
     key = jax.random.key(0)
 
     def call(key, model, x, y):
-        work = lanes.fill(key, y, y, y, x, y, y + 1)
-        state = lanes.empty(attack, jax.tree.map(lambda a: a[:slots], work))
-        orders = lanes.Orders(np.int32(5), np.int32(0), np.array([False]))
+        work = device_loop.fill(key, y, y, y, x, y, y + 1)
+        state = device_loop.empty(attack, jax.tree.map(lambda a: a[:slots], work))
+        orders = device_loop.Orders(np.int32(5), np.int32(0), np.array([False]))
         best = jnp.full(1024, 10, jnp.int32)
-        return lanes.advance(attack, model, state, work, np.ones(2 * slots, bool), best, orders, first=True)
+        return device_loop.advance(
+            attack, model, state, work, np.ones(2 * slots, bool), best, orders, first=True
+        )
 
     assert "convolution" in lowered(call, key, model, x, y)
     if name == "pgd":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clustr_jax import attacks
-from clustr_jax.attacks import ensemble, lanes, records, resuming, scheduler
+from clustr_jax.attacks import device_loop, ensemble, records, resuming, scheduler
 from resumed_attacks import (
     DOORS,
     PLACES,
@@ -121,8 +121,8 @@ def test_a_half_noted_call_is_made_again(tmp_path, monkeypatch):
 def test_the_second_attack_of_the_ensemble(tmp_path, monkeypatch):
     """The first one is not run again, and the calls of the device are as many as without an interruption."""
     wanted = whole("autoattack")
-    device = Every(lanes.advance, 10**9)
-    monkeypatch.setattr(lanes, "advance", device)
+    device = Every(device_loop.advance, 10**9)
+    monkeypatch.setattr(device_loop, "advance", device)
     call("autoattack")
     needed, device.calls = device.calls, 0
     stopped = None
@@ -150,11 +150,11 @@ def test_a_process_that_is_killed(tmp_path, monkeypatch):
     code = (
         "import os, resumed_attacks as t\n"
         "t.scheduler._OPERATIONS, t.records._RECORD_SECONDS = {'cpu': 1000.0}, 0.0\n"
-        "advance, calls = t.lanes.advance, []\n"
+        "advance, calls = t.device_loop.advance, []\n"
         "def killed(*args, **settings):\n"
         "    calls.append(1)\n"
         "    return os._exit(7) if len(calls) == 9 else advance(*args, **settings)\n"
-        "t.lanes.advance = killed\n"
+        "t.device_loop.advance = killed\n"
         f"t.call('apgd', {str(tmp_path)!r})\n"
     )
     here = pathlib.Path(__file__).parent
@@ -162,8 +162,8 @@ def test_a_process_that_is_killed(tmp_path, monkeypatch):
     env = os.environ | {"PYTHONPATH": paths, "PYTHONHASHSEED": "3", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 7, done.stderr
-    device = Every(lanes.advance, 10**9)
-    monkeypatch.setattr(lanes, "advance", device)
+    device = Every(device_loop.advance, 10**9)
+    monkeypatch.setattr(device_loop, "advance", device)
     call("apgd")
     needed, device.calls = device.calls, 0
     same(call("apgd", tmp_path), wanted)

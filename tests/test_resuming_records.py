@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clustr_jax import attacks, losses
-from clustr_jax.attacks import lanes, records, resuming, scheduler
+from clustr_jax.attacks import device_loop, records, resuming, scheduler
 from clustr_jax.runtime.errors import UserError
 from resumed_attacks import (
     DOORS,
@@ -36,7 +36,7 @@ def left(tmp_path_factory):
     folder = tmp_path_factory.mktemp("left")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "_OPERATIONS", {"cpu": 1000.0})
-        patch.setattr(lanes, "advance", Every(lanes.advance, 8))
+        patch.setattr(device_loop, "advance", Every(device_loop.advance, 8))
         with pytest.raises(attacks.Interrupted):
             call("apgd", folder)
     return folder
@@ -183,6 +183,6 @@ def test_a_disk_that_fills_up_ends_no_attack(tmp_path, monkeypatch):
         same(call("square", tmp_path), wanted)
     assert len(told) == 1 and not files(tmp_path)
     monkeypatch.setattr(records, "_RECORD_SECONDS", 100.0)
-    monkeypatch.setattr(lanes, "advance", Every(lanes.advance, 3))
+    monkeypatch.setattr(device_loop, "advance", Every(device_loop.advance, 3))
     with pytest.raises(attacks.Interrupted, match="cannot write records .No space left"):
         call("square", tmp_path)

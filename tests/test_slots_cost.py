@@ -29,7 +29,7 @@ from slot_attacks import (
 @pytest.mark.parametrize("restarts", [1, RESTARTS, 10])
 @pytest.mark.parametrize("eps", [EASY, MIXED, ROBUST], ids=["easy", "mixed", "robust"])
 def test_few_evaluations_are_wasted(eps, restarts):
-    """Lanes x iterations, idle ones included, against what no schedule could leave out."""
+    """Slots x iterations, idle ones included, against what no schedule could leave out."""
     found = whole(eps, 200, restarts)
     share = found.broken.mean()
     assert (share > 0.95) if eps == EASY else (share == 0) if eps == ROBUST else (0.1 < share < 0.9)
@@ -64,17 +64,17 @@ def test_shrinking_changes_no_outcome(monkeypatch):
     model = Partial(whole_numbers, [jnp.asarray(p) for p in params])
     x = rng.uniform(0, 1, (18, 6)).astype(np.float32)
     y = np.asarray(model(x)).argmax(axis=1).astype(np.int32)
-    lanes = []
+    slots = []
 
     def watch(outcome):
-        lanes.append(len(outcome.flight.active))
+        slots.append(len(outcome.flight.active))
 
     full = run(model, x, y, eps=0.1, slots=16, restarts=1, report=watch)
-    assert set(lanes) == {16} and 0 < full.broken.mean() < 1
+    assert set(slots) == {16} and 0 < full.broken.mean() < 1
     monkeypatch.setattr(scheduler, "_WORTH", 0)
-    lanes.clear()
+    slots.clear()
     small = run(model, x, y, eps=0.1, slots=16, restarts=1, report=watch)
-    assert set(lanes) == {16, 4}
+    assert set(slots) == {16, 4}
     same(small, full)
     np.testing.assert_array_equal(small.spent, full.spent)
     assert small.needed == full.needed and small.evaluations < full.evaluations

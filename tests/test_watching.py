@@ -11,7 +11,7 @@ import pytest
 import rich.console
 
 from clustr_jax import attacks
-from clustr_jax.attacks import lanes
+from clustr_jax.attacks import device_loop
 
 N, SLOTS = 40, 4
 SCHEDULED = {
@@ -38,7 +38,7 @@ def test_ctrl_c_keeps_what_was_found(name, monkeypatch):
     x, y = images()
     run = functools.partial(SCHEDULED[name], logits_fn=logits, x=x, y=y, eps=0.1, slots=SLOTS)
     whole = run(jax.random.key(0))
-    calls, advance = [], lanes.advance
+    calls, advance = [], device_loop.advance
 
     def interrupted(*args, **settings):
         calls.append(1)
@@ -46,7 +46,7 @@ def test_ctrl_c_keeps_what_was_found(name, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return advance(*args, **settings)
 
-    monkeypatch.setattr(lanes, "advance", interrupted)
+    monkeypatch.setattr(device_loop, "advance", interrupted)
     with pytest.raises(attacks.Interrupted, match=r"\.found") as stopped:
         run(jax.random.key(0))
     found = stopped.value.found

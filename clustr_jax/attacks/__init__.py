@@ -1,7 +1,7 @@
 """Attacks on any function `x -> logits`: pure functions, x in [0, 1], one key, keyword-only settings.
 
 `pgd`, `qtrades`, `fgsm` and `noise` can be compiled into other functions; `apgd`, `fab`, `square` and
-`autoattack` schedule any number of images over a fixed number of slots (`slots.run`).
+`autoattack` schedule any number of images over a fixed number of slots (`scheduler.run`).
 """
 
 from clustr_jax.attacks.ensemble import AutoAttackResult, apgd, autoattack, fab, square

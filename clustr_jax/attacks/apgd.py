@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks.attack_losses import AttackLoss
 from clustr_jax.attacks.geometry import ascend, on_sphere, over, project
-from clustr_jax.attacks.lanes import Attack, climb
+from clustr_jax.attacks.scheduled_attack import Attack, climb
 from clustr_jax.runtime import struct
 
 # Share of the previous move that is carried on, share of rising steps that a window needs, first step / eps.

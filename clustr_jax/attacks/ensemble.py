@@ -3,8 +3,8 @@
     result = attacks.autoattack(key, clf.logits, x, y, eps=8/255)
     print(result.robust.mean(), result.broken_by)
 
-`apgd`, `fab` and `square` are its parts. All run through `slots.run`: not inside jit, any number of images,
-one compilation per attack and shapes. Where an image is not broken they return it unchanged.
+`apgd`, `fab` and `square` are its parts. All run through `scheduler.run`: not inside jit, any number of
+images, one compilation per attack and shapes. Where an image is not broken they return it unchanged.
 """
 
 import dataclasses
@@ -18,12 +18,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import attack_losses, lanes, resuming, scheduler
+from clustr_jax.attacks import attack_losses, resuming, scheduler
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.gate import Admitted, admit
 from clustr_jax.attacks.input_checks import check_logits, concrete
 from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
+from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.attacks.square import Square
 from clustr_jax.attacks.watching import Interrupted, bar
 from clustr_jax.runtime import mesh
@@ -57,7 +58,7 @@ def build(
     queries=QUERIES,
     restarts=1,
     rescale_schedule=True,
-) -> lanes.Attack:
+) -> Attack:
     """An attack of the ensemble by name: apgd-ce, apgd-dlr, apgd-t, fab-t or square."""
     common: dict[str, Any] = dict(eps=jnp.float32(eps), norm=norm, bounds=bounds)
     if name == "square":
@@ -313,7 +314,7 @@ def _planned(name, attack, given, logits, targeted, restarts=1) -> resuming.Plan
     return resuming.Planned(name, attack, targets, restarts)
 
 
-def _run(key, plan, given, index, lanes, progress, kept, record) -> tuple[scheduler.Outcome, str | None]:
+def _run(key, plan, given, index, slots, progress, kept, record) -> tuple[scheduler.Outcome, str | None]:
     """(the outcome on the images of this index; where it was interrupted, what to say of its records)."""
     x, y, ids = given.x[index], given.y[index], given.ids[index]
     targets = None if plan.targets is None else plan.targets[:, index]
@@ -322,7 +323,7 @@ def _run(key, plan, given, index, lanes, progress, kept, record) -> tuple[schedu
         with bar(progress, plan.name) as report:
             scheduler.run(
                 plan.attack, key, given.model, x, y, ids=ids, targets=targets, restarts=plan.restarts,
-                slots=lanes, outcome=outcome, report=kept.noting(record, report),
+                slots=slots, outcome=outcome, report=kept.noting(record, report),
             )  # fmt: skip
         kept.note(record, outcome, now=True)
     except KeyboardInterrupt:
@@ -332,10 +333,10 @@ def _run(key, plan, given, index, lanes, progress, kept, record) -> tuple[schedu
     return outcome, None
 
 
-def _prepare(key, logits_fn, x, y, eps, norm, bounds, ids, lanes) -> tuple[Admitted, np.ndarray]:
+def _prepare(key, logits_fn, x, y, eps, norm, bounds, ids, slots) -> tuple[Admitted, np.ndarray]:
     """(what the attack goes on with, in NumPy; clean logits), or UserError for what cannot be attacked."""
-    lanes = whole("slots", lanes, 1)
-    rows = -(-lanes // mesh.devices())  # what one device sees
+    slots = whole("slots", slots, 1)
+    rows = -(-slots // mesh.devices())  # what one device sees
     given = admit(key, logits_fn, x, y, eps=eps, norm=norm, bounds=bounds, ids=ids, rows=rows)
     if not concrete(given.x, given.y, given.key):
         raise UserError("this attack cannot be inside jit: it schedules images from the host; pgd can")
@@ -343,6 +344,6 @@ def _prepare(key, logits_fn, x, y, eps, norm, bounds, ids, lanes) -> tuple[Admit
         raise UserError(f"y must be labels [B], got probabilities {given.y.shape}; give y.argmax(axis=1)")
     x, y = np.asarray(given.x), np.asarray(given.y).astype(np.int32)
     x = x if given.bounds is None else np.clip(x, *given.bounds)
-    logits = scheduler.forward(given.model, x, lanes)
+    logits = scheduler.forward(given.model, x, slots)
     check_logits(logits, y)
     return given._replace(x=x, y=y, ids=np.asarray(given.ids).astype(np.int32)), logits

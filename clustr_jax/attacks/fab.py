@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from clustr_jax.attacks.attack_losses import margin_targeted, misclassified
 from clustr_jax.attacks.geometry import length, on_sphere, over, project
-from clustr_jax.attacks.lanes import Attack, climb
+from clustr_jax.attacks.scheduled_attack import Attack, climb
 from clustr_jax.runtime import struct
 
 # Largest weight of the original image, overshoot, and the step back (section 3 of the paper).

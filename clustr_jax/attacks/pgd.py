@@ -31,7 +31,7 @@ from clustr_jax.attacks.options import check_radius, norm_of, whole
 from clustr_jax.runtime.errors import UserError
 
 # Restarts run side by side as long as the batch stays below this many images (memory), then in turns.
-_LANES = 512
+_SIDE_BY_SIDE = 512
 _STARTS, _SELECTS = ("uniform", "normal", "gaussian", "zero"), ("success", "loss", "last")
 
 
@@ -208,13 +208,13 @@ _STATIC = ("steps", "restarts", "loss_fn", "start", "norm", "bounds", "select", 
 def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
     def one(restart):
         numbers = jnp.full(x.shape[0], restart)
-        return pgd_lanes(key, logits_fn, x, y, ids, numbers, eps, step_size, **settings)
+        return pgd_restart(key, logits_fn, x, y, ids, numbers, eps, step_size, **settings)
 
     logits = logits_of(logits_fn(x))  # for the caller to look at; dropped by the compiler where nobody does
     check_shape(logits, y)
     if restarts == 1:  # the loss of the result is not needed, and is not computed
         return one(0)[0], logits
-    side_by_side = max(1, min(restarts, _LANES // max(x.shape[0], 1)))
+    side_by_side = max(1, min(restarts, _SIDE_BY_SIDE // max(x.shape[0], 1)))
     found, loss, fooled = lax.map(one, jnp.arange(restarts), batch_size=side_by_side)
     if y.ndim == 1 and settings["select"] == "success":  # any fooled restart beats any loss
         best = jnp.argmax(jnp.where(fooled, jnp.inf, loss), axis=0)
@@ -224,16 +224,15 @@ def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
 
 
 @functools.partial(jax.jit, static_argnames=tuple(name for name in _STATIC if name != "restarts"))
-def pgd_lanes(
+def pgd_restart(
     key, logits_fn, x, y, ids, restarts, eps, step_size,
     *, steps, loss_fn=losses.cross_entropy, start="uniform", norm="linf", bounds=(0.0, 1.0), select="success",
     clip_start=True,
 ):  # fmt: skip
-    """One restart of `pgd` in each lane -> (x_adv, its loss [B], fooled [B]).
+    """One restart of each image -> (x_adv, its loss [B], fooled [B]).
 
-    The engine under `pgd`, for callers that schedule (example, restart) pairs themselves: lane i runs
-    restart number `restarts[i]` of example `ids[i]`. `logits_fn` is a Partial, settings are not
-    checked. It ends as soon as every lane is fooled.
+    Image i is example `ids[i]`, and runs its restart number `restarts[i]`. `logits_fn` is a Partial, settings
+    are not checked. It ends as soon as every image is fooled.
     """
     stops = y.ndim == 1 and select != "last"
     keys = jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r))(ids, restarts)
@@ -249,7 +248,7 @@ def pgd_lanes(
     def keep(best, x_adv, loss, fooled):
         """The iterate to return: the first fooled one, else the best loss; or (authors) the latest.
 
-        One whose logits are NaN is no success: its lane ends as NaN, for `check_found` to see.
+        One whose logits are NaN is no success: its image ends as NaN, for `check_found` to see.
         """
         best_x, best_loss, done = best
         x_adv = jnp.where(jnp.isnan(loss)[over], jnp.nan, x_adv)

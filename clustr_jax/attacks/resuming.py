@@ -22,8 +22,8 @@ import numpy as np
 
 from clustr_jax.attacks import scheduler
 from clustr_jax.attacks.gate import Admitted
-from clustr_jax.attacks.lanes import Attack, Work
 from clustr_jax.attacks.records import Records
+from clustr_jax.attacks.scheduled_attack import Attack, Work
 from clustr_jax.runtime import mesh, paths, processes, provenance
 from clustr_jax.runtime.errors import UserError, cut, first_line, shown
 

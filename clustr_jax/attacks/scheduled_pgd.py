@@ -1,4 +1,4 @@
-"""PGD as slots run it: one gradient and one step of fixed size per update."""
+"""PGD for the scheduler: one gradient and one step of fixed size per update."""
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float
 
 from clustr_jax.attacks.attack_losses import AttackLoss
 from clustr_jax.attacks.geometry import ascend, over, project, random_start
-from clustr_jax.attacks.lanes import Attack, climb
+from clustr_jax.attacks.scheduled_attack import Attack, climb
 from clustr_jax.runtime import struct
 
 

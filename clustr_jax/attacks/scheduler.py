@@ -1,9 +1,8 @@
 """The scheduler under every evaluation: a fixed number of slots, each working on one (example, restart).
 
-An attack is three pure functions over slots, `init`, `update` and `finished` (see `Attack`). A slot whose
-example breaks, or whose restart ends, takes the next pair from the queue at once, inside the compiled loop.
-Memory on the device is that of `slots` images, whatever the size of the set: the host hands over a queue
-of a few slots' worth and takes back what has ended, which it verifies in a fresh forward pass.
+An attack is three pure functions over slots (`scheduled_attack`), and the loop that advances them is compiled
+(`device_loop`). Memory on the device is that of `slots` images, whatever the size of the set: the host hands
+over a queue of a few slots' worth and takes back what has ended, which it verifies in a fresh forward pass.
 """
 
 import dataclasses
@@ -16,10 +15,11 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax.attacks import lanes
+from clustr_jax.attacks import device_loop
 from clustr_jax.attacks.attack_losses import logits_of, misclassified
 from clustr_jax.attacks.input_checks import check_found
 from clustr_jax.attacks.options import key_of
+from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.runtime import mesh
 from clustr_jax.runtime.errors import UserError
 
@@ -44,8 +44,8 @@ class Outcome:
 
     `restart` and `step` are those of the first restart that succeeded (-1: none), `x_adv` its image
     (where none did, x). `step` counts the attack's own steps, so 0 is a success at the start.
-    `spent` [R, N] are the evaluations of each restart that ended (0: not run). `evaluations` counts lanes x
-    iterations, idle lanes included. `flight` is what the slots held when the device last came back.
+    `spent` [R, N] are the evaluations of each restart that ended (0: not run). `evaluations` counts slots x
+    iterations, idle slots included. `flight` is what the slots held when the device last came back.
     `unconfirmed`: an image was misclassified in the loop and not in the pass that judges.
     """
 
@@ -112,7 +112,7 @@ def misjudged(model, x, y, count: int | None = None) -> Bool[np.ndarray, "B"]:
 
 
 def run(
-    attack: lanes.Attack,
+    attack: Attack,
     key: Array,
     model: Partial,
     x: Float[np.ndarray, "N ..."],
@@ -166,14 +166,14 @@ def run(
         if state is not None and not pending.any() and _busiest(state, devices) <= small:
             state, small = _shrink(attack, state, small, devices), 0
         e, r, waiting = _queues(pending, devices, length)
-        work = lanes.fill(key, e, ids[e], r, x[e], y[e], target[r, e])
+        work = device_loop.fill(key, e, ids[e], r, x[e], y[e], target[r, e])
         if state is None:
-            state = lanes.empty(attack, jax.tree.map(lambda a: a[:slots], work))
+            state = device_loop.empty(attack, jax.tree.map(lambda a: a[:slots], work))
         # of several devices none comes back to shrink before the others
         early = small if devices == 1 else 0
         more = np.array([np.sum(pending[:, d::devices]) > length for d in range(devices)])
-        orders = lanes.Orders(np.int32(limit), np.int32(early), more)
-        state, ended, iterations = lanes.advance(
+        orders = device_loop.Orders(np.int32(limit), np.int32(early), more)
+        state, ended, iterations = device_loop.advance(
             attack, model, state, work, waiting, best, orders, first=first
         )
         after = outcome.copied()
@@ -227,7 +227,7 @@ def _board(attack, leaves, x, total):
     size = len(leaves[0])
     nothing = np.zeros(size, np.int32)
     work = jax.eval_shape(
-        lanes.fill,
+        device_loop.fill,
         key_of(jax.random.key(0)),
         nothing,
         nothing,
@@ -236,7 +236,7 @@ def _board(attack, leaves, x, total):
         nothing,
         nothing,
     )
-    state = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(lanes.empty, attack, work)), leaves)
+    state = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(device_loop.empty, attack, work)), leaves)
     return state, _flying(state, (total, len(x)))
 
 

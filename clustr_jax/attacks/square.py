@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from clustr_jax import losses
 from clustr_jax.attacks.attack_losses import logits_of, misclassified
 from clustr_jax.attacks.geometry import l2_norm, over
-from clustr_jax.attacks.lanes import Attack
+from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.runtime import struct
 
 # Share of the pixels of the first squares, halved after these proposals (of 10,000: see `sides`).

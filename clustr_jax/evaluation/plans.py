@@ -13,7 +13,7 @@ import numpy as np
 from clustr_jax.attacks import attack_losses, ensemble
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
-from clustr_jax.attacks.lanes import Attack
+from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.attacks.square import Square
 from clustr_jax.evaluation.subject import Subject

@@ -146,12 +146,12 @@ class Probe:
         yield Check(
             4, "gradients (margin) are neither zero nor infinite",
             FAIL if share["margin"] > 0.01 else status_of(share["ce"] <= 0.01, WARN),
-            100 * share["margin"], "<= 1 % of images",
+            share["margin"], "<= 1 % of images",
             f"log cross entropy: {100 * share['ce']:.1f} %",
         )  # fmt: skip
         yield Check(
             22, "the adversarial loss has converged: its last rise", status_of(rise <= 0.05, WARN),
-            100 * rise, "<= 5 % of the whole rise",
+            rise, "<= 5 % of the whole rise",
         )  # fmt: skip
         found = [
             np.stack(_sides(self.subject.model, self.examples.x[index], self.examples.y[index]))[:, :count]
@@ -161,7 +161,7 @@ class Probe:
         blind = float(max(own, rival))
         yield Check(
             28, "the label's score and its rival's both have a gradient",
-            FAIL if blind > _BLIND else status_of(blind <= 0.01, WARN), 100 * blind,
+            FAIL if blind > _BLIND else status_of(blind <= 0.01, WARN), blind,
             f"<= {100 * _BLIND:g} % of images without", f"label {100 * own:.1f} %, rival {100 * rival:.1f} %",
         )  # fmt: skip
 
@@ -188,7 +188,7 @@ class Probe:
             yield Check(5, name, SKIP, None, "", str(why))
             return
         yield Check(
-            5, name, status_of(agreement >= 0.99 and error <= _SLOPE), 100 * agreement,
+            5, name, status_of(agreement >= 0.99 and error <= _SLOPE), agreement,
             ">= 99 %", f"derivative off by {error:.1e}; <= {_SLOPE:g}",
         )  # fmt: skip
 
@@ -213,7 +213,7 @@ class Probe:
         limit = max(0.02, self.slack)
         yield Check(
             6, "logits x 1e-3 ... 1e3 break nothing more",
-            FAIL if gain > limit else status_of(spread <= 0.02, WARN), 100 * gain,
+            FAIL if gain > limit else status_of(spread <= 0.02, WARN), gain,
             at_most(limit), f"cross entropy alone varies by {100 * spread:.1f} points",
         )  # fmt: skip
 
@@ -233,19 +233,19 @@ class Probe:
         good = one >= many - self.slack and gain <= self.slack
         yield Check(
             7, "twice the steps break nothing more, nor does one step", status_of(good),
-            100 * max(gain, many - one), at_most(self.slack),
+            max(gain, many - one), at_most(self.slack),
             f"one step {100 * one:.1f} %, {steps} steps {100 * many:.1f} %",
         )  # fmt: skip
         silent = intervals.fraction(outcome.unconfirmed & ~outcome.broken)
         yield Check(
             25, "what fools a single attack's program fools the model", status_of(silent <= self.slack),
-            100 * silent, at_most(self.slack),
+            silent, at_most(self.slack),
         )  # fmt: skip
         # Each radius from scratch: the curve of the result goes on with what smaller radii left.
         smaller, larger = (self._accuracy(self._pgd(steps=steps, scale=s).x_adv) for s in (0.5, 2.0))
         rise = max(many - smaller, larger - many)
         yield Check(
-            10, "a larger eps breaks no fewer", status_of(rise <= self.slack), 100 * rise, at_most(self.slack),
+            10, "a larger eps breaks no fewer", status_of(rise <= self.slack), rise, at_most(self.slack),
             f"eps x 0.5, 1, 2: {100 * smaller:.1f}, {100 * many:.1f}, {100 * larger:.1f} %",
         )  # fmt: skip
         changed = int(self.subject.digest() != self.before)
@@ -255,13 +255,13 @@ class Probe:
         """24, 27: random points find nothing that gradients do not; a nudge does not change the answers."""
         gain = self._gain(self._pgd(steps=1, step_size=0.0, restarts=_DRAWS).x_adv)
         yield Check(
-            24, f"{_DRAWS} random points break nothing more", status_of(gain <= self.slack), 100 * gain,
+            24, f"{_DRAWS} random points break nothing more", status_of(gain <= self.slack), gain,
             at_most(self.slack),
         )  # fmt: skip
         lost = 1 - self._accuracy(self._nudged())
         limit = max(_NUDGED, self.slack)
         yield Check(
-            27, f"answers survive random noise of eps / {_NUDGE}", status_of(lost <= limit), 100 * lost,
+            27, f"answers survive random noise of eps / {_NUDGE}", status_of(lost <= limit), lost,
             at_most(limit),
         )  # fmt: skip
 

@@ -1,11 +1,10 @@
-"""What runs on the device: a fixed number of lanes, each working on one (example, restart) of an attack.
+"""The scheduler's half on the device: a compiled loop over a fixed number of slots.
 
-An attack is three pure functions over lanes, `init`, `update` and `finished`. A lane whose example breaks, or
-whose restart ends, takes the next pair from the queue at once, inside the compiled loop.
+A slot whose example breaks, or whose restart ends, takes the next (example, restart) from the queue at once,
+inside the loop.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,56 +13,13 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax.attacks.attack_losses import misclassified
-from clustr_jax.attacks.options import GENERATOR
+from clustr_jax.attacks.scheduled_attack import Work
 from clustr_jax.runtime import mesh, struct
 
 
-class Work(struct.PyTreeNode):
-    """One (example, restart) in each lane: its randomness, image, label and target (-1: none)."""
-
-    example: Int[Array, "S"]
-    restart: Int[Array, "S"]
-    random: Array  # key data: a lane keeps it, so it is a stream rather than a key that is used up
-    x: Float[Array, "S ..."]
-    y: Int[Array, "S"]
-    target: Int[Array, "S"]
-
-    @property
-    def keys(self):
-        """The lanes' keys; fold the step in where there is more than one draw."""
-        return jax.random.wrap_key_data(self.random, impl=GENERATOR)
-
-
-class Attack(struct.PyTreeNode):
-    """What the scheduler runs. Numbers are traced unless a subclass needs them to be static.
-
-    A state has at least `fooled` [S] (success within the ball, at the latest update) and `candidate`
-    [S, ...] (the image to return if the restart ended now). An update spends one evaluation per lane.
-    """
-
-    eps: ArrayLike
-    steps: ArrayLike
-    norm: str = struct.field(pytree_node=False)
-    bounds: tuple[float, float] | None = struct.field(pytree_node=False)
-
-    gradients = 1  # of the model, per lane and update
-    forwards = 0  # passes beside them
-
-    def init(self, work: Work) -> Any:
-        """The state before the first update; looks at no network."""
-        raise NotImplementedError
-
-    def update(self, model: Callable, work: Work, state: Any, step: Int[Array, "S"]) -> Any:
-        """One evaluation of the model in every lane."""
-        raise NotImplementedError
-
-    def finished(self, state: Any, step: Int[Array, "S"]) -> Bool[Array, "S"]:
-        """Which lanes have nothing left to do."""
-        return state.fooled | (step >= self.steps)
-
-
 class Slots(struct.PyTreeNode):
+    """What each slot works on, the attack's state there, steps done, and whether it is in use."""
+
     work: Work
     state: Any
     step: Int[Array, "S"]
@@ -108,8 +64,8 @@ def advance(attack, model, slots, queue, waiting, best, orders, *, first):
 def _advance_here(attack, model, slots, queue, waiting, best, orders, *, first):
     """`advance` on one device."""
     more = orders.more[0]
-    lanes, length = slots.step.shape[0], waiting.shape[0]
-    capacity, room = best.shape[0], lanes + length
+    count, length = slots.step.shape[0], waiting.shape[0]
+    capacity, room = best.shape[0], count + length
     ended = Ended(
         example=jnp.zeros(room, jnp.int32),
         restart=jnp.zeros(room, jnp.int32),
@@ -125,9 +81,9 @@ def _advance_here(attack, model, slots, queue, waiting, best, orders, *, first):
     def refill(carry):
         slots, waiting, best = carry
         waiting = waiting & wanted(queue, best)
-        following = jnp.flatnonzero(waiting, size=lanes, fill_value=length)  # the next pairs, in order
+        following = jnp.flatnonzero(waiting, size=count, fill_value=length)  # the next pairs, in order
         rank = jnp.cumsum(~slots.active) - 1
-        place = jnp.where(slots.active, length, following[jnp.clip(rank, 0, lanes - 1)])
+        place = jnp.where(slots.active, length, following[jnp.clip(rank, 0, count - 1)])
         take = place < length
         new = jax.tree.map(lambda a: a[jnp.minimum(place, length - 1)], queue)
         work = _where(take, new, slots.work)
@@ -162,7 +118,7 @@ def _advance_here(attack, model, slots, queue, waiting, best, orders, *, first):
         slots, waiting, best, _, i = carry
         left = jnp.any(waiting & wanted(queue, best))
         busy = jnp.sum(slots.active)
-        starved = more & ~left & (busy < lanes)
+        starved = more & ~left & (busy < count)
         return (i < orders.limit) & (left | (busy > jnp.where(more, 0, orders.small))) & ~starved
 
     zero = jnp.zeros((), jnp.int32)
@@ -172,7 +128,7 @@ def _advance_here(attack, model, slots, queue, waiting, best, orders, *, first):
 
 
 def _where(take, new, old):
-    """Lane by lane."""
+    """Slot by slot."""
 
     def choose(a, b):
         return jnp.where(take.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
@@ -181,7 +137,8 @@ def _where(take, new, old):
 
 
 @jax.jit
-def fill(key, example, ids, restart, x, y, target):
+def fill(key, example, ids, restart, x, y, target) -> Work:
+    """These (example, restart) pairs with their streams: fold_in(fold_in(key, id), restart)."""
     keys = jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r))(ids, restart)
     return Work(example, restart, jax.random.key_data(keys), x, y, target)
 
@@ -189,17 +146,5 @@ def fill(key, example, ids, restart, x, y, target):
 @jax.jit
 def empty(attack, work):
     """Slots that hold nothing yet; what `work` says is never used."""
-    lanes = work.y.shape[0]
-    return Slots(work, attack.init(work), jnp.zeros(lanes, jnp.int32), jnp.zeros(lanes, bool))
-
-
-def climb(model: Callable, loss: Callable, work: Work, x):
-    """(gradient of the loss [S, ...], its value [S], misclassified [S]) at x."""
-
-    def total(x):
-        outputs = model(x)
-        value = loss(outputs, work.y, work.target)
-        return jnp.sum(value), (value, misclassified(outputs, work.y))
-
-    gradient, (value, fooled) = jax.grad(total, has_aux=True)(x)
-    return gradient, value, fooled
+    count = work.y.shape[0]
+    return Slots(work, attack.init(work), jnp.zeros(count, jnp.int32), jnp.zeros(count, bool))
