@@ -1,6 +1,5 @@
-"""The checks that look at the model themselves, on a few hundred of its images, and at the machine."""
+"""The checks that look at the model themselves, on a few hundred of its images."""
 
-import dataclasses
 import functools
 
 import jax
@@ -14,17 +13,15 @@ from clustr_jax.attacks.geometry import ascend, l2_norm, length, on_sphere, proj
 from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.models import wrap
 from clustr_jax.attacks.pgd import pgd
-from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.classifier import Classifier
-from clustr_jax.clusters import Clusters
 from clustr_jax.evaluation import intervals
+from clustr_jax.evaluation.check import FAIL, SKIP, WARN, Check, at_most, status_of
 from clustr_jax.evaluation.plans import pgd_attack
 from clustr_jax.evaluation.subject import Subject, of
-from clustr_jax.runtime import canary, streams
+from clustr_jax.runtime import streams
 from clustr_jax.runtime.errors import first_line
 from clustr_jax.settings import EvalSettings
 
-PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
 # Test images that the checks look at themselves; the rest is read off the sound result.
 IMAGES, FEW = 256, 32
 # Points of accuracy by which a stronger or a blind attack may differ: half a point, or one image.
@@ -38,29 +35,6 @@ _MARGINS = (1e-2, 1e3)
 _BLIND = 0.1
 # A change that no honest network minds: this part of the radius, and what it may cost.
 _NUDGE, _NUDGED = 8, 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One line of the verdict: `value` is the number that was compared with `limit`."""
-
-    number: int
-    name: str
-    status: str
-    value: float | None
-    limit: str  # in the unit of the value
-    note: str = ""
-    advice: str = ""  # what to do, of a WARN and of a FAIL
-
-
-def at_most(limit: float) -> str:
-    """A limit as it is compared."""
-    return f"<= {100 * limit:.2g} points"
-
-
-def status_of(good: bool, otherwise: str = FAIL) -> str:
-    """PASS, or what it is otherwise."""
-    return PASS if good else otherwise
 
 
 class Probe:
@@ -127,7 +101,7 @@ class Probe:
         spread = float(np.ptp(logits)) if logits.size else 0.0
         status = FAIL if problem else status_of(not text and spread > 1, WARN)
         yield Check(3, "outputs are logits: their range", status, spread, "> 1", text)
-        size = float(np.median(margins(logits, self.examples.y[: len(x)]))) if logits.size else 0.0
+        size = float(np.median(np.abs(margins(logits, self.examples.y[: len(x)])))) if logits.size else 0.0
         low, high = _MARGINS
         yield Check(
             26, "margins are of a size that float32 losses can see", status_of(low <= size <= high), size,
@@ -170,10 +144,10 @@ class Probe:
         found = []
         for index, count in self._pieces():
             part = self.examples.take(index)
+            budget = jnp.float32(self.settings.eps), jnp.float32(self.settings.step_size)
             zero, values = jax.device_get(_path(
-                self.key, self.subject.model, chosen, part.x, part.y, part.ids, jnp.float32(self.settings.eps),
-                jnp.float32(self.settings.step_size), steps=self.settings.steps, norm=self.subject.norm,
-                bounds=self.subject.bounds,
+                self.key, self.subject.model, chosen, part.x, part.y, part.ids, *budget,
+                steps=self.settings.steps, norm=self.subject.norm, bounds=self.subject.bounds,
             ))  # fmt: skip
             found.append((zero[:, :count], values[:, :count]))
         zero, values = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
@@ -196,13 +170,15 @@ class Probe:
         """6: cross entropy with scaled logits breaks nothing that the sound protocol left."""
 
         def attacked(scale):
-            model = wrap(Partial(_scaled, jnp.float32(scale), self.subject.model), steady=not self.subject.unsteady)
+            model = wrap(
+                Partial(_scaled, jnp.float32(scale), self.subject.model), steady=not self.subject.unsteady
+            )
             parts = []
             for index, count in self._pieces():
                 part = self.examples.take(index)
                 x_adv = pgd(
-                    self.key, model, part.x, part.y, eps=self.eps, step_size=self.settings.step_size, steps=20,
-                    norm=self.subject.norm, bounds=self.subject.bounds, ids=part.ids,
+                    self.key, model, part.x, part.y, eps=self.eps, step_size=self.settings.step_size,
+                    steps=20, norm=self.subject.norm, bounds=self.subject.bounds, ids=part.ids,
                 )  # fmt: skip
                 parts.append(np.asarray(x_adv)[:count])
             return np.concatenate(parts)
@@ -218,7 +194,7 @@ class Probe:
         )  # fmt: skip
 
     def effort(self):
-        """1, 7, 10, 20, 25: in the ball, more steps or a larger one break more, nothing changed by looking."""
+        """1, 7, 10, 20, 25: in the ball, what more steps or a larger one break, unchanged by looking."""
         steps = self.settings.steps
         outcome = self._pgd(steps=steps)
         moved = length(outcome.x_adv - self.examples.x, self.subject.norm)
@@ -226,7 +202,11 @@ class Probe:
         inside = delta <= self.eps + 1e-6 and bool(np.isfinite(outcome.x_adv).all())
         excess = max(delta - self.eps, 0.0)
         yield Check(
-            1, "adversarial images are finite and in the ball: beyond eps", status_of(inside), excess, "<= 1e-6"
+            1,
+            "adversarial images are finite and in the ball: beyond eps",
+            status_of(inside),
+            excess,
+            "<= 1e-6",
         )
         one = self._accuracy(self._pgd(steps=1, step_size=1.25 * self.eps).x_adv)
         many, gain = self._accuracy(outcome.x_adv), self._gain(self._pgd(steps=2 * steps).x_adv)
@@ -249,7 +229,9 @@ class Probe:
             f"eps x 0.5, 1, 2: {100 * smaller:.1f}, {100 * many:.1f}, {100 * larger:.1f} %",
         )  # fmt: skip
         changed = int(self.subject.digest() != self.before)
-        yield Check(20, "evaluating did not change the model: arrays changed", status_of(not changed), changed, "0")
+        yield Check(
+            20, "evaluating did not change the model: arrays changed", status_of(not changed), changed, "0"
+        )
 
     def black_box(self):
         """24, 27: random points find nothing that gradients do not; a nudge does not change the answers."""
@@ -298,7 +280,10 @@ def _path(key, model, loss, x, y, ids, eps, step_size, steps, norm, bounds):
             return jnp.sum(value), value
 
         gradient, value = jax.grad(total, has_aux=True)(z)
-        return project(ascend(z, gradient, step_size, norm), x, eps, norm, bounds), (_useless(gradient), value)
+        return project(ascend(z, gradient, step_size, norm), x, eps, norm, bounds), (
+            _useless(gradient),
+            value,
+        )
 
     return jax.lax.scan(step, z, None, length=steps)[1]
 
@@ -363,37 +348,3 @@ def precision(subject: Subject, examples) -> tuple[float, float]:
 
 def _float64(leaf):
     return jnp.asarray(leaf, jnp.float64) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
-
-
-def toy(key) -> Check:
-    """17: nearest centroid on linear features, where the answer is known: the attack has to find it."""
-    rng = np.random.default_rng(0)
-    mu = rng.normal(size=(5, 1, 12)).astype(np.float32)
-    y = np.arange(100) % 5
-    x = (mu[y, 0] + 0.4 * rng.normal(size=(100, 12))).astype(np.float32)
-    eps = 0.6
-    gaps = mu[y, 0][:, None] - mu[None, :, 0]
-    margins = np.sum(gaps * (x[:, None] - (mu[y, 0][:, None] + mu[None, :, 0]) / 2), axis=2)
-    margins = np.where(np.arange(5)[None] == y[:, None], np.inf, margins - eps * np.abs(gaps).sum(axis=2))
-    exact = margins.min(axis=1) > 0
-    model = Partial(_nearest_centroid, Clusters(jnp.asarray(mu), jnp.float32(1.0)))
-    attack = PGD(
-        eps=jnp.float32(eps), steps=20, norm="linf", bounds=None, step_size=jnp.float32(eps / 4),
-        loss=attack_losses.one(attack_losses.margin_targeted),
-    )  # fmt: skip
-    targets = np.stack([(y + k) % 5 for k in range(1, 5)]).astype(np.int32)
-    outcome = scheduler.run(attack, key, model, x, y, targets=targets)
-    wrong = int(np.sum(outcome.broken == exact))
-    return Check(17, "a problem whose answer is known: mistakes", status_of(wrong == 0), wrong, "0 of 100")
-
-
-def compiler() -> Check:
-    """21: the compiler computes right numbers; a wrong one has ended the program before this."""
-    answer = canary.check()
-    note = f"{answer.programs} programs of {answer.patterns} kinds against NumPy in float64"
-    limit = f"<= {canary.TOLERANCE:g}"
-    return Check(21, "the compiler computes right numbers: error", PASS, answer.worst, limit, note)
-
-
-def _nearest_centroid(clusters, x):
-    return clusters.log_scores(x)

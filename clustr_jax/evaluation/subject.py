@@ -50,11 +50,11 @@ def of(what: Subject | Classifier) -> Subject:
 def of_classifier(clf: Classifier) -> Subject:
     """Its view in the linf ball; transfer comes from the network's own linear head."""
     sources = {}
-    if clf.clusters is not None and hasattr(clf, "replace"):
+    if clf.clusters is not None:
         sources["transfer-linear-head"] = clf.replace(clusters=None, nearest=0).logits
     return Subject(
         model=as_partial(clf.view), logits=clf.logits, digest=lambda: digest((clf.variables, clf.clusters)),
-        bounds=clf.bounds, clustered=clf.clusters is not None, predict=getattr(clf, "predict", None),
+        bounds=clf.bounds, clustered=clf.clusters is not None, predict=clf.predict,
         opened=Partial(_of_net, clf), transfer=sources,
     )  # fmt: skip
 

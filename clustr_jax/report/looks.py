@@ -205,7 +205,11 @@ def gallery(
         ends[example] = image
 
     attack = pgd_attack(
-        of_classifier(clf), eps=budget.eps, steps=budget.steps, step_size=budget.step_size, loss=attack_losses.margin
+        of_classifier(clf),
+        eps=budget.eps,
+        steps=budget.steps,
+        step_size=budget.step_size,
+        loss=attack_losses.margin,
     )
     scheduler.run(attack, key, as_partial(clf.view), x, y, ids=index, slots=slots, collect=collect)
     before, after = (np.asarray(clf.predict(images)) for images in (x, ends))
