@@ -25,6 +25,7 @@ class Evaluation:
 
     SWEEP = 50  # of other radii
     TRANSFER = 100  # from other models
+    AUDIT = 2000  # another run of a whole protocol
     CHECKS = 1000  # apart from all attacks, whose starts the checks must not try again
 
 
