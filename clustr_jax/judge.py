@@ -123,6 +123,11 @@ class Judgement:
         """The verdict card of a notebook."""
         return card.html(self.content)
 
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Judgement":
+        """The judgement that was saved in a folder; UserError where there is none."""
+        return cls(*witness.read(os.fspath(folder)))
+
     def save(self, folder: str | os.PathLike) -> pathlib.Path:
         """judgement.json, witness.npz, and report.html and CARD.md where the extra "report" is installed.
 
@@ -148,11 +153,6 @@ class Judgement:
         """The entry of RobustBench's model_info, for json.dump. `about` says what is not known here: name,
         authors, link, venue, architecture, dataset, additional_data, reported, footnote."""
         return robustbench.model_info(self.content, **about)
-
-
-def load(folder: str | os.PathLike) -> Judgement:
-    """The judgement that was saved in a folder; UserError where there is none."""
-    return Judgement(*witness.read(os.fspath(folder)))
 
 
 def judge(
@@ -223,7 +223,7 @@ def judge(
 
 def _of_before(place, parts):
     """The judgement that is there, if it is of the same call."""
-    found = load(place)
+    found = Judgement.load(place)
     theirs = found.content.get("parts") or {}
     different = [name for name in parts if theirs.get(name) != parts[name]]
     if different:

@@ -9,7 +9,7 @@ import numpy as np
 import clustr_jax
 from clustr_jax.evaluation import judging
 
-N, SHAPE, CLASSES, EPS, SLOTS = 32, (6, 6, 1), 4, 0.05, 32
+N, SHAPE, CLASSES, EPS, SLOTS = 32, (6, 6, 1), 4, 0.02, 32
 
 
 @functools.cache

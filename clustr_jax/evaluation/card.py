@@ -24,8 +24,8 @@ def html(content: dict) -> str:
         f'<div style="color:{tone};font-weight:700;font-size:.8em">{_e(content["status"])}</div>'
         f"<p style='margin:.4em 0;font-weight:600'>{_e(wording.words(content))}</p>"
         f'<p style="margin:.2em 0"><span style="font-size:2em;font-weight:700">{share}'
-        f"</span> % robust [{100 * low:.1f}, {100 * high:.1f}] at {where}; clean {100 * content['clean']:.2f} %; "
-        f"{content['n']} images; {_e(content['protocol'])}</p>"
+        f"</span> % robust [{100 * low:.1f}, {100 * high:.1f}] at {where}; "
+        f"clean {100 * content['clean']:.2f} %; {content['n']} images; {_e(content['protocol'])}</p>"
         f"<ul style='margin:.4em 0;padding-left:1.2em;font-size:.9em'>{rows}</ul></div>"
     )
 
