@@ -94,6 +94,32 @@ def dlr(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]:
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
+def probability_margin(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]:
+    """2 artanh(p_c - p_y): the margin of the probabilities p = softmax(logits), c the likeliest other class.
+
+    What the probability margin attack (Xie et al. 2025) climbs: positive where `margin` is, and with the
+    direction of the gradient of p_c - p_y. That difference itself is -1 in float32, with gradient 0, beyond a
+    logit margin of 17. This is log(1 + p_c - p_y) - log(1 - p_c + p_y), each a logsumexp in which nothing
+    cancels. Of two classes it is `margin`; dividing p_c - p_y by p_c + p_y would make it so for all.
+
+    >>> z = jnp.array([[2.0, 0.0, 1.0], [300.0, 0.0, 0.0]])
+    >>> print(losses.probability_margin(z, jnp.array([0, 0])))
+    [  -0.897 -299.595]
+    """
+    logits, sizes = _logits(logits, classes=2, infinite=True)
+    y = _labels(y, sizes)
+    possible = jnp.any(_without(logits, y) > -jnp.inf, axis=1)  # another class than y
+    logits = jnp.where(possible[:, None], logits, 0.0)
+    rival = jnp.argmax(_without(logits, y), axis=1)
+
+    def one_plus(winner, loser):
+        """log((1 + p_winner - p_loser) / 2), but for a term that both sides have."""
+        twice = jnp.arange(logits.shape[1])[None, :] == winner[:, None]
+        return jax.nn.logsumexp(_without(logits, loser) + jnp.where(twice, math.log(2.0), 0.0), axis=1)
+
+    return jnp.where(possible, one_plus(rival, y) - one_plus(y, rival), -jnp.inf)
+
+
 def _logits(logits, *, classes: int = 1, infinite: bool = False):
     """(the logits with the type that is computed with, sizes of their axes), or UserError."""
     sizes: dict[str, int] = {}

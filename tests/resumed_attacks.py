@@ -43,7 +43,8 @@ def call(name, folder=None, **other):
 def often(monkeypatch):
     """The device comes back after each iteration or two; AutoAttack's attacks are short."""
     monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1000.0})
-    monkeypatch.setattr(ensemble, "build", functools.partial(ensemble.build, steps=4, queries=6))
+    monkeypatch.setattr(ensemble, "STEPS", 4)
+    monkeypatch.setattr(ensemble, "QUERIES", 6)
 
 
 _whole = {}

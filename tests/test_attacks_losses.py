@@ -7,10 +7,9 @@ import pytest
 
 import reference
 import reference_attacks
-from clustr_jax.attacks import attack_losses, ensemble
+from clustr_jax.attacks import attack_losses, targets
 from clustr_jax.attacks.attack_losses import View
 from clustr_jax.clusters import Clusters
-from clustr_jax.evaluation import sound_protocol
 
 
 def test_targeted_dlr(rng):
@@ -28,17 +27,17 @@ def test_targeted_dlr(rng):
 
 def test_targets_are_the_likeliest_other_classes():
     logits = np.array([[3.0, 1.0, 2.0, 0.0], [0.0, 5.0, 5.0, 1.0]])
-    np.testing.assert_array_equal(ensemble.likely_targets(logits, [0, 3], 2), [[2, 1], [1, 2]])
-    np.testing.assert_array_equal(ensemble.likely_targets(logits, [1, 1], 9), [[0, 2], [2, 3], [3, 0]])
+    np.testing.assert_array_equal(targets.likely_targets(logits, [0, 3], 2), [[2, 1], [1, 2]])
+    np.testing.assert_array_equal(targets.likely_targets(logits, [1, 1], 9), [[0, 2], [2, 3], [3, 0]])
     assert logits[0, 0] == 3.0  # the argument is left as it was
 
 
 def test_nearest_clusters_are_those_of_other_classes():
     """Numbered class * K + j, best first; where clusters are missing the best one stands in."""
     u = np.array([[[-1.0, -9.0], [-2.0, -3.0], [-0.5, -np.inf]]])
-    np.testing.assert_array_equal(sound_protocol.nearest_clusters(u, [0], 9), [[4], [2], [3], [4]])
-    np.testing.assert_array_equal(sound_protocol.nearest_clusters(u, [1], 2), [[4], [0]])
-    np.testing.assert_array_equal(sound_protocol.nearest_clusters(u, [2], 3), [[0], [2], [3]])
+    np.testing.assert_array_equal(targets.nearest_clusters(u, [0], 9), [[4], [2], [3], [4]])
+    np.testing.assert_array_equal(targets.nearest_clusters(u, [1], 2), [[4], [0]])
+    np.testing.assert_array_equal(targets.nearest_clusters(u, [2], 3), [[0], [2], [3]])
 
 
 def cluster_view(z, centroids, variance, mask=None):

@@ -7,7 +7,8 @@ import pytest
 
 import reference_attacks
 from clustr_jax import attacks
-from clustr_jax.attacks import device_loop, ensemble, scheduler
+from clustr_jax.attacks import device_loop, registry, scheduler
+from clustr_jax.attacks.registry import Budget
 from clustr_jax.attacks.square import sides
 
 
@@ -42,7 +43,7 @@ def test_the_schedule_of_autoattack_is_that_of_10000_queries(norm, smallest, odd
 @pytest.mark.parametrize("rescale", [True, False])
 def test_where_squares_lie(rescale):
     """Everywhere; with AutoAttack's schedule where its own do: never in the last row and column."""
-    attack = ensemble.build("square", eps=0.1, rescale_schedule=rescale)
+    attack = registry.build("square", Budget(eps=0.1, rescale_schedule=rescale))
 
     def corners(*size):
         return jax.vmap(lambda key: attack._corner(key, *size))(jax.random.split(jax.random.key(0), 2000))
@@ -78,7 +79,7 @@ def test_which_schedule_is_whose(monkeypatch):
 def test_square_starts_with_stripes_and_paints_one_square_a_query():
     """linf: each column +-eps; then a square of at most the scheduled side at +-eps, per channel."""
     x, number = np.full((4, 8, 8, 3), 0.5, np.float32), np.arange(4, dtype=np.int32)
-    attack = ensemble.build("square", eps=0.1, queries=100)
+    attack = registry.build("square", Budget(eps=0.1, queries=100))
     work = device_loop.fill(jax.random.key(0), number, number, 0 * number, x, number, number)
     state = attack.init(work)
     first = np.asarray(state.candidate) - x

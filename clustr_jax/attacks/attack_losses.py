@@ -86,6 +86,27 @@ def dlr_targeted(outputs, y, target) -> Float[Array, "B"]:
     return difference / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
+def label_odds(outputs, y, target) -> Float[Array, "B"]:
+    """log (1 - p_y) / p_y, p = softmax(logits): up as p_y falls.
+
+    The gradient has the direction of cross entropy's, which is 0 in float32 where p_y rounds to 1.
+    """
+    logits = logits_of(outputs)
+    return jax.nn.logsumexp(_without(logits, y), axis=1) - _at(logits, y)
+
+
+def rival_odds(outputs, y, target) -> Float[Array, "B"]:
+    """log p_c / (1 - p_c) of the likeliest class c other than y: up with p_c."""
+    logits = logits_of(outputs)
+    rival = jnp.argmax(_without(logits, y), axis=1)
+    return _at(logits, rival) - jax.nn.logsumexp(_without(logits, rival), axis=1)
+
+
+def _without(logits, index):
+    """The logits with that class at -inf."""
+    return jnp.where(jnp.arange(logits.shape[1])[None, :] == index[:, None], -jnp.inf, logits)
+
+
 # Cluster heads. A target is a cluster, numbered class * K + j.
 
 
@@ -142,6 +163,7 @@ def away(view: View, y, target) -> Float[Array, "B"]:
 cross_entropy = untargeted(losses.cross_entropy)
 margin = untargeted(losses.margin)
 dlr = untargeted(losses.dlr)
+probability_margin = untargeted(losses.probability_margin)
 
 # What the sound protocols choose from; the last four look at clusters.
 LINEAR = (cross_entropy, margin, dlr_targeted)

@@ -31,6 +31,14 @@ def length(delta, norm):
     return jnp.sqrt(jnp.sum(jnp.square(delta), axis=_inner(delta)))
 
 
+def dual_length(gradient, norm):
+    """[B] norms of [B, ...] in which a step of length 1 in `norm` raises a linear function the most."""
+    if norm == "linf":
+        return jnp.sum(jnp.abs(gradient), axis=_inner(gradient))
+    largest = jnp.max(jnp.abs(gradient), axis=_inner(gradient))  # squares of 1e-25 are 0
+    return largest * length(gradient / over(jnp.where(largest > 0, largest, 1.0), gradient), norm)
+
+
 def over(values, x):
     """[B] values as [B, 1, ...], to go with x [B, ...]."""
     return values.reshape(-1, *(1,) * (x.ndim - 1))

@@ -99,22 +99,32 @@ class Kept:
 
     def load(self, name: str, x, restarts: int) -> scheduler.Outcome:
         """The outcome to go on from, or a fresh one."""
+        return self.load_with(name, x, restarts)[0]
+
+    def load_with(self, name: str, x, restarts: int) -> tuple[scheduler.Outcome, dict[str, np.ndarray]]:
+        """(the outcome to go on from, what was noted beside it); (a fresh one, {}) where there is none."""
         fresh = scheduler.Outcome.fresh(x, restarts)
         if self._records is None:
-            return fresh
-        outcome, _ = self._records.load(name, x, restarts)
+            return fresh, {}
+        outcome, extra = self._records.load(name, x, restarts)
         if outcome is None and self._records.path(name).exists():
             _warn(
                 f"{shown(self._records.path(name), 200)} is damaged: {name} starts again from its beginning"
             )
-        return fresh if outcome is None else outcome
+        return (fresh, {}) if outcome is None else (outcome, extra)
 
-    def note(self, name: str, outcome: scheduler.Outcome, **how: bool) -> str:
+    def note(
+        self,
+        name: str,
+        outcome: scheduler.Outcome,
+        beside: dict[str, np.ndarray] | None = None,
+        **how: bool,
+    ) -> str:
         """Store it, if it is time to (`how`: see Records.save); returns why that failed, or ""."""
         if self._records is None:
             return ""
         try:
-            self._records.save(name, outcome, self._extra, **how)
+            self._records.save(name, outcome, {**self._extra, **(beside or {})}, **how)
         except OSError as error:
             why = error.strerror or first_line(error, 100)
             if not self._failed:
@@ -136,12 +146,14 @@ class Kept:
 
         return both
 
-    def leave(self, name: str, outcome: scheduler.Outcome) -> str:
+    def leave(
+        self, name: str, outcome: scheduler.Outcome, beside: dict[str, np.ndarray] | None = None
+    ) -> str:
         """Store it now; returns what to say about that to the user who has interrupted it."""
         if self._records is None:
             return ""
         self._failed = True  # it is said here
-        why = self.note(name, outcome, leaving=True)
+        why = self.note(name, outcome, beside, leaving=True)
         where = shown(self._records.directory.parent, 200)
         return (
             f"; {where}: cannot write records ({why})"

@@ -47,6 +47,7 @@ class Attack(struct.PyTreeNode):
 
     gradients = 1  # of the model, per slot and update
     forwards = 0  # passes beside them
+    images = False  # takes [B, H, W, C] only
 
     def init(self, work: Work) -> Any:
         """The state before the first update; looks at no network."""

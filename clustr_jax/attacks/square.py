@@ -61,7 +61,7 @@ class Square(Attack):
     steps: int = struct.field(pytree_node=False)
     rescale: bool = struct.field(pytree_node=False, default=True)
 
-    gradients, forwards = 0, 1
+    gradients, forwards, images = 0, 1, True
 
     def init(self, work):
         """linf: vertical stripes of +-eps; l2: bumps on a grid of 5 x 5, scaled to eps."""

@@ -8,11 +8,12 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
-from clustr_jax.attacks import attack_losses, ensemble, resuming
+from clustr_jax.attacks import calls, resuming
 from clustr_jax.attacks.gate import Admitted
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
@@ -81,9 +82,9 @@ def prepare(
             f"known: {', '.join(plans.PROTOCOLS)}"
         )
     classifier = model if isinstance(model, Classifier) else None
-    function = model if classifier is None else classifier.logits
+    function: Any = model if classifier is None else classifier.logits
     key = jax.random.key(seed)
-    given, logits = ensemble._prepare(key, function, x, y, eps, norm, bounds, ids, slots)
+    given, logits = calls.prepare(key, function, x, y, eps, norm, bounds, ids, slots)
     if not len(given.x):
         raise UserError("x has no images: there is nothing to judge")
     if classifier is None:
@@ -120,10 +121,9 @@ def parts(case: Case, audit: bool) -> dict[str, str]:
 
 def _first_attack(case):
     attack = case.settings.attack
-    return plans.pgd_attack(
-        case.subject, eps=attack.eps, steps=attack.steps, step_size=attack.step_size,
-        loss=attack_losses.margin,
-    )  # fmt: skip
+    return plans.attack_on(
+        case.subject, "margin", eps=attack.eps, steps=attack.steps, step_size=attack.step_size
+    )
 
 
 class Records:
@@ -133,12 +133,12 @@ class Records:
         self._kept, self._prefix = kept, prefix
 
     def load(self, name: str, x, restarts: int):
-        """(the outcome to go on from, nothing beside it)."""
-        return self._kept.load(self._prefix + name, x, restarts), {}
+        """(the outcome to go on from, what was stored with it)."""
+        return self._kept.load_with(self._prefix + name, x, restarts)
 
-    def save(self, name: str, outcome, **how: bool) -> None:
+    def save(self, name: str, outcome, extra=None, **how: bool) -> None:
         """Store it, if it is time to."""
-        self._kept.note(self._prefix + name, outcome, **how)
+        self._kept.note(self._prefix + name, outcome, extra, **how)
 
 
 def judge(

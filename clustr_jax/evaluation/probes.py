@@ -16,7 +16,7 @@ from clustr_jax.attacks.pgd import pgd
 from clustr_jax.classifier import Classifier
 from clustr_jax.evaluation import intervals
 from clustr_jax.evaluation.check import FAIL, SKIP, WARN, Check, at_most, status_of
-from clustr_jax.evaluation.plans import pgd_attack
+from clustr_jax.evaluation.plans import attack_on
 from clustr_jax.evaluation.subject import Subject, of
 from clustr_jax.runtime import streams
 from clustr_jax.runtime.errors import first_line
@@ -74,9 +74,7 @@ class Probe:
     def _pgd(self, *, steps, step_size=None, restarts=1, scale=1.0) -> scheduler.Outcome:
         """Margin PGD with the program that the sound protocol has compiled, at `scale` x the radius."""
         step_size = scale * (self.settings.step_size if step_size is None else step_size)
-        attack = pgd_attack(
-            self.subject, eps=scale * self.eps, steps=steps, step_size=step_size, loss=attack_losses.margin
-        )
+        attack = attack_on(self.subject, "margin", eps=scale * self.eps, steps=steps, step_size=step_size)
         return scheduler.run(
             attack, self.key, self.subject.model, self.examples.x, self.examples.y, ids=self.examples.ids,
             restarts=restarts, slots=self.slots,

@@ -11,28 +11,29 @@ attacks are those of `evaluation.plans`; what is attacked is a `Subject`, or the
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
 from clustr_jax.attacks import attack_losses, scheduler
-from clustr_jax.attacks.apgd import APGD
+from clustr_jax.attacks.adaptive_restarts import Progress
+from clustr_jax.attacks.adaptive_restarts import run as run_adaptively
 from clustr_jax.attacks.pgd import pgd
+from clustr_jax.attacks.targets import CANDIDATES, CHOOSERS
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
 from clustr_jax.evaluation import intervals, plans
 from clustr_jax.evaluation import subject as subjects
-from clustr_jax.evaluation.plans import Plan, nearest_clusters, pgd_attack
+from clustr_jax.evaluation.plans import Plan, attack_on
 from clustr_jax.evaluation.subject import Subject
 from clustr_jax.losses import margin
 from clustr_jax.runtime import streams
 from clustr_jax.settings import EvalSettings
 
 __all__ = [
-    "Plan", "Found", "Sweep", "bound", "execute", "nearest_clusters", "pgd_attack", "run_quick", "run_sound",
-    "transfer",
+    "Found", "Plan", "Sweep", "attack_on", "bound", "execute", "run_quick", "run_sound", "transfer",
 ]  # fmt: skip
 
 # Restarts at which the curve over restarts is read off.
@@ -58,7 +59,7 @@ class Found:
         """Nothing found yet."""
         return cls(np.array(x, np.float32), np.full(len(x), -1, np.int32))
 
-    def take(self, index, x_adv, restart=-1) -> None:
+    def take(self, index, x_adv, restart) -> None:
         """These examples were broken by these images."""
         self.x_adv[index], self.restart[index] = x_adv, restart
 
@@ -69,39 +70,63 @@ def execute(
     """Run one attack on the examples that are `alive`. Returns (its outcome for those, what it cost)."""
     started = time.perf_counter()
     index = np.flatnonzero(alive)
-    part = examples.take(index)
-    outputs = scheduler.forward(subject.model, part.x, settings.slots)
-    targets = plans.targets_of(plan, outputs, part.y, settings.targets)
+    part, model, slots = examples.take(index), subject.model, settings.slots
+    targets, ranking = None, 0
+    if plan.targets is not None:
+        outputs = scheduler.forward(model, part.x, slots)
+        count = plan.count or settings.targets
+        targets = CHOOSERS[plan.targets](
+            model, part.x, part.y, outputs, subject.norm, count=count, slots=slots
+        )
+        ranking = candidates(plan.targets, outputs) * len(index)
     total = plan.restarts * (1 if targets is None else len(targets))
-    outcome, _ = records.load(plan.name, part.x, total) if records else (None, {})
+    outcome, known = records.load(plan.name, part.x, total) if records else (None, {})
     outcome = scheduler.Outcome.fresh(part.x, total) if outcome is None else outcome
 
-    def note(outcome):
+    margins = np.full(outcome.spent.shape, np.nan, np.float32)
+    so_far = Progress(outcome, known.get("margins", margins).copy(), plan.restarts)
+
+    def save(**how):
         if records:
-            records.save(plan.name, outcome)
-        report(float((len(index) - outcome.broken.sum()) / max(len(examples), 1)), plan.name)
+            records.save(
+                plan.name, so_far.outcome, {"margins": so_far.margins} if plan.adaptive else None, **how
+            )
+
+    def note(found, _=None):
+        so_far.outcome = found.outcome if plan.adaptive else found
+        save()
+        left = len(index) - so_far.outcome.broken.sum()
+        report(float(left / max(len(examples), 1)), plan.name)
 
     if len(index):
+        given: Any = plan.attack, jax.random.fold_in(key, plan.number), model, part.x, part.y
+        where: Any = dict(ids=part.ids, targets=targets, slots=slots, report=note)
         try:
-            outcome = scheduler.run(
-                plan.attack, jax.random.fold_in(key, plan.number), subject.model, part.x, part.y,
-                ids=part.ids, targets=targets, restarts=plan.restarts, slots=settings.slots, outcome=outcome,
-                report=note,
-            )  # fmt: skip
+            if plan.adaptive:
+                run_adaptively(*given, **where, most=plan.restarts, progress=so_far)
+            else:
+                so_far.outcome = scheduler.run(*given, **where, restarts=plan.restarts, outcome=outcome)
         except KeyboardInterrupt:
-            if records:
-                records.save(plan.name, outcome, leaving=True)
+            save(leaving=True)
             raise
-        if records:
-            records.save(plan.name, outcome, now=True)
+        save(now=True)
+    outcome = so_far.outcome
     cost = {
-        "gradient_evaluations": plan.attack.gradients * outcome.evaluations,
+        "gradient_evaluations": plan.attack.gradients * outcome.evaluations + ranking,
         "forward_evaluations": plan.attack.forwards * outcome.evaluations,
         "evaluations_needed": outcome.needed,
-        "evaluations_bound": bound(plan.attack, outcome, settings.slots),
+        "evaluations_bound": bound(plan.attack, outcome, slots),
         "wall_seconds": time.perf_counter() - started,
     }
     return outcome, cost
+
+
+def candidates(targets: str, outputs) -> int:
+    """Gradients per image that ranking the targets takes: MALT's, one for each candidate."""
+    if not targets.startswith("malt"):
+        return 0
+    shape = outputs.exponents.shape if targets == "malt-clusters" else attack_losses.logits_of(outputs).shape
+    return min(CANDIDATES, int(np.prod(shape[1:])) - 1)
 
 
 def bound(attack, outcome: scheduler.Outcome, slots: int) -> int:
@@ -143,7 +168,7 @@ def run_sound(
     report,
     records=None,
     *,
-    protocol: plans.Protocol = plans.PROTOCOLS["sound-2"],
+    protocol: plans.Protocol = plans.SOUND_2,
     found: Found | None = None,
 ) -> tuple[dict, dict]:
     """sound.json: the attacks on all correct examples, the union, curves, and other radii.
@@ -172,7 +197,8 @@ def run_sound(
         if found is not None:
             found.take(index[new], x_adv[new], restart[new])
 
-    for plan in protocol.plans(this, settings, eps=attack.eps, shape=examples.x.shape[1:]):
+    shape, classes = examples.x.shape[1:], _classes(this, examples, settings)
+    for plan in protocol.plans(this, settings, eps=attack.eps, shape=shape, classes=classes):
         before = alive if protocol.cascade else right
         outcome, cost = execute(
             plan, key, this, examples, before, settings, lambda a, what: report(a, f"sound, {what}"), records
@@ -238,7 +264,7 @@ def run_quick(
     quick = dataclasses.replace(settings, quick=True)
     deployed, alive = _right(this, examples, settings)
     broken_by, attacks = np.where(alive, "", "clean").astype("U32"), {}
-    for plan in plans.sound_2(this, quick, eps=attack.eps, shape=examples.x.shape[1:]):
+    for plan in plans.SOUND_2.plans(this, quick, eps=attack.eps, shape=examples.x.shape[1:]):
         if plan.name in ("margin", "centroid", "apgd-t"):
             outcome, cost = execute(
                 plan, key, this, examples, alive, quick, lambda a, what: report(a, f"quick, {what}"), records
@@ -265,11 +291,7 @@ class Sweep:
     def run(self, alive, radii, found: Found | None = None):
         """Survivors of all `radii`; each radius starts from what the ones before left."""
         for eps in radii:
-            attack = APGD(
-                eps=jnp.float32(eps), steps=self.settings.apgd_steps, norm=self.subject.norm,
-                bounds=self.subject.bounds,
-                loss=attack_losses.among(attack_losses.margin, plans.options_of(self.subject)),
-            )  # fmt: skip
+            attack = plans.attack_on(self.subject, "apgd-margin", eps=eps, steps=self.settings.apgd_steps)
             plan = Plan(f"apgd-margin-{eps:.6f}", attack, number=streams.Evaluation.SWEEP)
             outcome, _ = execute(
                 plan, self.key, self.subject, self.examples, alive, self.settings,
@@ -281,6 +303,11 @@ class Sweep:
             alive = _spread(alive, ~outcome.broken)
             self.robust[eps] = alive
         return alive
+
+
+def _classes(subject: Subject, examples, settings) -> int:
+    outputs = scheduler.forward(subject.model, examples.x[:1], settings.slots)
+    return attack_losses.logits_of(outputs).shape[1]
 
 
 def _right(subject: Subject, examples, settings):

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clustr_jax import clusters, data
-from clustr_jax.attacks import attack_losses, scheduler
+from clustr_jax.attacks import scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.classifier import Classifier
-from clustr_jax.evaluation.plans import pgd_attack
+from clustr_jax.evaluation.plans import attack_on
 from clustr_jax.evaluation.subject import of_classifier
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.stage_names import TRAIN
@@ -204,13 +204,8 @@ def gallery(
     def collect(example, restart, image, fooled):
         ends[example] = image
 
-    attack = pgd_attack(
-        of_classifier(clf),
-        eps=budget.eps,
-        steps=budget.steps,
-        step_size=budget.step_size,
-        loss=attack_losses.margin,
-    )
+    subject = of_classifier(clf)
+    attack = attack_on(subject, "margin", eps=budget.eps, steps=budget.steps, step_size=budget.step_size)
     scheduler.run(attack, key, as_partial(clf.view), x, y, ids=index, slots=slots, collect=collect)
     before, after = (np.asarray(clf.predict(images)) for images in (x, ends))
     delta = (ends - x).reshape(len(x), -1).astype(np.float64)

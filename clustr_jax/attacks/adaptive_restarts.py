@@ -1,0 +1,235 @@
+"""Restarts where they may still help: on the images that came nearest to breaking, until nothing new breaks.
+
+The idea is A3's (Liu et al., CVPR 2022): most images that hold out against a strong attack are far from the
+boundary, and restarts on them are lost. All images have one restart; then the unbroken ones with the largest
+margins max_c z_c - z_y at the ends of their restarts have the next, round by round. Which images a round has
+follows from what the rounds before it found, so that an interrupted call goes on to the same result.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from clustr_jax.attacks import registry, resuming, scheduler
+from clustr_jax.attacks.attack_losses import logits_of
+from clustr_jax.attacks.calls import SLOTS, STOPPED, common_of, planned, prepare
+from clustr_jax.attacks.options import whole
+from clustr_jax.attacks.pma import STEPS
+from clustr_jax.attacks.registry import Budget
+from clustr_jax.attacks.watching import Interrupted, bar
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.promotion import promoting
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the rounds so far found: the outcome of all restarts, and margins where they ended.
+
+    `outcome` has a row for each target and restart, target by target; `margins` as well, NaN where none
+    ended. `attacked` and `broken` count images by round.
+    """
+
+    outcome: scheduler.Outcome
+    margins: Float[np.ndarray, "R N"]
+    most: int
+    attacked: list[int] = dataclasses.field(default_factory=list)
+    broken: list[int] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def fresh(cls, x, most: int, targets: int = 1) -> "Progress":
+        """Nothing attacked yet."""
+        outcome = scheduler.Outcome.fresh(x, targets * most)
+        return cls(outcome, np.full(outcome.spent.shape, np.nan, np.float32), most)
+
+    @property
+    def rounds_of_rows(self) -> Int[np.ndarray, "R"]:
+        """The round of each row: the number of its restart."""
+        return np.arange(len(self.margins)) % self.most
+
+    def alive(self, number: int) -> Bool[np.ndarray, "N"]:
+        """What the rounds before this one left."""
+        return ~self.outcome.broken | (self.outcome.restart % self.most >= number)
+
+    def nearest(self, number: int, share: float) -> Bool[np.ndarray, "N"]:
+        """The images of a round: of those left the share with the largest margins so far; all in round 0."""
+        alive = self.alive(number)
+        if number == 0:
+            return alive
+        earlier = self.margins[self.rounds_of_rows < number]
+        best = np.max(np.where(np.isnan(earlier), -np.inf, earlier), axis=0)
+        order = np.argsort(np.where(alive, -best, np.inf), kind="stable")
+        chosen = np.zeros(len(alive), bool)
+        chosen[order[: int(np.ceil(share * alive.sum()))]] = True
+        return chosen
+
+    def gained(self, number: int) -> int:
+        """Images that a round broke."""
+        return int(np.sum(self.outcome.broken & (self.outcome.restart % self.most == number)))
+
+
+def run(
+    attack,
+    key: Array,
+    model,
+    x: Float[np.ndarray, "N ..."],
+    y: Int[np.ndarray, "N"],
+    *,
+    ids: Int[np.ndarray, "N"] | None = None,
+    targets: Int[np.ndarray, "T N"] | None = None,
+    most: int = 20,
+    share: float = 0.25,
+    patience: int = 2,
+    slots: int = SLOTS,
+    progress: Progress | None = None,
+    report: Callable[[Progress, scheduler.Outcome], None] | None = None,
+) -> Progress:
+    """`scheduler.run` with at most `most` restarts (of each target), round by round as said above.
+
+    It ends when `patience` rounds in a row broke nothing, when nothing is left, or after `most` rounds.
+    Restart r of an example is the one that `scheduler.run(..., restarts=most)` gives it, with its randomness.
+    `progress` goes on from an earlier one, in which everything is noted as it ends, also where this call is
+    interrupted; `report(progress, outcome of the round)` is called between device calls.
+    """
+    count = 1 if targets is None else len(targets)
+    progress = Progress.fresh(x, most, count) if progress is None else progress
+    progress.attacked, progress.broken = [], []
+
+    def collect(example, restart, found, fooled):
+        logits = logits_of(scheduler.forward(model, found, slots))
+        own = logits[np.arange(len(found)), y[example]]
+        others = np.where(np.arange(logits.shape[1])[None, :] == y[example][:, None], -np.inf, logits)
+        progress.margins[restart, example] = others.max(axis=1) - own
+
+    for number in range(most):
+        chosen = progress.nearest(number, share)
+        if not chosen.any() or (number >= patience and not any(progress.broken[-patience:])):
+            break
+        pairs = (progress.rounds_of_rows == number)[:, None] & chosen[None, :]
+        _run_pairs(
+            pairs, progress, report, attack, key, model, x, y, ids=ids, targets=targets, restarts=most,
+            slots=slots, collect=collect,
+        )  # fmt: skip
+        progress.attacked.append(int(chosen.sum()))
+        progress.broken.append(progress.gained(number))
+    return progress
+
+
+def _run_pairs(pairs, progress, report, *given, **settings) -> None:
+    """`scheduler.run` on these (restart, example) pairs alone: the others are marked as if they had ended."""
+    before, working = progress.outcome, progress.outcome.copied()
+    working.spent[~pairs] = 1
+    flying = [np.asarray(leaf) for leaf in jax.tree.leaves(working.flight)]
+    working.flight = flying if flying and flying[-1].any() else None  # the last leaf: slots in use
+
+    def note():
+        """What is true of all pairs."""
+        progress.outcome = dataclasses.replace(working, spent=np.where(pairs, working.spent, before.spent))
+
+    def reported(outcome):
+        note()
+        if report is not None:
+            report(progress, outcome)
+
+    try:
+        scheduler.run(*given, **settings, outcome=working, report=reported)
+    finally:
+        note()
+
+
+@promoting
+def adaptive_restarts(
+    key: Array,
+    logits_fn: Callable,
+    x: Float[np.ndarray, "B ..."],
+    y: Int[np.ndarray, "B"],
+    *,
+    eps: float,
+    attack: str = "pma",
+    steps: int = STEPS,
+    most: int = 20,
+    share: float = 0.25,
+    patience: int = 2,
+    norm: str = "linf",
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    ids: Int[np.ndarray, "B"] | None = None,
+    slots: int = SLOTS,
+    progress: bool | None = None,
+    folder: str | os.PathLike | None = None,
+) -> Float[np.ndarray, "B ..."]:
+    """Restarts of one attack, on the images that came nearest to breaking, until nothing new breaks.
+
+    Every image has one restart of `steps` steps. Of those left the `share` with the largest margins has
+    another one, and so on, until `patience` rounds in a row break nothing, or `most` restarts are through.
+    `attack`: pma, apgd-ce, apgd-dlr, apgd-t (a restart is one of each target), fab-t or square (`steps` are
+    its queries). `folder` as in `autoattack`: the same call goes on where it was interrupted. Images that are not
+    broken come back unchanged.
+
+    >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
+    ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
+    ...     return jnp.concatenate([z, -z], axis=1)
+    >>> x = np.stack([np.full((4, 4, 1), 0.55), np.full((4, 4, 1), 0.9)]).astype(np.float32)
+    >>> y = np.array([0, 0])
+    >>> x_adv = attacks.adaptive_restarts(jax.random.key(0), logits, x, y, eps=0.1, steps=10, slots=2)
+    >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
+    [ True False] True
+    """
+    steps, most, patience = whole("steps", steps, 1), whole("most", most, 1), whole("patience", patience, 1)
+    if isinstance(share, str) or not 0 < share <= 1:
+        raise UserError(f"share must be above 0 and at most 1, got {share!r}")
+    made, ranking = _attack_of(attack, steps, most, common_of(eps, norm, bounds))
+    place = resuming.usable(folder)
+    given, logits = prepare(key, logits_fn, x, y, float(eps), made.norm, made.bounds, ids, slots)
+    rule = [f"{name}={value}" for name, value in (("share", share), ("patience", patience))]
+    plan = planned(f"adaptive {attack} {' '.join(rule)}", made, given, logits, ranking, most, slots)
+    x_adv, right = given.x.copy(), np.flatnonzero(logits.argmax(axis=1) == given.y)
+    if not len(right):
+        return x_adv
+    kept = resuming.begin(place, given, logits, [plan], slots, "adaptive restarts")
+    so_far = _loaded(kept, given.x[right], most, 1 if plan.targets is None else len(plan.targets))
+    try:
+        with bar(progress, attack) as draw:
+
+            def report(so_far, outcome):
+                kept.note(_RECORD, so_far.outcome, {"margins": so_far.margins})
+                if draw is not None:
+                    draw(outcome)
+
+            run(
+                made, given.key, given.model, given.x[right], given.y[right], ids=given.ids[right],
+                targets=None if plan.targets is None else plan.targets[:, right], most=most, share=share,
+                patience=patience, slots=slots, progress=so_far, report=report,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        said = kept.leave(_RECORD, so_far.outcome, {"margins": so_far.margins})
+        broken = so_far.outcome.broken
+        x_adv[right[broken]] = so_far.outcome.x_adv[broken]
+        raise Interrupted(x_adv, STOPPED + said) from None
+    broken = so_far.outcome.broken
+    x_adv[right[broken]] = so_far.outcome.x_adv[broken]
+    kept.clear()
+    return x_adv
+
+
+_RECORD = "adaptive"
+
+
+def _loaded(kept, x, most, targets) -> Progress:
+    """What an interrupted call had done, or nothing."""
+    so_far = Progress.fresh(x, most, targets)
+    outcome, extra = kept.load_with(_RECORD, x, most * targets)
+    if extra.get("margins", so_far.margins).shape != so_far.margins.shape:
+        return so_far
+    so_far.outcome, so_far.margins = outcome, np.array(extra.get("margins", so_far.margins))
+    return so_far
+
+
+def _attack_of(name, steps, most, common):
+    """(the attack, the ranking of its targets or None) by name."""
+    if name not in registry.PARAMETER_FREE:
+        raise UserError(f"attack must be one of {', '.join(registry.PARAMETER_FREE)}, got {name!r}")
+    entry = registry.ATTACKS[name]
+    return entry.make(Budget(**common, steps=steps, queries=steps, restarts=most), None), entry.targets

@@ -1,0 +1,105 @@
+"""The probability margin attack (Xie et al., CVPR 2025, "Towards Million-Scale Adversarial Robustness
+Evaluation With Stronger Individual Attacks"), linf and l2.
+
+Steps up p_c - p_y, the margin of the softmax's probabilities. Each restart begins at a uniform point, takes
+one step towards the label, then runs half of its steps away from it (first, third ... restart) or towards the
+likeliest other class (second, fourth ...), and the rest up the margin. The steps of each half shrink from
+2 eps to 0 along half a cosine. What is climbed are logarithms of the same odds, whose gradients have the same
+directions and do not underflow.
+"""
+
+import os
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from clustr_jax.attacks.attack_losses import label_odds, probability_margin, rival_odds
+from clustr_jax.attacks.calls import SLOTS, attack_alone, common_of
+from clustr_jax.attacks.geometry import ascend, over, project, random_start
+from clustr_jax.attacks.options import whole
+from clustr_jax.attacks.scheduled_attack import Attack, climb
+from clustr_jax.attacks.scheduled_pgd import PGDState
+from clustr_jax.runtime.promotion import promoting
+
+# The kinds of restarts that take turns: away from the label, towards the likeliest other class.
+ROUNDS, STEPS = 2, 100
+
+
+class PMA(Attack):
+    """Restarts alternate between the two openings. One gradient per update."""
+
+    def init(self, work):
+        """A uniform point of the ball."""
+        x = random_start(work.keys, work.x, self.eps, "uniform", self.norm)
+        x = project(x, work.x, self.eps, self.norm, self.bounds)
+        return PGDState(x, jnp.zeros(work.y.shape, bool))
+
+    def update(self, model, work, state, step):
+        """Evaluate the iterate; move it unless it is misclassified."""
+        opening = step < self.opening_steps
+
+        def loss(outputs, y, target):
+            odds = label_odds(outputs, y, target)
+            towards_rival = (work.restart % ROUNDS == 1) & (step > 0)
+            first_half = jnp.where(towards_rival, rival_odds(outputs, y, target), odds)
+            first_half = jnp.where(step == 0, -odds, first_half)
+            return jnp.where(opening, first_half, probability_margin(outputs, y, target))
+
+        x = state.candidate
+        gradient, _, fooled = climb(model, loss, work, x)
+        moved = ascend(x, gradient, over(self.step_size(step), x), self.norm)
+        moved = project(moved, work.x, self.eps, self.norm, self.bounds)
+        return PGDState(jnp.where(over(fooled, x), x, moved), fooled)
+
+    @property
+    def opening_steps(self):
+        """Steps before the margin: the larger half."""
+        return (self.steps + 1) // 2
+
+    def step_size(self, step):
+        """2 eps (1 + cos) / 2, from 2 eps in both halves; of the first, the first two steps have it.
+
+        The authors' code takes the first step up the margin with the last, vanishing size of the opening;
+        here it has the size that begins its half.
+        """
+        first = self.opening_steps
+        opening = jnp.maximum(step - 1, 0) / first
+        margin = (step - first) / jnp.maximum(self.steps - first, 1)
+        return self.eps * (1 + jnp.cos(jnp.pi * jnp.where(step < first, opening, margin)))
+
+
+@promoting
+def pma(
+    key: Array,
+    logits_fn: Callable,
+    x: Float[np.ndarray, "B ..."],
+    y: Int[np.ndarray, "B"],
+    *,
+    eps: float,
+    steps: int = STEPS,
+    restarts: int = ROUNDS,
+    norm: str = "linf",
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    ids: Int[np.ndarray, "B"] | None = None,
+    slots: int = SLOTS,
+    progress: bool | None = None,
+    folder: str | os.PathLike | None = None,
+) -> Float[np.ndarray, "B ..."]:
+    """PMA, the probability margin attack: `steps` gradients in each restart, of two kinds that take turns.
+
+    The authors' budget is 50 steps in each of two restarts. Settings, errors and `folder` as in `autoattack`:
+    the same call goes on where it was interrupted. Images that are not broken come back unchanged.
+
+    >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
+    ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
+    ...     return jnp.concatenate([z, -z], axis=1)
+    >>> x = np.stack([np.full((4, 4, 1), 0.55), np.full((4, 4, 1), 0.9)]).astype(np.float32)
+    >>> y = np.array([0, 0])
+    >>> x_adv = attacks.pma(jax.random.key(0), logits, x, y, eps=0.1, steps=10, slots=2)
+    >>> print(logits(x_adv).argmax(axis=1) != y, bool((x_adv[1] == x[1]).all()))
+    [ True False] True
+    """
+    attack = PMA(steps=np.int32(whole("steps", steps, 1)), **common_of(eps, norm, bounds))
+    return attack_alone(key, attack, logits_fn, x, y, None, ids, restarts, slots, progress, folder)
