@@ -31,7 +31,7 @@ from clustr_jax.storage.files import write_bytes, write_json
 
 __all__ = ["Judgement", "judge"]
 
-PROTOCOL = "sound-2"
+PROTOCOL = "sound-3"
 _WIDTH = 80
 _SECONDS = 0.5  # between two lines about what is going on
 
@@ -102,9 +102,9 @@ class Judgement:
         lines += textwrap.wrap(
             f"{wording.figure(content)} ({content['n']} images, {content['protocol']})", _WIDTH
         )
-        left = sorted(self.attacks.items(), key=lambda item: item[1]["robust"])
-        named = ", ".join(f"{name} {100 * found['robust']:.1f}" for name, found in left)
-        lines += textwrap.wrap(f"left by each attack in %: {named}", _WIDTH, subsequent_indent="  ")[:3]
+        kills = self.content["counts"]["broken_by"]
+        named = ", ".join(f"{name} {count}" for name, count in kills.items())
+        lines += textwrap.wrap(f"broken, attack by attack: {named}", _WIDTH, subsequent_indent="  ")[:3]
         statuses = [c["status"] for c in self.checks]
         counts = ", ".join(
             f"{statuses.count(s)} {s}" for s in ("PASS", "WARN", "FAIL", "SKIP") if s in statuses

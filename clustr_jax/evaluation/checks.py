@@ -11,12 +11,12 @@ import dataclasses
 import jax
 import numpy as np
 
+from clustr_jax.attacks.registry import ATTACKS
 from clustr_jax.evaluation import intervals
 from clustr_jax.evaluation import subject as subjects
 from clustr_jax.evaluation.advice import ADVICE
 from clustr_jax.evaluation.check import FAIL, PASS, SKIP, WARN, Check, at_most, status_of
 from clustr_jax.evaluation.known_answers import compiler, toy
-from clustr_jax.evaluation.plans import entry_of
 from clustr_jax.evaluation.probes import IMAGES, POINTS, Probe
 from clustr_jax.runtime import streams
 from clustr_jax.settings import EvalSettings
@@ -90,7 +90,7 @@ def _having(checks: list[Check], status: str) -> list[int]:
 
 def _is_black_box(name: str) -> bool:
     """Whether the attack looks at no gradient of the model that is judged."""
-    entry = entry_of(name)
+    entry = ATTACKS.get(name)
     return name.startswith("transfer") or (entry is not None and not entry.gradients)
 
 
@@ -146,7 +146,7 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None, half: float = 0
     else:
         yield Check(12, "black boxes break nothing that gradients do not: images", SKIP, None, "", "none ran")
 
-    adaptive = [name for name in attacks if (entry := entry_of(name)) is not None and entry.clusters]
+    adaptive = [name for name in attacks if (entry := ATTACKS.get(name)) is not None and entry.clusters]
     cascade = any("added_kills" in attack for attack in attacks.values())
     if adaptive and cascade:
         yield Check(13, _CLUSTERS, SKIP, None, "", "each attack ran on what the ones before left")
@@ -164,7 +164,7 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None, half: float = 0
     else:
         yield Check(13, _CLUSTERS, SKIP, None, "", "a linear head")
     kinds = {"targeted": 0, "untargeted": 0}
-    for entry in filter(None, map(entry_of, attacks)):
+    for entry in filter(None, map(ATTACKS.get, attacks)):
         if entry.gradients and not entry.clusters:
             kinds["untargeted" if entry.targets is None else "targeted"] += 1
     yield Check(

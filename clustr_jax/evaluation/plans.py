@@ -47,11 +47,6 @@ class Row:
     targets: str | None = None  # other ones than the attack's own
     adaptive: bool = False
 
-    @property
-    def name(self) -> str:
-        """What it is called in results."""
-        return self.attack + "+restarts" * self.adaptive
-
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
@@ -84,7 +79,7 @@ class Protocol:
             made = entry.make(dataclasses.replace(budget, restarts=restarts), options_of(subject))
             found.append(
                 Plan(
-                    row.name, made, restarts, row.targets or entry.targets, len(found), row.count, row.curved,
+                    row.attack, made, restarts, row.targets or entry.targets, len(found), row.count, row.curved,
                     row.adaptive,
                 )
             )  # fmt: skip
@@ -114,21 +109,15 @@ def attack_on(subject: Subject, name: str, *, eps, **spend) -> Attack:
     return registry.build(name, budget, options_of(subject))
 
 
-def entry_of(name: str) -> registry.Entry | None:
-    """The registry's entry of an attack as results call it; None for a transfer, and what is unknown."""
-    return registry.ATTACKS.get(name.partition("+")[0])
-
-
 SOUND_2 = Protocol("sound-2", (
     Row("ce", "pgd", curved=True), Row("margin", "pgd", curved=True), Row("centroid", "once"),
     Row("feature", "once"), Row("away", "pgd"), Row("apgd-ce", "others"), Row("apgd-t", "others"),
     Row("fab-t", "others"), Row("square", "others"),
 ))  # fmt: skip
 SOUND_3 = Protocol("sound-3", (
-    Row("pma", "others"),
-    Row("centroid", "once", count=3, targets="malt-clusters"), Row("away", "once"),
-    Row("apgd-malt", "others", count=5),
     Row("pma", "others", restarts=10, adaptive=True, curved=True),
+    Row("centroid", "once", count=3, targets="malt-clusters"), Row("away", "once", restarts=1),
+    Row("apgd-malt", "others", count=6),
     Row("apgd-ce", "others"), Row("fab-t", "others", count=2, targets="malt"), Row("square", "others"),
 ), cascade=True)  # fmt: skip
 PROTOCOLS = {protocol.name: protocol for protocol in (SOUND_2, SOUND_3)}
