@@ -60,6 +60,8 @@ def call(name, key, model, x, y, *, eps, norm="linf", bounds="default", **more):
         )
     if name == "fab":
         return attacks.fab(key, model, x, y, steps=STEPS, slots=SLOTS, **common)
+    if name == "pma":
+        return attacks.pma(key, model, x, y, steps=STEPS, slots=SLOTS, **common)
     if name == "square":
         return attacks.square(key, model, x, y, queries=QUERIES, slots=SLOTS, **common)
     return attacks.apgd(

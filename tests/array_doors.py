@@ -57,6 +57,7 @@ LABELS = {
     "cross_entropy": lambda y: losses.cross_entropy(LOGITS, y),
     "margin": lambda y: losses.margin(LOGITS, y),
     "dlr": lambda y: losses.dlr(LOGITS, y),
+    "probability_margin": lambda y: losses.probability_margin(LOGITS, y),
 }
 ONLY_OUTSIDE_JIT = ("radius", "fit", "fit_assign")
 # Of logits [B, Y]
@@ -66,6 +67,7 @@ LOGIT_DOORS = {
     "kl": lambda z: losses.kl(z, PROBS),
     "margin": lambda z: losses.margin(z, Y),
     "dlr": lambda z: losses.dlr(z, Y),
+    "probability_margin": lambda z: losses.probability_margin(z, Y),
 }
 PROBABILITY_DOORS = {
     "cross_entropy": soft,

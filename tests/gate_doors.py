@@ -19,7 +19,17 @@ DOORS = {
     "apgd": functools.partial(attacks.apgd, eps=0.1, steps=2, slots=B),
     "fab": functools.partial(attacks.fab, eps=0.1, steps=2, slots=B),
     "square": functools.partial(attacks.square, eps=0.1, queries=4, slots=B),
+    "pma": functools.partial(attacks.pma, eps=0.1, steps=2, slots=B),
+    "apgd-malt": functools.partial(attacks.apgd, eps=0.1, steps=2, slots=B, targeted=True, targets="malt"),
+    "adaptive": functools.partial(attacks.adaptive_restarts, eps=0.1, steps=2, most=2, slots=B),
     "autoattack": functools.partial(attacks.autoattack, eps=0.1, slots=B, attacks=("square",)),
+}
+# Those that take no radius; the last one takes no key, either
+WITHOUT_RADIUS = {
+    "fmn": functools.partial(attacks.fmn, steps=3, slots=B),
+    "ddn": functools.partial(attacks.ddn, steps=3, slots=B),
+    "fmn-malt": functools.partial(attacks.fmn, steps=3, slots=B, targeted=True),
+    "malt": lambda key, f, x, y, **settings: attacks.malt_targets(f, x, y, slots=B, **settings),
 }
 
 

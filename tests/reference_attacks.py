@@ -1,10 +1,12 @@
 """Slow float64 NumPy references of the attacks, written from the papers; nothing here imports the package.
 
 Croce & Hein 2020 a ("Reliable evaluation of adversarial robustness ...": APGD, DLR), Croce & Hein 2020 b
-("Minimally distorted adversarial examples ...": FAB), Andriushchenko et al. 2020 (Square). One example at
-a time, loops on purpose.
+("Minimally distorted adversarial examples ...": FAB), Andriushchenko et al. 2020 (Square), Xie et al. 2025
+(PMA), Pintor et al. 2021 (FMN), Rony et al. 2019 (DDN), Melamed et al. 2024 (MALT). One example at a time,
+loops on purpose.
 """
 
+import decimal
 import math
 from fractions import Fraction
 
@@ -133,3 +135,108 @@ def exponents(z, centroids, variance):
     """-|z - mu_cj|^2 / 2 sigma^2, [B, Y, K]."""
     z, mu = np.float64(z), np.float64(centroids)
     return np.array([[[-np.sum((p - m) ** 2) / (2 * variance) for m in own] for own in mu] for p in z])
+
+
+# Digits of decimals in which e^-700 is more than a rounding error of 1.
+EXACT = dict(prec=400)
+
+
+def softmax_exactly(logits):
+    """exp(z_c) / sum exp(z) in the decimals of the current context."""
+    powers = [decimal.Decimal(float(z)).exp() for z in logits]
+    return [p / sum(powers) for p in powers]
+
+
+def probability_gradient(probs, c):
+    """d p_c / d z_j = p_c (delta_cj - p_j), [Y], in the numbers of `probs`."""
+    return np.array([probs[c] * ((1 if c == j else 0) - p) for j, p in enumerate(probs)])
+
+
+def pma(start, x, logits, jacobian, y, *, eps, steps, odd, norm, bounds):
+    """Xie et al. 2025: the iterates of one restart on one example that never breaks.
+
+    Ascends p_y in the first step, then -p_y (`odd`: the largest other probability) in the first half of the
+    steps, then the latter minus p_y. `logits(z)` [Y], `jacobian(z)` [Y, pixels]; probabilities are exact.
+    """
+    first = math.ceil(steps / 2)
+    iterates = [np.float64(start)]
+    for k in range(steps):
+        point = iterates[k]
+        with decimal.localcontext(**EXACT):
+            probs = softmax_exactly(logits(point))
+            rival = max((p, c) for c, p in enumerate(probs) if c != y)[1]
+            up_y, up_rival = probability_gradient(probs, y), probability_gradient(probs, rival)
+            if k == 0:
+                slope, phase = up_y, 0
+            elif k < first:
+                slope, phase = (up_rival if odd else -up_y), (k - 1) / first
+            else:
+                slope, phase = up_rival - up_y, (k - first) / (steps - first)
+            slope = np.float64(slope / max(abs(slope)))
+        slope = slope @ jacobian(point)
+        size = 2 * eps * (1 + math.cos(math.pi * phase)) / 2
+        move = np.sign(slope) if norm == "linf" else slope / np.linalg.norm(slope)
+        following = reference.project((point + size * move)[None], x[None], eps=eps, norm=norm, bounds=bounds)
+        iterates.append(following[0])
+    return iterates
+
+
+def _size(delta, norm):
+    return np.abs(delta).max() if norm == "linf" else np.linalg.norm(delta)
+
+
+def fmn(x, margin, gradient, *, steps, step_size, norm, bounds):
+    """Pintor et al. 2021, algorithm 1, on one example: (nearest point of margin > 0 or None, iterates)."""
+    farthest = _size(np.maximum(x - bounds[0], bounds[1] - x), norm) if bounds else math.inf
+    best, best_size, radius, delta, iterates = None, math.inf, math.inf, np.zeros_like(x), []
+    for k in range(steps):
+        share = (1 + math.cos(math.pi * k / steps)) / 2
+        gamma = 0.001 + (0.05 - 0.001) * share
+        point = x + delta
+        iterates.append(point)
+        slope = gradient(point)
+        if margin(point) > 0:
+            if _size(delta, norm) < best_size:
+                best, best_size = point, _size(delta, norm)
+            radius = min(radius * (1 - gamma), best_size)
+        elif best is None:
+            dual = np.abs(slope).sum() if norm == "linf" else np.linalg.norm(slope)
+            boundary = _size(delta, norm) + abs(margin(point)) / dual  # of the linearised margin
+            radius = (1 + gamma) * max(boundary, radius if radius < math.inf else 0)  # paper: boundary
+        else:
+            radius *= 1 + gamma
+        radius = min(radius, farthest)
+        step = step_size * (0.01 + 0.99 * share)
+        point = point + step * slope / np.linalg.norm(slope)
+        delta = reference.project(point[None], x[None], eps=radius, norm=norm, bounds=bounds)[0] - x
+    return best, iterates
+
+
+def ddn(x, wrong, gradient, *, steps, step_size, bounds):
+    """Rony et al. 2019, algorithm 1, on one example, without quantisation: (nearest point, iterates)."""
+    farthest = np.linalg.norm(np.maximum(x - bounds[0], bounds[1] - x)) if bounds else math.inf
+    best, best_size, radius, delta, iterates = None, math.inf, step_size, np.zeros_like(x), []
+    for k in range(steps):
+        point = x + delta
+        iterates.append(point)
+        slope = gradient(point)
+        inside = wrong(point)
+        if inside and np.linalg.norm(delta) < best_size:
+            best, best_size = point, np.linalg.norm(delta)
+        step = step_size * (0.01 + 0.99 * (1 + math.cos(math.pi * k / steps)) / 2)
+        delta = delta + step * slope / np.linalg.norm(slope)
+        radius = min(radius * (1 - 0.05 if inside else 1 + 0.05), farthest)
+        point = x + radius * delta / np.linalg.norm(delta)
+        delta = (np.clip(point, *bounds) if bounds else point) - x
+    return best, iterates
+
+
+def malt(logits, jacobian, y, *, norm, count, candidates):
+    """MALT on one example: other classes by (z_y - z_c) / |grad z_y - grad z_c|, of the likeliest ones."""
+    others = sorted((c for c in range(len(logits)) if c != y), key=lambda c: -logits[c])[:candidates]
+
+    def distance(c):
+        slope = jacobian[y] - jacobian[c]
+        return (logits[y] - logits[c]) / (np.abs(slope).sum() if norm == "linf" else np.linalg.norm(slope))
+
+    return sorted(others, key=distance)[:count]

@@ -18,6 +18,9 @@ DOORS = {
     "apgd": functools.partial(attacks.apgd, steps=6, restarts=2),
     "fab": functools.partial(attacks.fab, steps=4),
     "square": functools.partial(attacks.square, queries=12, restarts=2),
+    "pma": functools.partial(attacks.pma, steps=6),
+    "fmn": lambda eps, **settings: attacks.fmn(**settings, steps=8, targeted=True),
+    "adaptive": functools.partial(attacks.adaptive_restarts, steps=6, most=5, share=0.9),
     "autoattack": functools.partial(attacks.autoattack, attacks=("square", "apgd-ce", "square")),
 }
 WEIGHTS = np.random.default_rng(1).normal(size=(16, 4)).astype(np.float32)
@@ -62,6 +65,9 @@ def same(found, wanted):
         np.testing.assert_array_equal(found.robust, wanted.robust)
         np.testing.assert_array_equal(found.broken_by, wanted.broken_by)
         assert found.notes == wanted.notes
+        found, wanted = found.x_adv, wanted.x_adv
+    if isinstance(wanted, attacks.NearestResult):
+        np.testing.assert_array_equal(found.distance, wanted.distance)
         found, wanted = found.x_adv, wanted.x_adv
     np.testing.assert_array_equal(found, wanted)
 

@@ -25,10 +25,10 @@ def check_linear(name, norm, share, bounds="default"):
 
 
 # DLR's and cross entropy's gradients bend with the logits, Square guesses: bounds, not exact answers.
-SHARES = {"apgd-t": 1.0, "fab": 1.0, "pgd": 0.8, "square": 0.7, "apgd-ce": 0.8}
+SHARES = {"apgd-t": 1.0, "fab": 1.0, "pma": 1.0, "pgd": 0.8, "square": 0.7, "apgd-ce": 0.8}
 
 
-@pytest.mark.parametrize(("name", "norm"), pairs("apgd-t", "fab", "pgd", "square"))
+@pytest.mark.parametrize(("name", "norm"), pairs("apgd-t", "fab", "pma", "pgd", "square"))
 def test_linear_models_have_a_known_answer(name, norm):
     """linf in the box: each coordinate moves as far as it can; l2: margin / |w_y - w_c|_2."""
     check_linear(name, norm, SHARES[name])

@@ -78,8 +78,12 @@ def of_attack(name):
     """The outcome of one attack."""
     clf, x, y = fixed()
     call, more = ATTACKS[name]
-    x_adv = call(jax.random.key(3), clf.logits, x, y, **more)
-    return summary(clf, x, y, x_adv)
+    found = call(jax.random.key(3), clf.logits, x, y, **more)
+    if isinstance(found, attacks.NearestResult):
+        # the order: on which side of the boundary an iterate lies may be decided by rounding
+        order = np.argsort(found.distance, kind="stable").tolist()
+        return {"order": order, "fooled": summary(clf, x, y, found.x_adv)["fooled"]}
+    return summary(clf, x, y, found)
 
 
 def _quick(key, f, x, y, **more):
@@ -100,6 +104,14 @@ ATTACKS = {
     "apgd": (attacks.apgd, dict(_FEW, steps=8)),
     "apgd-l2": (attacks.apgd, dict(eps=0.12, slots=8, steps=8, norm="l2")),
     "apgd-t": (attacks.apgd, dict(_FEW, steps=8, targeted=True)),
+    "apgd-malt": (attacks.apgd, dict(_FEW, steps=8, targeted=True, targets="malt")),
+    "apgd-pm": (attacks.apgd, dict(_FEW, steps=8, loss_fn=losses.probability_margin)),
+    "pma": (attacks.pma, dict(_FEW, steps=8)),
+    "pma-l2": (attacks.pma, dict(eps=0.12, slots=8, steps=8, norm="l2")),
+    "adaptive": (attacks.adaptive_restarts, dict(_FEW, steps=6, most=4, share=0.5)),
+    "fmn": (attacks.fmn, dict(slots=8, steps=20)),
+    "fmn-l2": (attacks.fmn, dict(slots=8, steps=20, norm="l2", targeted=True)),
+    "ddn": (attacks.ddn, dict(slots=8, steps=20)),
     "fab": (attacks.fab, dict(_FEW, steps=8)),
     "fab-l2": (attacks.fab, dict(eps=0.12, slots=8, steps=8, norm="l2", restarts=2)),
     "square": (attacks.square, dict(_FEW, queries=60)),
@@ -178,7 +190,7 @@ PROTOCOLS = [("paper", "clusters"), ("sound", "clusters"), ("quick", "linear")]
 # Compilation takes a second or more for each of these, and most of their code is that of another one.
 SLOW = (
     "attack pgd-l2", "attack noise-gaussian", "attack apgd-l2", "attack apgd-t", "attack fab-l2",
-    "attack square-l2", "autoattack", "protocol sound clusters", "objective fast_at", "objective at_pretrain",
+    "attack square-l2", "attack pma-l2", "attack fmn-l2", "attack apgd-pm", "autoattack", "protocol sound clusters", "objective fast_at", "objective at_pretrain",
     "objective clustr", "objective clustr_qtrades-mse", "objective qtrades",
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clustr_jax import attacks
-from clustr_jax.attacks import device_loop, ensemble, records, resuming, scheduler
+from clustr_jax.attacks import calls, device_loop, ensemble, records, resuming, scheduler
 from resumed_attacks import (
     DOORS,
     PLACES,
@@ -30,6 +30,8 @@ def test_it_goes_on_bit_for_bit(name, place, period, tmp_path, monkeypatch):
     wanted = whole(name)
     owner, attribute, before = PLACES[place]
     stops = 0
+    if name == "fmn" and place == "judge":
+        period *= 15  # what one run found is brought in by some 60 calls, and that is noted as a whole
     spy = Every(getattr(owner, attribute), period, before)
     monkeypatch.setattr(owner, attribute, spy if owner is not scheduler.Outcome else lambda *a: spy(*a))
     while True:
@@ -60,7 +62,7 @@ def test_any_line_of_it(part, stops, tmp_path, monkeypatch):
     """KeyboardInterrupt on lines spread over the whole call, and over the noting of what the device found."""
     wanted = whole("square")
     monkeypatch.setattr(records, "_RECORD_SECONDS", 0.0)
-    ours = {module.__file__ for module in (scheduler, ensemble, records, resuming)}
+    ours = {module.__file__ for module in (scheduler, calls, ensemble, records, resuming)}
 
     def lines(stop):
         count = 0

@@ -14,12 +14,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax.attacks import registry, resuming, scheduler
+from clustr_jax.attacks import resuming, scheduler
 from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.calls import SLOTS, STOPPED, common_of, planned, prepare
 from clustr_jax.attacks.options import whole
-from clustr_jax.attacks.pma import STEPS
-from clustr_jax.attacks.registry import Budget
+from clustr_jax.attacks.registry import ATTACKS, PARAMETER_FREE, STEPS, Budget
 from clustr_jax.attacks.watching import Interrupted, bar
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.promotion import promoting
@@ -164,9 +163,9 @@ def adaptive_restarts(
 
     Every image has one restart of `steps` steps. Of those left the `share` with the largest margins has
     another one, and so on, until `patience` rounds in a row break nothing, or `most` restarts are through.
-    `attack`: pma, apgd-ce, apgd-dlr, apgd-t (a restart is one of each target), fab-t or square (`steps` are
-    its queries). `folder` as in `autoattack`: the same call goes on where it was interrupted. Images that are not
-    broken come back unchanged.
+    `attack`: one of `registry.PARAMETER_FREE`: pma, apgd-ce, apgd-t (a restart is one towards each target),
+    square (`steps` are its queries) and others. `folder` as in `autoattack`: the same call goes on where it
+    was interrupted. Images that are not broken come back unchanged.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -180,11 +179,17 @@ def adaptive_restarts(
     steps, most, patience = whole("steps", steps, 1), whole("most", most, 1), whole("patience", patience, 1)
     if isinstance(share, str) or not 0 < share <= 1:
         raise UserError(f"share must be above 0 and at most 1, got {share!r}")
-    made, ranking = _attack_of(attack, steps, most, common_of(eps, norm, bounds))
+    if attack not in PARAMETER_FREE:
+        raise UserError(f"attack must be one of {', '.join(PARAMETER_FREE)}, got {attack!r}")
+    common_of(eps, norm, bounds)
     place = resuming.usable(folder)
-    given, logits = prepare(key, logits_fn, x, y, float(eps), made.norm, made.bounds, ids, slots)
+    given, logits = prepare(key, logits_fn, x, y, float(eps), norm, bounds, ids, slots)
+    entry = ATTACKS[attack]
+    entry.check(shape=given.x.shape, classes=logits.shape[1], norm=given.norm)
+    budget = Budget(eps=eps, norm=given.norm, bounds=given.bounds, steps=steps, queries=steps, restarts=most)
+    made = entry.make(budget, None)
     rule = [f"{name}={value}" for name, value in (("share", share), ("patience", patience))]
-    plan = planned(f"adaptive {attack} {' '.join(rule)}", made, given, logits, ranking, most, slots)
+    plan = planned(f"adaptive {attack} {' '.join(rule)}", made, given, logits, entry.targets, most, slots)
     x_adv, right = given.x.copy(), np.flatnonzero(logits.argmax(axis=1) == given.y)
     if not len(right):
         return x_adv
@@ -225,11 +230,3 @@ def _loaded(kept, x, most, targets) -> Progress:
         return so_far
     so_far.outcome, so_far.margins = outcome, np.array(extra.get("margins", so_far.margins))
     return so_far
-
-
-def _attack_of(name, steps, most, common):
-    """(the attack, the ranking of its targets or None) by name."""
-    if name not in registry.PARAMETER_FREE:
-        raise UserError(f"attack must be one of {', '.join(registry.PARAMETER_FREE)}, got {name!r}")
-    entry = registry.ATTACKS[name]
-    return entry.make(Budget(**common, steps=steps, queries=steps, restarts=most), None), entry.targets

@@ -106,7 +106,7 @@ def autoattack(
     for entry in (ATTACKS[name] for name in attacks):
         entry.check(shape=x.shape, classes=logits.shape[1], norm=given.norm)
         attack = entry.make(budget, None)
-        plans.append(planned(entry.name, attack, given, logits, entry.targets, slots=slots))
+        plans.append(planned(entry.name, attack, given, logits, entry.targets, entry.restarts, slots))
     kept = resuming.begin(place, given, logits, plans, slots, "autoattack")
     broken_by = np.where(alive, "", "clean").astype("U16")
     notes = (given.note,) if given.note else ()

@@ -102,14 +102,20 @@ class FMN(Nearest):
         return self.margin(outputs, y, target)
 
     def move(self, work, state, seen, step):
-        """Until a point is found the radius is where the linearised boundary lies; then it moves by gamma."""
+        """Until a point is found the radius is where the linearised boundary lies; then it moves by gamma.
+
+        The former grows by gamma as well, and never shrinks, unlike the paper's: where the model is linear
+        the iterate would else end on the boundary itself, or where the box holds it back, and stay there.
+        """
         gradient, value, fooled = seen
         share = self._cosine(step)
         gamma = _LAST_GAMMA + (_FIRST_GAMMA - _LAST_GAMMA) * share
         step_size = self.step_size * (_LAST_STEP + (1 - _LAST_STEP) * share)
         boundary = length(state.x - work.x, self.norm)
         boundary += jnp.abs(value) / jnp.maximum(dual_length(gradient, self.norm), 1e-30)
-        outside = jnp.where(jnp.isfinite(state.distance), state.radius * (1 + gamma), boundary)
+        known = jnp.where(jnp.isfinite(state.radius), state.radius, 0.0)
+        found = jnp.isfinite(state.distance)
+        outside = (1 + gamma) * jnp.where(found, state.radius, jnp.maximum(boundary, known))
         inside = jnp.minimum(state.radius * (1 - gamma), state.distance)
         radius = jnp.minimum(jnp.where(fooled, inside, outside), self._farthest(work))
         moved = ascend(state.x, gradient, over(step_size, state.x), "l2")

@@ -73,8 +73,8 @@ def fmn(
 
     `steps` gradients from the image itself, then some 12 forward passes. It follows the likeliest other
     class; targeted=True makes a run towards each of 9, ranked as `targets` says (see `malt_targets`), and
-    takes the nearest of what they find. `step_size` is the length of the first step in l2, in both norms (default: 1
-    for l2, 10 for linf, times the width of the box). It starts at x, so that the key changes nothing.
+    takes the nearest of what they find. `step_size` is the length of the first step, in l2 for both norms
+    (default: 1 for l2, 10 for linf, times the width of the box). It starts at x: the key changes nothing.
     `folder` as in `autoattack`: the same call goes on where it was interrupted.
 
     Two pixels, class 0 where their sum is above 1: the boundary is 0.2 away in linf, 0.283 in l2.
@@ -158,44 +158,63 @@ def _nearest(key, attack, logits_fn, x, y, ranking, ids, slots, progress, folder
     plans = [plan._replace(targets=target) for target in towards]
     kept = resuming.begin(place, given, logits, plans, slots, "nearest")
     for number, one_plan in enumerate(plans):
-        outcome, stopped = run_plan(
-            given.key, one_plan, given, right, slots, progress, kept, f"{number}-{name}"
-        )
-        candidates = _found(given, one_plan, right, outcome, slots)
-        index = np.array(sorted(candidates), np.int64)
-        if len(index):
-            x_adv = np.stack([candidates[i] for i in index])
-            x_adv, distance = bring_in(
-                given.model, x_adv, x[index], y[index], attack.norm, attack.bounds, slots
-            )
-            nearer = distance < found.distance[index]
-            found.x_adv[index[nearer]], found.distance[index[nearer]] = x_adv[nearer], distance[nearer]
+        record = f"{number}-{name}"
+        _, done = kept.load_with(record, x[right], 1)
+        if "distance" in done:  # a call that was interrupted had come as far
+            found.x_adv[right], found.distance[right] = done["x_adv"], done["distance"]
+            continue
+        outcome, stopped = run_plan(given.key, one_plan, given, right, slots, progress, kept, record)
+        try:
+            if stopped is None:
+                index, candidates = _found(given, one_plan, right, outcome, slots)
+                brought = bring_in(
+                    given.model, candidates, x[index], y[index], attack.norm, attack.bounds, slots
+                )
+                _keep_nearer(found, index, *brought)
+                so_far = {"x_adv": found.x_adv[right], "distance": found.distance[right]}
+                kept.note(record, outcome, so_far, now=True)
+        except KeyboardInterrupt:
+            stopped = kept.leave(record, outcome)
         if stopped is not None:
+            index, candidates = right[outcome.broken], outcome.x_adv[outcome.broken]
+            _keep_nearer(found, index, candidates, _distances(candidates, x[index], attack.norm))
             found.notes = (*notes, f"interrupted in run {number + 1} of {len(plans)}")
             raise Interrupted(found, STOPPED + stopped)
     kept.clear()
     return found
 
 
-def _found(given, plan, right, outcome, slots) -> dict[int, np.ndarray]:
-    """{place: image} of what a run found, judged to be a success or not.
+def _keep_nearer(found: NearestResult, index, x_adv, distance) -> None:
+    """Put images of these places into `found` where they are nearer than what is there."""
+    nearer = distance < found.distance[index]
+    found.x_adv[index[nearer]], found.distance[index[nearer]] = x_adv[nearer], distance[nearer]
+
+
+def _distances(x_adv, x, norm) -> Float[np.ndarray, "B"]:
+    """In float64."""
+    delta = (x_adv.astype(np.float64) - x).reshape(len(x), int(np.prod(x.shape[1:])))
+    return np.abs(delta).max(axis=1, initial=0.0) if norm == "linf" else np.linalg.norm(delta, axis=1)
+
+
+def _found(given, plan, right, outcome, slots) -> tuple[np.ndarray, np.ndarray]:
+    """(places, images) of what a run found, judged to be a success or not.
 
     A nearest point lies on the boundary, where rounding can make it none in another program. An outcome has
     no image of these, so they are attacked once more, alone.
     """
-    found = {int(right[i]): outcome.x_adv[i] for i in np.flatnonzero(outcome.broken)}
+    images = {int(right[i]): outcome.x_adv[i] for i in np.flatnonzero(outcome.broken)}
     unsure = right[outcome.unconfirmed & ~outcome.broken]
-    if not len(unsure):
-        return found
 
-    def collect(example, restart, images, fooled):
-        found.update({int(unsure[e]): image for e, image in zip(example, images, strict=True)})
+    def collect(example, restart, found, fooled):
+        images.update({int(unsure[e]): image for e, image in zip(example, found, strict=True)})
 
-    scheduler.run(
-        plan.attack, given.key, given.model, given.x[unsure], given.y[unsure], ids=given.ids[unsure],
-        targets=None if plan.targets is None else plan.targets[:, unsure], slots=slots, collect=collect,
-    )  # fmt: skip
-    return found
+    if len(unsure):
+        scheduler.run(
+            plan.attack, given.key, given.model, given.x[unsure], given.y[unsure], ids=given.ids[unsure],
+            targets=None if plan.targets is None else plan.targets[:, unsure], slots=slots, collect=collect,
+        )  # fmt: skip
+    index = np.array(sorted(images), np.int64)
+    return index, np.array([images[i] for i in index], np.float32).reshape(-1, *given.x.shape[1:])
 
 
 def bring_in(
@@ -211,8 +230,7 @@ def bring_in(
         kept = place[: min(slots, len(x) - start)]
         part, confirmed = _bring_in(model, x_adv[place], x[place], y[place], norm, bounds)
         part, confirmed = part[: len(kept)], confirmed[: len(kept)]
-        delta = (part.astype(np.float64) - x[kept]).reshape(len(kept), -1)
-        size = np.abs(delta).max(axis=1) if norm == "linf" else np.linalg.norm(delta, axis=1)
+        size = _distances(part, x[kept], norm)
         found[kept[confirmed]], distance[kept[confirmed]] = part[confirmed], size[confirmed]
     return found, distance
 

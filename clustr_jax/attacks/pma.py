@@ -56,7 +56,7 @@ class PMA(Attack):
     @property
     def opening_steps(self):
         """Steps before the margin: the larger half."""
-        return (self.steps + 1) // 2
+        return jnp.floor_divide(self.steps + 1, 2)
 
     def step_size(self, step):
         """2 eps (1 + cos) / 2, from 2 eps in both halves; of the first, the first two steps have it.

@@ -16,7 +16,7 @@ import numpy as np
 from clustr_jax.attacks import attack_losses
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
-from clustr_jax.attacks.pma import PMA
+from clustr_jax.attacks.pma import PMA, ROUNDS
 from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.attacks.square import Square
@@ -62,6 +62,7 @@ class Entry:
     source: str
     settings: tuple[str, ...]  # of `Budget`, beside the ball
     targets: str | None = None  # a name in `targets.CHOOSERS`
+    restarts: int = 1  # that belong to the attack as it is published
     min_classes: int = 2
     clusters: bool = False  # takes a `View` of a cluster head only
     norms: tuple[str, ...] = ("linf", "l2")
@@ -210,6 +211,14 @@ _ENTRIES = (
         settings=("steps", "restarts"),
     ),
     Entry(
+        name="apgd-pm",
+        kind=APGD,
+        make=_apgd(attack_losses.probability_margin),
+        what="Auto-PGD on the margin of the probabilities",
+        source=_CROCE,
+        settings=("steps", "restarts"),
+    ),
+    Entry(
         name="apgd-dlr",
         kind=APGD,
         make=_apgd(attack_losses.dlr),
@@ -243,6 +252,7 @@ _ENTRIES = (
         what="steps up the margin of the probabilities; odd restarts begin towards the likeliest other class",
         source="Xie et al. 2025",
         settings=("steps", "restarts"),
+        restarts=ROUNDS,
     ),
     Entry(
         name="fab-t",
