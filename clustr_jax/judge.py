@@ -26,6 +26,7 @@ from clustr_jax.evaluation import card, judging, robustbench, witness, wording
 from clustr_jax.evaluation.witness import Witness
 from clustr_jax.runtime import callable_module, extras
 from clustr_jax.runtime.errors import UserError, shown
+from clustr_jax.runtime.promotion import promoting
 from clustr_jax.settings import EvalSettings
 from clustr_jax.storage.files import write_bytes, write_json
 
@@ -155,6 +156,7 @@ class Judgement:
         return robustbench.model_info(self.content, **about)
 
 
+@promoting
 def judge(
     model: Callable,
     x: Float[np.ndarray, "N ..."],

@@ -28,12 +28,12 @@ def problem():
 
 def mlp(params, x):
     a, b, c, d = params
-    return jax.nn.relu((x.reshape(len(x), -1) - 0.5) @ a + b) @ c + d
+    return jax.nn.relu((x.reshape(len(x), -1) - 0.5) @ a + b[None]) @ c + d[None]
 
 
 def features(params, x):
     a, b, *_ = params
-    return jnp.tanh((x.reshape(len(x), -1) - 0.5) @ a + b)
+    return jnp.tanh((x.reshape(len(x), -1) - 0.5) @ a + b[None])
 
 
 @functools.cache
@@ -42,9 +42,8 @@ def trained(kind):
     x, y, *_ = problem()
     rng = np.random.default_rng(1)
     size = int(np.prod(SHAPE))
-    params = (
-        0.3 * rng.normal(size=(size, 32)), np.zeros(32), 0.3 * rng.normal(size=(32, CLASSES)), np.zeros(CLASSES),
-    )  # fmt: skip
+    first, second = 0.3 * rng.normal(size=(size, 32)), 0.3 * rng.normal(size=(32, CLASSES))
+    params = first, np.zeros(32), second, np.zeros(CLASSES)
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
 
     def loss(params, key):
@@ -91,7 +90,7 @@ def honest(kind):
     w = means - means.mean(axis=0)
     w = jnp.asarray(w / np.linalg.norm(w, axis=1, keepdims=True).max(), jnp.float32)
     b = jnp.asarray(-(w * means).sum(axis=1) + 0.5 * (w**2).sum(axis=1), jnp.float32)
-    return lambda v: v.reshape(len(v), -1) @ w.T + b
+    return lambda v: v.reshape(len(v), -1) @ w.T + b[None]
 
 
 HONEST = ("nominal", "fast_at", "trades", "clusters", "lipschitz")
@@ -118,7 +117,7 @@ def _batch_norm_in_training():
     model = honest("nominal")
 
     def logits(x):
-        return model((x - x.mean(axis=0)) / jnp.sqrt(x.var(axis=0) + 1e-3))
+        return model((x - x.mean(axis=0, keepdims=True)) / jnp.sqrt(x.var(axis=0, keepdims=True) + 1e-3))
 
     return logits
 
@@ -209,5 +208,6 @@ SABOTAGES = {
     "logits x 1e-4": functools.partial(_times, 1e-4), "quantised": _quantised,
     "batch norm in training mode": _batch_norm_in_training, "noise when traced": _noise,
     "noise when run": _callback_noise, "bounded": _bounded, "table": _table,
-    "nearest in a table": _nearest_in_table, "constant beyond a radius": _constant_beyond, "stale weights": _stale,
+    "nearest in a table": _nearest_in_table, "constant beyond a radius": _constant_beyond,
+    "stale weights": _stale,
 }  # fmt: skip
