@@ -44,7 +44,7 @@ def named(spec: str) -> Callable:
     """The object that "module:name" names, dots in it allowed; UserError where there is none."""
     module, colon, name = spec.partition(":")
     if not colon or not module or not name:
-        raise UserError(f"--model={shown(spec, 100)}: expected module:function, or a file .pt2 or .ts")
+        raise UserError(f"model {shown(spec, 100)}: expected module:function, or a file .pt2 or .ts")
     if "" not in sys.path and "." not in sys.path:
         sys.path.insert(0, "")
     try:
@@ -52,22 +52,20 @@ def named(spec: str) -> Callable:
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"--model={shown(spec, 100)}: {first_line(error, 200)}") from error
+        raise UserError(f"model {shown(spec, 100)}: {first_line(error, 200)}") from error
     if not callable(found):
-        raise UserError(
-            f"--model={shown(spec, 100)} is {type(found).__name__}; expected a function of images"
-        )
+        raise UserError(f"model {shown(spec, 100)} is {type(found).__name__}; expected a function of images")
     return found
 
 
 def _torch_model(path, layout) -> Callable:
     if not path.is_file():
-        raise UserError(f"--model={shown(path, 150)}: there is no such file")
+        raise UserError(f"model {shown(path, 150)}: there is no such file")
     try:
         torch = importlib.import_module("torch")
     except ImportError as error:
         raise UserError(
-            f"--model={shown(path, 100)} needs torch, which is not installed: pip install torch"
+            f"model {shown(path, 100)} needs torch, which is not installed: pip install torch"
         ) from error
     load = torch.jit.load(str(path)).eval() if path.suffix == ".ts" else torch.export.load(str(path)).module()
 

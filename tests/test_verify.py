@@ -160,7 +160,7 @@ def test_the_command_needs_numpy_alone(tmp_path, monkeypatch):
     assert code == 1 and "NOT verified" in told
     for wrong in ("own", "own:no", "none.pt2", "nowhere:f"):
         code, _, stderr = run(tmp_path, f"--model={wrong}", folder=tmp_path)
-        assert code == 2 and stderr.startswith("error: --model=") and stderr.count("\n") == 1
+        assert code == 2 and stderr.startswith("error: model ") and stderr.count("\n") == 1
 
 
 def test_a_damaged_bundle_is_refused(tmp_path):

@@ -77,10 +77,10 @@ class Protocol:
                 continue
             restarts = row.restarts or budget.restarts
             made = entry.make(dataclasses.replace(budget, restarts=restarts), options_of(subject))
+            targets = row.targets or entry.targets
             found.append(
                 Plan(
-                    row.attack, made, restarts, row.targets or entry.targets, len(found), row.count, row.curved,
-                    row.adaptive,
+                    row.attack, made, restarts, targets, len(found), row.count, row.curved, row.adaptive
                 )
             )  # fmt: skip
         return found
