@@ -42,6 +42,21 @@ def cross_entropy(logits: Float[Array, "B Y"], y: Int[Array, "B"] | Float[Array,
     return -jnp.sum(jnp.where(y > 0, y * log_probs, 0.0), axis=1)
 
 
+def smoothed_cross_entropy(
+    logits: Float[Array, "B Y"], y: Int[Array, "B"], smoothing: float
+) -> Float[Array, "B"]:
+    """Cross entropy to labels of which a share is spread evenly over all classes (Szegedy et al. 2016).
+
+    (1 - smoothing) times the cross entropy to the label, plus smoothing times the mean over the classes.
+
+    >>> z = jnp.array([[2.0, 0.0, 0.0]])
+    >>> print(losses.smoothed_cross_entropy(z, jnp.array([0]), 0.3))  # 0.7 x 0.24 + 0.3 x 1.573
+    [0.64]
+    """
+    even = -jnp.mean(jax.nn.log_softmax(logits), axis=1)
+    return (1 - smoothing) * cross_entropy(logits, y) + smoothing * even
+
+
 def kl(logits: Float[Array, "B Y"], probs: Float[Array, "B Y"]) -> Float[Array, "B"]:
     """KL(probs || softmax(logits)) in nats, with 0 log 0 = 0.
 

@@ -30,7 +30,7 @@ def base(dataset: str) -> ConfigDict:
     c.data.train_size = 0  # stratified subset; 0 = all
     c.data.test_size = 0
     c.data.val_size = 0.02  # share of the training split held out for stopping and selection
-    c.data.augment = "none"  # "crop_flip", "crop", "flip" or "none"
+    c.data.augment = "none"  # "crop_flip", "crop", "flip", "translate_alternate" or "none"
 
     c.model = ConfigDict()
     c.model.name = "resnet18"  # "auto": by the size of the images
@@ -46,10 +46,14 @@ def base(dataset: str) -> ConfigDict:
     c.train.beta = 6.0  # 1 / lambda of TRADES
     c.train.consistency = "ce"  # of ClusTR+QTRADES: "ce" (Eq. 5), "kl", or "mse" of the embeddings
     c.train.stop_target = False  # no gradient through the clean side of the consistency term
+    c.train.label_smoothing = 0.0  # share of a label that cross entropy spreads over all classes, linear head
     c.train.xent_lam = 0.0  # weight of cross entropy on the cluster head (authors' --xent-lambda)
     c.train.radius = 36 / 255  # l2 radius that the *_certified methods train for, in [0, 1] pixels
     c.train.nearest = 0  # D nearest clusters in training; 0 = all (authors' --L)
     c.train.attack_bn = "batch"  # inner attack: "batch" statistics (kept out of the running ones) or "eval"
+    c.train.on_collapse = (
+        "warn"  # what follows when a stage destroys its network: "warn", "stop" or "restore"
+    )
     c.train.monitor = True  # single-step against multi-step accuracy on held-out images, each epoch
     c.train.attack = ConfigDict()  # the adversary of training: keyword arguments of attacks.pgd
     c.train.attack.eps = 8 / 255
@@ -115,11 +119,14 @@ def _recipe(epochs, lr, milestones):
     r = ConfigDict()
     r.epochs = epochs
     r.batch_size = 128  # not used with Magnet batches
-    r.optimizer = "adam"  # or "sgd", with momentum 0.9
+    r.optimizer = "adam"  # or "sgd"
+    r.momentum = 0.9  # of SGD
     r.nesterov = True  # of SGD; the code of Free AT, Fast AT, TRADES, Pang et al.: plain momentum, False
+    r.norm_bias_rate = 1.0  # of SGD: so many times the rate for the biases of batch norm
+    r.lookahead = 0  # steps after which slow weights move towards the fast ones (Zhang et al. 2019); 0 = off
     r.lr = lr
     r.weight_decay = 0.0
-    r.schedule = "multistep"  # x decay at the epochs `milestones`; or "cosine", "onecycle"
+    r.schedule = "multistep"  # x decay at the epochs `milestones`; or "cosine", "onecycle", "triangle"
     r.milestones = milestones
     r.decay = 0.1
     r.replays = 1  # steps on the same batch, the perturbation carried along (Free AT: 8)
@@ -161,7 +168,8 @@ def _sgd(c, epochs, lr, milestones, weight_decay):
 
 
 _OPTIMISATION = (
-    "epochs", "batch_size", "optimizer", "nesterov", "lr", "weight_decay", "schedule", "milestones", "decay",
+    "epochs", "batch_size", "optimizer", "momentum", "nesterov", "norm_bias_rate", "lookahead", "lr",
+    "weight_decay", "schedule", "milestones", "decay",
 )  # fmt: skip
 
 
@@ -338,4 +346,39 @@ def cpu(c):
         c.eval.n, c.eval.curve = 1000, (2 / 255, 4 / 255, 16 / 255, 32 / 255)
 
 
-VARIANTS = {"cpu": cpu}
+def _airbench(recipe):
+    """As cifar10-airbench, whose rate of 11.5 and decay of 0.0153 are for sums over 1,024 images."""
+    recipe.optimizer, recipe.momentum, recipe.nesterov = "sgd", 0.85, True
+    recipe.batch_size, recipe.lr, recipe.weight_decay = 1024, 1.5, 1.33e-3
+    recipe.schedule, recipe.milestones = "triangle", ()
+    recipe.epochs, recipe.norm_bias_rate, recipe.lookahead = 16, 64.0, 5
+
+
+def fast(c):
+    """The small network and recipe of cifar10-airbench, for images of some 32 pixels and two CPU cores.
+
+    Its first convolution whitens where clean images train it, and is an ordinary one where an adversary does
+    from the first step: whitening amplifies what images hardly vary in. Adversaries are as in `cpu`. Magnet
+    batches are small, for the number of updates decides (docs/fidelity.md).
+    """
+    own = c.model.name
+    cpu(c)
+    if c.method.endswith("_certified"):  # their layers are what they are
+        return
+    if own not in ("resnet18", "auto"):
+        raise ValueError(f"variant fast is for images of 9 pixels or more a side, this data set takes {own}")
+    adversarial = c.method not in ("nominal", "magnet", "clustr", "clustr_qtrades")
+    c.model.name, c.model.width = "fast_plain" if adversarial else "fast", 64
+    if c.data.augment == "crop_flip":
+        c.data.augment = c.pretrain.augment = "translate_alternate"
+    if not adversarial:
+        _airbench(c.warmup)
+        c.train.label_smoothing = 0.2
+    if c.method == "nominal":
+        _as_warmup(c)
+    if c.method in ("magnet", "clustr", "clustr_qtrades"):
+        c.magnet.samples = 8
+        c.train.epochs, c.train.lr, c.train.schedule = 12, 1e-4, "multistep"
+
+
+VARIANTS = {"cpu": cpu, "fast": fast}

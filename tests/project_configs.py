@@ -21,7 +21,7 @@ DATA = {
     "folder": ((32, 32, 3), 10, 1_000),  # whatever the user has
 }
 METHODS = tuple(objectives.METHODS)
-VARIANTS = ("cpu",)
+VARIANTS = ("cpu", "fast")
 # at_pretrain's first stage is on this set (imagenet_resized/32x32).
 SOURCE = ((32, 32, 3), 1000, 1_281_167)
 

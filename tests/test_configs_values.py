@@ -43,6 +43,12 @@ def test_the_cpu_variant_of_small_sets(name):
     assert (config.eval.n, config.eval.curve) == (own.eval.n, own.eval.curve) and config != own
 
 
+@pytest.mark.parametrize("name", ["digits", "toy2d"])
+def test_the_fast_variant_is_not_for_small_sets(name):
+    with pytest.raises(ValueError, match="9 pixels"):
+        get_config(name, "nominal,fast")
+
+
 @pytest.mark.parametrize(
     ("changes", "source", "message"),
     [

@@ -190,7 +190,8 @@ PROTOCOLS = [("paper", "clusters"), ("sound", "clusters"), ("quick", "linear")]
 # Compilation takes a second or more for each of these, and most of their code is that of another one.
 SLOW = (
     "attack pgd-l2", "attack noise-gaussian", "attack apgd-l2", "attack apgd-t", "attack fab-l2",
-    "attack square-l2", "attack pma-l2", "attack fmn-l2", "attack apgd-pm", "autoattack", "protocol sound clusters", "objective fast_at", "objective at_pretrain",
+    "attack square-l2", "attack pma-l2", "attack fmn-l2", "attack apgd-pm",
+    "autoattack", "protocol sound clusters", "objective fast_at", "objective at_pretrain",
     "objective clustr", "objective clustr_qtrades-mse", "objective qtrades",
 )  # fmt: skip
 

@@ -14,8 +14,15 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 IMAGES = dict(num_classes=5, width=4, input_shape=(8, 8, 3), mean=MEAN, std=STD)
 POINTS = dict(num_classes=5, width=4, input_shape=(2,), mean=(0.1, -0.2), std=(1.5, 2.0))
 SETTINGS = {"resnet8": IMAGES, "cnn": IMAGES, "mlp": POINTS}
+SETTINGS |= {name: IMAGES | {"input_shape": (16, 16, 3)} for name in ("fast", "fast_plain")}
 NAMES = sorted(SETTINGS)
-DIMENSIONS = {"resnet8": 16, "cnn": 16, "mlp": 4}  # 4 * width: 2 stages of doubling, a hidden layer; width
+DIMENSIONS = {
+    "resnet8": 16,
+    "cnn": 16,
+    "mlp": 4,
+    "fast": 8,
+    "fast_plain": 8,
+}  # 4 * width: 2 stages of doubling, a hidden layer; width
 
 
 # Nets are hashable: one compilation for all tests of this file.
@@ -85,7 +92,7 @@ def test_eval_does_not_depend_on_the_batch_size():
     np.testing.assert_allclose(alone.logits, together.logits[2:3], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["resnet8", "cnn"])
+@pytest.mark.parametrize("name", ["resnet8", "cnn", "fast", "fast_plain"])
 def test_train_uses_and_updates_the_batch_statistics(name):
     """In train mode an example's output depends on its batch, and the running statistics move towards it."""
     net, variables, x = setup(name)
@@ -93,10 +100,11 @@ def test_train_uses_and_updates_the_batch_statistics(name):
     others, _ = train(net, variables, x.at[3:].set(1 - x[3:]))
     assert np.abs(outputs.logits[0] - others.logits[0]).max() > 1e-4
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), batch_stats, variables["batch_stats"])
-    assert min(jax.tree.leaves(moved)) > 0
+    frozen = moved.get("first", {}).pop("kernel", None)  # of whitening: not trained, and not a statistic
+    assert min(jax.tree.leaves(moved)) > 0 and (frozen == 0 if name == "fast" else frozen is None)
 
 
-@pytest.mark.parametrize("name", ["resnet8", "cnn"])
+@pytest.mark.parametrize("name", ["resnet8", "cnn", "fast", "fast_plain"])
 def test_running_statistics_converge_to_train_mode(name):
     """Fed one batch again and again, eval agrees with train: the same network, the same statistics.
 
@@ -187,7 +195,7 @@ def test_bfloat16_computes_layers_in_training_mode_only(name):
     np.testing.assert_array_equal(evaluate(mixed, variables, x).logits, evaluate(net, variables, x).logits)
 
 
-@pytest.mark.parametrize("name, dtype", [("resnet8", "float16"), ("mlp", "bfloat16")])
+@pytest.mark.parametrize("name, dtype", [("resnet8", "float16"), ("mlp", "bfloat16"), ("fast", "bfloat16")])
 def test_dtypes_that_are_refused(name, dtype):
     with pytest.raises(UserError, match="float32"):
         models.build(name, **SETTINGS[name], dtype=dtype)

@@ -18,6 +18,7 @@ from small_training import problem
         ("free_at", {"train.replays": 2}),
         ("clustr_qtrades", {"train.ema": 0.9, "magnet.k_per_class": (1, 2, 3)}),
         ("clustr", {"train.optimizer": "sgd"}),
+        ("nominal", {"train.lookahead": 2, "train.norm_bias_rate": 64.0}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -18,13 +18,15 @@ SETTINGS = {
     "resnet18": IMAGES,
     "resnet8": IMAGES | dict(input_shape=(9, 7, 3), mean=(0.4,), std=(0.3,)),  # odd, and one mean for all
     "cnn": IMAGES | dict(input_shape=(9, 7, 3)),
+    "fast": IMAGES,
+    "fast_plain": IMAGES | dict(input_shape=(9, 20, 3)),
     "mlp": IMAGES | dict(input_shape=(3,)),
     "lip_sll": IMAGES,
     "lip_aol": IMAGES,
     "lip_cpl": IMAGES | dict(input_shape=(8, 24, 3)),
     "lip_cpl points": IMAGES | dict(input_shape=(3,)),
 }
-READABLE = ("resnet18", "resnet8", "cnn", "mlp")
+READABLE = ("resnet18", "resnet8", "cnn", "fast", "fast_plain", "mlp")
 
 
 @functools.cache

@@ -23,7 +23,7 @@ _notes: list[str] = []  # what was found on the way, to be told once it is known
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 done, 2 a mistake that the user can mend, 75 stopped by a signal."""
+    """Returns the exit code: 0 done, 2 a mistake that the user can mend, 3 a collapse, 75 a signal."""
     try:
         from clustr_jax.runtime import surroundings
     except Exception as error:  # JAX reads its switches (JAX_*) when it is imported
@@ -74,7 +74,8 @@ def _main(argv):
                 profile=values.profile,
             )
     except UserError as error:
-        return _mistake(_first_line(error))
+        code = _mistake(_first_line(error))
+        return getattr(error, "exit_code", code)  # a collapse has its own
     except OSError as error:  # a full disk, a file that went away
         return _mistake(f"{error.strerror or _first_line(error)}: {error.filename or 'a file of this run'}")
     except JaxRuntimeError as error:

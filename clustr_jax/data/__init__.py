@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clustr_jax.data import folder, prepared, shares, toy
-from clustr_jax.data.augment import crop_flip
+from clustr_jax.data.augment import crop_flip, translate_flip
 from clustr_jax.data.prepared import PREPARED, default_data_dir
 from clustr_jax.data.split import Examples, Split, digest
 from clustr_jax.runtime.errors import UserError, nearest, shown
@@ -20,7 +20,7 @@ from clustr_jax.settings import DataSettings
 
 __all__ = [
     "ALIASES", "NAMES", "OWN", "PREPARED", "Examples", "Split", "crop_flip", "default_data_dir", "digest",
-    "label", "load", "load_split", "splits", "stratified",
+    "label", "load", "load_split", "splits", "stratified", "translate_flip",
 ]  # fmt: skip
 
 ALIASES = {"svhn": "svhn_cropped"}

@@ -63,6 +63,36 @@ class ResNet(nn.Module):
         return self.linear(embeddings), embeddings
 
 
+class FastNet(nn.Module):
+    """Normalised images -> (logits, embeddings): three groups of two convolutions, GELU, max pools."""
+
+    def __init__(self, channels, width, whitened, num_classes):
+        super().__init__()
+        before = 8 * channels
+        if whitened:
+            self.first = nn.Conv2d(channels, before, 2)
+            self.first_norm = nn.Identity()
+        else:
+            self.first = nn.Conv2d(channels, before, 3, 1, 1, bias=False)
+            self.first_norm = nn.BatchNorm2d(before)
+        for i, features in enumerate((width, 2 * width, 2 * width)):
+            for j in range(2):
+                self.add_module(f"conv_{i}_{j}", nn.Conv2d(before, features, 3, 1, 1, bias=False))
+                self.add_module(f"norm_{i}_{j}", nn.BatchNorm2d(features))
+                before = features
+        self.linear = nn.LazyLinear(num_classes)
+
+    def forward(self, x):
+        x = F.gelu(self.first_norm(self.first(x)))
+        for i in range(3):
+            x = F.max_pool2d(self.get_submodule(f"conv_{i}_0")(x), 2)
+            x = F.gelu(self.get_submodule(f"norm_{i}_0")(x))
+            x = F.gelu(self.get_submodule(f"norm_{i}_1")(self.get_submodule(f"conv_{i}_1")(x)))
+        x = F.max_pool2d(x, min(x.shape[2:]))
+        embeddings = x.permute(0, 2, 3, 1).flatten(1) / 9
+        return self.linear(embeddings), embeddings
+
+
 class CNN(nn.Module):
     """Two convolutions and a hidden layer: (logits [B, Y], embeddings [B, 4 width])."""
 
@@ -222,6 +252,8 @@ def build(meta: dict) -> nn.Module:
     shape = tuple(meta["input_shape"])
     if name in STAGES:
         return ResNet(shape[-1], width, STAGES[name], classes)
+    if name in ("fast", "fast_plain"):
+        return FastNet(shape[-1], width, name == "fast", classes)
     if name == "cnn":
         return CNN(shape, width, classes)
     if name == "mlp":

@@ -40,6 +40,16 @@ def layout(net) -> list[tuple[str, tuple[str, ...], str]]:
                     rows.append((f"{theirs}.{norm}", (ours, f"BatchNorm_{n}"), "norm"))
                 number += 1
         return [*rows, ("linear", (models.HEAD,), "dense")]
+    if isinstance(module, models.FastNet):
+        first = "whitening" if module.whitened else "conv"
+        rows = [("first", ("first",), first)]
+        rows += [] if module.whitened else [("first_norm", ("first_norm",), "shift")]
+        for name in (f"{i}_{j}" for i in range(len(module.groups)) for j in range(2)):
+            rows += [
+                (f"conv_{name}", (f"conv_{name}",), "conv"),
+                (f"norm_{name}", (f"norm_{name}",), "shift"),
+            ]
+        return [*rows, ("linear", (models.HEAD,), "dense")]
     if isinstance(module, models.CNN):
         names = ("Conv_0", "BatchNorm_0", "Conv_1", "BatchNorm_1", "Dense_0", "BatchNorm_2", models.HEAD)
         theirs = ("conv1", "bn1", "conv2", "bn2", "fc", "bn3", "linear")
@@ -77,6 +87,15 @@ def _norm_out(net, params, stats):
     }  # fmt: skip
 
 
+def _shift_out(net, params, stats):
+    """A batch norm without a scale."""
+    return _norm_out(net, {**params, "scale": np.ones_like(params["bias"])}, stats)
+
+
+def _whitening_out(net, params, stats):
+    return {**_conv_out(net, stats, {}), "bias": params["bias"]}
+
+
 def _flattened_out(net, params, stats):
     """The inputs of this layer are the pixels of all channels: channels first in PyTorch, last in ours."""
     kernel = np.asarray(params["kernel"])
@@ -97,6 +116,18 @@ def _norm_in(net, get):
     return params, {"mean": as_jax(get("running_mean")), "var": as_jax(get("running_var"))}
 
 
+def _shift_in(net, get):
+    params, stats = _norm_in(net, get)
+    scale = params.pop("scale")
+    if not bool((scale == 1).all()):
+        raise UserError(f"{models.name_of(net)} has batch norms without a scale, and one here has a scale")
+    return params, stats
+
+
+def _whitening_in(net, get):
+    return {"bias": as_jax(get("bias"))}, {"kernel": as_jax(get("weight"))}
+
+
 def _flattened_in(net, get):
     weight = get("weight")
     features = weight.shape[0]
@@ -106,7 +137,8 @@ def _flattened_in(net, get):
 
 KINDS = {
     "conv": (_conv_out, _conv_in), "dense": (dense_out, _dense_in), "norm": (_norm_out, _norm_in),
-    "flattened": (_flattened_out, _flattened_in),
+    "flattened": (_flattened_out, _flattened_in), "shift": (_shift_out, _shift_in),
+    "whitening": (_whitening_out, _whitening_in),
 }  # fmt: skip
 
 

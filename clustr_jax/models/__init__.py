@@ -9,9 +9,12 @@ import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from clustr_jax.models.networks import CNN, HEAD, MLP, UNIT_STAGES, Outputs, ResNet, UnitNet
+from clustr_jax.models.fast import FastNet
+from clustr_jax.models.networks import CNN, MLP, UNIT_STAGES, ResNet, UnitNet
+from clustr_jax.models.parts import HEAD, Outputs
 from clustr_jax.runtime.errors import UserError, nearest
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "HEAD",
     "MLP",
     "UNIT",
+    "FastNet",
     "Net",
     "Outputs",
     "ResNet",
@@ -53,6 +57,11 @@ class Net:
         # a pair only where something is mutable
         return self.module.apply(variables, x, train=False)  # pyright: ignore[reportReturnType]
 
+    def fitted(self, variables: dict, images: Float[np.ndarray, "N ..."]) -> dict:
+        """Fresh variables with what a network takes from training images (pixels in [0, 1]), if anything."""
+        fit = getattr(self.module, "fitted", None)
+        return variables if fit is None else fit(variables, images)
+
     def describe(self, variables: dict) -> list[tuple]:
         """The layers from pixels to embeddings in eval mode, batch norm folded in, for `lipschitz.bound`."""
         return self.module.describe(variables, self.input_shape)  # pyright: ignore[reportAttributeAccessIssue]
@@ -61,6 +70,8 @@ class Net:
 _MODULES = {
     "resnet18": functools.partial(ResNet, stages=(2, 2, 2, 2)),
     "resnet8": functools.partial(ResNet, stages=(1, 1, 1)),
+    "fast": functools.partial(FastNet, whitened=True),
+    "fast_plain": functools.partial(FastNet, whitened=False),
     "cnn": CNN,
     "mlp": MLP,
     "lip_sll": functools.partial(UnitNet, layer="sll"),
@@ -69,12 +80,18 @@ _MODULES = {
 }
 # Networks that are 1-Lipschitz by construction (times 1 / min(std)): their certificates are not vacuous.
 UNIT = ("lip_sll", "lip_aol", "lip_cpl")
-# Networks that can compute in bfloat16, and have batch norm.
+# Of networks that cannot take any image: the smallest side.
+LEAST_SIDE = {"fast": 9, "fast_plain": 8}
+# Networks that can compute in bfloat16, and all that have batch norm. Of the fast ones' gradients bfloat16
+# leaves little: a max pool passes on one value, and which one hangs on digits that it does not have.
 _MIXED = ("resnet18", "resnet8", "cnn")
+_NORMED = (*_MIXED, "fast", "fast_plain")
 # `width` 0 in a config means the usual one.
 DEFAULT_WIDTH = {
     "resnet18": 64,
     "resnet8": 16,
+    "fast": 64,
+    "fast_plain": 64,
     "cnn": 32,
     "mlp": 20,
     "lip_sll": 32,
@@ -109,6 +126,11 @@ def build(
         )
     if name not in ("mlp", *UNIT) and len(input_shape) != 3:
         raise UserError(f"model {name} takes images [H, W, C], got inputs of shape {input_shape}; use mlp")
+    least = LEAST_SIDE.get(name, 1)
+    if len(input_shape) == 3 and min(input_shape[:2]) < least:
+        raise UserError(
+            f"model {name} halves the image three times: its sides must be {least} or more, got {input_shape}"
+        )
     if name in UNIT and len(input_shape) == 3 and any(side % 2**UNIT_STAGES for side in input_shape[:2]):
         raise UserError(
             f"model {name} halves the image {UNIT_STAGES} times: its sides must be multiples of "
@@ -119,7 +141,8 @@ def build(
     if dtype != "float32" and name not in _MIXED:
         raise UserError(f"model {name} computes in float32 only; choose one of {', '.join(_MIXED)}")
     module = _MODULES[name](
-        **({"dtype": dtype, "unbiased": running_variance == "unbiased"} if name in _MIXED else {}),
+        **({"dtype": dtype} if name in _MIXED else {}),
+        **({"unbiased": running_variance == "unbiased"} if name in _NORMED else {}),
         num_classes=num_classes,
         width=width or DEFAULT_WIDTH[name],
         mean=tuple(map(float, mean)),

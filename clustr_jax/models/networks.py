@@ -1,91 +1,12 @@
 """The networks as flax modules: residual, convolutional, the toy in the plane, and 1-Lipschitz ones."""
 
-import functools
 import math
-from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
 
-from clustr_jax.models import unit
-from clustr_jax.models.batch_norm import BatchNorm
+from clustr_jax.models import parts, unit
 from clustr_jax.models.convolution import conv2d
-from clustr_jax.runtime import mesh
-
-
-class Outputs(NamedTuple):
-    """What a network returns: logits of the linear head, and the embeddings it stands on."""
-
-    logits: Float[Array, "B Y"]
-    embeddings: Float[Array, "B E"]
-
-
-# He et al. 2015, fan-out: what PyTorch ResNets start from.
-_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-def _linear_init(key, shape, dtype=jnp.float32):
-    """Uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for linear layers."""
-    bound = 1 / math.sqrt(shape[0])
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-_BATCH_NORM_EPSILON = 1e-5  # flax's default, which the modules here keep
-
-
-def _batch_norm(train, dtype=None, unbiased=False):
-    """Statistics are those of the whole batch, also where a device has a part of it; never in bfloat16."""
-    return functools.partial(
-        BatchNorm if unbiased else nn.BatchNorm,
-        use_running_average=not train,
-        momentum=0.9,
-        dtype=dtype,
-        axis_name=mesh.axis(),
-    )
-
-
-def _reduced(x, dtype, train):
-    """x as bfloat16 where the layers compute so; else as it is (float64 in some checks)."""
-    return x.astype(dtype) if train and dtype == "bfloat16" else x
-
-
-def _full(x):
-    """x with at least float32's digits."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-# The parameters of the linear head: what is replaced when the classes change.
-HEAD = "head"
-
-
-def _head(num_classes):
-    return nn.Dense(num_classes, kernel_init=_linear_init, name=HEAD)
-
-
-def _normalise(x, mean, std):
-    """(x - mean) / std with one value per channel (the last axis), or one for all."""
-    shape = (1,) * (x.ndim - 1) + (-1,)
-    return (x - jnp.reshape(jnp.asarray(mean), shape)) / jnp.reshape(jnp.asarray(std), shape)
-
-
-def _scale(std):
-    """Description of the normalisation."""
-    return "scale", 1 / np.asarray(std, np.float64)
-
-
-def _dense(params):
-    """Description of a dense layer (the bias moves nothing)."""
-    return "dense", np.asarray(params["kernel"])
-
-
-def _folded(matrix, params, stats):
-    """The kernel or matrix (outputs last) followed by this batch norm, as one: in float64."""
-    factor = np.asarray(params["scale"], np.float64)
-    factor = factor / np.sqrt(np.asarray(stats["var"], np.float64) + _BATCH_NORM_EPSILON)
-    return np.asarray(matrix, np.float64) * factor
 
 
 class Conv(nn.Module):
@@ -98,7 +19,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", _kernel_init, shape).astype(x.dtype)
+        kernel = self.param("kernel", parts.kernel_init, shape).astype(x.dtype)
         return conv2d(x, kernel, self.stride, self.size // 2)
 
 
@@ -123,7 +44,7 @@ def _describe_block(params, stats, stride):
     def conv(i, stride):
         kernel = params[f"Conv_{i}"]["kernel"]
         name = f"BatchNorm_{i}"
-        return "conv", _folded(kernel, params[name], stats[name]), stride, kernel.shape[0] // 2
+        return "conv", parts.folded(kernel, params[name], stats[name]), stride, kernel.shape[0] // 2
 
     shortcut = [conv(2, stride)] if "Conv_2" in params else []
     return "sum", shortcut, [conv(0, stride), conv(1, 1)]
@@ -146,26 +67,26 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train):
-        x = _normalise(x, self.mean, self.std)
-        x = _reduced(x, self.dtype, train)
-        norm = _batch_norm(train, x.dtype, self.unbiased)
+        x = parts.normalise(x, self.mean, self.std)
+        x = parts.reduced(x, self.dtype, train)
+        norm = parts.batch_norm(train, x.dtype, self.unbiased)
         x = nn.relu(norm()(Conv(self.width)(x)))
         for i, blocks in enumerate(self.stages):
             for j in range(blocks):
                 x = Block(self.width * 2**i, 2 if i > 0 and j == 0 else 1)(x, norm)
-        embeddings = jnp.mean(_full(x), axis=(1, 2))
-        return Outputs(_head(self.num_classes)(embeddings), embeddings)
+        embeddings = jnp.mean(parts.full(x), axis=(1, 2))
+        return parts.Outputs(parts.head(self.num_classes)(embeddings), embeddings)
 
     def describe(self, variables, input_shape):
         """See Net.describe."""
         params, stats = variables["params"], variables["batch_stats"]
-        stem = _folded(params["Conv_0"]["kernel"], params["BatchNorm_0"], stats["BatchNorm_0"])
+        stem = parts.folded(params["Conv_0"]["kernel"], params["BatchNorm_0"], stats["BatchNorm_0"])
         strides = [
             2 if i > 0 and j == 0 else 1 for i, blocks in enumerate(self.stages) for j in range(blocks)
         ]
         names = [f"Block_{i}" for i in range(len(strides))]
         blocks = [_describe_block(params[n], stats[n], s) for n, s in zip(names, strides, strict=True)]
-        return [_scale(self.std), ("conv", stem, 1, 1), *blocks, ("mean",)]
+        return [parts.scale(self.std), ("conv", stem, 1, 1), *blocks, ("mean",)]
 
 
 class CNN(nn.Module):
@@ -180,24 +101,24 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train):
-        x = _normalise(x, self.mean, self.std)
-        x = _reduced(x, self.dtype, train)
-        norm = _batch_norm(train, x.dtype, self.unbiased)
+        x = parts.normalise(x, self.mean, self.std)
+        x = parts.reduced(x, self.dtype, train)
+        norm = parts.batch_norm(train, x.dtype, self.unbiased)
         x = nn.relu(norm()(Conv(self.width)(x)))
         x = nn.relu(norm()(Conv(2 * self.width, stride=2)(x)))
-        x = nn.Dense(4 * self.width, kernel_init=_linear_init, dtype=x.dtype)(x.reshape(x.shape[0], -1))
-        embeddings = _full(nn.relu(norm()(x)))
-        return Outputs(_head(self.num_classes)(embeddings), embeddings)
+        x = nn.Dense(4 * self.width, kernel_init=parts.linear_init, dtype=x.dtype)(x.reshape(x.shape[0], -1))
+        embeddings = parts.full(nn.relu(norm()(x)))
+        return parts.Outputs(parts.head(self.num_classes)(embeddings), embeddings)
 
     def describe(self, variables, input_shape):
         """See Net.describe."""
         params, stats = variables["params"], variables["batch_stats"]
 
         def folded(layer, norm):
-            return _folded(params[layer]["kernel"], params[norm], stats[norm])
+            return parts.folded(params[layer]["kernel"], params[norm], stats[norm])
 
         return [
-            _scale(self.std),
+            parts.scale(self.std),
             ("conv", folded("Conv_0", "BatchNorm_0"), 1, 1),
             ("conv", folded("Conv_1", "BatchNorm_1"), 2, 1),
             ("dense", folded("Dense_0", "BatchNorm_2")),
@@ -218,15 +139,15 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train):
-        x = _normalise(x, self.mean, self.std)
-        x = nn.relu(nn.Dense(self.width, kernel_init=_linear_init)(x))
-        embeddings = nn.Dense(self.width, kernel_init=_linear_init)(x)
-        return Outputs(_head(self.num_classes)(nn.relu(embeddings)), embeddings)
+        x = parts.normalise(x, self.mean, self.std)
+        x = nn.relu(nn.Dense(self.width, kernel_init=parts.linear_init)(x))
+        embeddings = nn.Dense(self.width, kernel_init=parts.linear_init)(x)
+        return parts.Outputs(parts.head(self.num_classes)(nn.relu(embeddings)), embeddings)
 
     def describe(self, variables, input_shape):
         """See Net.describe."""
         params = variables["params"]
-        return [_scale(self.std), _dense(params["Dense_0"]), _dense(params["Dense_1"])]
+        return [parts.scale(self.std), parts.dense(params["Dense_0"]), parts.dense(params["Dense_1"])]
 
 
 # Times that the sides of an image are halved: they must be multiples of 2^3.
@@ -251,7 +172,7 @@ class UnitNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train):
-        x = _normalise(x, self.mean, self.std)
+        x = parts.normalise(x, self.mean, self.std)
         for i, (kind, features, size) in enumerate(self.plan(x.shape[1:])):
             name = f"layer_{i}"
             if kind == "space_to_depth":
@@ -268,7 +189,7 @@ class UnitNet(nn.Module):
                 x = unit.AOLConv(features, size, name=name)(x)
                 x = unit.maxmin(x) if kind == "aol" else x
         embeddings = x.reshape(x.shape[0], -1)
-        return Outputs(_head(self.num_classes)(embeddings), embeddings)
+        return parts.Outputs(parts.head(self.num_classes)(embeddings), embeddings)
 
     def plan(self, shape):
         """(kind, features, kernel size) of each step; "reduce" is an AOL convolution without MaxMin."""
@@ -289,7 +210,7 @@ class UnitNet(nn.Module):
     def describe(self, variables, input_shape):
         """See Net.describe."""
         params = variables["params"]
-        layers: list[tuple] = [_scale(self.std)]
+        layers: list[tuple] = [parts.scale(self.std)]
         for i, (kind, _, _) in enumerate(self.plan(input_shape)):
             if kind in ("space_to_depth", "flatten"):
                 layers.append((kind,))

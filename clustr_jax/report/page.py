@@ -111,12 +111,13 @@ def report(record: Record, looks: Looks) -> Report:
         victims=victims, clustered=_clustered(looks.victims),
         eps=intervals.radius(eps), gain=f"{pictures.magnification(eps):.3g}",
         no_gallery=f"No images: {no_gallery}.",
-        config=json.dumps(record.config, indent=2),
+        config=json.dumps(record.config, indent=2), alarms=words.alarms(record),
         packages="\n".join(f"{k} {v}" for k, v in record.environment.get("packages", {}).items()), **shared,
     )  # fmt: skip
     card = render(
         "card.md", parameters=looks.parameters, sizes=_sizes(looks), subset=words.subset(record),
-        duplicates=words.duplicates(record), notes=words.notes(record), markdown=_markdown, **shared,
+        duplicates=words.duplicates(record), notes=words.notes(record), alarms=words.alarms(record),
+        markdown=_markdown, **shared,
     )  # fmt: skip
     return Report(html, card, [d for d in drawings if not d.failed], failures)
 
@@ -255,6 +256,7 @@ def origins(record: Record, looks: Looks | None = None) -> list[tuple[str, str]]
         ("notes on the data", "; ".join(words.notes(record))),
         ("seed", str(config["seed"])),
         ("stages", "; ".join(stages)),
+        ("alarms", "; ".join(words.alarms(record))),
         ("results", ", ".join(protocols) or "none"),
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
     ]

@@ -181,6 +181,19 @@ def notes(record: Record) -> list[str]:
     return list(dict.fromkeys(note for r in record.results.values() for note in r.get("data_notes", ())))
 
 
+def alarms(record: Record) -> list[str]:
+    """What was said while it trained (training.guard): each kind once, with the epochs that had it."""
+    epochs: dict[tuple[str, str], list[int]] = {}
+    for metrics in record.metrics:
+        for kind in metrics.get("alarms", ()):
+            epochs.setdefault((metrics["stage"], kind), []).append(metrics["epoch"])
+    return [
+        f"{stage}: {kind} after epoch {found[0]}"
+        + (f", and after {len(found) - 1} later ones" if found[1:] else "")
+        for (stage, kind), found in epochs.items()
+    ]
+
+
 def limits(record: Record) -> list[str]:
     """What the numbers do not say."""
     found, sound, certificate = [], record.results.get("sound"), record.results.get("certified")

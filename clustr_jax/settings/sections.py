@@ -95,6 +95,9 @@ class Recipe(Section):
     awp: float
     target: float = 0.0  # of a warm-up
     nesterov: bool = True
+    momentum: float = 0.9
+    norm_bias_rate: float = 1.0
+    lookahead: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,8 @@ class TermSettings(Section):
     attack_bn: str
     monitor: bool
     attack: AdversarySettings
+    label_smoothing: float = 0.0
+    on_collapse: str = "warn"
 
 
 @dataclasses.dataclass(frozen=True)

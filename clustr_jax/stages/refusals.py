@@ -12,12 +12,16 @@ from clustr_jax.models import Net
 from clustr_jax.reference.switches import SWITCHES
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import DataSettings, MagnetSettings, ModelSettings, Recipe, Settings, TermSettings
+from clustr_jax.stages import guarding
 from clustr_jax.training import refit, trainers
 from clustr_jax.training.objectives import CERTIFIED, METHODS, Method
+from clustr_jax.training.train_state import ALTERNATE
 
 # Switches of `fidelity` that change the clusters or statistics of weights trained with Magnet batches,
 # and not those of their average.
 _NOT_AVERAGED = ("cluster_images", "first_clusters", "variance_images", "epoch_statistics")
+
+_AUGMENTS = ("crop_flip", "crop", "flip", ALTERNATE, "none")
 
 # How many a training stage has to train on, and held out.
 Images = tuple[int, int]
@@ -120,7 +124,12 @@ def check_terms(train: TermSettings) -> None:
     for name in ("lam", "beta", "xent_lam", "radius"):
         if not 0 <= getattr(train, name) < math.inf:
             raise UserError(f"train.{name} must be >= 0, got {getattr(train, name)}")
-    for name, known in (("consistency", ("ce", "kl", "mse")), ("attack_bn", ("batch", "eval"))):
+    if not 0 <= train.label_smoothing < 1:
+        raise UserError(f"train.label_smoothing must be in [0, 1), got {train.label_smoothing}")
+    for name, known in (
+        ("consistency", ("ce", "kl", "mse")), ("attack_bn", ("batch", "eval")),
+        ("on_collapse", guarding.ANSWERS),
+    ):  # fmt: skip
         if getattr(train, name) not in known:
             raise UserError(f"train.{name} must be one of {', '.join(known)}, got {getattr(train, name)!r}")
     if train.attack.steps < 1 or train.nearest < 0:
@@ -180,6 +189,11 @@ def check_recipe(name: str, recipe: Recipe) -> None:
             f"{name}.eps_ramp={recipe.eps_ramp} is longer than the {recipe.epochs} epochs, and the "
             f"adversary's radius would end below eps; lower it"
         )
+    if not 0 <= recipe.momentum < 1 or recipe.norm_bias_rate <= 0 or recipe.lookahead < 0:
+        raise UserError(
+            f"{name}: momentum must be in [0, 1), norm_bias_rate positive and lookahead >= 0 (steps), "
+            f"got {recipe.momentum}, {recipe.norm_bias_rate} and {recipe.lookahead}"
+        )
     if recipe.target > 1:
         raise UserError(f"{name}.target is an accuracy in [0, 1], got {recipe.target}")
     trainers.optimizer(recipe, 1)
@@ -223,8 +237,9 @@ def _check_stage(name: str, method: Method, images: Images, settings: Settings, 
 
 def check_augment(section: str, images: DataSettings, *, points: bool) -> None:
     """Of `data` and `pretrain`: the augmentation; `points`: it is of points that are trained on."""
-    if images.augment not in ("crop_flip", "crop", "flip", "none"):
-        raise UserError(f"{section}.augment must be crop_flip, crop, flip or none, got {images.augment!r}")
+    if images.augment not in _AUGMENTS:
+        known = f"{', '.join(_AUGMENTS[:-1])} or {_AUGMENTS[-1]}"
+        raise UserError(f"{section}.augment must be {known}, got {images.augment!r}")
     if images.augment != "none" and points:
         raise UserError(f"{section}.augment is of images, and these are points; set it to none")
 

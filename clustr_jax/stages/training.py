@@ -1,33 +1,34 @@
 """A training stage, from wherever it stands to its end: 1_warmup or 2_train."""
 
+import dataclasses
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clustr_jax import data, models
-from clustr_jax.attacks import pgd
+from clustr_jax import models
 from clustr_jax.classifier import Classifier, correct
 from clustr_jax.evaluation import intervals
 from clustr_jax.runtime import mesh, preemption, processes, provenance, streams
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.progress import duration
 from clustr_jax.runtime.stage_names import WARMUP
+from clustr_jax.stages import guarding
 from clustr_jax.stages.context import Run
 from clustr_jax.storage import loading
 from clustr_jax.storage.checkpoints import Checkpoints
 from clustr_jax.storage.files import write_json
 from clustr_jax.storage.workdir import config_dict, training_sha
-from clustr_jax.training import cost, refit, train, train_state, trainers
+from clustr_jax.training import cost, guard, refit, train, train_state, trainers
 from clustr_jax.training.objectives import METHODS
 
 # A compiled chunk of steps lasts about this long: progress and signals are served in between.
 _CHUNK_SECONDS = 3.0
 # Long epochs leave checkpoints inside them.
 _CHECKPOINT_SECONDS = 600.0
-# Ordinary adversarially trained networks differ by a few points between one step and ten.
-_OVERFITTING_GAP = 0.2
+# Training images from which a network takes what it does not learn.
+_FITTED = 5000
 
 
 def run(this: Run, stage: str) -> None:
@@ -60,10 +61,11 @@ def run(this: Run, stage: str) -> None:
     try:
         reason, epochs = _epochs(this, stage, trainer, checkpoints, state, train_set, key)
         checkpoints.wait()
-        step = checkpoints.best if recipe.select == "best" else checkpoints.latest
+        best = recipe.select == "best" or reason.startswith("collapsed")
+        step = checkpoints.best if best else checkpoints.latest
     finally:
         checkpoints.close()
-    if recipe.select == "best":
+    if best:
         progress.line(f"{stage}: keeping the model of step {step}, the best on the held-out images")
     images = epochs * trainer.steps_per_epoch * trainer.batch_size
     write_json(folder / "done.json", {
@@ -100,12 +102,24 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
         if body:
             variables["params"][models.HEAD] = fresh["params"][models.HEAD]
     else:
-        variables = fresh
+        some = this.train_split.pixels(np.arange(min(len(this.train_split), _FITTED)))
+        fresh = variables = this.net.fitted(fresh, some)
     state = train.create(trainer, variables)
     if trainer.magnet:
         progress.status(f"{stage}: first k-means++ on the network's own embeddings")
         state = refit.refit(trainer, state, train_set, key)
-    return train.with_totals(trainer, state, train_set, key)
+    clf = None if variables is fresh else _deployed(this, state)
+    guarding.note_handed(this, stage, clf)
+    state = train.with_totals(trainer, state, train_set, key)
+    if clf is not None and trainer.settings.train.on_collapse == guarding.RESTORE and len(this.val_split):
+        right = correct(clf, this.val_split.pixels(), this.val_split.labels)
+        checkpoints.save(state, intervals.fraction(right))  # what may have to be gone back to
+    return state
+
+
+def _deployed(this, state) -> Classifier:
+    variables, clusters = state.deployed
+    return Classifier(variables, clusters, this.net, bounds=this.train_split.bounds)
 
 
 def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
@@ -114,8 +128,10 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
     target = recipe.target if stage == WARMUP else 0.0
     _, rate = trainers.optimizer(recipe, per_epoch)
     val_x, val_y = this.val_split.pixels(), this.val_split.labels
-    step, chunk, saved, warned = int(state.step), 1, time.monotonic(), False
+    step, chunk, saved = int(state.step), 1, time.monotonic()
     records = [r for r in this.workdir.records() if r["stage"] == stage]
+    handed, answer = guarding.handed(this, stage), trainer.settings.train.on_collapse
+    said = {kind for r in records for kind in r.get("alarms", ())}
     if records and target and (records[-1]["val_accuracy"] or 0.0) >= target:
         return "target reached", records[-1]["epoch"]
     while step < recipe.epochs * per_epoch:
@@ -155,15 +171,15 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             for split in (this.train_split, this.test_split):
                 stats = refit.pass_in_train_mode(this.net, state.variables, split.pixels())
                 state = state.replace(batch_stats=stats)
-        variables, clusters = state.deployed
-        clf = Classifier(variables, clusters, this.net, bounds=this.train_split.bounds)
+        clf = _deployed(this, state)
         val = intervals.fraction(correct(clf, val_x, val_y)) if len(val_y) else None
         if trainer.method.adversary or trainer.replays > 1:
-            found = _monitor(this, clf, key)
-            warned = warned or _warn_of_overfitting(this, stage, found)
-            totals |= found
+            totals |= guarding.monitor(this, clf, key)
+        now = guarding.health(this, clf)
+        alarms = guard.alarms(handed, now, totals, updates=step)
         record = {
             "stage": stage, "epoch": epoch + 1, "step": step, **totals, "val_accuracy": val,
+            **guarding.recorded(now, alarms),
             "learning_rate": float(rate(step - 1)),
             "epoch_seconds": time.monotonic() - started, "images_per_second": speed,
         }  # fmt: skip
@@ -177,6 +193,23 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             f"{'' if val is None else f'held-out {val:.1%}  '}"
             f"{speed:.0f} img/s {duration(record['epoch_seconds'])}"
         )
+        new = {kind: text for kind, text in alarms.items() if kind not in said}
+        if new:
+            remedy = ""
+            if guarding.collapses(new):
+                gradients = guard.term_gradients(trainer, state, train_set, order, key)
+                weights = dataclasses.asdict(trainer.settings.train)
+                remedy = guard.remedy(gradients, weights, recipe.lr, stage[2:])
+            said |= set(new)
+            this.progress.line(guarding.line(stage, epoch + 1, new, remedy))
+        if guarding.collapses(alarms) and answer != guarding.WARN:
+            checkpoints.wait()
+            if answer == guarding.RESTORE:
+                return f"collapsed ({', '.join(alarms)})", epoch + 1
+            raise guarding.Collapsed(
+                f"{stage} is stopped after epoch {epoch + 1} (train.on_collapse=stop): {', '.join(alarms)}; "
+                f"change the setting in another --workdir, or go on with --config.train.on_collapse=warn"
+            )
         if target and val is not None and val >= target:
             return "target reached", epoch + 1
         if preemption.requested():
@@ -214,38 +247,6 @@ def _stop_at_nonfinite(this, stage, trainer, checkpoints, state, train_set, orde
         f"the batch is in {path}; lower the rate ({stage[2:]}.lr={trainer.recipe.lr}) in another --workdir, "
         f"or pass over such steps there ({stage[2:]}.nonfinite=skip)"
     )
-
-
-def _monitor(this, clf, key):
-    """Single-step and multi-step accuracy on held-out images (nothing without any)."""
-    if not this.settings.training.train.monitor or not len(this.val_split):
-        return {}
-    # some of every class: image folders are stored class by class
-    labels = this.val_split.labels
-    index = data.stratified(labels, min(len(labels), 256), this.val_split.num_classes)
-    x, y = this.val_split.pixels(index), labels[index]
-    eps = this.settings.training.train.attack.eps
-    found, key = {}, jax.random.fold_in(key, streams.Training.MONITOR)
-    for name, steps, step_size in (("single_step", 1, 1.25 * eps), ("multi_step", 10, eps / 4)):
-        try:
-            x_adv = pgd(key, clf.logits, x, y, eps=eps, step_size=step_size, steps=steps, bounds=clf.bounds)
-        except UserError as error:  # one that overflows: no reason to end a training that goes on
-            this.progress.line(f"no single-step and multi-step accuracy: {error}")
-            return {}
-        found[f"{name}_accuracy"] = intervals.fraction(correct(clf, x_adv, y))
-    return found
-
-
-def _warn_of_overfitting(this, stage, found) -> bool:
-    """Catastrophic overfitting (Wong et al. 2020) shows as a gap between one step and ten. Says so, once."""
-    if not found or found["single_step_accuracy"] - found["multi_step_accuracy"] <= _OVERFITTING_GAP:
-        return False
-    this.progress.line(
-        f"{stage}: warning: catastrophic overfitting? On held-out images one step leaves "
-        f"{found['single_step_accuracy']:.1%}, ten steps {found['multi_step_accuracy']:.1%} "
-        f"(later epochs: multi_step_accuracy in metrics.jsonl)"
-    )
-    return True
 
 
 def _metrics(totals):

@@ -11,7 +11,19 @@ ADDED = {
     ("fidelity", "running_variance"): "biased",
     ("warmup", "nesterov"): True,
     ("train", "nesterov"): True,
+    ("warmup", "momentum"): 0.9,
+    ("train", "momentum"): 0.9,
+    ("warmup", "norm_bias_rate"): 1.0,
+    ("train", "norm_bias_rate"): 1.0,
+    ("warmup", "lookahead"): 0,
+    ("train", "lookahead"): 0,
+    ("train", "label_smoothing"): 0.0,
+    ("train", "on_collapse"): "warn",
 }
+
+
+# Settings that change no step of a training: whoever resumes it may choose anew.
+FREE = (("train", "on_collapse"),)
 
 
 def filled(content: dict) -> dict:
@@ -27,6 +39,14 @@ def plain(content: dict) -> dict:
     """A config (as JSON values) as it was written before, if the later settings have the value of then."""
     content = copy.deepcopy(content)
     for (section, name), value in ADDED.items():
-        if isinstance(content.get(section), dict) and content[section].get(name) == value:
-            del content[section][name]
+        if isinstance(content.get(section), dict):
+            if (section, name) in FREE or content[section].get(name) == value:
+                content[section].pop(name, None)
     return content
+
+
+def fixed(section: str, values):
+    """A section without the settings that may be chosen anew."""
+    if not isinstance(values, dict):
+        return values
+    return {name: value for name, value in values.items() if (section, name) not in FREE}

@@ -164,6 +164,7 @@ class Checkpoints:
             opt_state=training["opt_state"],
             totals=training["totals"],
             delta=training.get("delta"),
+            slow=training.get("slow"),
             average=items["model"] if template.average else None,
         )
         if template.sampler is not None:
@@ -233,6 +234,8 @@ def _items(state) -> dict:
     training = {"step": state.step, "opt_state": state.opt_state, "totals": state.totals}
     if state.delta is not None:
         training["delta"] = state.delta
+    if state.slow is not None:
+        training["slow"] = state.slow
     if state.sampler is not None:
         training["sampler"] = {k: v for k, v in vars(state.sampler).items() if v is not None}
     if state.average is not None:

@@ -36,5 +36,6 @@ class Events:
 
     def _write(self, record):
         for name, value in record.items():
-            if name not in ("stage", "step") and value is not None:  # no held-out images, no accuracy
+            # no held-out images, no accuracy; alarms are words
+            if name not in ("stage", "step") and isinstance(value, (int, float)):
                 self._writers[record["stage"]].add_scalar(name, value, record["step"])

@@ -88,7 +88,7 @@ class Workdir:
                     f"{now} now); put the images back, or use another --workdir"
                 )
             for section in _TRAINING:
-                old, new = before.get(section), content[section]
+                old, new = (additions.fixed(section, c.get(section)) for c in (before, content))
                 if old != new:
                     raise UserError(
                         f"{self.root} was trained with another config ({_difference(section, old, new)}); "

@@ -177,7 +177,11 @@ def _seen(x_adv: Array | Callable[..., tuple[Array, dict]] | None, outputs, stat
 def nominal(net, variables, batch, x_adv, clusters, settings):
     """Cross entropy: on clean images, or on the adversary's where there is one (Madry et al. 2018)."""
     outputs, stats = net.train(variables, batch.x if x_adv is None else x_adv)
-    loss = losses.cross_entropy(outputs.logits, batch.y)
+    smoothing = settings.train.label_smoothing
+    if smoothing:
+        loss = losses.smoothed_cross_entropy(outputs.logits, batch.y, smoothing)
+    else:
+        loss = losses.cross_entropy(outputs.logits, batch.y)
     name = "accuracy" if x_adv is None else "adversarial_accuracy"
     return mean(loss, batch.mask), Aux(stats, loss, {name: accuracy(outputs.logits, batch)})
 

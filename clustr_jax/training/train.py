@@ -1,15 +1,16 @@
 """The train step of every objective, and the epoch as compiled loops; between epochs: refit.py."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from clustr_jax.clusters import Clusters
 from clustr_jax.runtime import mesh, streams
-from clustr_jax.training import sampling
+from clustr_jax.training import sampling, train_state
 from clustr_jax.training.objectives import Batch, shares_clean
 from clustr_jax.training.train_state import TrainSet, TrainState
 from clustr_jax.training.trainers import Trainer, optimizer, per_class, rows, strength
@@ -30,6 +31,8 @@ def create(trainer: Trainer, variables: dict) -> TrainState:
     )
     if trainer.replays > 1:
         state = state.replace(delta=jnp.zeros((trainer.batch_size, *trainer.net.input_shape)))
+    if trainer.recipe.lookahead:
+        state = state.replace(slow=state.variables)
     if trainer.recipe.ema:
         state = state.replace(average=state.variables)
     return state
@@ -61,9 +64,12 @@ def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key) -> TrainS
 
 
 def draw_batch(
-    trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
+    trainer: Trainer, state: TrainState, train_set: TrainSet, order, key, flips: Callable | None = None
 ) -> tuple[Batch, Int[Array, "B"]]:
-    """The batch of this step, augmented, and the ids of its examples (on a mesh: those of all devices)."""
+    """The batch of this step, augmented, and the ids of its examples (on a mesh: those of all devices).
+
+    `flips` says of ids which are turned, where it is not chance that decides.
+    """
     draw_key, augment_key = jax.random.split(key)
     magnet, stale = trainer.settings.magnet, trainer.settings.switches.sampler == "stale"
     if trainer.magnet:
@@ -81,7 +87,7 @@ def draw_batch(
         position = (state.step % trainer.steps_per_epoch) // trainer.replays
         ids = jax.lax.dynamic_slice(order, (position * trainer.batch_size,), (trainer.batch_size,))
         mask, classes = jnp.ones(trainer.batch_size, bool), None
-    x, y = train_set.batch(mesh.own(ids), augment_key)
+    x, y = train_set.batch(mesh.own(ids), augment_key, None if flips is None else mesh.own(flips(ids)))
     return Batch(x, y, mesh.own(mask), classes), ids
 
 
@@ -95,9 +101,12 @@ def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
 
     x_adv can be a function of the clean outputs (`objectives.shares_clean`).
     """
-    key = jax.random.fold_in(key, streams.Training.STEPS)
+    stage_key, key = key, jax.random.fold_in(key, streams.Training.STEPS)
     draw_key, attack_key = jax.random.split(jax.random.fold_in(key, state.step // trainer.replays))
-    batch, ids = draw_batch(trainer, state, train_set, order, draw_key)
+    flips = None
+    if train_set.augment == train_state.ALTERNATE and not trainer.magnet:  # whose batches have no epochs
+        flips = functools.partial(alternating_flips, stage_key, state.step // trainer.steps_per_epoch)
+    batch, ids = draw_batch(trainer, state, train_set, order, draw_key, flips)
     x_adv, stats = None, state.batch_stats
     if trainer.method.adversary is not None:
         adversary = functools.partial(
@@ -179,6 +188,10 @@ def train_step(
     state = state.replace(
         params=optax.apply_updates(state.params, updates), batch_stats=aux.batch_stats, opt_state=opt_state
     )
+    if recipe.lookahead:
+        state = looked_ahead(
+            recipe.lookahead, before.step + 1, recipe.epochs * trainer.steps_per_epoch, state
+        )
     if recipe.ema:
         # the average starts at the first step's weights, not at random ones
         decay = jnp.minimum(recipe.ema, (1.0 + state.step) / (10.0 + state.step))
@@ -188,6 +201,35 @@ def train_step(
         state = jax.tree.map(lambda new, old: jnp.where(jnp.all(mask), new, old), state, before)
     state = state.replace(step=before.step + 1)
     return state, {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **aux.metrics}
+
+
+# Of lookahead: how much of the slow weights is kept, per step, when the training ends.
+_SLOWNESS = 0.95
+
+
+def looked_ahead(every: int, step, total: int, state: TrainState) -> TrainState:
+    """Lookahead (Zhang et al. 2019) as cifar10-airbench has it: after step number `step` of `total`.
+
+    Every so many steps the slow variables move towards the fast ones, which go on from there. They are slow
+    only towards the end: they keep 0.95^every (step / total)^3 of themselves. After the last step the slow
+    ones are the result.
+    """
+    assert state.slow is not None  # `create` makes them
+    keep = _SLOWNESS**every * (step / total) ** 3
+    keep = jnp.where(step >= total, 1.0, keep)
+    meet = (step % every == 0) | (step >= total)
+    slow = jax.tree.map(
+        lambda s, v: jnp.where(meet, keep * s + (1 - keep) * v, s), state.slow, state.variables
+    )
+    fast = jax.tree.map(lambda s, v: jnp.where(meet, s, v), slow, state.variables)
+    return state.replace(slow=slow, params=fast["params"], batch_stats=fast["batch_stats"])
+
+
+def alternating_flips(key, epoch, ids: Int[Array, "B"]) -> Bool[Array, "B"]:
+    """Which of these examples are turned in this epoch: each in every other one, half in the first."""
+    key = jax.random.fold_in(key, streams.Training.FLIPS)
+    first = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i)))(ids)
+    return first ^ (epoch % 2 == 1)
 
 
 def worst_weights(gradients, params, gamma: float):

@@ -9,6 +9,9 @@ from clustr_jax.clusters import Clusters
 from clustr_jax.runtime import struct
 from clustr_jax.training.sampling import Sampler
 
+# The augmentation that turns every image in every other epoch.
+ALTERNATE = "translate_alternate"
+
 
 class TrainState(struct.PyTreeNode):
     """Everything that a stage changes; saved and restored as a whole. `totals` sums metrics of the epoch."""
@@ -21,6 +24,7 @@ class TrainState(struct.PyTreeNode):
     clusters: Clusters | None = None
     sampler: Sampler | None = None
     delta: Array | None = None  # Free AT: the perturbation that is carried from batch to batch
+    slow: dict | None = None  # the variables that recipe.lookahead comes back to
     average: dict | None = None  # moving average of the variables, if train.ema
     average_clusters: Clusters | None = None  # fitted on the average's embeddings
 
@@ -45,10 +49,15 @@ class TrainSet(struct.PyTreeNode):
     scale: float = struct.field(pytree_node=False)
     augment: str = struct.field(pytree_node=False)
 
-    def batch(self, ids, key=None):
-        """(pixels in [0, 1], labels) of these examples; augmented where there is a key."""
+    def batch(self, ids, key=None, flips=None):
+        """(pixels in [0, 1], labels) of these examples; augmented where there is a key.
+
+        `flips` [B]: the images that "translate_alternate" turns, chance where there is none.
+        """
         images = self.images[ids]
-        if key is not None and self.augment != "none":
+        if key is not None and self.augment == ALTERNATE:
+            images = data.translate_flip(key, images, flips)
+        elif key is not None and self.augment != "none":
             flip, crop = "flip" in self.augment, "crop" in self.augment
             images = data.crop_flip(key, images, flip=flip, crop=crop)
         return images.astype(jnp.float32) / self.scale, self.labels[ids]

@@ -1,0 +1,132 @@
+"""The guard: what is an alarm and what is not, which term it names, and what follows in a run."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from clustr_jax.report import record, words
+from clustr_jax.storage import additions
+from clustr_jax.storage.workdir import config_dict, training_sha
+from clustr_jax.training import guard
+from clustr_jax.training.guard import Health
+from small_training import get_config, problem
+
+GOOD = Health(accuracy=0.9, largest_class=0.11, feature_spread=0.5)
+
+
+def with_(**changes):
+    return dataclasses.replace(GOOD, **changes)
+
+
+@pytest.mark.parametrize(
+    ("now", "totals", "updates", "expected"),
+    [
+        (with_(accuracy=0.281), {}, 100, {guard.ACCURACY}),  # docs: 84.8 -> 28.1 in one epoch
+        (with_(accuracy=0.61), {}, 100, set()),  # the run of paper_code that ends at 63.5
+        (with_(accuracy=0.59), {}, 100, {guard.ACCURACY}),
+        (with_(largest_class=0.51), {}, 100, {guard.CLASS}),
+        (with_(largest_class=0.5), {}, 100, set()),
+        (with_(feature_spread=0.0049), {}, 100, {guard.FEATURES}),
+        (with_(feature_spread=0.0051), {}, 100, set()),
+        (GOOD, {"hinge_active": 1.0}, 200, {guard.HINGES}),
+        (GOOD, {"hinge_active": 1.0}, 199, set()),  # all runs begin so
+        (GOOD, {"hinge_active": 0.99}, 500, set()),
+        (GOOD, {"single_step_accuracy": 0.9, "multi_step_accuracy": 0.6}, 1, {guard.OVERFITTING}),
+        (GOOD, {"single_step_accuracy": 0.9, "multi_step_accuracy": 0.75}, 1, set()),
+        (None, {"hinge_active": 1.0}, 500, {guard.HINGES}),  # no held-out images
+    ],
+)
+def test_alarms(now, totals, updates, expected):
+    assert set(guard.alarms(GOOD, now, totals, updates=updates)) == expected
+
+
+def test_a_stage_from_random_parameters_was_handed_nothing():
+    """Adversarial training predicts one class for many epochs before it learns."""
+    bad = Health(accuracy=0.1, largest_class=1.0, feature_spread=1e-6)
+    assert guard.alarms(None, bad, {"hinge_active": 1.0}, updates=1000) == {}
+
+
+def test_a_set_of_mostly_one_class_is_no_alarm():
+    assert guard.alarms(with_(largest_class=0.7), with_(largest_class=0.8), {}, updates=1) == {}
+
+
+def test_health_against_numpy(rng):
+    predictions, labels = rng.integers(0, 4, 50), rng.integers(0, 4, 50)
+    z = rng.normal(size=(50, 7)) + 3
+    found = guard.health(predictions, labels, z)
+    assert found.accuracy == np.mean(predictions == labels)
+    assert found.largest_class == max(np.mean(predictions == c) for c in range(4))
+    spread = np.trace(np.cov(z.T, bias=True)) / np.mean(np.linalg.norm(z, axis=1) ** 2)
+    np.testing.assert_allclose(found.feature_spread, spread, rtol=1e-10)
+    scaled = guard.health(predictions, labels, 1e-3 * z)  # the Magnet loss does not see the scale
+    np.testing.assert_allclose(scaled.feature_spread, spread, rtol=1e-10)
+    assert guard.health(predictions, labels, np.ones((50, 7))).feature_spread == 0.0
+    assert guard.health(predictions, labels, np.zeros((50, 7))).feature_spread == 0.0
+
+
+@pytest.mark.parametrize(
+    ("method", "weight"), [("clustr_qtrades", "lam"), ("trades", "beta"), ("clustr", "xent_lam")]
+)
+def test_the_gradient_of_a_term_grows_with_its_weight(method, weight, rng):
+    """Twice the weight, twice its gradient; that of the rest stays."""
+    found = {}
+    for value in (1.0, 2.0):
+        p = problem(method, np.random.default_rng(0), **{f"train.{weight}": value})
+        found[value] = guard.term_gradients(p.trainer, p.state, p.train_set, p.order, jax.random.clone(p.key))
+        assert set(found[value]) == {"", weight}
+    np.testing.assert_allclose(found[2.0][weight], 2 * found[1.0][weight], rtol=1e-3)
+    np.testing.assert_allclose(found[2.0][""], found[1.0][""], rtol=1e-5)
+
+
+def test_the_remedy_names_the_setting():
+    weights = {"lam": 8.0, "xent_lam": 0.0}
+    assert "train.lam=8" in guard.remedy({"": 1.0, "lam": 5.2}, weights, 1e-4, "train")
+    assert "5.2 times" in guard.remedy({"": 1.0, "lam": 5.2}, weights, 1e-4, "train")
+    assert "train.lr=0.0001" in guard.remedy({"": 1.0, "lam": 0.2}, weights, 1e-4, "train")
+    assert "train.lr=0.0001" in guard.remedy({}, weights, 1e-4, "train")
+
+
+# Runs. A consistency term that nothing holds against makes all features one.
+
+BROKEN = (
+    "--config.train.lr=0.1", "--config.train.lam=1000.0",
+    "--config.warmup.epochs=3", "--config.train.epochs=3",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("answer", "code"), [("warn", 0), ("stop", 3), ("restore", 0)])
+def test_a_run_that_collapses(answer, code, run, tmp_path):
+    """Said at once; then the run goes on, ends with a code of its own, or goes back to what it was handed."""
+    workdir = tmp_path / "run"
+    arguments = [
+        "--config=digits:clustr_qtrades",
+        *BROKEN,
+        f"--config.train.on_collapse={answer}",
+        f"--workdir={workdir}",
+    ]
+    stdout, stderr = run(*arguments, "--stages=1_warmup,2_train", code=code)
+    assert "warning: after epoch 1 accuracy lost" in stdout
+    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    stage = [m for m in metrics if m["stage"] == "2_train"]
+    assert guard.ACCURACY in stage[0]["alarms"] and not any("alarms" in m for m in metrics if m not in stage)
+    assert len(stage) == (3 if answer == "warn" else 1)
+    if answer == "stop":
+        assert "on_collapse" in stderr and not (workdir / "2_train" / "done.json").exists()
+        return
+    left = json.loads((workdir / "2_train" / "done.json").read_text())
+    handed = json.loads((workdir / "2_train" / "handed.json").read_text())
+    assert handed["accuracy"] > 0.8
+    if answer == "restore":
+        assert left["step"] == 0 and left["reason"].startswith("collapsed")
+    assert words.alarms(record.read(workdir))[0].startswith("2_train: accuracy lost after epoch 1")
+
+
+def test_the_answer_is_no_part_of_the_training():
+    """A run that was stopped goes on with another one."""
+    one, other = (config_dict(get_config("clustr", **{"train.on_collapse": a})) for a in ("stop", "warn"))
+    assert one != other and training_sha(one) == training_sha(other)
+    assert additions.fixed("train", one["train"]) == additions.fixed("train", other["train"])
