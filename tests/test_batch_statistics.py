@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 import types
 
 import jax
@@ -136,12 +137,12 @@ def test_the_config_builds_the_network_of_its_preset():
         assert net.module.unbiased == unbiased
 
 
-@pytest.mark.parametrize(("size", "batch"), [(50, 1), (801, 3)])
+@pytest.mark.parametrize(("size", "batch"), [(50, 1), (50, 25), (20, 25), (801, 3)])
 def test_a_pass_in_train_mode(size, batch, rng):
-    """epoch_statistics=leak_test: 400 updates, or as many as batches of one size allow, the rest a batch."""
+    """epoch_statistics=leak_test: an update for each batch, the rest a batch of its own."""
     net = Linear((4, 4, 2), 2, normed=True)
     variables, pixels = net.variables(rng), rng.normal(size=(size, 4, 4, 2)).astype(np.float32)
-    stats = refit.pass_in_train_mode(net, variables, pixels)
+    stats = refit.pass_in_train_mode(net, variables, pixels, batch)
     batches = [pixels[i : i + batch] for i in range(0, size, batch)]
     mean, variance = naive.running(variables["batch_stats"].values(), batches)
     np.testing.assert_allclose(stats["mean"], mean, rtol=FLOAT32, atol=1e-6)
@@ -157,10 +158,12 @@ def trained(method, rng, **changes):
     train_split = data.Split(images, labels, 3, 1.0, None, "")
     test_split = data.Split(test, np.zeros(60, np.int32), 3, 1.0, None, "")
     silent = types.SimpleNamespace(status=lambda text: None, line=lambda text: None)
-    workdir = types.SimpleNamespace(records=list, log=lambda record: None)
+    workdir = types.SimpleNamespace(
+        records=list, log=lambda record: None, stage=lambda name: pathlib.Path("no such folder")
+    )
     saved = []
     checkpoints = types.SimpleNamespace(directory="", save=lambda *what: saved.append(what))
-    settings = types.SimpleNamespace(training=p.trainer.settings)
+    settings = types.SimpleNamespace(training=p.trainer.settings, data=types.SimpleNamespace(name="digits"))
     run = stages.Run(None, settings, workdir, silent, net, train_split, train_split, test_split)
     state = train.with_totals(p.trainer, p.state, p.train_set, jax.random.key(7))
     training._epochs(run, stages.TRAIN, p.trainer, checkpoints, state, p.train_set, jax.random.key(5))
@@ -197,7 +200,7 @@ def test_statistics_after_an_epoch(switch, rng):
 
 
 def test_the_authors_passes_after_an_epoch():
-    """leak_test: the statistics have seen all training, then all test images, of these few one by one."""
+    """leak_test: the statistics have seen all 40 training images at once, then 60 test images, 25 at a time."""
     kept, *_ = statistics_after_an_epoch("clustr", np.random.default_rng(0), "keep")
     found, _, _, images, test = statistics_after_an_epoch("clustr", np.random.default_rng(0), "leak_test")
-    assert_statistics(found, kept, [x[None] for x in (*images, *test)])
+    assert_statistics(found, kept, [images, test[:25], test[25:50], test[50:]])

@@ -264,10 +264,10 @@ SIDE = (4, 4, 2)
 
 
 def embeddings(pixels, stats, mode):
-    """Train mode normalises by a batch's own statistics: of 400 of equal size, the last one smaller."""
+    """Train mode normalises by a batch's own statistics: the authors' 125 images, the last one smaller."""
     if mode == "eval":
         return normalise(pixels, stats["mean"], stats["var"])
-    batch = -(-len(pixels) // 400)
+    batch = 125
     pieces = [pixels[i : i + batch] for i in range(0, len(pixels), batch)]
     return np.concatenate([normalise(p, p.mean(axis=(0, 1, 2)), p.var(axis=(0, 1, 2))) for p in pieces])
 

@@ -10,6 +10,7 @@ import numpy as np
 from clustr_jax import models
 from clustr_jax.classifier import Classifier, correct
 from clustr_jax.evaluation import intervals
+from clustr_jax.reference.switches import authors_batches
 from clustr_jax.runtime import mesh, preemption, processes, provenance, streams
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.progress import duration
@@ -52,6 +53,7 @@ def run(this: Run, stage: str) -> None:
         jnp.asarray(this.train_split.labels),
         scale=this.train_split.scale,
         augment=augment,
+        authors_batch=authors_batches(settings.data.name)[0],
     ))  # fmt: skip
     trainer = trainers.Trainer(this.net, METHODS[name], settings.training, recipe, len(this.train_split))
     key = this.key(stage)
@@ -168,8 +170,9 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
         if trainer.magnet:
             state = refit.refit(trainer, state, train_set, key)
         if trainer.magnet and trainer.settings.switches.epoch_statistics == "leak_test":
-            for split in (this.train_split, this.test_split):
-                stats = refit.pass_in_train_mode(this.net, state.variables, split.pixels())
+            batches = authors_batches(this.settings.data.name)
+            for split, batch in zip((this.train_split, this.test_split), batches, strict=True):
+                stats = refit.pass_in_train_mode(this.net, state.variables, split.pixels(), batch)
                 state = state.replace(batch_stats=stats)
         clf = _deployed(this, state)
         val = intervals.fraction(correct(clf, val_x, val_y)) if len(val_y) else None

@@ -16,13 +16,6 @@ from clustr_jax.training.trainers import Trainer
 
 # Images per pass.
 _EVAL_BATCH = 200
-# The authors go through a set in so many passes, or fewer, whatever its size; where batch statistics are
-# those of the images (`fidelity`), that is what they are of.
-_AUTHORS_PASSES = 400
-
-
-def _authors_batch(size: int) -> int:
-    return -(-size // _AUTHORS_PASSES)
 
 
 @jax.jit(static_argnames=("net", "train_mode"))
@@ -33,7 +26,7 @@ def embed_all(
     size = train_set.labels.shape[0]
 
     def part(variables, train_set, key, ids):
-        count, batch = ids.shape[0], _authors_batch(size) if train_mode else _EVAL_BATCH
+        count, batch = ids.shape[0], train_set.authors_batch if train_mode else _EVAL_BATCH
         whole = count // batch * batch
 
         def embed(i):
@@ -121,10 +114,9 @@ def _sharpened(clusters, magnet):
     return clusters.replace(variance=clusters.variance / magnet.sharpness)
 
 
-@jax.jit(static_argnums=0)
-def pass_in_train_mode(net: Net, variables, pixels) -> dict:
-    """Batch statistics after 400 passes over `pixels`: the authors' leak (docs/fidelity.md)."""
-    batch = _authors_batch(len(pixels))
+@jax.jit(static_argnums=(0, 3))
+def pass_in_train_mode(net: Net, variables, pixels, batch: int) -> dict:
+    """Batch statistics after a pass over `pixels` in batches: the authors' leak (docs/fidelity.md)."""
     whole = len(pixels) // batch * batch
 
     def step(stats, x):

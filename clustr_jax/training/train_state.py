@@ -48,6 +48,8 @@ class TrainSet(struct.PyTreeNode):
     labels: Int[Array, "N"]
     scale: float = struct.field(pytree_node=False)
     augment: str = struct.field(pytree_node=False)
+    # images of a pass in train mode, as the authors make them (reference.switches)
+    authors_batch: int = struct.field(pytree_node=False, default=125)
 
     def batch(self, ids, key=None, flips=None):
         """(pixels in [0, 1], labels) of these examples; augmented where there is a key.
