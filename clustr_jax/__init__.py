@@ -53,6 +53,8 @@ _HOMES = {
     "load": "storage.loading",
     "verify": "verify",
 }
+# Files that are called as the function in them.
+_FUNCTIONS = ("judge", "verify")
 # Of these an extra can be missing (`pip install "clustr-jax[all]"`).
 _ROOMS = ("data", "models", "training", "storage", "evaluation", "doors", "report", "stages")
 
@@ -66,7 +68,10 @@ def __getattr__(name: str) -> Any:
         home = importlib.import_module(f"clustr_jax.{_HOMES.get(name, name)}")
     except ModuleNotFoundError as error:
         raise extras.explained(error, f"clustr_jax.{name}") from error
-    globals()[name] = value = getattr(home, name) if name in _HOMES else home
+    value = getattr(home, name) if name in _HOMES else home
+    globals()[name] = value
+    if _HOMES.get(name) in _FUNCTIONS:  # importing a file of that name has put the file there
+        globals()[_HOMES[name]] = getattr(home, _HOMES[name])
     return value
 
 

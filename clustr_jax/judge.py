@@ -39,13 +39,7 @@ _SECONDS = 0.5  # between two lines about what is going on
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What `judge` found. `content` is judgement.json; `witness` holds the images.
-
-    >>> j.robust, j.clean
-    (0.5, 1.0)
-    >>> j.x_adv.shape == x.shape, j.attacks["apgd-ce"]["robust"]
-    (True, 0.5)
-    """
+    """What `judge` found. `content` is judgement.json; `witness` holds the images."""
 
     content: dict[str, Any]
     witness: Witness = dataclasses.field(repr=False)
@@ -191,8 +185,14 @@ def judge(
     ...     return jnp.concatenate([z, -z], axis=1)
     >>> x = np.stack([np.full((4, 4, 1), v) for v in (0.55, 0.9)]).astype(np.float32)
     >>> j = clustr_jax.judge(logits, x, np.array([0, 0]), eps=0.1, slots=2)
-    >>> j.robust, [round(v, 2) for v in j.interval]
-    (0.5, [0.09, 0.91])
+    >>> j.robust, [round(v, 2) for v in j.interval], j.broken_by.tolist()
+    (0.5, [0.09, 0.91], ['pma', ''])
+    >>> print(j.verdict)
+    Not robust: ... robust accuracy 50.00 % [9.5, 90.5] at linf eps 0.1, clean 100.00 %
+    >>> import tempfile
+    >>> done = clustr_jax.verify(j.save(tempfile.mkdtemp()), logits)  # judgement.json, witness.npz, ...
+    >>> print(done.ok, done.lines[-1])
+    True ('adversarial images are misclassified', True, '1 of 1')
     """
     place = resuming.usable(folder)
     count = np.shape(x)[0] if np.ndim(x) else 0
