@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from clustr_jax.attacks.registry import ATTACKS
-from clustr_jax.evaluation import intervals
+from clustr_jax.evaluation import intervals, wording
 from clustr_jax.evaluation import subject as subjects
 from clustr_jax.evaluation.advice import ADVICE
 from clustr_jax.evaluation.check import FAIL, PASS, SKIP, WARN, Check, at_most, status_of
@@ -207,11 +207,15 @@ def certificates(sound: dict, outcomes: dict, radius, dimensions: int, norm: str
     )
 
 
-def as_result(sound: dict, checks: list[Check], paper: dict | None) -> dict:
-    """diagnostics.json: the verdict, the checks and the masking gap."""
+def as_result(sound: dict, checks: list[Check], paper: dict | None, constant: float | None = None) -> dict:
+    """diagnostics.json: the verdict as a line and in plain words, the checks and the masking gap.
+
+    `constant`: the accuracy of the best constant answer, where it is known.
+    """
     gap = None if paper is None else paper["robust"] - sound["robust"]
+    listed = [dataclasses.asdict(check) for check in checks]
     return {
         "verdict": verdict(sound, checks), "masking_gap": gap,
-        "failed": _having(checks, FAIL),
-        "checks": [dataclasses.asdict(check) for check in checks],
+        "words": wording.words({"clean": 1.0, **sound, "constant": constant, "checks": listed}),
+        "failed": _having(checks, FAIL), "checks": listed,
     }  # fmt: skip

@@ -134,7 +134,8 @@ def diagnose(this: Run) -> None:
     found = checks.run(key, clf, examples, this.settings.eval, sound, outcomes, paper, radius)
     shared = ("dataset", "subset", "n", "method", "eps", "clean", "robust", "attack", "seed", "versions")
     content = {name: sound[name] for name in shared} | this.remarks.fields
-    content |= checks.as_result(sound, found, paper)
+    constant = float(np.bincount(examples.y).max() / max(len(examples), 1))
+    content |= checks.as_result(sound, found, paper, constant)
     seconds = time.monotonic() - started
     content |= {"protocol": results.PROTOCOLS["diagnostics"], "config_sha": identity, "wall_seconds": seconds}
     results.save(folder, "diagnostics", content, {"ids": examples.ids})
