@@ -30,9 +30,7 @@ class Plan:
     number: int = 0  # of its stream (runtime.streams)
     count: int = 0  # targets; 0: as many as the settings say
     curved: bool = False  # its successes over restarts and steps are a curve of the result
-    adaptive: bool = (
-        False  # restarts go to the images that came nearest to breaking (attacks.adaptive_restarts)
-    )
+    adaptive: bool = False  # restarts go to the images that came nearest to breaking (attacks.adaptive)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jax.tree_util import Partial
 
 from clustr_jax import losses
 from clustr_jax.attacks import attack_losses, scheduler
-from clustr_jax.attacks.geometry import ascend, l2_norm, length, on_sphere, project, random_start
+from clustr_jax.attacks.geometry import l2_norm, length, on_sphere, project, projected_step, start_in_ball
 from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.models import wrap
 from clustr_jax.attacks.pgd import pgd
@@ -270,7 +270,8 @@ def _scaled(scale, model, x):
 def _path(key, model, loss, x, y, ids, eps, step_size, steps, norm, bounds):
     """Along PGD without stopping: [steps, B] whether gradients are useless, and [steps, B] losses."""
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), 0))(ids)
-    z = project(random_start(keys, x, eps, "uniform", norm), x, eps, norm, bounds)
+    ball = {"eps": eps, "norm": norm, "bounds": bounds}
+    z = start_in_ball(keys, x, start="uniform", **ball)
 
     def step(z, _):
         def total(z):
@@ -278,10 +279,7 @@ def _path(key, model, loss, x, y, ids, eps, step_size, steps, norm, bounds):
             return jnp.sum(value), value
 
         gradient, value = jax.grad(total, has_aux=True)(z)
-        return project(ascend(z, gradient, step_size, norm), x, eps, norm, bounds), (
-            _useless(gradient),
-            value,
-        )
+        return projected_step(z, gradient, x, step_size=step_size, **ball), (_useless(gradient), value)
 
     return jax.lax.scan(step, z, None, length=steps)[1]
 

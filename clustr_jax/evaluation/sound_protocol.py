@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from clustr_jax.attacks import attack_losses, scheduler
-from clustr_jax.attacks.adaptive_restarts import Progress
-from clustr_jax.attacks.adaptive_restarts import run as run_adaptively
+from clustr_jax.attacks.adaptive import Progress
+from clustr_jax.attacks.adaptive import run as run_adaptively
 from clustr_jax.attacks.pgd import pgd
 from clustr_jax.attacks.targets import CANDIDATES, CHOOSERS
 from clustr_jax.classifier import Classifier

@@ -10,6 +10,7 @@ import numpy as np
 from clustr_jax import models
 from clustr_jax.classifier import Classifier, correct
 from clustr_jax.evaluation import intervals
+from clustr_jax.reference.switches import VERSION as SWITCHES_VERSION
 from clustr_jax.reference.switches import authors_batches
 from clustr_jax.runtime import mesh, preemption, processes, provenance, streams
 from clustr_jax.runtime.errors import UserError
@@ -74,7 +75,7 @@ def run(this: Run, stage: str) -> None:
         "reason": reason, "epochs": epochs, "step": step,
         "gradient_passes": images * cost.gradients(name, settings.training, recipe),
         "num_classes": this.net.num_classes, "input_shape": list(this.net.input_shape),
-        "commit": provenance.commit(),
+        "switches": SWITCHES_VERSION, "commit": provenance.commit(),
     })  # fmt: skip
     processes.wait(f"{stage} is done")
 
