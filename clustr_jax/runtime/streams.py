@@ -27,6 +27,7 @@ class Evaluation:
 
     SWEEP = 50  # of other radii
     TRANSFER = 100  # from other models
+    AUDIT = 2000  # another run of a whole protocol
     CHECKS = 1000  # apart from all attacks, whose starts the checks must not try again
 
 
@@ -34,6 +35,7 @@ class Checks:
     """Of the checks' own key."""
 
     KNOWN_ANSWER = 99
+    NUDGE = 98
 
 
 class Report:
