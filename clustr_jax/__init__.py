@@ -29,6 +29,7 @@ R restarts. Pixels are float32 NHWC in [0, 1]; normalisation is inside the model
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ _HOMES = {
 _FUNCTIONS = ("judge", "verify")
 # Of these an extra can be missing (`pip install "clustr-jax[all]"`).
 _ROOMS = ("data", "models", "training", "storage", "evaluation", "doors", "report", "stages")
+
+if sys.argv[:1] == ["-m"]:  # as it is while Python looks for a program of this package
+    from clustr_jax.runtime import programs
+
+    programs.check_jax()
 
 
 def __getattr__(name: str) -> Any:

@@ -322,7 +322,9 @@ def logits_in(outputs):
 
 
 # What modules say that are asked for dropout or for the statistics of a batch.
-_OF_TRAINING = re.compile("dropout|deterministic|rngs|inference|running_average", re.IGNORECASE)
+_OF_TRAINING = re.compile(
+    "dropout|deterministic|rngs|PRNGKey|inference|running_average|is_training", re.IGNORECASE
+)
 # How a model of each library is put into evaluation mode.
 IN_EVALUATION = {
     "nnx": "call model.eval() first",
@@ -331,7 +333,7 @@ IN_EVALUATION = {
     "linen": "apply it with train=False (use_running_average=True, deterministic=True)",
     "function": (
         "put it into evaluation mode (nnx: model.eval(); equinox: eqx.nn.inference_mode(model); linen: "
-        "use_running_average=True, deterministic=True; Keras: training=False)"
+        "use_running_average=True, deterministic=True; haiku: is_training=False; Keras: training=False)"
     ),
 }
 

@@ -26,6 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: unknown command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if name != "train":  # which says it itself
+        from clustr_jax.runtime import programs
+
+        programs.check_jax()
     try:
         module = importlib.import_module(COMMANDS[name][0])
         if name == "train":

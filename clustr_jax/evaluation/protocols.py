@@ -38,12 +38,13 @@ def paper_pgd(
     Cross entropy of the exp scores, all restarts on all examples, fooled examples frozen, the start not
     clipped to the box, and of each example's restarts the one with the largest loss, fooled or not.
     """
+    anywhere = clf.replace(bounds=None)  # the start may leave the box
     attack = PGD(
         eps=jnp.float32(eps), steps=steps, norm="linf", bounds=clf.bounds, step_size=jnp.float32(step_size),
         loss=PAPER_LOSS, clip_start=False,
     )  # fmt: skip
     return largest_loss(
-        key, as_partial(clf.scores), attack, examples, restarts=restarts, slots=slots, report=report,
+        key, as_partial(anywhere.scores), attack, examples, restarts=restarts, slots=slots, report=report,
         records=records, name=name,
     )  # fmt: skip
 

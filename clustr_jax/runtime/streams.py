@@ -18,6 +18,7 @@ class Training:
     ORDER = 1  # then the number of the epoch
     REFIT = 2  # k-means++, then the number of the step
     MONITOR = 3  # single-step and multi-step accuracy
+    PROBE = 5  # the attacks of train.probe
     FLIPS = 4  # which images alternating flips turn first, then the image's number
 
 
