@@ -3,18 +3,21 @@
 The healthy one has linear features and a nearest-centroid head, whose robust examples are known exactly.
 """
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from centroid_classifiers import eval_settings, silent
 from checked_classifiers import EPS, N, by_number, linear, outputs_of, probe, problem
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.evaluation import checks, known_answers, sound_protocol
 from clustr_jax.evaluation.checks import FAIL, PASS, SKIP, WARN, Probe
+from clustr_jax.evaluation.subject import of_classifier
 
 
 def test_the_problem_has_both_kinds():
@@ -117,6 +120,16 @@ def test_a_gradient_that_is_not_the_derivative_fails():
     assert right.value == halved.value == 1.0
     error = float(halved.note.split()[3].rstrip(";"))
     assert error == pytest.approx(0.5, abs=1e-3), halved.note
+
+
+def test_a_model_that_casts_to_float32_is_not_compared():
+    """Its differences are rounding, and no evidence against its gradient: no verdict of this check."""
+    clf, examples, config, exact = problem()
+    casts = dataclasses.replace(
+        of_classifier(clf), opened=Partial(lambda clf, x: 1.0 * clf.logits(x.astype(jnp.float32)), clf)
+    )
+    (check,) = Probe(jax.random.key(1), casts, examples, config, exact).precision()
+    assert check.status == SKIP and "float32" in check.note
 
 
 @pytest.mark.slow

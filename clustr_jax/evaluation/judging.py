@@ -81,7 +81,7 @@ def prepare(
             f"protocol: unknown {protocol!r}{nearest(protocol, plans.PROTOCOLS)}; "
             f"known: {', '.join(plans.PROTOCOLS)}"
         )
-    classifier = model if isinstance(model, Classifier) else None
+    classifier = _classifier_of(model)
     function: Any = model if classifier is None else classifier.logits
     key = jax.random.key(seed)
     given, logits = calls.prepare(key, function, x, y, eps, norm, bounds, ids, slots)
@@ -105,6 +105,16 @@ def prepare(
     return Case(
         subject, examples, logits.shape[1], used, plans.PROTOCOLS[protocol], given, logits, seed, used != own
     )
+
+
+def _classifier_of(model) -> Classifier | None:
+    """Of a classifier, and of its `logits`, which know no nearest clusters; None for other models."""
+    if isinstance(model, Classifier):
+        return model
+    owner = getattr(model, "__self__", None)
+    if isinstance(owner, Classifier) and getattr(model, "__func__", None) is Classifier.logits:
+        return owner.replace(nearest=0)
+    return None
 
 
 def parts(case: Case, audit: bool) -> dict[str, str]:

@@ -334,12 +334,23 @@ def precision(subject: Subject, examples) -> tuple[float, float]:
         double = np.asarray(compute(wide, x, y)[1])
         norm = np.asarray(l2_norm(double))
         direction = double / np.maximum(norm, 1e-300)
-        step = 1e-6
-        ahead, behind = (np.asarray(compute(wide, x + s * direction, y)[0][1]) for s in (step, -step))
-    slope, difference = norm.reshape(-1), (ahead - behind) / (2 * step)
+
+        def slope_by(step):
+            ahead, behind = (np.asarray(compute(wide, x + s * direction, y)[0][1]) for s in (step, -step))
+            return (ahead - behind) / (2 * step)
+
+        difference, finer = slope_by(1e-6), slope_by(3e-7)
+    if _relative(finer, difference) > _SLOPE:  # a derivative does not depend on the step
+        raise Closed("differences of its logits are rounding: it computes in float32 inside")
+    slope = norm.reshape(-1)
     seen = (double != 0) & np.isfinite(single)
     agreement = float(np.mean(np.sign(single[seen]) == np.sign(double[seen]))) if seen.any() else 0.0
-    return agreement, float(np.median(np.abs(slope - difference) / np.maximum(np.abs(difference), 1e-12)))
+    return agreement, _relative(slope, difference)
+
+
+def _relative(found, wanted) -> float:
+    """The median error, relative to what is wanted."""
+    return float(np.median(np.abs(found - wanted) / np.maximum(np.abs(wanted), 1e-12)))
 
 
 def _float64(leaf):
