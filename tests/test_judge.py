@@ -14,6 +14,7 @@ from clustr_jax.attacks import scheduler
 from clustr_jax.evaluation import sound_protocol
 from clustr_jax.runtime.errors import UserError
 from judged import EPS, N, curved, images, judged, small, statuses, timeless
+from test_golden import fixed
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,17 @@ def test_an_audit_agrees(judgement):
     found = judged(audit=True)
     assert statuses(found)[29] == "PASS" and found.content["audit"]["agrees"]
     assert found.robust == judgement.robust
+
+
+@pytest.mark.slow
+def test_a_cluster_head_is_attacked_through_its_clusters():
+    """A Classifier, or its logits: attacks made for clusters run, and float64 looks inside."""
+    clf, x, y = fixed()
+    found = judged(clf.logits, x, y)
+    assert {"centroid", "away"} <= found.attacks.keys() and statuses(found)[5] == "PASS"
+    assert found.believable and 0 < found.robust < found.clean
+    wrong = np.asarray(clf.logits(found.x_adv)).argmax(axis=1) != y
+    np.testing.assert_array_equal(found.broken_by == "", ~wrong)
 
 
 @pytest.mark.slow
