@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "clustr_jax"
 ROOMS = (
     "runtime", "reference", "settings", "losses", "kmeans", "clusters", "certify", "lipschitz", "attacks",
     "models", "classifier", "data", "training", "storage", "evaluation", "doors", "report", "stages",
-    "command", "__init__", "prepare", "quirks", "fidelity",
+    "command", "__init__", "__main__", "prepare", "quirks", "fidelity",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
