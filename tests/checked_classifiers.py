@@ -78,3 +78,18 @@ def outputs_of(logits):
 
 def linear(x):
     return np.asarray(x)[:, :5] * 10
+
+
+def fits(check):
+    """Whether the number is on the side of its limit that the status says."""
+    words = check.limit.split()
+    share = 100 if "points" in check.limit or "%" in check.limit else 1
+    value = share * check.value
+    if words[0] in ("<=", ">=", ">"):
+        bound = float(words[1])
+        inside = {"<=": value <= bound * 1.01, ">=": value >= bound, ">": value > bound}[words[0]]
+    elif "to" in words:
+        inside = float(words[0]) <= value <= float(words[2])
+    else:
+        inside = value == float(words[0])
+    return inside == (check.status == "PASS")

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import clustr_jax
+from checked_classifiers import fits
 from clustr_jax import attacks
 from clustr_jax.attacks import scheduler
 from clustr_jax.evaluation import sound_protocol
+from clustr_jax.evaluation.check import Check
 from clustr_jax.runtime.errors import UserError
 from judged import EPS, N, curved, images, judged, small, statuses, timeless
 from test_golden import fixed
@@ -56,6 +58,12 @@ def test_what_warns_says_what_to_do(judgement):
     for check in judgement.checks:
         assert bool(check["advice"]) == (check["status"] in ("WARN", "FAIL")), check
         assert check["limit"] or check["status"] == "SKIP"
+
+
+def test_the_number_that_is_shown_is_the_one_that_decides(judgement):
+    for check in judgement.checks:
+        if check["value"] is not None:
+            assert fits(Check(**check)), check
 
 
 def test_it_prints_in_about_ten_lines(judgement):

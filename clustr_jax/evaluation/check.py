@@ -26,3 +26,23 @@ def at_most(limit: float) -> str:
 def status_of(good: bool, otherwise: str = FAIL) -> str:
     """PASS, or what it is otherwise."""
     return PASS if good else otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """One of several numbers that a check looks at; `otherwise` is the status where it is not good."""
+
+    value: float | None
+    good: bool
+    limit: str
+    what: str = ""
+    otherwise: str = FAIL
+
+
+def decided(number: int, name: str, *measures: Measure, note: str = "") -> Check:
+    """The check whose status is the worst of its measures; that one's number and limit are shown."""
+    bad = [measure for measure in measures if not measure.good]
+    failed = [measure for measure in bad if measure.otherwise == FAIL]
+    shown = (failed or bad or list(measures))[0]
+    told = "; ".join(filter(None, (shown.what, note)))
+    return Check(number, name, shown.otherwise if bad else PASS, shown.value, shown.limit, told)

@@ -15,7 +15,7 @@ from clustr_jax.attacks.models import wrap
 from clustr_jax.attacks.pgd import pgd
 from clustr_jax.classifier import Classifier
 from clustr_jax.evaluation import intervals
-from clustr_jax.evaluation.check import FAIL, SKIP, WARN, Check, at_most, status_of
+from clustr_jax.evaluation.check import FAIL, SKIP, WARN, Check, Measure, at_most, decided, status_of
 from clustr_jax.evaluation.plans import attack_on
 from clustr_jax.evaluation.subject import Subject, of
 from clustr_jax.runtime import streams
@@ -90,15 +90,18 @@ class Probe:
             parts = [self.subject.logits(x[i : i + size]) for i in range(0, len(x), size)]
             others.append(np.concatenate(parts))
         worst = max(float(np.max(np.abs(o - logits), initial=0.0)) for o in others) / scale
-        same = all((o.argmax(1) == logits.argmax(1)).all() for o in others)
-        yield Check(
-            2, "the same logits every time, whatever the batch", status_of(same and worst <= 1e-4), worst,
-            "<= 1e-4", "" if same else "the predicted class changes",
+        changed = int(np.sum(np.any([o.argmax(1) != logits.argmax(1) for o in others], axis=0)))
+        yield decided(
+            2, "the same logits every time, whatever the batch",
+            Measure(worst, worst <= 1e-4, "<= 1e-4", "of the largest logit"),
+            Measure(changed, not changed, "0", "images whose predicted class changes"),
         )  # fmt: skip
         problem, text = diagnose(logits)
         spread = float(np.ptp(logits)) if logits.size else 0.0
-        status = FAIL if problem else status_of(not text and spread > 1, WARN)
-        yield Check(3, "outputs are logits: their range", status, spread, "> 1", text)
+        told = [Measure(None, False, "logits", text, FAIL if problem else WARN)] if text else []
+        yield decided(
+            3, "outputs are logits: their range", *told, Measure(spread, spread > 1, "> 1", "", WARN)
+        )
         size = float(np.median(np.abs(margins(logits, self.examples.y[: len(x)])))) if logits.size else 0.0
         low, high = _MARGINS
         yield Check(
@@ -115,11 +118,11 @@ class Probe:
             if name == "margin":
                 tail = values[-1] - values[max(len(values) - 10, 0)]
                 rise = float(tail / max(abs(values[-1] - values[0]), 1e-12))
-        yield Check(
-            4, "gradients (margin) are neither zero nor infinite",
-            FAIL if share["margin"] > 0.01 else status_of(share["ce"] <= 0.01, WARN),
-            share["margin"], "<= 1 % of images",
-            f"log cross entropy: {100 * share['ce']:.1f} %",
+        limit = "<= 1 % of images"
+        yield decided(
+            4, "gradients are neither zero nor infinite",
+            Measure(share["margin"], share["margin"] <= 0.01, limit, "of the margin"),
+            Measure(share["ce"], share["ce"] <= 0.01, limit, "of the cross entropy of the logits", WARN),
         )  # fmt: skip
         yield Check(
             22, "the adversarial loss has converged: its last rise", status_of(rise <= 0.05, WARN),
@@ -131,10 +134,11 @@ class Probe:
         ]
         own, rival = np.mean(np.concatenate(found, axis=1), axis=1)
         blind = float(max(own, rival))
-        yield Check(
+        yield decided(
             28, "the label's score and its rival's both have a gradient",
-            FAIL if blind > _BLIND else status_of(blind <= 0.01, WARN), blind,
-            f"<= {100 * _BLIND:g} % of images without", f"label {100 * own:.1f} %, rival {100 * rival:.1f} %",
+            Measure(blind, blind <= _BLIND, f"<= {100 * _BLIND:g} % of images without"),
+            Measure(blind, blind <= 0.01, "<= 1 % of images without", "", WARN),
+            note=f"label {100 * own:.1f} %, rival {100 * rival:.1f} %",
         )  # fmt: skip
 
     def _trace(self, loss):
@@ -159,9 +163,9 @@ class Probe:
         except Closed as why:
             yield Check(5, name, SKIP, None, "", str(why))
             return
-        yield Check(
-            5, name, status_of(agreement >= 0.99 and error <= _SLOPE), agreement,
-            ">= 99 %", f"derivative off by {error:.1e}; <= {_SLOPE:g}",
+        yield decided(
+            5, name, Measure(agreement, agreement >= 0.99, ">= 99 %"),
+            Measure(error, error <= _SLOPE, f"<= {_SLOPE:g}", "relative error of a derivative"),
         )  # fmt: skip
 
     def scales(self):
@@ -185,10 +189,11 @@ class Probe:
         gain, left = max(map(self._gain, found)), [self._accuracy(x_adv) for x_adv in found]
         spread = max(left) - min(left)
         limit = max(0.02, self.slack)
-        yield Check(
-            6, "logits x 1e-3 ... 1e3 break nothing more",
-            FAIL if gain > limit else status_of(spread <= 0.02, WARN), gain,
-            at_most(limit), f"cross entropy alone varies by {100 * spread:.1f} points",
+        yield decided(
+            6, "logits x 1e-3 ... 1e3 break nothing more", Measure(gain, gain <= limit, at_most(limit)),
+            Measure(
+                spread, spread <= limit, at_most(limit), "what cross entropy alone leaves varies so", WARN
+            ),
         )  # fmt: skip
 
     def effort(self):
@@ -197,15 +202,12 @@ class Probe:
         outcome = self._pgd(steps=steps)
         moved = length(outcome.x_adv - self.examples.x, self.subject.norm)
         delta = float(np.max(moved, initial=0.0))
-        inside = delta <= self.eps + 1e-6 and bool(np.isfinite(outcome.x_adv).all())
-        excess = max(delta - self.eps, 0.0)
-        yield Check(
-            1,
-            "adversarial images are finite and in the ball: beyond eps",
-            status_of(inside),
-            excess,
-            "<= 1e-6",
-        )
+        excess, lost = max(delta - self.eps, 0.0), int(np.sum(~np.isfinite(outcome.x_adv)))
+        ball = Measure(excess, excess <= 1e-6, "<= 1e-6")
+        yield decided(
+            1, "adversarial images are finite and in the ball: beyond eps",
+            ball, Measure(lost, not lost, "0", "pixels without a number"),
+        )  # fmt: skip
         one = self._accuracy(self._pgd(steps=1, step_size=1.25 * self.eps).x_adv)
         many, gain = self._accuracy(outcome.x_adv), self._gain(self._pgd(steps=2 * steps).x_adv)
         good = one >= many - self.slack and gain <= self.slack
