@@ -95,7 +95,9 @@ def judge(model, x, y):
     return mesh.by_rows(rows, model, x, y)
 
 
-def misjudged(model, x, y, count: int | None = None) -> Bool[np.ndarray, "B"]:
+def misjudged(
+    model: Callable, x: Float[np.ndarray, "N ..."], y: Int[np.ndarray, "N"], count: int | None = None
+) -> Bool[np.ndarray, "B"]:
     """Whether each of the first `count` images is misclassified, in a fresh forward pass.
 
     UserError where logits are not finite: the argmax of a NaN is no prediction, and so no success.

@@ -82,9 +82,12 @@ def dense_out(net, params, stats):
 
 def _norm_out(net, params, stats):
     return {
-        "weight": params["scale"], "bias": params["bias"], "running_mean": stats["mean"],
-        "running_var": stats["var"], "num_batches_tracked": np.int64(0),
-    }  # fmt: skip
+        "weight": params["scale"],
+        "bias": params["bias"],
+        "running_mean": stats["mean"],
+        "running_var": stats["var"],
+        "num_batches_tracked": np.int64(0),
+    }
 
 
 def _shift_out(net, params, stats):

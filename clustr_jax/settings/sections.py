@@ -248,9 +248,17 @@ class Settings:
     def of(cls, config: Keyed) -> Self:
         """Of a whole config whose switches are spelled out."""
         return cls(
-            config["method"], config["variant"], config["seed"], config["smoke"], config["init_from"],
-            DataSettings.of(config["data"]), DataSettings.of(config["pretrain"]),
-            ModelSettings.of(config["model"]), Recipe.of(config["warmup"]), Recipe.of(config["train"]),
-            TrainingSettings.of(config), EvalSettings.of(config["eval"]),
+            config["method"],
+            config["variant"],
+            config["seed"],
+            config["smoke"],
+            config["init_from"],
+            DataSettings.of(config["data"]),
+            DataSettings.of(config["pretrain"]),
+            ModelSettings.of(config["model"]),
+            Recipe.of(config["warmup"]),
+            Recipe.of(config["train"]),
+            TrainingSettings.of(config),
+            EvalSettings.of(config["eval"]),
             CertifySettings.of(config["certify"]),
-        )  # fmt: skip
+        )

@@ -10,12 +10,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from clustr_jax import losses
 from clustr_jax.attacks import pgd
+from clustr_jax.clusters import Clusters
+from clustr_jax.models import Net, Outputs
 from clustr_jax.runtime import mesh, struct
 from clustr_jax.settings import TrainingSettings
+from clustr_jax.training.batches import Batch
 from clustr_jax.training.heads import head_logits, head_probs
 
 
@@ -42,14 +46,30 @@ class Adversarial(struct.PyTreeNode):
         return self.images if self.make is None else self.make()[0]
 
 
-def towards_labels(net, variables, batch, clusters, key, settings, strength=1.0):
+def towards_labels(
+    net: Net,
+    variables: dict,
+    batch: Batch,
+    clusters: Clusters | None,
+    key: Array,
+    settings: TrainingSettings,
+    strength: ArrayLike = 1.0,
+):
     """PGD on the cross entropy to the labels (Madry et al. 2018; one step: Wong et al. 2020)."""
     what = head_logits, batch.y, losses.cross_entropy
     return _adversary(net, variables, batch, clusters, key, settings, strength, *what)
 
 
 def towards_clean(
-    net, variables, batch, clusters, key, settings, strength=1.0, outputs=None, statistics=None
+    net: Net,
+    variables: dict,
+    batch: Batch,
+    clusters: Clusters | None,
+    key: Array,
+    settings: TrainingSettings,
+    strength: ArrayLike = 1.0,
+    outputs: Outputs | None = None,
+    statistics: dict | None = None,
 ):
     """Steps on the divergence from the clean prediction (TRADES; one step: QTRADES, Eq. 5).
 
