@@ -154,3 +154,24 @@ def test_the_scale_of_the_logits_costs_nothing(scale):
 
     np.testing.assert_array_equal(wrong(model, run(scaled), y), wrong(model, run(model), y))
     assert len(x) == N
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("door", [
+    functools.partial(attacks.pma, eps=EPS["linf"], steps=10), functools.partial(attacks.fmn, steps=20),
+    functools.partial(attacks.ddn, steps=20), functools.partial(attacks.fmn, steps=20, targeted=True),
+    functools.partial(attacks.adaptive_restarts, eps=EPS["linf"], steps=5, most=3),
+])  # fmt: skip
+def test_logits_of_half_precision(door, dtype):
+    """They are attacked, and what is returned is misclassified with them."""
+    _, _, model, x, y = problem(5)
+
+    def half(x):
+        return model(x).astype(dtype)
+
+    y = np.asarray(half(x)).argmax(axis=1)
+    found = door(jax.random.key(3), half, x, y, slots=SLOTS)
+    x_adv = getattr(found, "x_adv", found)
+    broken = (x_adv != x).any(axis=(1, 2, 3))
+    assert broken.sum() >= 10
+    np.testing.assert_array_equal(wrong(half, x_adv, y), broken)

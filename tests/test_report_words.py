@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("importable")
 def test_the_verdict_follows_the_checks(tmp_path):
     good = words.verdict(report.read(make(tmp_path / "good")))
     assert (good.status, good.tone) == ("NO CHECK FAILED", "info") and "gave a warning: 9" in good.meaning
+    assert good.meaning.startswith("Partly robust: fewer than half. ")
     failed = {"diagnostics": {"failed": [4, 12], "verdict": "upper bound only"}}
     bad = words.verdict(report.read(make(tmp_path / "bad", changes=failed)))
     assert bad.status == "UPPER BOUND ONLY" and "checks 4, 12 failed" in bad.meaning and bad.tone == "fail"

@@ -4,7 +4,7 @@
 `autoattack` schedule any number of images over a fixed number of slots (`scheduler.run`).
 """
 
-from clustr_jax.attacks.adaptive_restarts import adaptive_restarts
+from clustr_jax.attacks.adaptive import adaptive_restarts
 from clustr_jax.attacks.ensemble import AutoAttackResult, apgd, autoattack, fab, square
 from clustr_jax.attacks.models import wrap
 from clustr_jax.attacks.nearest import NearestResult, ddn, fmn

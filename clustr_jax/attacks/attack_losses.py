@@ -95,15 +95,21 @@ def label_odds(outputs: Outputs, y: Int[Array, "B"], target: Int[Array, "B"]) ->
 
     The gradient has the direction of cross entropy's, which is 0 in float32 where p_y rounds to 1.
     """
-    logits = logits_of(outputs)
+    logits = _in_float32(outputs)
     return jax.nn.logsumexp(_without(logits, y), axis=1) - _at(logits, y)
 
 
 def rival_odds(outputs: Outputs, y: Int[Array, "B"], target: Int[Array, "B"]) -> Float[Array, "B"]:
     """log p_c / (1 - p_c) of the likeliest class c other than y: up with p_c."""
-    logits = logits_of(outputs)
+    logits = _in_float32(outputs)
     rival = jnp.argmax(_without(logits, y), axis=1)
     return _at(logits, rival) - jax.nn.logsumexp(_without(logits, rival), axis=1)
+
+
+def _in_float32(outputs):
+    """The logits, not rounded to float16 or bfloat16 in what is computed of them."""
+    logits = logits_of(outputs)
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def _without(logits, index):

@@ -190,7 +190,7 @@ def _linear_distances(model, x, y, candidates, *, loss, norm) -> Float[Array, "B
         outputs, pull_back = jax.vjp(model, x)
 
         def distance(target):
-            value, to_outputs = jax.vjp(lambda outputs: loss(outputs, y, target), outputs)
+            value, to_outputs = jax.vjp(lambda outputs: loss(outputs, y, target).astype(jnp.float32), outputs)
             gradient = pull_back(to_outputs(jnp.ones_like(value))[0])[0]
             size = dual_length(gradient, norm)
             return jnp.where(size > 0, -value / jnp.where(size > 0, size, 1.0), jnp.finfo(value.dtype).max)

@@ -1,11 +1,13 @@
-"""The console command: clustr-jax train, report, quirks, prepare, fidelity."""
+"""The console command: clustr-jax train, judge, verify, report, quirks, prepare, fidelity."""
 
 import importlib
 import sys
 
-# Command -> (module, what it does); each but `train` is `python -m clustr_jax.NAME` as well.
+# Command -> (module, what it does); each but `train` and `judge` is `python -m clustr_jax.NAME` as well.
 COMMANDS = {
     "train": ("clustr_jax.command.train", "train, evaluate and report on a work directory (run.py)"),
+    "judge": ("clustr_jax.command.judge", "the verdict on any JAX model: attacks, checks, a witness"),
+    "verify": ("clustr_jax.verify", "measure the stored images of a judgement again"),
     "report": ("clustr_jax.report.__main__", "the page about a work directory, or about several"),
     "quirks": ("clustr_jax.evaluation.quirks", "what each departure of the paper's protocol buys"),
     "prepare": ("clustr_jax.data.prepare", "download and prepare a data set, once"),
@@ -24,6 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: unknown command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if name != "train":  # which says it itself
+        from clustr_jax.runtime import programs
+
+        programs.check_jax()
     try:
         module = importlib.import_module(COMMANDS[name][0])
         if name == "train":

@@ -5,6 +5,7 @@ import dataclasses
 from rich.markup import escape
 from rich.table import Table
 
+from clustr_jax.evaluation import wording
 from clustr_jax.evaluation.intervals import percent, radius
 from clustr_jax.reference import claims
 from clustr_jax.storage.results import comparable
@@ -86,7 +87,7 @@ def checks_table(diagnosis: dict) -> Table:
         table.add_column(column)
     colours = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP": "dim"}
     for check in diagnosis["checks"]:
-        value = "-" if check["value"] is None else f"{check['value']:.3g}"
+        value = wording.shown_value(check)
         status = f"[{colours[check['status']]}]{check['status']}[/]"
         table.add_row(
             str(check["number"]), check["name"], status, value, escape(check["limit"]), escape(check["note"])

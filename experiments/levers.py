@@ -1,0 +1,198 @@
+"""ClusTR+QTRADES at the paper's operating point: one lever at a time, from one warm start.
+
+    python experiments/levers.py [--only=NAME,...] [--seed=0] [--list | --table]
+
+The warm start is `cifar10:nominal,fast`. Every row is its second stage with one setting changed, 6,120
+updates (12 epochs of 96 images) where the row says nothing else; then clean on all test images, and 500 of
+them by the quick forms of the paper's and of the sound protocol. Writes results/levers/NAME-SEED.json. What
+is there is not made again, and a row that was interrupted goes on.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+import child  # noqa: E402
+
+from clustr_jax import data  # noqa: E402
+from clustr_jax.evaluation import intervals  # noqa: E402
+from clustr_jax.runtime import provenance  # noqa: E402
+from clustr_jax.settings import DataSettings  # noqa: E402
+from clustr_jax.storage import loading, results  # noqa: E402
+from clustr_jax.storage.files import read_json, write_json  # noqa: E402
+from clustr_jax.storage.workdir import Workdir  # noqa: E402
+
+# Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
+RUNS, RESULTS = pathlib.Path("runs", "levers"), pathlib.Path("results", "levers")
+ATTACKED = 500
+QUANTILES = (0.05, 0.5, 0.95)
+# Of each epoch.
+CURVE = (
+    "step", "val_accuracy", "adversarial_accuracy", "magnet", "hinge_active", "variance", "consistency",
+    "single_step_accuracy", "multi_step_accuracy", "paper_accuracy", "quick_accuracy", "alarms",
+)  # fmt: skip
+EVALUATION = {"eval.n": ATTACKED, "eval.quick": True, "eval.diagnostics": False, "eval.attack.restarts": 1}
+
+# The authors' forms are `fidelity` switches; the paper's text is the config's default.
+_AUTHORS = {"fidelity.preset": "paper_code"}
+_EXP = {"fidelity.scores": "exp"}
+ROWS: dict[str, dict] = {
+    # which form of Eq. 5 the paper's numbers belong to
+    "text": {},
+    "exp": _EXP,
+    "authors": _AUTHORS,
+    "kl": {"train.consistency": "kl"},
+    "stop-target": {"train.stop_target": True},
+    # how much of it
+    "authors-lam-0": _AUTHORS | {"train.lam": 0.0},
+    "authors-lam-1": _AUTHORS | {"train.lam": 1.0},
+    "text-lam-1": {"train.lam": 1.0},
+    "kl-lam-1": {"train.consistency": "kl", "train.lam": 1.0},
+    # the rate
+    "authors-lr-3e-4": _AUTHORS | {"train.lr": 3e-4},
+    "authors-lr-1e-3": _AUTHORS | {"train.lr": 1e-3},
+    "kl-lr-1e-3": {"train.consistency": "kl", "train.lr": 1e-3},
+    # the margin
+    "authors-alpha-6": _AUTHORS | {"magnet.alpha": 6.25},
+    "authors-alpha-25": _AUTHORS | {"magnet.alpha": 25.0},
+    # the clusters
+    "authors-k-1": _AUTHORS | {"magnet.k": 1, "magnet.clusters": 10},
+    "authors-k-4": _AUTHORS | {"magnet.k": 4},
+    # the batch; as many updates of 240 images
+    "authors-12x20": _AUTHORS | {"magnet.samples": 20, "train.epochs": 30},
+    # the number of updates
+    "authors-3060": _AUTHORS | {"train.epochs": 6},
+    "authors-12240": _AUTHORS | {"train.epochs": 24},
+    # variance of inference from augmented images in train mode, or from clean ones
+    "authors-clean-variance": _AUTHORS | {"fidelity.variance_images": "clean"},
+}
+# Warm starts of other lengths: the row's name, and its epochs.
+WARM = {"warm": {}, "warm-8": {"train.epochs": 8}, "warm-32": {"train.epochs": 32}}
+ROWS |= {f"authors-{name}": _AUTHORS for name in WARM if name != "warm"}
+# Magnet alone first: the stage of that row is what this one starts from.
+_FIRST = {"authors-after-magnet": "authors-lam-0"}
+ROWS |= {name: _AUTHORS for name in _FIRST}
+
+
+def warm(name: str) -> str:
+    """The warm start of a row."""
+    return next((w for w in WARM if w != "warm" and name.endswith(w)), "warm")
+
+
+def words(settings: dict) -> list[str]:
+    """As the command line has them."""
+    return [f"--config.{key}={value}" for key, value in settings.items()]
+
+
+def warm_command(name: str, seed: int) -> list[str]:
+    """Trains a warm start."""
+    settings = WARM[name] | {"seed": seed}
+    workdir = RUNS / f"{name}-{seed}"
+    return [
+        "run.py", "--config=configs/cifar10.py:nominal,fast", f"--workdir={workdir}", *words(settings),
+        "--stages=2_train",
+    ]  # fmt: skip
+
+
+def command(name: str, seed: int) -> list[str]:
+    """Trains and evaluates a row."""
+    start = RUNS / f"{_FIRST.get(name, warm(name))}-{seed}" / "2_train"
+    settings = ROWS[name] | EVALUATION | {"seed": seed, "warmup.epochs": 0, "init_from": start}
+    return [
+        "run.py", "--config=configs/cifar10.py:clustr_qtrades,fast",
+        f"--workdir={RUNS / f'{name}-{seed}'}", *words(settings), "--stages=1_warmup,2_train,evaluate",
+    ]  # fmt: skip
+
+
+def tightness(clf, x, y) -> dict[str, list[float]]:
+    """Quantiles of d^2 / 2 sigma^2 to the nearest cluster of the own class, and of any other class."""
+    exponents = -np.asarray(clf.view(x).exponents)  # [B, Y, K]
+    nearest = exponents.min(axis=2)
+    own = nearest[np.arange(len(y)), y]
+    nearest[np.arange(len(y)), y] = np.inf
+    return {
+        "own": [float(v) for v in np.quantile(own, QUANTILES)],
+        "other": [float(v) for v in np.quantile(nearest.min(axis=1), QUANTILES)],
+    }
+
+
+def measured(name: str, seed: int) -> dict:
+    """What a finished row is worth: results, the last epoch's means, and the curve over updates."""
+    root = ROOT / RUNS / f"{name}-{seed}"
+    config = read_json(root / "config.json")
+    found = {key: results.load(root / "results", key) or {} for key in ("clean", "paper", "sound")}
+    metrics = [m for m in Workdir(root).records() if m["stage"] == "2_train"]
+    x, y = data.load(DataSettings.of(config["data"]).name, "test")
+    return {
+        "settings": ROWS[name], "seed": seed, "updates": metrics[-1]["step"],
+        "clean": found["clean"]["clean"],
+        **{key: found[key]["robust"] for key in ("paper", "sound")},
+        **{f"{key}_interval": intervals.wilson(round(found[key]["robust"] * ATTACKED), ATTACKED)
+           for key in ("paper", "sound")},
+        "n": ATTACKED, "protocols": [found[key]["protocol"] for key in ("paper", "sound")],
+        "tightness": tightness(loading.load(root), x[:1000], y[:1000]),
+        "curve": [{key: m[key] for key in CURVE if key in m} for m in metrics],
+        "config_sha": provenance.sha(config), "versions": provenance.versions(),
+        "commit": read_json(root / "2_train" / "done.json")["commit"],
+    }  # fmt: skip
+
+
+def table() -> str:
+    """Markdown of what is there."""
+    lines = ["| row | seed | updates | clean | paper's protocol | sound | Magnet, open hinges | variance |",
+             "|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    for name in ROWS:
+        for path in sorted((ROOT / RESULTS).glob(f"{name}-[0-9].json")):
+            row = read_json(path)
+            last = row["curve"][-1]
+            lines.append(
+                f"| {name} | {row['seed']} | {row['updates']} | {100 * row['clean']:.1f} "
+                f"| {100 * row['paper']:.1f} | {100 * row['sound']:.1f} "
+                f"| {last['magnet']:.2f}, {100 * last['hinge_active']:.0f} % | {last['variance']:.2g} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="rows, comma-separated; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there")
+    args = parser.parse_args()
+    if args.table:
+        print(table())
+        return 0
+    names = args.only.split(",") if args.only else [*ROWS]
+    if unknown := set(names) - set(ROWS):
+        print(f"error: --only: unknown {sorted(unknown)[0]!r}; known: {', '.join(ROWS)}", file=sys.stderr)
+        return 2
+    for name in names:
+        target = ROOT / RESULTS / f"{name}-{args.seed}.json"
+        commands = [warm_command(warm(name), args.seed), command(name, args.seed)]
+        if name in _FIRST:
+            commands.insert(1, command(_FIRST[name], args.seed))
+        if args.list:
+            print(*("python " + " ".join(words) for words in commands), sep="\n")
+            continue
+        if target.exists():
+            continue
+        for line in commands:
+            print("python", *line, flush=True)
+            if code := child.run(line):
+                return code
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, measured(name, args.seed))
+        print(table(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
