@@ -2,7 +2,7 @@
 
     python benchmarks/strength.py [--n=200] [--first=5000] [--row=cifar10/trades-0] [--save]
 
-Needs the row's data set, prepared. Every attack with 100 steps, on the same test images at 8/255:
+Needs the prepared data set of the row. Every attack with 100 steps, on the same test images at 8/255:
 robust accuracy, the images that only it broke, and the gradients that no schedule could leave out. Then
 adaptive restarts of PMA, and minimum norms (of which those within 8/255 count as broken).
 """

@@ -170,6 +170,9 @@ def _source(app, docname, source):
 
 
 def setup(app):
+    from pygments.lexers.special import TextLexer
+
+    app.add_lexer("mermaid", TextLexer)  # GitHub draws these; here they are shown as they are
     app.connect("builder-inited", _tutorials)
     app.connect("source-read", _source)
     app.connect("autodoc-process-signature", _signature)

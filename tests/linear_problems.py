@@ -163,10 +163,10 @@ class Problem(Stage):
             seen = []
             objective = self.trainer.method.objective
 
-            def spy(net, variables, batch, x_adv, clusters, settings):
-                # Free AT differentiates by its x_adv, so that is a tracer
-                seen.append((batch, None if self.trainer.replays > 1 else x_adv))
-                return objective(net, variables, batch, x_adv, clusters, settings)
+            def spy(net, variables, batch, adversarial, clusters, settings):
+                # Free AT differentiates by its images, so these are tracers
+                seen.append((batch, None if self.trainer.replays > 1 else adversarial.images))
+                return objective(net, variables, batch, adversarial, clusters, settings)
 
             method = dataclasses.replace(self.trainer.method, objective=spy)
             trainer = dataclasses.replace(self.trainer, method=method)

@@ -15,6 +15,7 @@ from clustr_jax import data, models
 from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
 from clustr_jax.storage import loading
 from clustr_jax.training import refit, train, train_state, trainers
+from clustr_jax.training.adversaries import Adversarial
 from clustr_jax.training.objectives import METHODS
 from linear_problems import Stage
 
@@ -78,11 +79,10 @@ def spy(p):
     """`p`, and a compiled step of it whose metrics hold what its objective saw."""
     objective = p.trainer.method.objective
 
-    def record(net, variables, batch, x_adv, clusters, settings):
-        if callable(x_adv):  # made from the objective's own clean pass
-            x_adv, _ = x_adv()
-        loss, aux = objective(net, variables, batch, x_adv, clusters, settings)
-        return loss, aux.replace(metrics={**aux.metrics, "batch": batch, "x_adv": x_adv})
+    def record(net, variables, batch, adversarial, clusters, settings):
+        adversarial = Adversarial(adversarial.alone())
+        loss, aux = objective(net, variables, batch, adversarial, clusters, settings)
+        return loss, aux.replace(metrics={**aux.metrics, "batch": batch, "x_adv": adversarial.images})
 
     method = dataclasses.replace(p.trainer.method, objective=record)
     p = dataclasses.replace(p, trainer=dataclasses.replace(p.trainer, method=method))

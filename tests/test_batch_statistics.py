@@ -18,6 +18,7 @@ from clustr_jax.settings import Settings, TrainingSettings
 from clustr_jax.stages import training
 from clustr_jax.storage import loading
 from clustr_jax.training import objectives, refit, train
+from clustr_jax.training.adversaries import Adversarial
 from clustr_jax.training.objectives import METHODS, Batch
 from linear_problems import (
     FLOAT32,
@@ -45,7 +46,7 @@ def test_which_passes_update_the_running_statistics(method, rng):
     objective = jax.jit(
         functools.partial(METHODS[method].objective, net, settings=TrainingSettings.of(get_config(method)))
     )
-    _, aux = objective(variables, batch, jnp.asarray(x[1]) if given else None, clusters)
+    _, aux = objective(variables, batch, Adversarial(jnp.asarray(x[1]) if given else None), clusters)
     both = METHODS[method].objective is not objectives.nominal
     seen = (x if both else x[1:]) if given else x[:1]
     mean, variance = naive.running(variables["batch_stats"].values(), seen)
@@ -77,7 +78,8 @@ def test_the_authors_order_is_clean_attack_adversarial(method, bn, rng):
 
     @jax.jit
     def parts(state, key):
-        batch, _, made, _ = train.prepare(p.trainer, state, p.train_set, p.order, key)
+        batch, _, adversarial, _ = train.prepare(p.trainer, state, p.train_set, p.order, key)
+        made = adversarial.make
         *shared, attack_key, settings, strength = made.args
         none = dataclasses.replace(settings.train.attack, steps=0)
         none = dataclasses.replace(settings, train=dataclasses.replace(settings.train, attack=none))

@@ -18,6 +18,7 @@ from clustr_jax import models
 from clustr_jax.clusters import Clusters
 from clustr_jax.settings import TrainingSettings
 from clustr_jax.training import objectives
+from clustr_jax.training.adversaries import Adversarial
 from clustr_jax.training.objectives import METHODS, Batch
 from linear_problems import (
     FLOAT32,
@@ -192,7 +193,7 @@ class Golden:
             def loss(params, x_adv):
                 variables = {"params": params, "batch_stats": {}}
                 return self.method.objective(
-                    self.net, variables, batch, x_adv, clusters, TrainingSettings.of(self.config)
+                    self.net, variables, batch, Adversarial(x_adv), clusters, TrainingSettings.of(self.config)
                 )
 
             x_adv = None if self.x_adv is None else put(self.x_adv)

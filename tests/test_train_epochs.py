@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clustr_jax.training import objectives, train, train_state
+from clustr_jax.training import adversaries, objectives, train, train_state
 from runs import assert_same_arrays
 from small_training import STEPS, assert_close, ids_of, problem, spy
 
@@ -73,7 +73,7 @@ def test_epoch_order_is_a_permutation(size, key):
 def test_a_shared_clean_pass_changes_nothing(method, attack_bn, rng):
     """The adversary that starts from the objective's clean outputs is the one that makes its own."""
     p = problem(method, rng, **{"train.attack_bn": attack_bn, "train.lr": 0.1})
-    assert objectives.shares_clean(p.trainer.method, p.trainer.settings) == (attack_bn == "batch")
+    assert adversaries.shares_clean(p.trainer.method, p.trainer.settings) == (attack_bn == "batch")
     own, step = spy(p)
     expected = step(own.state)[0].params
     after = jax.jit(p.step)(p.state)[0].params
@@ -109,7 +109,7 @@ def test_a_step_has_separate_streams_of_randomness(rng, monkeypatch):
         note(key)
         return batch.x, {}
 
-    def objective(net, variables, batch, x_adv, clusters, settings):
+    def objective(net, variables, batch, adversarial, clusters, settings):
         aux = objectives.Aux({}, jnp.zeros(len(batch.y)), {})
         return sum(jnp.sum(w) for w in jax.tree.leaves(variables["params"])), aux
 

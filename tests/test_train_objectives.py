@@ -9,6 +9,7 @@ import pytest
 
 import reference
 from clustr_jax.training import objectives, refit, train
+from clustr_jax.training.adversaries import Adversarial
 from clustr_jax.training.objectives import METHODS, Batch
 from small_training import numpy_mlp, problem
 
@@ -71,9 +72,10 @@ def test_clustr_qtrades_by_the_formula(rng):
     @jax.value_and_grad
     def objective(params):
         variables = {"params": params, "batch_stats": {}}
-        return METHODS["clustr_qtrades"].objective(p.trainer.net, variables, batch, x_adv, clusters, config)[
-            0
-        ]
+        adversarial = Adversarial(jnp.asarray(x_adv))
+        return METHODS["clustr_qtrades"].objective(
+            p.trainer.net, variables, batch, adversarial, clusters, config
+        )[0]
 
     flat, unravel = _ravel(jax.tree.map(np.float64, p.state.params))
     head = functools.partial(

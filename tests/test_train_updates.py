@@ -11,6 +11,7 @@ import reference
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import Recipe, TrainingSettings
 from clustr_jax.training import refit, train, trainers
+from clustr_jax.training.adversaries import Adversarial
 from clustr_jax.training.objectives import METHODS
 from small_training import get_config, problem, spy, squares
 
@@ -29,7 +30,12 @@ def test_a_step_is_the_optimiser_on_the_gradient_of_the_objective(nesterov, fact
     def objective(params):
         variables = {"params": params, "batch_stats": {}}
         return METHODS["pgd_at"].objective(
-            p.trainer.net, variables, metrics["batch"], metrics["x_adv"], None, p.trainer.settings
+            p.trainer.net,
+            variables,
+            metrics["batch"],
+            Adversarial(metrics["x_adv"]),
+            None,
+            p.trainer.settings,
         )[0]
 
     value, gradient = objective(p.state.params)

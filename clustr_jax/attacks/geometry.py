@@ -74,6 +74,17 @@ def random_start(keys, x, eps, start, norm):
     return x + jax.vmap(lambda key: draw(key, x.shape[1:]))(keys)
 
 
+def start_in_ball(keys, x, *, eps, start, norm, bounds, clip=True):
+    """Where PGD begins: `random_start`, projected unless `clip` is False (then it may leave the box)."""
+    x_adv = random_start(keys, x, eps, start, norm)
+    return project(x_adv, x, eps, norm, bounds) if clip else x_adv
+
+
+def projected_step(x_adv, gradient, x, *, eps, step_size, norm, bounds):
+    """PGD's step (Madry et al. 2018): along the steepest ascent, then back into ball and box."""
+    return project(ascend(x_adv, gradient, step_size, norm), x, eps, norm, bounds)
+
+
 def on_sphere(keys, x, norm):
     """[B, ...] of length 1: a uniform draw by its largest entry (linf), or a Gaussian by its norm (l2)."""
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from clustr_jax import losses
 from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.gate import admit
-from clustr_jax.attacks.geometry import ascend, project, random_start
+from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
 from clustr_jax.attacks.input_checks import check_found, check_logits, check_shape, concrete
 from clustr_jax.attacks.models import as_partial as as_partial
 from clustr_jax.attacks.options import check_radius, norm_of, whole
@@ -236,7 +236,7 @@ def pgd_restart(
     """
     stops = y.ndim == 1 and select != "last"
     keys = jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r))(ids, restarts)
-    over = (slice(None), *(None,) * (x.ndim - 1))  # [B] -> [B, 1, ...]
+    ball = {"eps": eps, "norm": norm, "bounds": bounds}
 
     def evaluate(x_adv):
         logits = logits_of(logits_fn(x_adv))
@@ -251,9 +251,9 @@ def pgd_restart(
         One whose logits are NaN is no success: its image ends as NaN, for `check_found` to see.
         """
         best_x, best_loss, done = best
-        x_adv = jnp.where(jnp.isnan(loss)[over], jnp.nan, x_adv)
+        x_adv = jnp.where(over(jnp.isnan(loss), x), jnp.nan, x_adv)
         better = ~done & (fooled | (loss > best_loss)) if select == "success" else ~done
-        best_x = jnp.where(better[over], x_adv, best_x)
+        best_x = jnp.where(over(better, x), x_adv, best_x)
         return best_x, jnp.where(better, loss, best_loss), done | fooled
 
     def unfinished(carry):
@@ -264,14 +264,12 @@ def pgd_restart(
         i, x_adv, best = carry
         gradient, (loss, fooled) = jax.grad(evaluate, has_aux=True)(x_adv)
         best = keep(best, x_adv, loss, fooled)
-        return i + 1, jnp.where(best[2][over], x_adv, move(x_adv, gradient)), best
+        return i + 1, jnp.where(over(best[2], x), x_adv, move(x_adv, gradient)), best
 
     def move(x_adv, gradient):
-        return project(ascend(x_adv, gradient, step_size, norm), x, eps, norm, bounds)
+        return projected_step(x_adv, gradient, x, step_size=step_size, **ball)
 
-    x_adv = random_start(keys, x, eps, start, norm)
-    if clip_start:
-        x_adv = project(x_adv, x, eps, norm, bounds)
+    x_adv = start_in_ball(keys, x, start=start, clip=clip_start, **ball)
     if not stops:
         x_adv = lax.fori_loop(0, steps, lambda _, z: move(z, jax.grad(evaluate, has_aux=True)(z)[0]), x_adv)
         _, (loss, fooled) = evaluate(x_adv)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from clustr_jax.attacks.attack_losses import label_odds, probability_margin, rival_odds
 from clustr_jax.attacks.calls import SLOTS, attack_alone, common_of
-from clustr_jax.attacks.geometry import ascend, over, project, random_start
+from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
 from clustr_jax.attacks.options import whole
 from clustr_jax.attacks.scheduled_attack import Attack, climb
 from clustr_jax.attacks.scheduled_pgd import PGDState
@@ -32,8 +32,7 @@ class PMA(Attack):
 
     def init(self, work):
         """A uniform point of the ball."""
-        x = random_start(work.keys, work.x, self.eps, "uniform", self.norm)
-        x = project(x, work.x, self.eps, self.norm, self.bounds)
+        x = start_in_ball(work.keys, work.x, start="uniform", **self.ball)
         return PGDState(x, jnp.zeros(work.y.shape, bool))
 
     def update(self, model, work, state, step):
@@ -49,8 +48,8 @@ class PMA(Attack):
 
         x = state.candidate
         gradient, _, fooled = climb(model, loss, work, x)
-        moved = ascend(x, gradient, over(self.step_size(step), x), self.norm)
-        moved = project(moved, work.x, self.eps, self.norm, self.bounds)
+        step_size = over(self.step_size(step), x)
+        moved = projected_step(x, gradient, work.x, step_size=step_size, **self.ball)
         return PGDState(jnp.where(over(fooled, x), x, moved), fooled)
 
     @property

@@ -49,6 +49,11 @@ class Attack(struct.PyTreeNode):
     forwards = 0  # passes beside them
     images = False  # takes [B, H, W, C] only
 
+    @property
+    def ball(self) -> dict[str, Any]:
+        """What `geometry` projects into: eps, norm, bounds."""
+        return {"eps": self.eps, "norm": self.norm, "bounds": self.bounds}
+
     def init(self, work: Work) -> Any:
         """The state before the first update; looks at no network."""
         raise NotImplementedError

@@ -5,7 +5,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from clustr_jax.attacks.attack_losses import AttackLoss
-from clustr_jax.attacks.geometry import ascend, over, project, random_start
+from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
 from clustr_jax.attacks.scheduled_attack import Attack, climb
 from clustr_jax.runtime import struct
 
@@ -33,9 +33,7 @@ class PGD(Attack):
 
     def init(self, work):
         """A random point of the ball."""
-        x_adv = random_start(work.keys, work.x, self.eps, self.start, self.norm)
-        if self.clip_start:
-            x_adv = project(x_adv, work.x, self.eps, self.norm, self.bounds)
+        x_adv = start_in_ball(work.keys, work.x, start=self.start, clip=self.clip_start, **self.ball)
         return PGDState(x_adv, jnp.zeros(work.y.shape, bool))
 
     def update(self, model, work, state, step):
@@ -49,6 +47,5 @@ class PGD(Attack):
 
         x = state.candidate
         gradient, _, fooled = climb(model, loss, work, x)
-        moved = ascend(x, gradient, self.step_size, self.norm)
-        moved = project(moved, work.x, self.eps, self.norm, self.bounds)
+        moved = projected_step(x, gradient, work.x, step_size=self.step_size, **self.ball)
         return PGDState(jnp.where(over(fooled, x), x, moved), fooled)

@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 
 from clustr_jax import losses
 from clustr_jax.attacks import attack_losses, scheduler
-from clustr_jax.attacks.geometry import ascend, l2_norm, project, random_start
+from clustr_jax.attacks.geometry import l2_norm, projected_step, start_in_ball
 from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.pgd import as_partial, pgd
 from clustr_jax.attacks.scheduled_pgd import PGD
@@ -20,15 +20,6 @@ from clustr_jax.evaluation.sound_protocol import attack_on
 from clustr_jax.runtime import canary
 from clustr_jax.settings import EvalSettings
 from clustr_jax.storage import loading
-
-PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
-# Test images that the checks look at themselves; the rest is read off the sound result.
-IMAGES, FEW = 256, 32
-# Points of accuracy by which a stronger or a blind attack may differ: half a point, or one image.
-POINTS = 0.005
-_DRAWS = 50
-_SLOPE = 0.01  # relative error of a derivative in float64, where differences of 1e-6 are good to about 1e-8
-_SCALES = (1e-3, 1e-2, 1e-1, 1e1, 1e2, 1e3)
 
 PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
 # Test images that the checks look at themselves; the rest is read off the sound result.
@@ -205,7 +196,8 @@ def _scaled(scale, clf, x):
 def _path(key, model, loss, x, y, ids, eps, step_size, steps, bounds):
     """Along PGD without stopping: [steps] shares of useless gradients, and [steps] mean losses."""
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), 0))(ids)
-    z = project(random_start(keys, x, eps, "uniform", "linf"), x, eps, "linf", bounds)
+    ball = {"eps": eps, "norm": "linf", "bounds": bounds}
+    z = start_in_ball(keys, x, start="uniform", **ball)
 
     def step(z, _):
         def total(z):
@@ -215,10 +207,8 @@ def _path(key, model, loss, x, y, ids, eps, step_size, steps, bounds):
         gradient, value = jax.grad(total, has_aux=True)(z)
         size = jnp.max(jnp.abs(gradient), axis=tuple(range(1, z.ndim)))
         useless = jnp.mean(~(jnp.isfinite(size) & (size > 0)))
-        return project(ascend(z, gradient, step_size, "linf"), x, eps, "linf", bounds), (
-            useless,
-            jnp.mean(value),
-        )
+        moved = projected_step(z, gradient, x, step_size=step_size, **ball)
+        return moved, (useless, jnp.mean(value))
 
     return jax.lax.scan(step, z, None, length=steps)[1]
 

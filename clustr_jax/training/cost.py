@@ -1,7 +1,8 @@
 """How many passes through the network a method's step makes, by its definition."""
 
 from clustr_jax.settings import Recipe, TrainingSettings
-from clustr_jax.training.objectives import METHODS, shares_clean, towards_clean
+from clustr_jax.training.adversaries import shares_clean, towards_clean
+from clustr_jax.training.objectives import METHODS
 
 
 def passes(method: str, settings: TrainingSettings, recipe: Recipe) -> dict[str, int]:

@@ -105,13 +105,13 @@ def term_gradients(trainer: Trainer, state, train_set, order, key) -> dict[str, 
 
 @jax.jit(static_argnums=0)
 def _term_gradients(trainer, state, train_set, order, key):
-    batch, _, x_adv, stats = train.prepare(trainer, state, train_set, order, key)
+    batch, _, adversarial, stats = train.prepare(trainer, state, train_set, order, key)
     clusters = state.clusters if trainer.method.head == "clusters" else None
 
     def gradient(settings):
         def loss(params):
             variables = {"params": params, "batch_stats": stats}
-            return trainer.method.objective(trainer.net, variables, batch, x_adv, clusters, settings)[0]
+            return trainer.method.objective(trainer.net, variables, batch, adversarial, clusters, settings)[0]
 
         return mesh.average(jax.grad(loss)(state.params))
 

@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Int
 from clustr_jax.clusters import Clusters
 from clustr_jax.runtime import mesh, streams
 from clustr_jax.training import sampling, train_state
-from clustr_jax.training.objectives import Batch, shares_clean
+from clustr_jax.training.adversaries import Adversarial, shares_clean
+from clustr_jax.training.objectives import Batch
 from clustr_jax.training.train_state import TrainSet, TrainState
 from clustr_jax.training.trainers import Trainer, optimizer, per_class, rows, strength
 
@@ -97,17 +98,14 @@ def _head_clusters(trainer, state):
 
 
 def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key):
-    """What a step differentiates at: (batch, ids [B], x_adv or None, batch statistics after the attack).
-
-    x_adv can be a function of the clean outputs (`objectives.shares_clean`).
-    """
+    """What a step differentiates at: (batch, ids [B], `Adversarial`, batch statistics after the attack)."""
     stage_key, key = key, jax.random.fold_in(key, streams.Training.STEPS)
     draw_key, attack_key = jax.random.split(jax.random.fold_in(key, state.step // trainer.replays))
     flips = None
     if train_set.augment == train_state.ALTERNATE and not trainer.magnet:  # whose batches have no epochs
         flips = functools.partial(alternating_flips, stage_key, state.step // trainer.steps_per_epoch)
     batch, ids = draw_batch(trainer, state, train_set, order, draw_key, flips)
-    x_adv, stats = None, state.batch_stats
+    adversarial, stats = Adversarial(), state.batch_stats
     if trainer.method.adversary is not None:
         adversary = functools.partial(
             trainer.method.adversary, trainer.net, state.variables, batch, _head_clusters(trainer, state),
@@ -115,10 +113,11 @@ def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
         )  # fmt: skip
         # adversarial weights need the same images at two places
         if shares_clean(trainer.method, trainer.settings) and not trainer.recipe.awp:
-            x_adv = adversary
+            adversarial = Adversarial(make=adversary)
         else:
-            x_adv, stats = adversary()
-    return batch, ids, x_adv, stats
+            images, stats = adversary()
+            adversarial = Adversarial(images)
+    return batch, ids, adversarial, stats
 
 
 def _carried(trainer, state, batch):
@@ -134,10 +133,10 @@ def _carried(trainer, state, batch):
 @jax.jit(static_argnums=0)
 def seen(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key):
     """What the next step would work on: (batch, ids [B], perturbed images or None)."""
-    batch, ids, x_adv, _ = prepare(trainer, state, train_set, order, key)
+    batch, ids, adversarial, _ = prepare(trainer, state, train_set, order, key)
     if trainer.replays > 1:
-        x_adv = _carried(trainer, state, batch)[0]
-    return batch, ids, x_adv()[0] if isinstance(x_adv, functools.partial) else x_adv
+        adversarial = Adversarial(_carried(trainer, state, batch)[0])
+    return batch, ids, adversarial.alone()
 
 
 def train_step(
@@ -149,29 +148,29 @@ def train_step(
     """
     settings, recipe, before = trainer.settings, trainer.recipe, state
     clusters = _head_clusters(trainer, state)
-    batch, ids, x_adv, stats = prepare(trainer, state, train_set, order, key)
+    batch, ids, adversarial, stats = prepare(trainer, state, train_set, order, key)
 
-    def loss_fn(params, x_adv):
+    def loss_fn(params, adversarial):
         variables = {"params": params, "batch_stats": stats}
-        return trainer.method.objective(trainer.net, variables, batch, x_adv, clusters, settings)
+        return trainer.method.objective(trainer.net, variables, batch, adversarial, clusters, settings)
 
     if trainer.replays > 1:
         # Free AT (Shafahi et al. 2019): one backward pass moves the weights and the perturbation
         assert state.delta is not None  # `create` makes it
-        x_adv, inside, eps, step_size = _carried(trainer, state, batch)
+        moved, inside, eps, step_size = _carried(trainer, state, batch)
         (loss, aux), (gradients, ascent) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
-            state.params, x_adv
+            state.params, Adversarial(moved)
         )
         # The perturbation itself is not cut to the box, for the next images are others; what the box cuts
         # off has no gradient. On a mesh `ascent` is a multiple of the gradient; only its signs count.
-        sign = jnp.where(inside, jnp.sign(ascent), 0.0)
+        sign = jnp.where(inside, jnp.sign(ascent.images), 0.0)
         state = state.replace(delta=jnp.clip(state.delta + step_size * sign, -eps, eps))
     else:
         params = state.params
         if recipe.awp:
-            uphill = mesh.average(jax.grad(loss_fn, has_aux=True)(params, x_adv)[0])
+            uphill = mesh.average(jax.grad(loss_fn, has_aux=True)(params, adversarial)[0])
             params = worst_weights(uphill, params, recipe.awp)
-        (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, x_adv)
+        (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, adversarial)
 
     gradients = mesh.average(gradients)
     transform, rate = optimizer(recipe, trainer.steps_per_epoch)

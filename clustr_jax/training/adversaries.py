@@ -1,0 +1,127 @@
+"""The inner adversaries of training, and what an objective sees of them.
+
+An adversary maps (net, variables, batch, clusters, key, settings, strength) to (images [B, ...], batch
+statistics), and carries no gradient. `strength` in (0, 1] scales the radius and the step (train.eps_ramp).
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from clustr_jax import losses
+from clustr_jax.attacks import pgd
+from clustr_jax.runtime import mesh, struct
+from clustr_jax.settings import TrainingSettings
+from clustr_jax.training.heads import head_logits, head_probs
+
+
+class Adversarial(struct.PyTreeNode):
+    """The adversarial images of a batch, as an objective is given them: made, to be made, or none.
+
+    `images` [B, ...]: made already. `make`: where the adversary starts from the clean forward pass, which the
+    objective makes anyway (`shares_clean`), it is called from within it. Neither: there is no adversary.
+    """
+
+    images: Float[Array, "B ..."] | None = None
+    make: Callable | None = struct.field(pytree_node=False, default=None)
+
+    def after(self, outputs, statistics: dict) -> tuple[Float[Array, "B ..."], dict]:
+        """(images, batch statistics to go on with), given the clean pass: its outputs and its statistics."""
+        if self.make is not None:
+            outputs, statistics = jax.lax.stop_gradient((outputs, statistics))
+            return self.make(outputs=outputs, statistics=statistics)
+        assert self.images is not None  # the method has an adversary
+        return self.images, statistics
+
+    def alone(self) -> Float[Array, "B ..."] | None:
+        """The images without an objective, from a clean pass of their own; None without an adversary."""
+        return self.images if self.make is None else self.make()[0]
+
+
+def towards_labels(net, variables, batch, clusters, key, settings, strength=1.0):
+    """PGD on the cross entropy to the labels (Madry et al. 2018; one step: Wong et al. 2020)."""
+    what = head_logits, batch.y, losses.cross_entropy
+    return _adversary(net, variables, batch, clusters, key, settings, strength, *what)
+
+
+def towards_clean(
+    net, variables, batch, clusters, key, settings, strength=1.0, outputs=None, statistics=None
+):
+    """Steps on the divergence from the clean prediction (TRADES; one step: QTRADES, Eq. 5).
+
+    The authors step on the term that they train with: with train.consistency=mse and a cluster head that is
+    the distance of the embeddings, in QTRADES with fidelity.kl=probs their kl_div. `outputs` and
+    `statistics`: those of the clean images and the running ones after them, where they are known
+    (`shares_clean`).
+    """
+    if settings.train.attack_bn == "eval":
+        outputs = net.eval(variables, batch.x)
+    elif outputs is None:
+        outputs = net.train(variables, batch.x)[0]
+    if clusters is not None and settings.train.consistency == "mse":
+        what = embeddings_of, outputs.embeddings, mean_square
+    else:
+        authors = settings.method == "qtrades" and settings.switches.kl == "probs"
+        target = head_probs(outputs, clusters, settings)
+        what = head_logits, target, authors_kl if authors else losses.cross_entropy
+    return _adversary(net, variables, batch, clusters, key, settings, strength, *what, statistics)
+
+
+def embeddings_of(outputs, clusters, settings):
+    return outputs.embeddings
+
+
+def mean_square(a, b):
+    return jnp.mean(jnp.square(a - b), axis=1)
+
+
+def _adversary(
+    net, variables, batch, clusters, key, settings, strength, of_outputs, target, loss_fn, statistics=None
+):
+    """PGD on loss_fn(of_outputs(outputs, clusters, settings), target); KL has cross entropy's gradient."""
+
+    def attacked(variables, clusters, x):
+        outputs = net.eval(variables, x) if settings.train.attack_bn == "eval" else net.train(variables, x)[0]
+        return of_outputs(outputs, clusters, settings)
+
+    frozen = jax.lax.stop_gradient((variables, clusters))
+    attack = functools.partial(
+        pgd,
+        key,
+        Partial(attacked, *frozen),
+        batch.x,
+        jax.lax.stop_gradient(target),
+        ids=mesh.numbers(len(batch.x)),
+        eps=settings.train.attack.eps * strength,
+        step_size=settings.train.attack.step_size * strength,
+        start=settings.train.attack.start,
+        bounds=settings.bounds,
+        select="last",
+        loss_fn=loss_fn,
+    )
+    x_adv = attack(steps=settings.train.attack.steps)
+    stats = variables["batch_stats"] if statistics is None else statistics
+    if settings.switches.attack_statistics == "update":  # as one forward pass of the attack would
+        stats = net.train({**variables, "batch_stats": stats}, attack(steps=0))[1]
+    return jax.lax.stop_gradient(x_adv), jax.lax.stop_gradient(stats)
+
+
+def shares_clean(method, settings: TrainingSettings) -> bool:
+    """Whether the adversary's target is the clean forward pass that the objective makes anyway.
+
+    The adversary then runs inside the objective, from those outputs: on a mesh the compiler does not see
+    that two passes with batch statistics are the same one. It does so too where its forward pass updates the
+    running statistics, for the authors' order is clean, attack, adversarial.
+    """
+    updates = settings.switches.attack_statistics == "update"
+    return method.adversary is towards_clean and (updates or settings.train.attack_bn != "eval")
+
+
+def authors_kl(logits, probs):
+    """F.kl_div given probabilities for log probabilities, element mean (docs/fidelity.md, kl)."""
+    per_class = jnp.sum(probs * jax.nn.softmax(logits), axis=1)
+    return (losses.negative_entropy(probs) - per_class) / probs.shape[1]
