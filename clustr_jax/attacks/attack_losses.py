@@ -90,7 +90,7 @@ def dlr_targeted(outputs: Outputs, y: Int[Array, "B"], target: Int[Array, "B"]) 
     return difference / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-def label_odds(outputs: Outputs, y: Int[Array, "B"], target: Int[Array, "B"]) -> Float[Array, "B"]:
+def label_odds(outputs: Outputs, y: Int[Array, "B"], target: Int[Array, "B"] | None) -> Float[Array, "B"]:
     """log (1 - p_y) / p_y, p = softmax(logits): up as p_y falls.
 
     The gradient has the direction of cross entropy's, which is 0 in float32 where p_y rounds to 1.
@@ -99,7 +99,7 @@ def label_odds(outputs: Outputs, y: Int[Array, "B"], target: Int[Array, "B"]) ->
     return jax.nn.logsumexp(_without(logits, y), axis=1) - _at(logits, y)
 
 
-def rival_odds(outputs: Outputs, y: Int[Array, "B"], target: Int[Array, "B"]) -> Float[Array, "B"]:
+def rival_odds(outputs: Outputs, y: Int[Array, "B"], target: Int[Array, "B"] | None) -> Float[Array, "B"]:
     """log p_c / (1 - p_c) of the likeliest class c other than y: up with p_c."""
     logits = _in_float32(outputs)
     rival = jnp.argmax(_without(logits, y), axis=1)
@@ -146,7 +146,7 @@ def feature(view: View, y: Int[Array, "B"], target: Int[Array, "B"]) -> Float[Ar
     return _cluster(view, target)
 
 
-def magnet(view: View, y: Int[Array, "B"], target: Int[Array, "B"]) -> Float[Array, "B"]:
+def magnet(view: View, y: Int[Array, "B"], target: Int[Array, "B"] | None) -> Float[Array, "B"]:
     """The Magnet loss (Eq. 3) about the fixed centroids, without its hinge and its margin alpha."""
     exponents = _clustered(view)
     others = jnp.arange(exponents.shape[1])[None, :] != y[:, None]
@@ -165,7 +165,7 @@ def magnet_hinged(alpha: float) -> Callable:
     return loss
 
 
-def away(view: View, y: Int[Array, "B"], target: Int[Array, "B"]) -> Float[Array, "B"]:
+def away(view: View, y: Int[Array, "B"], target: Int[Array, "B"] | None) -> Float[Array, "B"]:
     """|f - mu_y|^2 / 2 sigma^2 of the nearest own cluster: what cross entropy on exp scores climbs."""
     return -jnp.max(_own(view, y), axis=1)
 

@@ -180,7 +180,7 @@ def run(
         )
         after = outcome.copied()
         after.evaluations += state.step.shape[0] // devices * int(np.sum(iterations))
-        _take(attack, model, ended, after, best, x, y, slots, first, collect)
+        _take(attack, model, ended, after, best, x, y, slots=slots, first=first, collect=collect)
         after.flight, flying = state, _flying(state, flying.shape)
         outcome.become(after)
         if report is not None:
@@ -254,7 +254,7 @@ def _shrink(attack, state, small, devices):
     return jax.tree.map(lambda a: a[kept.reshape(-1)], state)
 
 
-def _take(attack, model, ended, outcome, best, x, y, slots, first, collect):
+def _take(attack, model, ended, outcome, best, x, y, *, slots, first, collect):
     """Verify what ended, note it, and hand it on. The images are noted in place: none but verified ones."""
     counts = np.asarray(ended.count)
     room, count = len(ended.example) // len(counts), int(np.sum(counts))

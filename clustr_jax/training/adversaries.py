@@ -56,8 +56,8 @@ def towards_labels(
     strength: ArrayLike = 1.0,
 ):
     """PGD on the cross entropy to the labels (Madry et al. 2018; one step: Wong et al. 2020)."""
-    what = head_logits, batch.y, losses.cross_entropy
-    return _adversary(net, variables, batch, clusters, key, settings, strength, *what)
+    what = {"of_outputs": head_logits, "target": batch.y, "loss_fn": losses.cross_entropy}
+    return _adversary(net, variables, batch, clusters, key, settings, strength, **what)
 
 
 def towards_clean(
@@ -83,24 +83,38 @@ def towards_clean(
     elif outputs is None:
         outputs = net.train(variables, batch.x)[0]
     if clusters is not None and settings.train.consistency == "mse":
-        what = embeddings_of, outputs.embeddings, mean_square
+        of_outputs, target, loss_fn = embeddings_of, outputs.embeddings, mean_square
     else:
         authors = settings.method == "qtrades" and settings.switches.kl == "probs"
         target = head_probs(outputs, clusters, settings)
-        what = head_logits, target, authors_kl if authors else losses.cross_entropy
-    return _adversary(net, variables, batch, clusters, key, settings, strength, *what, statistics)
+        of_outputs, loss_fn = head_logits, authors_kl if authors else losses.cross_entropy
+    return _adversary(
+        net,
+        variables,
+        batch,
+        clusters,
+        key,
+        settings,
+        strength,
+        of_outputs=of_outputs,
+        target=target,
+        loss_fn=loss_fn,
+        statistics=statistics,
+    )
 
 
-def embeddings_of(outputs, clusters, settings):
+def embeddings_of(outputs: Outputs, clusters, settings):
+    """What `_adversary` moves where it is not the logits."""
     return outputs.embeddings
 
 
-def mean_square(a, b):
+def mean_square(a: Float[Array, "B E"], b: Float[Array, "B E"]) -> Float[Array, "B"]:
+    """|a - b|^2 / E of each example."""
     return jnp.mean(jnp.square(a - b), axis=1)
 
 
 def _adversary(
-    net, variables, batch, clusters, key, settings, strength, of_outputs, target, loss_fn, statistics=None
+    net, variables, batch, clusters, key, settings, strength, *, of_outputs, target, loss_fn, statistics=None
 ):
     """PGD on loss_fn(of_outputs(outputs, clusters, settings), target); KL has cross entropy's gradient."""
 
