@@ -8,6 +8,7 @@ import tomllib
 
 import pytest
 
+from clustr_jax.command import COMMANDS
 from clustr_jax.runtime.extras import EXTRAS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -147,7 +148,7 @@ def test_the_console_command():
     assert console("train", "--list")[1].startswith("configs")
     code, _, stderr = console("trian")
     assert code == 2 and stderr == (
-        "error: unknown command 'trian'; known: train, judge, verify, report, quirks, prepare, fidelity\n"
+        f"error: unknown command 'trian' (did you mean train?); known: {', '.join(COMMANDS)}\n"
     )
     for name in ("train", "report", "quirks"):
         code, _, stderr = console(name, "x", blocked=("flax", "ml_collections", "jinja2"))
