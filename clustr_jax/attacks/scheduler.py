@@ -190,7 +190,8 @@ def run(
 def _queues(pending, devices: int, length: int):
     """(example, restart, whether there is one) of the next pairs, `length` for each device.
 
-    All restarts of an example are one device's; restart by restart: the first one of all examples first.
+    All restarts of an example go to one device. First come the first restarts of all examples, then the
+    second ones, and so on.
     """
     examples, restarts, waiting = [], [], []
     for d in range(devices):

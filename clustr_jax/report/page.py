@@ -42,7 +42,7 @@ class Looks:
     parameters: int | None = None
     sizes: tuple[int, int, int] | None = None  # train, held out, test
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)  # "embeddings" or "gallery" -> why not
-    failures: dict[str, str] = dataclasses.field(default_factory=dict)  # those of them that are our fault
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)  # of these, errors of this package
 
 
 @dataclasses.dataclass(frozen=True)

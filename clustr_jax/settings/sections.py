@@ -147,7 +147,7 @@ class MagnetSettings(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Switches(Section):
-    """`config.fidelity`, spelled out: ours or the authors', as reference.switches says."""
+    """`config.fidelity`, spelled out: this package's values or the authors', as reference.switches says."""
 
     scores: str
     hinge: str

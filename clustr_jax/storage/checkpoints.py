@@ -228,7 +228,7 @@ def _score(metrics) -> float:
 
 
 def _items(state) -> dict:
-    """A TrainState as named items of plain dicts, so that files do not depend on our class names.
+    """A TrainState as named items of plain dicts, so that files do not depend on the names of classes.
 
     `model` and `clusters` are what is deployed (the moving average where there is one).
     """
