@@ -30,7 +30,7 @@ MODULES = {module(path) for path in FILES}
 
 
 def imports(path):
-    """Names of our modules that a file imports, wherever it does."""
+    """Names of the package's modules that a file imports, wherever it does."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "clustr_jax":

@@ -187,7 +187,9 @@ def adaptive_restarts(
         raise UserError(f"attack must be one of {', '.join(PARAMETER_FREE)}, got {attack!r}")
     common_of(eps, norm, bounds)
     place = resuming.usable(folder)
-    given, logits = prepare(key, logits_fn, x, y, float(eps), norm, bounds, ids, slots)
+    given, logits = prepare(
+        key, logits_fn, x, y, eps=float(eps), norm=norm, bounds=bounds, ids=ids, slots=slots
+    )
     entry = ATTACKS[attack]
     entry.check(shape=given.x.shape, classes=logits.shape[1], norm=given.norm)
     budget = Budget(eps=eps, norm=given.norm, bounds=given.bounds, steps=steps, queries=steps, restarts=most)

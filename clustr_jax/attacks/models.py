@@ -162,8 +162,11 @@ def kind_of(model) -> str:
         inner = next(iter(inner.args), inner.func)
     names = {f"{base.__module__}." for base in type(inner).__mro__}
     for start, kind in (
-        ("flax.nnx.", "nnx"), ("equinox.", "equinox"), ("keras.", "keras"), ("flax.linen.", "linen"),
-    ):  # fmt: skip
+        ("flax.nnx.", "nnx"),
+        ("equinox.", "equinox"),
+        ("keras.", "keras"),
+        ("flax.linen.", "linen"),
+    ):
         if any(name.startswith(start) for name in names):
             return kind
     return "function"

@@ -84,7 +84,9 @@ def prepare(
     classifier = _classifier_of(model)
     function: Any = model if classifier is None else classifier.logits
     key = jax.random.key(seed)
-    given, logits = calls.prepare(key, function, x, y, eps, norm, bounds, ids, slots)
+    given, logits = calls.prepare(
+        key, function, x, y, eps=eps, norm=norm, bounds=bounds, ids=ids, slots=slots
+    )
     if not len(given.x):
         raise UserError("x has no images: there is nothing to judge")
     if classifier is None:

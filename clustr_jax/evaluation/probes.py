@@ -146,11 +146,20 @@ class Probe:
         found = []
         for index, count in self._pieces():
             part = self.examples.take(index)
-            budget = jnp.float32(self.settings.eps), jnp.float32(self.settings.step_size)
-            zero, values = jax.device_get(_path(
-                self.key, self.subject.model, chosen, part.x, part.y, part.ids, *budget,
-                steps=self.settings.steps, norm=self.subject.norm, bounds=self.subject.bounds,
-            ))  # fmt: skip
+            path = _path(
+                self.key,
+                self.subject.model,
+                chosen,
+                part.x,
+                part.y,
+                part.ids,
+                eps=jnp.float32(self.settings.eps),
+                step_size=jnp.float32(self.settings.step_size),
+                steps=self.settings.steps,
+                norm=self.subject.norm,
+                bounds=self.subject.bounds,
+            )
+            zero, values = jax.device_get(path)
             found.append((zero[:, :count], values[:, :count]))
         zero, values = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
         return np.mean(zero, axis=1), np.mean(values, axis=1)
@@ -269,7 +278,7 @@ def _scaled(scale, model, x):
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "norm", "bounds"))
-def _path(key, model, loss, x, y, ids, eps, step_size, steps, norm, bounds):
+def _path(key, model, loss, x, y, ids, *, eps, step_size, steps, norm, bounds):
     """Along PGD without stopping: [steps, B] whether gradients are useless, and [steps, B] losses."""
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), 0))(ids)
     ball = {"eps": eps, "norm": norm, "bounds": bounds}

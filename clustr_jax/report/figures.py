@@ -145,9 +145,15 @@ def attacks(record: Record) -> Drawing | None:
         axes = figure.add_subplot()
         places = np.arange(len(order))
         axes.errorbar(
-            np.multiply(100, values), places, xerr=_errors(values, sound["n"]), fmt="o", color=SERIES[0],
-            capsize=2.5, elinewidth=1.2, label="this attack alone",
-        )  # fmt: skip
+            np.multiply(100, values),
+            places,
+            xerr=_errors(values, sound["n"]),
+            fmt="o",
+            color=SERIES[0],
+            capsize=2.5,
+            elinewidth=1.2,
+            label="this attack alone",
+        )
         axes.axvline(100 * sound["robust"], color=SERIES[1], linestyle=DASHES[1], label="all together")
         axes.set(xlabel="accuracy in %", ylim=(len(order) - 0.4, -0.6))
         most = max(intervals.wilson(round(v * sound["n"]), sound["n"])[1] for v in values)
@@ -158,11 +164,14 @@ def attacks(record: Record) -> Drawing | None:
 
     alt = ", ".join(f"{name} {_percent(v)}" for (name, _), v in zip(order, values, strict=True))
     return draw(
-        "attacks", "Each attack alone", "Lower is stronger. Bars are 95 % intervals.",
+        "attacks",
+        "Each attack alone",
+        "Lower is stronger. Bars are 95 % intervals.",
         f"Accuracy under each attack of {sound['protocol']}: {alt}; all together "
         f"{_percent(sound['robust'])}.",
-        paint, 1.1 + 0.23 * len(order),
-    )  # fmt: skip
+        paint,
+        1.1 + 0.23 * len(order),
+    )
 
 
 def _short(name: str, most: int = 24) -> str:
@@ -205,9 +214,13 @@ def certified(record: Record) -> Drawing | None:
         alt += f"; l2-PGD leaves, by radius: {_list(left)}"
     caption = "Below the lines nothing can change the prediction; above the markers something did."
     return draw(
-        "certified", "Certified accuracy", caption if empirical["at"] else caption.split(";")[0] + ".",
-        alt + ".", paint, 3.3,
-    )  # fmt: skip
+        "certified",
+        "Certified accuracy",
+        caption if empirical["at"] else caption.split(";")[0] + ".",
+        alt + ".",
+        paint,
+        3.3,
+    )
 
 
 def training(record: Record) -> list[Drawing]:
@@ -237,9 +250,15 @@ def _history(stage, lines, kind, fields):
         for i, (label, points) in enumerate(series.items()):
             x, y = np.array(points, float).T
             axes.plot(
-                x, scale * y, color=SERIES[i % 10], linestyle=DASHES[i % 6], marker=MARKERS[i % 10],
-                label=label, markevery=max(len(x) // 8, 1), markersize=4,
-            )  # fmt: skip
+                x,
+                scale * y,
+                color=SERIES[i % 10],
+                linestyle=DASHES[i % 6],
+                marker=MARKERS[i % 10],
+                label=label,
+                markevery=max(len(x) // 8, 1),
+                markersize=4,
+            )
         updates = lines[0]["step"] // lines[0]["epoch"]
         axes.set(
             xlabel=f"epoch ({updates} updates each)",

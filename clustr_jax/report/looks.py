@@ -87,9 +87,16 @@ def plane(stage: str, z, labels, centroids, owners, source: str, borders: bool) 
         return (np.asarray(points, np.float64) - mean) @ axes.T / unit
 
     return Plane(
-        stage, flat(z), np.asarray(labels), flat(centroids), np.asarray(owners), share, source, borders,
+        stage,
+        flat(z),
+        np.asarray(labels),
+        flat(centroids),
+        np.asarray(owners),
+        share,
+        source,
+        borders,
         np.shape(z)[1],
-    )  # fmt: skip
+    )
 
 
 def limits(planes: list[Plane]) -> tuple[float, float, float, float]:
@@ -215,12 +222,19 @@ def gallery(
             own[i], other[i] = _distances(clf, images, y)
     return [
         Victim(
-            int(index[i]), int(y[i]), int(before[i]), int(after[i]), x[i], ends[i],
-            float(np.abs(delta[i]).max()), float(np.linalg.norm(delta[i])),
-            (float(own[0, i]), float(own[1, i])), (float(other[0, i]), float(other[1, i])),
+            int(index[i]),
+            int(y[i]),
+            int(before[i]),
+            int(after[i]),
+            x[i],
+            ends[i],
+            float(np.abs(delta[i]).max()),
+            float(np.linalg.norm(delta[i])),
+            (float(own[0, i]), float(own[1, i])),
+            (float(other[0, i]), float(other[1, i])),
         )
         for i in range(len(x))
-    ]  # fmt: skip
+    ]
 
 
 def _distances(clf, x, y):

@@ -80,8 +80,10 @@ def accuracy_table(record: Record) -> dict | None:
     ]
     others = [
         (f"eps {intervals.radius(e)}, {label}", kind, cells)
-        for e in sorted(groups) if e not in (0.0, *main) for label, kind, cells in groups[e]
-    ]  # fmt: skip
+        for e in sorted(groups)
+        if e not in (0.0, *main)
+        for label, kind, cells in groups[e]
+    ]
     named += [("other radii", others)] if others else []
     return {"columns": columns, "groups": named, "notes": _accuracy_notes(record, named)}
 
@@ -121,12 +123,16 @@ def attack_rows(record: Record) -> list[dict]:
         return []
     rows = [
         {
-            "name": name, "cell": cell(attack["robust"], sound["n"]), "kills": attack["unique_kills"],
-            "gradients": attack.get("gradient_evaluations"), "forwards": attack.get("forward_evaluations"),
-            "seconds": attack["wall_seconds"], "robust": attack["robust"],
+            "name": name,
+            "cell": cell(attack["robust"], sound["n"]),
+            "kills": attack["unique_kills"],
+            "gradients": attack.get("gradient_evaluations"),
+            "forwards": attack.get("forward_evaluations"),
+            "seconds": attack["wall_seconds"],
+            "robust": attack["robust"],
         }
         for name, attack in sound["attacks"].items()
-    ]  # fmt: skip
+    ]
     return sorted(rows, key=lambda row: row["robust"])
 
 
@@ -142,7 +148,7 @@ def certified_table(record: Record) -> dict | None:
             [cell(at[r], result["n"]) for r in radii],
         )
         for rule, at in result["rules"].items()
-    ]  # fmt: skip
+    ]
     empirical = result["empirical"]
     if empirical["at"]:
         left = [empirical["at"].get(r) for r in radii]

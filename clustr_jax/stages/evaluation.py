@@ -49,15 +49,22 @@ def run(this: Run) -> None:
             )
         this.profiler.close()
         header = {
-            "dataset": data.label(settings.data), "subset": subset, "n": result.pop("n"),
+            "dataset": data.label(settings.data),
+            "subset": subset,
+            "n": result.pop("n"),
             "method": settings.method,
             "protocol": results.PROTOCOLS[name] + "-quick" * (settings.eval.quick and name != "clean"),
-        }  # fmt: skip
+        }
         footer = {
-            "head": "linear" if clf.clusters is None else "clusters", "nearest": clf.nearest,
-            "seed": settings.seed, "config_sha": identity, "network_sha": network,
-            "versions": provenance.versions(), **this.remarks.fields, "wall_seconds": seconds,
-        }  # fmt: skip
+            "head": "linear" if clf.clusters is None else "clusters",
+            "nearest": clf.nearest,
+            "seed": settings.seed,
+            "config_sha": identity,
+            "network_sha": network,
+            "versions": provenance.versions(),
+            **this.remarks.fields,
+            "wall_seconds": seconds,
+        }
         for figure in ("clean", "robust"):
             header[f"{figure}_interval"] = intervals.wilson(round(result[figure] * header["n"]), header["n"])
         results.save(folder, name, {**header, **result, **footer}, outcomes)
@@ -169,11 +176,19 @@ def certify(this: Run) -> None:
     result = {
         "dataset": data.label(settings.data),
         "subset": "; ".join(s.subset for s in (this.train_split, test) if s.subset),
-        "n": result.pop("n"), "method": settings.method, "protocol": results.PROTOCOLS["certified"], **result,
-        "head": "clusters", "nearest": clf.nearest, "seed": settings.seed, "config_sha": identity,
-        "network_sha": network, "versions": provenance.versions(), **this.remarks.fields,
+        "n": result.pop("n"),
+        "method": settings.method,
+        "protocol": results.PROTOCOLS["certified"],
+        **result,
+        "head": "clusters",
+        "nearest": clf.nearest,
+        "seed": settings.seed,
+        "config_sha": identity,
+        "network_sha": network,
+        "versions": provenance.versions(),
+        **this.remarks.fields,
         "wall_seconds": seconds,
-    }  # fmt: skip
+    }
     results.save(folder, "certified", result, outcomes)
     if processes.leader():
         try:

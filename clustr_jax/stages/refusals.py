@@ -127,9 +127,10 @@ def check_terms(train: TermSettings) -> None:
     if not 0 <= train.label_smoothing < 1:
         raise UserError(f"train.label_smoothing must be in [0, 1), got {train.label_smoothing}")
     for name, known in (
-        ("consistency", ("ce", "kl", "mse")), ("attack_bn", ("batch", "eval")),
+        ("consistency", ("ce", "kl", "mse")),
+        ("attack_bn", ("batch", "eval")),
         ("on_collapse", guarding.ANSWERS),
-    ):  # fmt: skip
+    ):
         if getattr(train, name) not in known:
             raise UserError(f"train.{name} must be one of {', '.join(known)}, got {getattr(train, name)!r}")
     if train.probe < 0:

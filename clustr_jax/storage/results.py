@@ -71,7 +71,7 @@ def _digest(path):
 
 
 def diagnosis_sha(sound: dict | None, paper: dict | None, certified: dict | None) -> str:
-    """Which results a diagnosis was made of; its `config_sha`."""
+    """The `config_sha` of a diagnosis: a hash of the results that it was made of."""
     sources = [r and [r["config_sha"], r.get("network_sha")] for r in (sound, paper, certified)]
     return provenance.sha([*sources, PROTOCOLS])
 
