@@ -167,7 +167,8 @@ def jacobian_norm(
 ) -> Float[np.ndarray, "B"]:
     """Lower bounds of the Lipschitz constant of f: |J u| / |u| at each x, u from `steps` power iterations.
 
-    f maps [B, ...] to [B, E], each example on its own; of a jax.tree_util.Partial the arrays are traced.
+    f maps [B, ...] to [B, E], each example on its own. Of a jax.tree_util.Partial the arrays are traced;
+    any other function is compiled at each call, for what it holds may have changed.
     Any u gives a lower bound; more steps only raise it. float32, 1e-5 of the value taken off for its
     rounding.
 
@@ -175,7 +176,7 @@ def jacobian_norm(
     >>> print(lipschitz.jacobian_norm(lambda x: x @ matrix, jnp.ones((2, 2))))
     [3. 3.]
     """
-    f = f if isinstance(f, Partial) else Partial(f)
+    f = f if isinstance(f, Partial) else Partial(lambda x, f=f: f(x))
     found = _jacobian_norm(f, jnp.asarray(x, jnp.float32), jax.random.key(seed), steps)
     return np.asarray(found, np.float32) * np.float32(1 - 1e-5)
 

@@ -61,6 +61,9 @@ def inputs():
         "eps of text": (dict(eps="8/255"), "8 / 255 without quotes"),
         "no eps": (dict(eps=None), "eps must be a number"),
         "infinite eps": (dict(eps=np.inf), "eps must be >= 0"),
+        "nan eps": (dict(eps=np.nan), "eps must be >= 0"),
+        "complex eps": (dict(eps=0.1j), "eps must be a number"),
+        "boolean eps": (dict(eps=True), "eps must be a number"),
         "negative eps": (dict(eps=-0.1), "eps must be >= 0"),
         "box": (dict(bounds=(1.0, 0.0)), "low < high"),
         "box of one": (dict(bounds=1.0), r"bounds must be \(low, high\)"),
@@ -78,6 +81,10 @@ def inputs():
         "NumPy": (dict(f=lambda x: np.asarray(x).reshape(B, -1) @ np.asarray(weights())), "jax.numpy"),
         "no function": (dict(f=weights()), "logits_fn must be a function"),
         "batch norm": (dict(f=lambda x: linear(x) - linear(x).mean(axis=0)[None]), "in another batch"),
+        "largest of the batch": (dict(f=lambda x: linear(x) / jnp.max(linear(x))), "in another batch"),
+        "first of the batch": (dict(f=lambda x: linear(x) + linear(x)[:1]), "in another batch"),
+        "sorted": (dict(f=lambda x: jnp.sort(linear(x), axis=0)), "in another batch"),
+        "neighbours": (dict(f=lambda x: linear(x) + jnp.roll(linear(x), 1, 0)), "in another batch"),
         "noise by place": (dict(f=noisy), "in another batch"),
         "chance": (dict(f=by_chance), "a second time"),
         "NumPy's chance": (dict(f=lambda x: linear(x) + np.random.normal()), "each time it is traced"),
@@ -158,6 +165,14 @@ def test_an_ensemble_of_nothing_is_refused(attacks_):
 def test_a_radius_in_other_units_is_warned_about(door, norm, eps):
     with pytest.warns(attacks.UnitWarning, match=f"eps={eps:g} is more than the box is wide.*{eps:g} / 255"):
         DOORS[door](jax.random.clone(KEY), linear, *images(), eps=eps, norm=norm)
+
+
+@pytest.mark.parametrize("door", list(DOORS))
+def test_a_radius_of_unit_pixels_for_levels_is_warned_about(door):
+    """It would leave the clean accuracy."""
+    x, y = images()
+    with pytest.warns(attacks.UnitWarning, match="less than half a level of pixels in"):
+        DOORS[door](jax.random.clone(KEY), linear, 255 * x, y, eps=8 / 255, bounds=(0, 255))
 
 
 def test_a_step_in_other_units_is_warned_about_and_wide_boxes_are_not():

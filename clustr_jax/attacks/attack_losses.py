@@ -6,6 +6,7 @@ with clusters. `untargeted` turns a loss (logits, y) into a function (outputs, y
 are module-level or cached: a fresh lambda would compile again.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -60,14 +61,20 @@ def misclassified(outputs: Outputs, y: Int[Array, "B"]) -> Bool[Array, "B"]:
     return wrong
 
 
-@functools.cache
-def untargeted(loss_fn: Callable) -> Callable:
+@dataclasses.dataclass(frozen=True)
+class Untargeted:
     """`loss_fn(logits, y)` as a function (outputs, y, target)."""
 
-    def loss(outputs, y, target):
-        return loss_fn(logits_of(outputs), y)
+    loss_fn: Callable
 
-    return loss
+    def __call__(self, outputs, y, target) -> Float[Array, "B"]:
+        """The loss of each example."""
+        return self.loss_fn(logits_of(outputs), y)
+
+
+def untargeted(loss_fn: Callable) -> Untargeted:
+    """`loss_fn(logits, y)` as a function (outputs, y, target)."""
+    return Untargeted(loss_fn)
 
 
 def _at(values, index):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from clustr_jax.attacks import resuming, scheduler
+from clustr_jax.attacks import resuming, scheduler, user_losses
 from clustr_jax.attacks.gate import Admitted, admit
 from clustr_jax.attacks.input_checks import check_logits, concrete
 from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
@@ -55,6 +55,7 @@ def attack_alone(
         ids=ids,
         slots=slots,
     )
+    attack = user_losses.of_attack(attack, slots, logits.shape[1], given.y)
     plan = planned(type(attack).__name__, attack, given, logits, ranking, restarts, slots)
     x_adv, alive = given.x.copy(), np.flatnonzero(logits.argmax(axis=1) == given.y)
     if len(alive):

@@ -25,6 +25,7 @@ class Admitted(NamedTuple):
     norm: str
     bounds: tuple[float, float] | None
     note: str  # what is wrong with a model that may be unsteady
+    classes: int | None = None  # None: it was not looked at
 
 
 def admit(
@@ -69,7 +70,7 @@ def admit(
     note = trust.check(opened, x, bounds)
     home = placement.home(jax.tree.leaves(opened.model)) or placement.home((x,))
     key, x, y, ids = (placement.beside(home, a) for a in (key, x, y, ids))
-    return Admitted(key, opened.model, x, y, ids, norm, bounds, note)
+    return Admitted(key, opened.model, x, y, ids, norm, bounds, note, opened.classes)
 
 
 def _open(logits_fn, rows, shape):

@@ -26,7 +26,7 @@ def output_of(closed) -> Any:
 
 def name_of(closed, call, values, images) -> tuple[bytes, bool]:
     """(the name of the trace of `call(values, x)`, whether a jit inside holds arrays of its own)."""
-    writer = _Writer()
+    writer = Writer()
     writer.closed(closed)
     if writer.ruled:  # the gradient of somebody's rule can hold what the forward pass does not
         direction = jax.ShapeDtypeStruct(*aval(output_of(closed)))
@@ -36,7 +36,9 @@ def name_of(closed, call, values, images) -> tuple[bytes, bool]:
     return writer.hash.digest(), writer.jitted
 
 
-class _Writer:
+class Writer:
+    """Writes a trace into a hash. `jitted`: a jit inside of it holds arrays of its own."""
+
     def __init__(self):
         self.hash, self.seen, self.jitted, self.ruled = hashlib.sha256(), {}, False, False
         self.kept = []  # what `seen` knows by its id must not go away

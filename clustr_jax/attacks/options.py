@@ -19,6 +19,8 @@ _NORMS = {
     "linf": "linf", "l_inf": "linf", "l-inf": "linf", "inf": "linf", "infinity": "linf", "l∞": "linf",
     "l2": "l2", "l_2": "l2", "l-2": "l2", "2": "l2", "2.0": "l2", "euclidean": "l2",
 }  # fmt: skip
+# A box of so many is one of 8-bit levels.
+_LEVELS = 200
 
 
 class UnitWarning(UserWarning):
@@ -54,6 +56,9 @@ def check_radius(name: str, value: Any) -> None:
         return
     if isinstance(value, str) or value is None:
         raise UserError(f"{name} must be a number, got {value!r}; in Python 8 / 255 without quotes")
+    kind = np.asarray(value).dtype.kind
+    if kind not in "iufV":  # V: of bfloat16 and its like
+        raise UserError(f"{name} must be a number, got {value!r}")
     if np.ndim(value):
         raise UserError(
             f"{name} must be one number for all images, got shape {np.shape(value)}; "
@@ -83,6 +88,13 @@ def warn_of_units(eps: Any, step_size: Any, norm: str, bounds: Any, shape: tuple
     if isinstance(eps, jax.core.Tracer) or isinstance(step_size, jax.core.Tracer):
         return
     radii = {"eps": float(eps), "step_size": float(step_size)}
+    if norm == "linf" and bounds is not None and bounds[1] - bounds[0] >= _LEVELS and 0 < radii["eps"] < 0.5:
+        warnings.warn(
+            f"eps={radii['eps']:g} is less than half a level of pixels in [{bounds[0]:g}, {bounds[1]:g}]: "
+            f"give it in their units, 8 rather than 8 / 255",
+            UnitWarning,
+            stacklevel=4,
+        )
     if radii["step_size"] <= 4 * radii["eps"]:  # a long step is no mistake where the ball is as large
         del radii["step_size"]
     for text in too_wide(radii, norm, bounds, shape):
@@ -111,6 +123,8 @@ def key_of(key):
 def whole(name: str, value: Any, least: int) -> int:
     """A whole number of at least so much; UserError for 5.9, "5" and None."""
     try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
         number = operator.index(value)
     except TypeError:
         raise UserError(f"{name} must be a whole number, got {value!r}") from None

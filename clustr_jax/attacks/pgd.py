@@ -27,6 +27,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
+from clustr_jax.attacks import user_losses
 from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.gate import admit
 from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
@@ -92,6 +93,7 @@ def pgd(
     x, y = jnp.asarray(given.x), jnp.asarray(given.y)
     if not x.shape[0]:
         return x
+    loss_fn = user_losses.current(loss_fn, x.shape[0], given.classes, y)
     x_adv, logits = _pgd(
         given.key,
         given.model,

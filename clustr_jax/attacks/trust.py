@@ -1,4 +1,4 @@
-"""Whether a model's logits are a function of the image: two cheap passes before every attack.
+"""Whether a model's logits are a function of the image: a few cheap passes before every attack.
 
 An accuracy is counted image by image. Where logits depend on chance (dropout, noise) or on the other images
 of the batch (batch norm in training mode), the images that broke a model may not do so when looked at again.
@@ -16,7 +16,7 @@ from clustr_jax.attacks.models import IN_EVALUATION, Opened
 from clustr_jax.runtime import mesh
 from clustr_jax.runtime.errors import UserError, first_line
 
-# Images of a pass: half of them are looked at, the rest are their company.
+# Images of a pass: some of them are looked at, the rest are their company.
 _ROWS = 8
 # The same program on the same row rounds alike, or (another place in the batch, several threads) by a few
 # units in the last of float32's seven digits: 1e-5 of the largest logit. What batch norm and dropout do is of
@@ -46,7 +46,7 @@ def check(opened: Opened, x, bounds) -> str:
     count = len(x)
     if not count or opened.classes is None:
         return ""
-    first, second, places = _compositions(x, bounds)
+    first, others = _compositions(x, bounds)
     try:
         logits = np.asarray(_look(opened.model, first))
     except (TypeError, ValueError) as error:  # it took all of them
@@ -63,7 +63,7 @@ def check(opened: Opened, x, bounds) -> str:
     if problem:
         raise UserError(text)
     _check_own_jit(opened, first, logits)
-    text = _unsteady(opened, first, second, places, logits)
+    text = _unsteady(opened, first, others, logits)
     if not text:
         return ""
     if opened.steady:
@@ -72,7 +72,7 @@ def check(opened: Opened, x, bounds) -> str:
     return text
 
 
-def _unsteady(opened, first, second, places, logits) -> str:
+def _unsteady(opened, first, others, logits) -> str:
     remedy = IN_EVALUATION[opened.kind]
     if opened.fickle:
         return (
@@ -85,32 +85,34 @@ def _unsteady(opened, first, second, places, logits) -> str:
             f"logits_fn gives other logits for the same images a second time ({_size(again, logits)}), as "
             f"with dropout or noise; {remedy}"
         )
-    own = len(places)
-    mixed = np.asarray(_look(opened.model, second))[places]
-    if _differ(mixed, logits[:own]):
-        return (
-            f"logits_fn gives an image other logits when it is in another batch "
-            f"({_size(mixed, logits[:own])}), as batch norm does in training mode, or noise; {remedy}"
-        )
+    for batch, own, places in others:
+        mixed = np.asarray(_look(opened.model, batch))[places]
+        if _differ(mixed, logits[own]):
+            return (
+                f"logits_fn gives an image other logits when it is in another batch "
+                f"({_size(mixed, logits[own])}), as batch norm does in training mode, or noise; {remedy}"
+            )
     return ""
 
 
 def _compositions(x, bounds):
-    """(a batch, another one, where in it the first rows of the former are): half of the rows in common.
+    """(a batch, [(another one, rows of the batch, their places in that)]): a quarter of the rows in common.
 
-    The company in the second is darker and mirrored, for there may be no other images.
+    The company in the others is darker and mirrored, for there may be no other images. Two others, with other
+    rows: where one image decides (the largest of the batch, the first) it is not in both.
     """
-    half = _ROWS // 2
-    count = min(len(x), half)
+    count = min(len(x), _ROWS // 2)
     rows = np.resize(np.arange(min(len(x), _ROWS)), _ROWS)
     few = np.asarray(x[: min(len(x), _ROWS)], np.float32)
     first = few[rows]
     low = 0.0 if bounds is None else bounds[0]
     others = low + (first.reshape(_ROWS, -1)[:, ::-1].reshape(first.shape) - low) / 2
-    places = _ROWS - 1 - np.arange(count)
-    second = others.copy()
-    second[places] = first[:count]
-    return first, second, places
+    found = []
+    for own in filter(len, (np.arange(0, count, 2), np.arange(1, count, 2))):
+        batch, places = others.copy(), _ROWS - 1 - own
+        batch[places] = first[own]
+        found.append((batch, own, places))
+    return first, found
 
 
 def _check_own_jit(opened, x, logits):

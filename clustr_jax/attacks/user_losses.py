@@ -1,0 +1,81 @@
+"""A user's loss function as a compiled-in setting: under the name of what it computes at this call.
+
+JAX would know it by its identity, and keep the arrays and numbers that it captured at its first call.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from clustr_jax.attacks.attack_losses import AttackLoss, Untargeted
+from clustr_jax.attacks.names import Writer
+from clustr_jax.runtime.errors import UserError
+
+_OWN = "clustr_jax."
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """`call` is compared by its name: two of the same name compute the same."""
+
+    name: bytes
+    call: Callable = dataclasses.field(compare=False, repr=False)
+
+    def __call__(self, logits, y):
+        """The loss of each example [B]."""
+        return self.call(logits, y)
+
+
+def current(loss_fn: Callable, rows: int, classes: int | None, y) -> Callable:
+    """`loss_fn` as it is now, for logits [rows, classes] and these labels [B] or probabilities [B, Y].
+
+    Where it captures something else than at an earlier call it is another setting, and compiled anew. What
+    cannot be traced is left alone: it fails where it is called. UserError for a jit inside with old arrays.
+    """
+    if classes is None or (getattr(loss_fn, "__module__", None) or "").startswith(_OWN):
+        return loss_fn
+    logits = jax.ShapeDtypeStruct((rows, classes), jnp.float32)
+    labels = jax.ShapeDtypeStruct((rows, *np.shape(y)[1:]), y.dtype)
+    try:
+        # a new function each time: JAX would otherwise give the trace of the last time
+        closed = jax.make_jaxpr(lambda logits, y: loss_fn(logits, y))(logits, labels)
+    except Exception:
+        return loss_fn
+    if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
+        return loss_fn
+    writer = Writer()
+    writer.closed(closed, arguments=set())
+    if writer.jitted:
+        _check_own_jit(loss_fn, logits, np.resize(np.asarray(y), labels.shape))
+    return Named(writer.hash.digest(), loss_fn)
+
+
+def of_attack(attack, rows: int, classes: int, y):
+    """An attack whose user's losses, if it has any, are those of now."""
+    loss = getattr(attack, "loss", None)
+    if not isinstance(loss, AttackLoss):
+        return attack
+    options = tuple(
+        Untargeted(current(option.loss_fn, rows, classes, y)) if isinstance(option, Untargeted) else option
+        for option in loss.options
+    )
+    return attack.replace(loss=loss.replace(options=options))
+
+
+def _check_own_jit(loss_fn, logits, y):
+    z = np.random.default_rng(0).normal(size=logits.shape).astype(np.float32)
+    found = np.asarray(loss_fn(z, y), np.float64)
+    try:
+        with jax.disable_jit():
+            plain = np.asarray(loss_fn(z, y), np.float64)
+    except Exception:  # what cannot be run without jit cannot be compared
+        return
+    if not np.allclose(found, plain, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise UserError(
+            "loss_fn has a jax.jit inside that holds arrays, and answers with old ones; leave that jit out, "
+            "or call jax.clear_caches() after a change"
+        )
