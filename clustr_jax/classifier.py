@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from clustr_jax.attacks import placement
 from clustr_jax.attacks.attack_losses import View
-from clustr_jax.attacks.input_checks import check_input
+from clustr_jax.attacks.input_checks import check_input, check_labels, check_sizes, labels_of
 from clustr_jax.clusters import Clusters
 from clustr_jax.runtime import mesh, struct
+from clustr_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:  # flax comes with it
     from clustr_jax.models import Net
@@ -23,7 +25,9 @@ class Classifier(struct.PyTreeNode):
     """Parameters, clusters (None for a linear head) and the rule that turns them into predictions.
 
     `logits` always use all clusters and are finite; `predict` is the deployed rule, which may use the
-    `nearest` D clusters only (0 = all). x holds pixels in [0, 1], [B, H, W, C].
+    `nearest` D clusters only (0 = all). x holds pixels in [0, 1], [B, H, W, C]: every method raises
+    UserError for other values and shapes. `clf.replace(bounds=None)` takes any values; the paper's protocol,
+    whose starts leave the box, is run on that.
 
     `clustr_jax.load` makes one of a work directory. By hand, here with an untrained network:
 
@@ -47,7 +51,7 @@ class Classifier(struct.PyTreeNode):
         >>> clf.embed(x).shape
         (500, 20)
         """
-        return _apply(self, self._checked(x), "embed")
+        return self._applied(x, "embed")
 
     def logits(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B Y"]:
         """Log-domain logits: logsumexp_j(-|f - mu_cj|^2 / 2 sigma^2) for clusters, else the linear head.
@@ -58,7 +62,7 @@ class Classifier(struct.PyTreeNode):
         >>> print(jnp.allclose(jax.nn.softmax(z), clf.clusters.probs(clf.embed(x)), atol=1e-4))
         True
         """
-        return _apply(self, self._checked(x), "logits")
+        return self._applied(x, "logits")
 
     def scores(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B Y"]:
         """What the authors attack: exp scores over the D nearest clusters; the logits of a linear head.
@@ -67,7 +71,7 @@ class Classifier(struct.PyTreeNode):
         >>> print(scores.shape, bool((scores >= 0).all()), bool((scores <= 2).all()))  # bounded by K
         (500, 2) True True
         """
-        return _apply(self, x, "scores")
+        return self._applied(x, "scores")
 
     def deployed(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B Y"]:
         """What `predict` takes the argmax of: log scores over the D nearest clusters (-inf without one).
@@ -75,7 +79,7 @@ class Classifier(struct.PyTreeNode):
         >>> print(jnp.isneginf(clf.deployed(x)).any(axis=1).all())  # with D = 1 only one class has a cluster
         True
         """
-        return _apply(self, x, "deployed")
+        return self._applied(x, "deployed")
 
     def view(self, x: Float[Array | np.ndarray, "B ..."]) -> View:
         """All that an evaluation looks at, from one forward pass: logits, deployed, clusters' exponents.
@@ -84,7 +88,7 @@ class Classifier(struct.PyTreeNode):
         >>> view.logits.shape, view.exponents.shape  # [B, Y], [B, Y, K]
         ((500, 2), (500, 2, 2))
         """
-        return _apply(self, x, "view")
+        return self._applied(x, "view")
 
     def predict(self, x: Float[Array | np.ndarray, "B ..."]) -> Int[Array, "B"]:
         """Predicted classes; ties go to the first class.
@@ -92,11 +96,13 @@ class Classifier(struct.PyTreeNode):
         >>> print(bool((clf.predict(x) == clf.deployed(x).argmax(axis=1)).all()))
         True
         """
-        return jnp.argmax(_apply(self, self._checked(x), "deployed"), axis=1).astype(jnp.int32)
+        return jnp.argmax(self._applied(x, "deployed"), axis=1).astype(jnp.int32)
 
-    def _checked(self, x):
-        """UserError for images that are not the network's; `clf.replace(bounds=None)` takes any values."""
-        return check_input(x, getattr(self.net, "input_shape", None), self.bounds)
+    def _applied(self, x, what: str):
+        """UserError for images that are not the network's; inside jit only their shape is looked at."""
+        x = placement.beside(placement.home(jax.tree.leaves(self)), x)
+        x = check_input(x, getattr(self.net, "input_shape", None), self.bounds)
+        return _apply(self.replace(bounds=None), x, what)  # one program, whatever the box
 
 
 @jax.jit(static_argnames="what")
@@ -129,11 +135,14 @@ def _apply(clf: Classifier, x, what):
             return result
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), result, outputs(clf, x[whole:]))
 
-    return mesh.by_rows(pieces, clf, jnp.asarray(x, jnp.float32))
+    x = jnp.asarray(x, jnp.float32)
+    if not x.shape[0]:  # not every network can be applied to no images
+        return jax.tree.map(lambda a: a[:0], outputs(clf, jnp.zeros((1, *x.shape[1:]))))
+    return mesh.by_rows(pieces, clf, x)
 
 
 def correct(clf: Classifier, x, y) -> Bool[np.ndarray, "N"]:
-    """Which examples the deployed rule classifies correctly.
+    """Which examples the deployed rule classifies correctly; UserError for labels that are not theirs.
 
     >>> from clustr_jax.classifier import correct
     >>> net = models.build("mlp", num_classes=2, input_shape=(2,), mean=(0.0, 0.0), std=(1.0, 1.0))
@@ -143,4 +152,11 @@ def correct(clf: Classifier, x, y) -> Bool[np.ndarray, "N"]:
     >>> right.shape, bool((right == (clf.predict(x) == y)).all())
     ((500,), True)
     """
-    return np.asarray(clf.predict(x)) == y
+    found, y = np.asarray(clf.predict(x)), labels_of(y)
+    check_sizes(x if hasattr(x, "ndim") else np.asarray(x), y)
+    if y.ndim == 2:
+        raise UserError(f"y must be labels [B], got {y.dtype} {y.shape}; give y.argmax(axis=1)")
+    classes = getattr(clf.net, "num_classes", None)
+    if classes is not None and len(y):
+        check_labels(y, classes)
+    return found == np.asarray(y)

@@ -1,6 +1,8 @@
 """python -m clustr_jax.fidelity: the authors' switches as a table; see clustr_jax.reference.switches."""
 
-from clustr_jax.reference.switches import table
+import sys
+
+from clustr_jax.reference.switches import main
 
 if __name__ == "__main__":
-    print(table())
+    sys.exit(main(sys.argv[1:]))

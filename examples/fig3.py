@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import clustr_jax  # noqa: E402
 from clustr_jax import certify, data, lipschitz, stages  # noqa: E402
+from clustr_jax.runtime.programs import program  # noqa: E402
 from configs import toy2d  # noqa: E402
 
 DATASETS = {"toy2d_moons": "moons", "toy2d_pairs": "pairs"}
@@ -205,13 +206,14 @@ def _regions(axes, clf, x, y, box):
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
 
 
-def main():
+@program
+def main(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", default="runs/fig3", help="where the four runs are, or go")
     parser.add_argument("--out", default=str(ROOT / "docs" / "figures" / "fig3"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     found, report = {}, {}
     for dataset in DATASETS:
         x, y = data.load(dataset, "test")
@@ -234,4 +236,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

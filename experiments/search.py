@@ -21,6 +21,8 @@ import child  # noqa: E402
 from clustr_jax import data  # noqa: E402
 from clustr_jax.evaluation import intervals, sound_protocol  # noqa: E402
 from clustr_jax.runtime import provenance  # noqa: E402
+from clustr_jax.runtime.errors import UserError  # noqa: E402
+from clustr_jax.runtime.programs import program  # noqa: E402
 from clustr_jax.settings import DataSettings, EvalSettings  # noqa: E402
 from clustr_jax.stages import EVALUATE, stage_key  # noqa: E402
 from clustr_jax.storage import loading, results  # noqa: E402
@@ -143,19 +145,19 @@ def measure(dataset: str, name: str) -> dict:
     }  # fmt: skip
 
 
-def main():
+@program
+def main(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", choices=SETTINGS, default="cifar10")
     parser.add_argument("--only", default="", help="names, comma-separated; default: all")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     known = SETTINGS[args.dataset]
     names = args.only.split(",") if args.only else [*known]
     if unknown := set(names) - set(known):
-        print(f"error: --only: unknown {sorted(unknown)[0]!r}; known: {', '.join(known)}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"--only: unknown {sorted(unknown)[0]!r}; known: {', '.join(known)}")
     for name in names:
         command = ["run.py", *arguments(args.dataset, name)]
         print("python", *command, flush=True)
@@ -171,4 +173,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -6,11 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from centroid_classifiers import LinearNet, eval_settings, exact_robust, points, separated
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
 from clustr_jax.evaluation.checks import Probe
+from clustr_jax.evaluation.subject import Subject
 from clustr_jax.models import Outputs
 
 N, EPS = 32, 0.3
@@ -64,18 +66,14 @@ def by_number(checks):
     return found
 
 
-class Plain:
-    """A classifier of which only the logits are looked at."""
-
-    variables, clusters, bounds = {}, None, None
-
-    def __init__(self, logits):
-        self.logits, self.calls = logits, 0
+def plain(logits):
+    """A subject of which only the logits are looked at."""
+    return Subject(Partial(logits), logits, lambda: "", None)
 
 
 def outputs_of(logits):
     _, examples, config, _ = problem()
-    return list(Probe(jax.random.key(0), Plain(logits), examples, config, np.ones(N, bool)).outputs())
+    return list(Probe(jax.random.key(0), plain(logits), examples, config, np.ones(N, bool)).outputs())
 
 
 def linear(x):

@@ -3,7 +3,6 @@
 Doors x inputs: one table of each. What the libraries' models do is in test_gate_libraries.py.
 """
 
-import functools
 import re
 import warnings
 
@@ -12,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clustr_jax import Classifier, attacks, models
-from clustr_jax.attacks.models import open_model
+from clustr_jax import attacks
 from gate_doors import (
     CLASSES,
     DOORS,
@@ -236,53 +234,3 @@ def test_rounding_is_not_chance(dtype, scale):
     x, _ = images()
     y = np.asarray(model(x)).argmax(axis=1)
     attacks.fgsm(jax.random.clone(KEY), model, x, y, eps=0.05)
-
-
-# Classifiers
-
-
-@functools.cache
-def classifier():
-    net = models.build("cnn", num_classes=3, input_shape=(8, 12, 3), mean=(0.5,) * 3, std=(0.2,) * 3)
-    return Classifier(net.init(jax.random.key(1)), None, net)
-
-
-def wrong_images():
-    x = np.random.default_rng(2).uniform(size=(5, 8, 12, 3)).astype(np.float32)
-    return {
-        "levels": (255 * x, "divide by 255"),
-        "uint8": ((255 * x).astype(np.uint8), "divide by 255"),
-        "normalised": ((x - 0.5) / 0.2, "before normalisation"),
-        "nan": (np.where(x > 0.99, np.nan, x), "not finite"),
-        "NCHW": (x.transpose(0, 3, 1, 2), "NCHW; give x.transpose(0, 2, 3, 1)"),
-        "one image": (x[0], "give x[None]"),
-        "flat": (x.reshape(5, -1), "give x.reshape(-1, 8, 12, 3)"),
-        "grey": (x[..., :1], "x must be [B, 8, 12, 3], got (5, 8, 12, 1)"),
-        "words": (np.full((5, 8, 12, 3), "a"), "x must be an array of numbers"),
-    }
-
-
-@pytest.mark.wrong_arrays
-@pytest.mark.parametrize("case", list(wrong_images()))
-def test_a_classifier_looks_at_its_images_as_attacks_do(case):
-    x, text = wrong_images()[case]
-    clf, y = classifier(), np.zeros(len(x), np.int32)
-    found = {name: said(getattr(clf, name), x) for name in ("logits", "embed", "predict")}
-    if case != "one image":
-        found |= {name: said(door, KEY, clf.logits, x, y) for name, door in DOORS.items()}
-    assert len(set(found.values())) == 1 and text in found["predict"], found
-
-
-@pytest.mark.wrong_arrays
-def test_a_classifier_takes_what_it_took():
-    clf = classifier()
-    x = np.random.default_rng(2).uniform(size=(5, 8, 12, 3))
-    assert clf.predict(x).shape == clf.predict(x.astype(np.float32).tolist()).shape == (5,)
-    assert clf.replace(bounds=None).predict(3 * x).shape == (5,)
-    assert jax.jit(clf.logits)(jnp.asarray(x, jnp.float32)).shape == (5, 3)
-
-
-def test_the_probes_do_not_change_what_the_engine_runs():
-    """A classifier's own methods are called as before: the very program of earlier versions, bit for bit."""
-    opened = open_model(classifier().logits, (5, 8, 12, 3))
-    assert opened.model.func is Classifier.logits and opened.classes == 3

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from clustr_jax.attacks import attack_losses, scheduler
+from clustr_jax.attacks import attack_losses, device_loop, registry, scheduler
 from slot_attacks import (
+    CLASSES,
     EASY,
+    HIDDEN,
     MIXED,
     RESTARTS,
     ROBUST,
+    SIZE,
     SLOTS,
     STEPS,
     TRACES,
@@ -94,3 +97,24 @@ def test_radii_steps_aims_and_models_share_a_program():
     run(random_network(5), x, y, attack=pgd_attack(0.1, steps=3), restarts=2)
     run(model, x[:9], y[:9])
     assert len(TRACES) == before
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "pma"])
+def test_an_attack_is_one_program_however_often_it_comes_back(name, monkeypatch):
+    """Its slots have the same types when they are empty and when they come back from the device."""
+    monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1.0})  # after every iteration
+
+    def model(x):
+        return jnp.tanh(x.reshape(x.shape[0], -1) @ random_network().args[0][0]) @ weights
+
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(HIDDEN, CLASSES)), jnp.float32)
+    x = np.random.default_rng(1).uniform(0, 1, (20, 2, SIZE // 2, 1)).astype(np.float32)
+    y = np.asarray(model(x)).argmax(axis=1).astype(np.int32)
+    attack = registry.build(name, registry.Budget(eps=0.05, steps=6, queries=6))
+    targets = (y[None] + 1) % CLASSES if registry.ATTACKS[name].targets else None
+    model = Partial(model)
+    before, calls = device_loop.advance._cache_size(), []
+    scheduler.run(
+        attack, jax.random.key(0), model, x, y, slots=SLOTS, targets=targets, report=calls.append
+    )  # fmt: skip
+    assert len(calls) > 5 and device_loop.advance._cache_size() - before == 1

@@ -147,4 +147,6 @@ def fill(key, example, ids, restart, x, y, target) -> Work:
 def empty(attack, work):
     """Slots that hold nothing yet; what `work` says is never used."""
     count = work.y.shape[0]
-    return Slots(work, attack.init(work), jnp.zeros(count, jnp.int32), jnp.zeros(count, bool))
+    # types as the state comes back with: weak ones would be another program at the second call
+    state = jax.tree.map(lambda a: lax.convert_element_type(a, a.dtype), attack.init(work))
+    return Slots(work, state, jnp.zeros(count, jnp.int32), jnp.zeros(count, bool))

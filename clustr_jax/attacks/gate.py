@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from clustr_jax.attacks import input_checks, models, options, trust
+from clustr_jax.attacks import input_checks, models, options, placement, trust
 from clustr_jax.runtime.errors import UserError
 
 
@@ -36,6 +36,7 @@ def admit(
     norm, bounds = options.norm_of(norm), options.bounds_of(bounds)
     options.check_radius("eps", eps)
     options.check_radius("step_size", step_size)
+    key, x, y, ids = (placement.beside(placement.home(()), a) for a in (key, x, y, ids))
     key = options.key_of(key)
     traced = isinstance(jnp.zeros(()), jax.core.Tracer) or not input_checks.concrete(x, y)
     x, y = input_checks.images_of(x, bounds), input_checks.labels_of(y)
@@ -54,6 +55,8 @@ def admit(
     if opened.classes is not None:
         input_checks.check_labels(y, opened.classes)
     note = trust.check(opened, x, bounds)
+    home = placement.home(jax.tree.leaves(opened.model)) or placement.home((x,))
+    key, x, y, ids = (placement.beside(home, a) for a in (key, x, y, ids))
     return Admitted(key, opened.model, x, y, ids, norm, bounds, note)
 
 

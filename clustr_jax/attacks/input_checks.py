@@ -90,9 +90,13 @@ def check_pixels(x, bounds) -> None:
 def check_input(x, shape: tuple[int, ...] | None, bounds):
     """x as float32 [B, *shape] (None: any), or UserError; inside jit only its shape is looked at."""
     traced = isinstance(x, jax.core.Tracer)
-    x = x if traced else images_of(x, bounds)
+    if not traced:
+        # while something else is traced, operations of JAX give no values
+        x = images_of(np.asarray(x) if isinstance(jnp.zeros(()), jax.core.Tracer) else x, bounds)
     if shape is not None and x.shape[1:] != tuple(shape):
         raise UserError(wrong_shape(x.shape, tuple(shape)))
+    if x.ndim < 2:
+        raise UserError(f"x must be [B, ...], got {x.shape}; for one image give x[None]")
     if not traced:
         check_pixels(x, bounds)
     return x

@@ -9,6 +9,10 @@
 `jax.tree_util.Partial` is traced with its arrays as arguments, so new parameters of the same shapes
 do not recompile; a new lambda or closure does. The attack owns no model state: batch norm behaves
 as `logits_fn` says.
+
+A call is one compiled program, all steps and restarts of it. So there is no `progress=`, and Ctrl-C is
+answered when it ends, with nothing kept. For hours of work there are `apgd`, `autoattack`, or calls on parts
+of the images: the outcome of an example does not depend on the others (`ids`).
 """
 
 import functools

@@ -15,7 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax.attacks import device_loop
+from clustr_jax.attacks import device_loop, placement
 from clustr_jax.attacks.attack_losses import logits_of, misclassified
 from clustr_jax.attacks.input_checks import check_found
 from clustr_jax.attacks.options import key_of
@@ -142,7 +142,7 @@ def run(
     """
     x, y = np.asarray(x, np.float32), np.asarray(y, np.int32)
     ids = np.arange(len(x), dtype=np.int32) if ids is None else np.asarray(ids, np.int32)
-    key = key_of(key)
+    key, leaves = key_of(key), jax.tree.leaves(model)
     target = np.full((1, len(x)), -1, np.int32) if targets is None else np.asarray(targets, np.int32)
     target = np.repeat(target, restarts, axis=0)
     devices = mesh.devices()
@@ -174,7 +174,7 @@ def run(
         more = np.array([np.sum(pending[:, d::devices]) > length for d in range(devices)])
         orders = device_loop.Orders(np.int32(limit), np.int32(early), more)
         state, ended, iterations = device_loop.advance(
-            attack, model, state, work, waiting, best, orders, first=first
+            attack, model, placement.settled(state, leaves), work, waiting, best, orders, first=first
         )
         after = outcome.copied()
         after.evaluations += state.step.shape[0] // devices * int(np.sum(iterations))

@@ -50,6 +50,11 @@ def check(opened: Opened, x, bounds) -> str:
     try:
         logits = np.asarray(_look(opened.model, first))
     except (TypeError, ValueError) as error:  # it took all of them
+        if "incompatible devices" in str(error):
+            raise UserError(
+                f"logits_fn's arrays lie on different devices ({first_line(error, 200)}); put all of them on "
+                f"the same: jax.device_put(arrays, sharding)"
+            ) from error
         raise UserError(
             f"logits_fn takes the {count} images of the batch, not {_ROWS} of them ({first_line(error)}); "
             f"let it treat every image alike, whatever the batch"

@@ -1,4 +1,4 @@
-"""The console command: clustr-jax train, report, quirks, prepare, fidelity, completion."""
+"""The console command: clustr-jax train, judge, verify, report, quirks, prepare, fidelity, completion."""
 
 import importlib
 import os
@@ -8,9 +8,11 @@ import sys
 from clustr_jax.runtime import provenance
 from clustr_jax.runtime.errors import listed, nearest, shown
 
-# Command -> (module, what it does); each but `train` is `python -m clustr_jax.NAME` as well.
+# Command -> (module, what it does); `train`, `judge` and `completion` have no `python -m clustr_jax.NAME`.
 COMMANDS = {
     "train": ("clustr_jax.command.train", "train, evaluate and report on a work directory (run.py)"),
+    "judge": ("clustr_jax.command.judge", "the verdict on any JAX model: attacks, checks, a witness"),
+    "verify": ("clustr_jax.verify", "measure the stored images of a judgement again"),
     "report": ("clustr_jax.report.__main__", "the page about a work directory, or about several"),
     "quirks": ("clustr_jax.evaluation.quirks", "what each departure of the paper's protocol buys"),
     "prepare": ("clustr_jax.data.prepare", "download and prepare a data set, once"),
@@ -38,6 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     if name in _OF_A_DIRECTORY and not rest:
         print(f"error: clustr-jax {name} needs a work directory{_found()}", file=sys.stderr)
         return 2
+    if name != "train":  # which says it itself
+        from clustr_jax.runtime import programs
+
+        programs.check_jax()
     try:
         module = importlib.import_module(COMMANDS[name][0])
         if name == "train":

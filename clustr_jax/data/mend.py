@@ -20,12 +20,14 @@ from PIL import Image, ImageOps
 from clustr_jax.data import shares
 from clustr_jax.data.folder_layout import ROLES, entries_of, is_picture, pictures_under, same_name
 from clustr_jax.runtime.errors import UserError, first_line, listed, shown
+from clustr_jax.runtime.programs import program
 
 _SPLITS = ("test", "val", "train")  # the last one gives up what the others have as well
 
 
-def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 done, 2 nothing to read, or OUT is not empty."""
+@program(computes=False)
+def main(argv: list[str]) -> None:
+    """The copy, and what was done; UserError where there is nothing to read, or OUT is not empty."""
     parser = argparse.ArgumentParser(
         prog="python -m clustr_jax.data.mend", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -36,13 +38,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--size", help="height x width of all images, e.g. 32x32; that of most without it")
     args = parser.parse_args(argv)
-    try:
-        for line in copy(args.dir, args.out, _size(args.size)):
-            print(line)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for line in copy(args.dir, args.out, _size(args.size)):
+        print(line)
 
 
 def copy(source: pathlib.Path, out: pathlib.Path, size: tuple[int, int] | None = None) -> list[str]:

@@ -6,8 +6,11 @@ Needs tensorflow-cpu (`make prepare-tf`). DIR is $TFDS_DATA_DIR, or TFDS' own de
 import sys
 
 from clustr_jax import data
+from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.programs import program
 
 
+@program(computes=False)
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 2 a name that does not exist, TensorFlow or the network missing."""
     name = data.ALIASES.get(argv[0], argv[0]) if argv else ""
@@ -22,12 +25,10 @@ def main(argv: list[str]) -> int:
         tfds.builder(name, data_dir=directory, file_format="array_record").download_and_prepare()
     except Exception as error:  # TFDS passes on whatever the network and TensorFlow have to say
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        print(
-            f"error: {name} could not be downloaded and prepared in {directory}: {reason}; it needs the "
-            f"network and TensorFlow (make prepare-tf)",
-            file=sys.stderr,
-        )
-        return 2
+        raise UserError(
+            f"{name} could not be downloaded and prepared in {directory}: {reason}; it needs the "
+            f"network and TensorFlow (make prepare-tf)"
+        ) from error
     return 0
 
 

@@ -31,6 +31,7 @@ from clustr_jax.doors import torch_layout
 from clustr_jax.models import unit
 from clustr_jax.runtime.errors import UserError, first_line
 from clustr_jax.runtime.paths import local
+from clustr_jax.runtime.programs import program
 from clustr_jax.storage import description
 
 if TYPE_CHECKING:
@@ -338,8 +339,9 @@ def save(clf: Classifier, path: str | pathlib.Path, **about: Any) -> float:
     return apart
 
 
-def main(argv: list[str]) -> int:
-    """python -m clustr_jax.doors.pytorch WORKDIR --out=model.pt; returns the exit code."""
+@program
+def main(argv: list[str]) -> None:
+    """python -m clustr_jax.doors.pytorch WORKDIR --out=model.pt."""
     parser = argparse.ArgumentParser(
         prog="python -m clustr_jax.doors.pytorch", description="Export a trained network to PyTorch."
     )
@@ -347,16 +349,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", default="model.pt", help="the file to write (model.pt)")
     parser.add_argument("--head", choices=("clusters", "linear"), help="default: the method's own")
     args = parser.parse_args(argv)
-    try:
-        clf = clustr_jax.load(args.workdir, args.head)
-        apart = save(clf, args.out, source=pathlib.Path(args.workdir).expanduser().resolve().name)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    clf = clustr_jax.load(args.workdir, args.head)
+    apart = save(clf, args.out, source=pathlib.Path(args.workdir).expanduser().resolve().name)
     out = pathlib.Path(args.out)
     print(f"{args.out}: logits differ from JAX by {apart:.1e} of max |z| on 64 random inputs")
     print(f'with torch alone, in {out.parent}: from clustr_torch import load; model = load("{out.name}")')
-    return 0
 
 
 if __name__ == "__main__":

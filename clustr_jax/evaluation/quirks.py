@@ -27,6 +27,7 @@ from clustr_jax.evaluation import intervals
 from clustr_jax.evaluation.protocols import PAPER_LOSS, largest_loss
 from clustr_jax.runtime import canary, provenance
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.programs import program
 from clustr_jax.runtime.stage_names import EVALUATE
 from clustr_jax.runtime.streams import stage_key
 from clustr_jax.settings import DataSettings, EvalSettings
@@ -103,8 +104,9 @@ def adaptive(
     return found
 
 
-def main(argv: list[str]) -> int:
-    """Returns the exit code."""
+@program
+def main(argv: list[str]) -> None:
+    """The table, and results/quirks.json."""
     parser = argparse.ArgumentParser(
         prog="python -m clustr_jax.quirks", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -117,37 +119,33 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--step_size", type=float)
     args = parser.parse_args(argv)
     console = Console()
-    try:
-        canary.check()
-        clf = loading.load(args.workdir)
-        network = loading.digest(clf)
-        if clf.clusters is None:
-            raise UserError(f"{args.workdir} has a linear head; the departures are those of cluster scores")
-        config = loading.read_config(pathlib.Path(args.workdir))
-        if args.n < 1 or args.steps < 1 or args.restarts < 1:
-            raise UserError("--n, --steps and --restarts must be at least 1")
-        if not all(value is None or value > 0 for value in (args.eps, args.step_size)):
-            raise UserError(f"--eps and --step_size must be above 0, got {args.eps} and {args.step_size}")
-        config["eval"]["nearest"] = 0  # the log scores of one row know no other rule
-        clf = clf.replace(nearest=0)
-        for name in ("eps", "step_size"):
-            config["eval"]["attack"][name] = getattr(args, name) or config["eval"]["attack"][name]
-        images, settings = DataSettings.of(config["data"]), EvalSettings.of(config["eval"])
-        test = data.splits(images, smoke=config["smoke"])[2]
-        count = min(args.n, len(test))
-        index = data.stratified(test.labels, count, test.num_classes)
-        examples = data.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
-        started = time.perf_counter()
-        key, budget = stage_key(config["seed"], EVALUATE), {"steps": args.steps, "restarts": args.restarts}
-        with console.status("quirks") as status:
-            rows = table(
-                key, clf, examples, settings, **budget, report=lambda text: status.update(f"quirks: {text}")
-            )
-            status.update("quirks: the adaptive attack")
-            magnet = adaptive(key, clf, examples, settings, alpha=config["magnet"]["alpha"], **budget)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    canary.check()
+    clf = loading.load(args.workdir)
+    network = loading.digest(clf)
+    if clf.clusters is None:
+        raise UserError(f"{args.workdir} has a linear head; the departures are those of cluster scores")
+    config = loading.read_config(pathlib.Path(args.workdir))
+    if args.n < 1 or args.steps < 1 or args.restarts < 1:
+        raise UserError("--n, --steps and --restarts must be at least 1")
+    if not all(value is None or 0 < value < np.inf for value in (args.eps, args.step_size)):
+        raise UserError(f"--eps and --step_size must be above 0, got {args.eps} and {args.step_size}")
+    config["eval"]["nearest"] = 0  # the log scores of one row know no other rule
+    clf = clf.replace(nearest=0)
+    for name in ("eps", "step_size"):
+        config["eval"]["attack"][name] = getattr(args, name) or config["eval"]["attack"][name]
+    images, settings = DataSettings.of(config["data"]), EvalSettings.of(config["eval"])
+    test = data.splits(images, smoke=config["smoke"])[2]
+    count = min(args.n, len(test))
+    index = data.stratified(test.labels, count, test.num_classes)
+    examples = data.Examples(test.pixels(index), test.labels[index], index.astype(np.int32))
+    started = time.perf_counter()
+    key, budget = stage_key(config["seed"], EVALUATE), {"steps": args.steps, "restarts": args.restarts}
+    with console.status("quirks") as status:
+        rows = table(
+            key, clf, examples, settings, **budget, report=lambda text: status.update(f"quirks: {text}")
+        )
+        status.update("quirks: the adaptive attack")
+        magnet = adaptive(key, clf, examples, settings, alpha=config["magnet"]["alpha"], **budget)
     shown = Table(
         title=f"{config['method']} on {data.label(images)}, PGD^{args.steps} x {args.restarts}, n = {count}"
     )
@@ -173,12 +171,7 @@ def main(argv: list[str]) -> int:
         "versions": provenance.versions(), "wall_seconds": time.perf_counter() - started,
     }  # fmt: skip
     target = pathlib.Path(args.workdir) / "results"
-    try:
-        results.save(target, "quirks", content, {"ids": examples.ids, "y": examples.y})
-    except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or target}", file=sys.stderr)
-        return 2
-    return 0
+    results.save(target, "quirks", content, {"ids": examples.ids, "y": examples.y})
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ docs/fidelity.md is this table, with the reasons.
 """
 
 import dataclasses
+import sys
 
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.programs import program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +116,11 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
-    """Prints the table; returns the exit code."""
+@program(computes=False)
+def main(argv: list[str]) -> None:
+    """Prints the table."""
     print(table())
-    return 0
 
 
 if __name__ == "__main__":
-    main([])
+    sys.exit(main(sys.argv[1:]))

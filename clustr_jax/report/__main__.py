@@ -6,6 +6,7 @@ import sys
 
 from clustr_jax import report
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.programs import program
 from clustr_jax.runtime.stage_names import REPORT
 from clustr_jax.runtime.streams import stage_key
 from clustr_jax.storage import loading
@@ -27,8 +28,9 @@ def _warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 done, 2 a mistake that the user can mend."""
+@program
+def main(argv: list[str]) -> None:
+    """The page; see `program` for its exit codes."""
     parser = argparse.ArgumentParser(
         prog="python -m clustr_jax.report", description=(report.__doc__ or "").split("\n\n    record")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -36,29 +38,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("workdirs", nargs="+", metavar="DIR")
     parser.add_argument("--out", metavar="FILE", help="of several directories; default: compare.html")
     args = parser.parse_args(argv)
-    try:
-        records = [report.read(path) for path in args.workdirs]
-        warnings = []
-        if len(records) > 1:
-            records, warnings = zip(*map(_checked, records), strict=True)
-            path = report.write_comparison(list(records), pathlib.Path(args.out or "compare.html"))
-        elif args.out:
-            raise UserError("--out is for several directories; the page of one is DIR/report.html")
-        else:
-            record = report.read(args.workdirs[0], loading.digest(loading.load(args.workdirs[0])))
-            path = report.write(
-                record, report.look(record, stage_key(record.config["seed"], REPORT), None), _warn
-            )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or 'a file'}", file=sys.stderr)
-        return 2
+    records = [report.read(path) for path in args.workdirs]
+    warnings = []
+    if len(records) > 1:
+        records, warnings = zip(*map(_checked, records), strict=True)
+        path = report.write_comparison(list(records), pathlib.Path(args.out or "compare.html"))
+    elif args.out:
+        raise UserError("--out is for several directories; the page of one is DIR/report.html")
+    else:
+        record = report.read(args.workdirs[0], loading.digest(loading.load(args.workdirs[0])))
+        path = report.write(
+            record, report.look(record, stage_key(record.config["seed"], REPORT), None), _warn
+        )
     for text in filter(None, warnings):
-        print(text, file=sys.stderr)
+        _warn(text)
     print(f"report: {path}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ _ACCURACIES = {
     "accuracy": "training images", "val_accuracy": "held-out images",
     "adversarial_accuracy": "training adversary", "single_step_accuracy": "held out, one step",
     "multi_step_accuracy": "held out, many steps", "certified": "certified",
+    "paper_accuracy": "held out, paper's protocol", "quick_accuracy": "held out, quick attacks",
 }  # fmt: skip
 _LOSSES = {
     "loss": "loss", "magnet": "Magnet", "natural": "cross entropy", "consistency": "consistency",
@@ -236,10 +237,14 @@ def _history(stage, lines, kind, fields):
         for i, (label, points) in enumerate(series.items()):
             x, y = np.array(points, float).T
             axes.plot(
-                x, scale * y, color=SERIES[i], linestyle=DASHES[i], marker=MARKERS[i], label=label,
-                markevery=max(len(x) // 8, 1), markersize=4,
+                x, scale * y, color=SERIES[i % 10], linestyle=DASHES[i % 6], marker=MARKERS[i % 10],
+                label=label, markevery=max(len(x) // 8, 1), markersize=4,
             )  # fmt: skip
-        axes.set(xlabel="epoch", ylabel="accuracy in %" if kind == "accuracy" else "loss, in nats")
+        updates = lines[0]["step"] // lines[0]["epoch"]
+        axes.set(
+            xlabel=f"epoch ({updates} updates each)",
+            ylabel="accuracy in %" if kind == "accuracy" else "loss, in nats",
+        )
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(lines) == 1:
             axes.set_xlim(lines[0]["epoch"] - 1, lines[0]["epoch"] + 1)

@@ -13,7 +13,8 @@ from clustr_jax import clusters, data
 from clustr_jax.attacks import scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.classifier import Classifier
-from clustr_jax.evaluation.sound_protocol import attack_on
+from clustr_jax.evaluation.plans import attack_on
+from clustr_jax.evaluation.subject import of_classifier
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.stage_names import TRAIN
 from clustr_jax.settings import EvalSettings, MagnetSettings
@@ -203,7 +204,8 @@ def gallery(
     def collect(example, restart, image, fooled):
         ends[example] = image
 
-    attack = attack_on(clf, "margin", eps=budget.eps, steps=budget.steps, step_size=budget.step_size)
+    subject = of_classifier(clf)
+    attack = attack_on(subject, "margin", eps=budget.eps, steps=budget.steps, step_size=budget.step_size)
     scheduler.run(attack, key, as_partial(clf.view), x, y, ids=index, slots=slots, collect=collect)
     before, after = (np.asarray(clf.predict(images)) for images in (x, ends))
     delta = (ends - x).reshape(len(x), -1).astype(np.float64)

@@ -207,8 +207,8 @@ def _shown(record, victims, eps):
         {
             "index": v.index, "fooled": v.after != v.label, "linf": v.linf, "l2": v.l2, "own": v.own,
             "other": v.other, "label": class_name(record, v.label), "before": class_name(record, v.before),
-            "after": class_name(record, v.after), "clean": _png(v.x), "adversarial": _png(v.x_adv),
-            "change": _png(pictures.magnified(v, eps)),
+            "after": class_name(record, v.after), "clean": png(v.x), "adversarial": png(v.x_adv),
+            "change": png(pictures.magnified(v, eps)),
             "sound": _fate(broken_by.get(v.index)) if broken_by and same else "",
         }
         for v in victims
@@ -223,7 +223,7 @@ def _fate(attack):
     return f"broken by {attack}" if attack else "not broken"
 
 
-def _png(image: np.ndarray) -> str:
+def png(image: np.ndarray) -> str:
     """A data URI of an image with values in [0, 1], [H, W, 1 or 3], enlarged without smoothing."""
     import PIL.Image
 

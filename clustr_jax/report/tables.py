@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from clustr_jax.evaluation import intervals
+from clustr_jax.evaluation import intervals, wording
 from clustr_jax.report import terminal
 from clustr_jax.report.record import Record
 from clustr_jax.storage import results
@@ -152,12 +152,7 @@ def certified_table(record: Record) -> dict | None:
 
 def check_value(check: dict) -> str:
     """The number that was compared with the limit, in the limit's unit."""
-    value, limit = check["value"], check["limit"]
-    if value is None:
-        return "–"
-    if "points" in limit:
-        return f"{100 * value:.2f} points"
-    return f"{100 * value:.1f} %" if "%" in limit or "chance" in limit else f"{value:.3g}"
+    return "–" if check["value"] is None else wording.shown_value(check)
 
 
 def check_limit(check: dict) -> str:

@@ -41,6 +41,8 @@ def verdict(record: Record) -> Verdict:
             why = stale if checks is None else "had nothing to look at"
             text = f"{line}. The checks {why}, so nothing says yet whether the attacks can be believed.{low}"
             return Verdict("UNCHECKED", "warn", label, figure, f"No verdict: the checks {why}.", text)
+        plain = checks.get("words", "").partition(". ")[0]
+        line = f"{plain}. {line}" if plain else line
         failed = ", ".join(map(str, checks["failed"]))
         if failed:
             checked = f"check{'s' * (len(checks['failed']) > 1)} {failed} failed"

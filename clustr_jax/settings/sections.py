@@ -126,6 +126,7 @@ class TermSettings(Section):
     attack: AdversarySettings
     label_smoothing: float = 0.0
     on_collapse: str = "warn"
+    probe: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

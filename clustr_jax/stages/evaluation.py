@@ -123,7 +123,7 @@ def diagnose(this: Run) -> None:
         this.progress.line("evaluate: diagnostics were done before")
         return
     started = time.monotonic()
-    this.progress.status("evaluate  diagnostics: twenty-one checks")
+    this.progress.status("evaluate  diagnostics: twenty-eight checks")
     outcomes = results.load_outcomes(folder, "sound")
     ids, test = outcomes["ids"], this.test_split  # those that were attacked then
     examples = data.Examples(test.pixels(ids), test.labels[ids], ids)
@@ -134,7 +134,8 @@ def diagnose(this: Run) -> None:
     found = checks.run(key, clf, examples, this.settings.eval, sound, outcomes, paper, radius)
     shared = ("dataset", "subset", "n", "method", "eps", "clean", "robust", "attack", "seed", "versions")
     content = {name: sound[name] for name in shared} | this.remarks.fields
-    content |= checks.as_result(sound, found, paper)
+    constant = float(np.bincount(examples.y).max() / max(len(examples), 1))
+    content |= checks.as_result(sound, found, paper, constant)
     seconds = time.monotonic() - started
     content |= {"protocol": results.PROTOCOLS["diagnostics"], "config_sha": identity, "wall_seconds": seconds}
     results.save(folder, "diagnostics", content, {"ids": examples.ids})

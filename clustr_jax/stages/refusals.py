@@ -132,6 +132,8 @@ def check_terms(train: TermSettings) -> None:
     ):  # fmt: skip
         if getattr(train, name) not in known:
             raise UserError(f"train.{name} must be one of {', '.join(known)}, got {getattr(train, name)!r}")
+    if train.probe < 0:
+        raise UserError(f"train.probe is a number of held-out images, 0 for none, got {train.probe}")
     if train.attack.steps < 1 or train.nearest < 0:
         raise UserError(
             f"train.attack.steps must be >= 1 and train.nearest >= 0, "

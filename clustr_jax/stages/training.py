@@ -179,6 +179,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
         val = intervals.fraction(correct(clf, val_x, val_y)) if len(val_y) else None
         if trainer.method.adversary or trainer.replays > 1:
             totals |= guarding.monitor(this, clf, key)
+        totals |= guarding.probe(this, clf, key)
         now = guarding.health(this, clf)
         alarms = guard.alarms(handed, now, totals, updates=step)
         record = {

@@ -1,0 +1,43 @@
+"""Models whose parameters are spread over devices: the gate takes them, with their current weights.
+
+The work is done by `sharded_models.py` in a process with eight virtual devices.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def found():
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "sharded_models.py")],
+        env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_outcomes_are_those_on_one_device(found):
+    """Wherever parameters and images are, before and after an update: no old weights."""
+    assert len(found["found"]) > 40
+    assert {case: value for case, value in found["found"].items() if value[0] > 2e-5} == {}
+
+
+def test_an_update_compiles_nothing(found):
+    assert {case: value for case, value in found["found"].items() if value[1]} == {}
+
+
+def test_arrays_on_different_devices_are_one_line(found):
+    text = found["apart"]
+    assert "different devices" in text and "jax.device_put(arrays, sharding)" in text
+    assert len(text) <= 500 and "\n" not in text
