@@ -4,7 +4,7 @@ The texts follow "error: " and are one line each.
 """
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 from ml_collections import ConfigDict
 
@@ -59,7 +59,7 @@ def flag(name: str, config: ConfigDict, flags: Iterable[str]) -> str:
     return f"{told}{close}; settings are --config.KEY=VALUE, and {_ASK}"
 
 
-def names(config: Mapping, prefix: str = "") -> Iterable[str]:
+def names(config: ConfigDict, prefix: str = "") -> Iterable[str]:
     """Every setting by its path: "train.attack.eps"."""
     for key, value in config.items():
         if isinstance(value, ConfigDict):
