@@ -162,3 +162,49 @@ def test_what_a_run_ends_with_fits_a_terminal(names, tmp_path):
         assert shown(0.65) in other and shown(0.6) in other
     for word in ("paper's protocol", "sound protocol"):
         assert word in said
+
+
+@pytest.mark.parametrize(
+    ("sound", "statuses", "answer", "tone"),
+    [
+        (0.95, "PPW", "ROBUST SO FAR", "pass"),
+        (0.95, "PPF", "NOT KNOWN", "skip"),
+        (0.95, "SSS", "NOT KNOWN", "skip"),
+        (0.5, "PPP", "PARTLY ROBUST", "warn"),
+        (0.1, "PPP", "NOT ROBUST", "fail"),  # one class for every image scores as much
+        (0.0, "PPF", "NOT ROBUST", "fail"),
+    ],
+)
+def test_green_is_only_what_withstood_everything(sound, statuses, answer, tone, tmp_path):
+    known = {"P": "PASS", "W": "WARN", "F": "FAIL", "S": "SKIP"}
+    checks = [{**c, "status": known[s]} for c, s in zip(OWN["diagnostics"]["checks"], statuses, strict=True)]
+    failed = [c["number"] for c in checks if c["status"] == "FAIL"]
+    changes = {"sound": {"robust": sound}, "diagnostics": {"checks": checks, "failed": failed}}
+    record = report.read(make(tmp_path, changes=changes))
+    found = words.verdict(record)
+    assert (found.answer, found.answer_tone) == (answer, tone)
+    made = page.report(record, page.Looks())
+    assert f'<section id="verdict" class="verdict {tone}"' in made.html
+    assert f'<span class="badge {tone}">{answer}</span>' in made.html
+
+
+def test_without_a_sound_result_nothing_is_known(tmp_path):
+    found = words.verdict(report.read(make(tmp_path, names=("clean", "paper"))))
+    assert (found.answer, found.answer_tone) == ("NOT KNOWN", "skip")
+
+
+def test_the_card_has_a_header_and_says_how_to_load_it(tmp_path):
+    card = page.report(report.read(make(tmp_path / "run")), page.Looks()).card
+    start, header, text = card.split("---\n", 2)
+    fields = [line.partition(":")[0] for line in header.splitlines() if not line.startswith("- ")]
+    assert start == "" and fields == [
+        "license",
+        "library_name",
+        "pipeline_tag",
+        "tags",
+        "datasets",
+        "metrics",
+    ]
+    assert "- digits\n" in header and "- clustr_qtrades\n" in header
+    assert text.lstrip().startswith("# Model card") and 'clustr_jax.load("run")' in text
+    assert "[N, 8, 8, 1], pixels in [0, 1]\n" in text
