@@ -200,6 +200,11 @@ def test_pages_in_a_browser(width, dark, full, tmp_path):
             assert len(texts) > 100
             assert [(said, size) for said, size, _ in texts if size < SMALLEST] == []
             assert [(said, ratio) for said, _, ratio in texts if ratio < CONTRAST] == []
+            outside = tab.run(
+                "[...document.querySelectorAll('figure svg text')].filter(e => e.closest('figure')"
+                ".getBoundingClientRect().right < e.getBoundingClientRect().right).map(e => e.textContent)"
+            )
+            assert outside == []  # a legend that is wider than its figure
             told = tab.run(
                 "[...document.querySelectorAll('.scroll')].map(e => [e.scrollWidth > e.clientWidth,"
                 " getComputedStyle(e.querySelector('.sideways')).display !== 'none'])"
