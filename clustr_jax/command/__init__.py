@@ -8,7 +8,7 @@ import sys
 from clustr_jax.runtime import provenance
 from clustr_jax.runtime.errors import listed, nearest, shown
 
-# Command -> (module, what it does); each but `train` and `judge` is `python -m clustr_jax.NAME` as well.
+# Command -> (module, what it does); `train`, `judge` and `completion` have no `python -m clustr_jax.NAME`.
 COMMANDS = {
     "train": ("clustr_jax.command.train", "train, evaluate and report on a work directory (run.py)"),
     "judge": ("clustr_jax.command.judge", "the verdict on any JAX model: attacks, checks, a witness"),

@@ -15,6 +15,24 @@ def words(content: dict) -> str:
     return f"{_robustness(content, failed)} {_trust(content, failed)}"
 
 
+def answer(content: dict) -> tuple[str, str]:
+    """(robust or not in two words, the tone that goes with it): "pass" only for what withstood everything.
+
+    Of a figure that no check could look at, or that a check distrusts, only "not robust" can be said.
+
+    >>> nothing = {"status": "PASS", "number": 1}
+    >>> wording.answer({"robust": 0.8, "clean": 0.85, "n": 99, "constant": 0.1, "checks": [nothing]})
+    ('ROBUST SO FAR', 'pass')
+    """
+    failed = [c for c in content["checks"] if c["status"] == "FAIL"]
+    said = _robustness(content, failed)
+    if said.startswith("Not robust"):
+        return "NOT ROBUST", "fail"
+    if said.startswith("No verdict") or all(c["status"] == "SKIP" for c in content["checks"]):
+        return "NOT KNOWN", "skip"
+    return ("ROBUST SO FAR", "pass") if said.startswith("Robust") else ("PARTLY ROBUST", "warn")
+
+
 def _robustness(content, failed) -> str:
     robust, constant = content["robust"], content.get("constant")
     if not content["n"]:

@@ -8,6 +8,7 @@ from clustr_jax.report.record import Record
 from clustr_jax.report.svg import DASHES, MARKERS, SERIES, Drawing, attempt, draw
 from clustr_jax.runtime.stage_names import TRAIN, WARMUP
 
+_HALF = 20  # letters of a name that leave room for another beside it
 # Of metrics.jsonl: field -> what the legend calls it.
 _ACCURACIES = {
     "accuracy": "training images", "val_accuracy": "held-out images",
@@ -51,7 +52,14 @@ def _line(axes, i, points, label, n=None, **more):
 def _accuracy_axes(axes, xlabel, legend=True):
     axes.set(xlabel=xlabel, ylabel="accuracy in %", ylim=(-3, 103))
     if legend:
-        axes.figure.legend(loc="outside lower center", ncols=2)
+        _legend(axes.figure)
+
+
+def _legend(figure):
+    """Below the axes, in two columns where its words have room for that."""
+    names = [text for axes in figure.axes for text in axes.get_legend_handles_labels()[1]]
+    longest = max(map(len, names), default=0)
+    figure.legend(loc="outside lower center", ncols=2 if longest <= _HALF else 1)
 
 
 def over_eps(record: Record) -> Drawing | None:
@@ -160,7 +168,7 @@ def attacks(record: Record) -> Drawing | None:
         axes.set_xlim(-3 * most, 104 * most)
         axes.set_yticks(places, [_short(name) for name, _ in order])
         axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside lower center", ncols=2)
+        _legend(figure)
 
     alt = ", ".join(f"{name} {_percent(v)}" for (name, _), v in zip(order, values, strict=True))
     return draw(
@@ -271,7 +279,7 @@ def _history(stage, lines, kind, fields):
             axes.set_ylim(-3, 103)
         elif min(values) > 0 and max(values) > _WIDE * min(values):
             axes.set_yscale("log")
-        figure.legend(loc="outside lower center", ncols=2)
+        _legend(figure)
 
     def ends(points):
         (_, a), (_, b) = points[0], points[-1]

@@ -29,10 +29,12 @@ def page(content: dict, found: Witness) -> str:
     ]  # fmt: skip
     radii = [(intervals.radius(eps), cell(value, n)) for eps, value in content["curves"].get("eps", ())]
     audit = content["audit"]
+    answer, answer_tone = wording.answer(content)
     return pages.render(
         "judgement.html", title="Judgement", identity=provenance.sha(content), j=content,
         lead=f"{n} images of {content['classes']} classes · {content['protocol']} · seed {content['seed']}",
-        tone=_TONES.get(content["status"], "warn"), words=wording.words(content),
+        tone=_TONES.get(content["status"], "warn"), words=wording.words(content), answer=answer,
+        answer_tone=answer_tone,
         robust=cell(content["robust"], n), clean=cell(content["clean"], n),
         constant=cell(content["constant"]), audit=cell(audit["robust"]) if audit else None,
         radius=intervals.radius(content["eps"]), check_value=tables.check_value,

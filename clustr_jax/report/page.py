@@ -138,16 +138,10 @@ def report(record: Record, looks: Looks) -> Report:
         **shared,
     )
     card = render(
-        "card.md",
-        parameters=looks.parameters,
-        sizes=_sizes(looks),
-        subset=words.subset(record),
-        duplicates=words.duplicates(record),
-        notes=words.notes(record),
-        alarms=words.alarms(record),
-        markdown=_markdown,
-        **shared,
-    )
+        "card.md", parameters=looks.parameters, sizes=_sizes(looks), subset=words.subset(record),
+        duplicates=words.duplicates(record), notes=words.notes(record), alarms=words.alarms(record),
+        markdown=_markdown, shape=_shape(record), images=words.in_pixels(record), **shared,
+    )  # fmt: skip
     return Report(html, card, [d for d in drawings if not d.failed], failures)
 
 
@@ -271,6 +265,12 @@ def png(image: np.ndarray) -> str:
     file = io.BytesIO()
     PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _shape(record):
+    """Of one image, as the stage that was last finished took it."""
+    stages = [*record.stages.values()]
+    return stages[-1].get("input_shape", ["..."]) if stages else ["..."]
 
 
 def _sizes(looks):

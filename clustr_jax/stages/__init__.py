@@ -137,10 +137,9 @@ def _run(config, asked, place, wanted, progress, command, profile):
         progress.console.print(terminal.side_by_side(found))
         diagnosis = results.diagnosis(there)
         if diagnosis is not None and "sound" in found:
-            progress.console.print(terminal.checks_table(diagnosis))
-            progress.console.print(
-                diagnosis["verdict"], markup=False, highlight=False, soft_wrap=True, style="bold"
-            )
+            progress.console.print(terminal.checks_text(diagnosis), soft_wrap=True)
+            verdict = terminal.verdict_text(diagnosis)
+            progress.console.print(verdict, markup=False, highlight=False, soft_wrap=True, style="bold")
         progress.line(f"results: {place.results}")
     if unreported is not None:
         raise unreported
