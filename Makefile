@@ -36,10 +36,20 @@ INSTALLED_DOCS := $(VENV)/.installed-docs
 VENV_DOORS := .venv-doors
 INSTALLED_DOORS := $(VENV_DOORS)/.installed
 
-help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile | awk -F: '{printf "%-12s%s\n", $$1, $$2}'
+# "##N text" behind a target lists it in group N.
+GROUPS := "1 To begin" "2 Before a change is merged" "3 Documents" "4 Data and upkeep"
 
-setup: $(INSTALLED)  ## make .venv with the pinned requirements and this package (editable)
+help:
+	@for group in $(GROUPS); do \
+	  echo "$${group#* }"; \
+	  sed -n "s/^\([a-z-]*\):.*  ##$${group%% *} /\1: /p" $(firstword $(MAKEFILE_LIST)) | \
+	    awk '{name = $$1; sub(/:$$/, "", name); sub(/^[^ ]* /, ""); printf "  make %-12s %s\n", name, $$0}'; \
+	  echo; \
+	done
+	@echo 'ARGS="..." is passed on: make run ARGS="--config=digits:trades".'
+	@echo 'ACCEL=cpu|cuda12 and PYTHON=/path/to/python decide what .venv is made of.'
+
+setup: $(INSTALLED)  ##1 make .venv, as every other target does if it is missing
 
 $(INSTALLED): requirements-cpu.txt $(REQUIREMENTS)
 	@if ! $(PY) -c '$(SUITABLE)' 2>/dev/null; then \
@@ -73,19 +83,19 @@ $(INSTALLED_DOCS): requirements-docs.txt $(INSTALLED)
 	@$(PIP) -r requirements-docs.txt
 	@touch $@
 
-run: $(INSTALLED)  ## run.py with its default config (digits, ClusTR+QTRADES), or with ARGS
+run: $(INSTALLED)  ##1 train and evaluate digits, ClusTR + QTRADES: a few minutes
 	$(PY) run.py $(ARGS)
 
 # Most of their time is compilation: they do without XLA's optimiser, which the slow tests have.
 test test-doors: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
-test: $(INSTALLED_DEV)  ## every test that is not marked slow
+test: $(INSTALLED_DEV)  ##2 the tests that are not slow
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 # Those of the doors are left to test-doors, which has their tools.
-test-slow: $(INSTALLED_DEV)  ## the tests marked slow, but for those marked long
+test-slow: $(INSTALLED_DEV)  ##2 the slow tests that CI runs
 	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not long" --ignore-glob="*/test_doors*.py" $(ARGS)
 
-test-long: $(INSTALLED_DEV)  ## the tests marked long: everything else that is slow
+test-long: $(INSTALLED_DEV)  ##2 the rest of the slow tests
 	$(PY) -m pytest -n 2 --dist worksteal -m long $(ARGS)
 
 # PyTorch and Foolbox stay out of .venv, whose versions are exact: CUDA's wheels of PyTorch and of JAX disagree.
@@ -98,39 +108,39 @@ $(INSTALLED_DOORS): requirements-doors.txt $(INSTALLED_DEV)
 	@$(VENV_DOORS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-doors.txt
 	@touch $@
 
-test-doors: $(INSTALLED_DOORS)  ## the doors to PyTorch and Foolbox, in .venv-doors
+test-doors: $(INSTALLED_DOORS)  ##2 the doors to PyTorch and Foolbox, in .venv-doors
 	$(VENV_DOORS)/bin/python -m pytest -n 2 --dist worksteal tests/test_doors*.py $(ARGS)
 
 # The lower bounds of pyproject.toml are the pins, so the oldest JAX that is allowed is the one that is installed.
-test-wheel: $(INSTALLED)  ## the wheel in an environment of its own, with nothing but what it requires
+test-wheel: $(INSTALLED)  ##2 the wheel alone, with nothing but what it requires
 	@rm -rf build/wheel build/core build/lib && mkdir -p build/empty
 	@$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	@$(PY) -m venv build/core
 	@build/core/bin/python -m pip install --quiet --disable-pip-version-check -c requirements-cpu.txt build/wheel/*.whl
 	cd build/empty && ../core/bin/python ../../tests/core_only.py
 
-faults: $(INSTALLED_DEV)  ## all faults of docs/reliability.md, whose table it writes (about ten minutes)
+faults: $(INSTALLED_DEV)  ##2 inject all faults of docs/reliability.md (ten minutes)
 	FAULTS=all $(PY) -m pytest -q tests/test_faults*.py $(ARGS)
 
-lint: $(INSTALLED_DEV)  ## ruff (lint and format) and pyright; changes nothing
+lint: $(INSTALLED_DEV)  ##2 ruff and pyright; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
 
-format: $(INSTALLED_DEV)  ## what ruff can mend by itself
+format: $(INSTALLED_DEV)  ##2 mend what ruff can mend by itself
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-docs: $(INSTALLED_DOCS)  ## the documentation as a site, docs/_build/index.html; warnings are errors
+docs: $(INSTALLED_DOCS)  ##3 the documentation as a site: docs/_build/index.html
 	$(PY) -m sphinx -W --keep-going -E -q -b html docs docs/_build $(ARGS)
 	@echo "docs/_build/index.html"
 
-notebooks: $(INSTALLED_DEV)  ## examples/*.ipynb with their outputs, from the .py beside them (minutes)
+notebooks: $(INSTALLED_DEV)  ##3 execute examples/*.py into their notebooks (minutes)
 	$(PY) examples/notebooks.py $(ARGS)
 
 # Only for making data sets: TFDS's CIFAR builder opens its downloads with TensorFlow. Prepared sets are read without.
-prepare-tf: $(INSTALLED)  ## add TensorFlow, for the one time that TFDS has to download and prepare a data set
+prepare-tf: $(INSTALLED)  ##4 add TensorFlow, once, to download and prepare a data set
 	$(PIP) -c requirements-cpu.txt tensorflow-cpu==2.21.0
 
-clean:  ## remove .venv and caches, keep runs/ and data
+clean:  ##4 remove .venv and caches; runs/ and data stay
 	rm -rf $(VENV) $(VENV_DOORS) build docs/_build docs/tutorials *.egg-info .pytest_cache .ruff_cache .hypothesis

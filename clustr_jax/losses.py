@@ -215,9 +215,16 @@ def magnet_loss(
     given = jnp.ones((num_rows, num_samples), bool) if mask is None else mask
     given = arrays.mask(given, "mask", "M S", sizes)
     loss, variance = magnet_loss_of_rows(
-        z.reshape(-1, size), jnp.arange(num_rows * num_samples) // num_samples, classes, given.reshape(-1),
-        alpha=alpha, eps=eps, surplus=surplus, radius=radius, sharpness=sharpness,
-    )  # fmt: skip
+        z.reshape(-1, size),
+        jnp.arange(num_rows * num_samples) // num_samples,
+        classes,
+        given.reshape(-1),
+        alpha=alpha,
+        eps=eps,
+        surplus=surplus,
+        radius=radius,
+        sharpness=sharpness,
+    )
     return loss.reshape(num_rows, num_samples), variance
 
 

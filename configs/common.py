@@ -51,9 +51,10 @@ def base(dataset: str) -> ConfigDict:
     c.train.radius = 36 / 255  # l2 radius that the *_certified methods train for, in [0, 1] pixels
     c.train.nearest = 0  # D nearest clusters in training; 0 = all (authors' --L)
     c.train.attack_bn = "batch"  # inner attack: "batch" statistics (kept out of the running ones) or "eval"
-    c.train.on_collapse = (
-        "warn"  # what follows when a stage destroys its network: "warn", "stop" or "restore"
-    )
+    # What follows when a stage destroys the network it was handed: "warn", "stop" or "restore".
+    c.train.on_collapse = "warn"
+    # Held-out images that are attacked after each epoch, by the paper's protocol and by quick-1; 0 = none.
+    c.train.probe = 0
     c.train.monitor = True  # single-step against multi-step accuracy on held-out images, each epoch
     c.train.attack = ConfigDict()  # the adversary of training: keyword arguments of attacks.pgd
     c.train.attack.eps = 8 / 255
@@ -92,7 +93,7 @@ def base(dataset: str) -> ConfigDict:
     c.eval.quick = False  # main eps only, 20 steps, 200 queries; protocols are then called ...-quick
     c.eval.slots = 64  # (example, restart) pairs attacked side by side: sets the memory; 512 or more on a GPU
     c.eval.protocols = ("paper", "sound")  # of "paper", "sound", "quick"
-    c.eval.diagnostics = True  # twenty-one checks of the sound result, and a verdict
+    c.eval.diagnostics = True  # twenty-eight checks of the sound result, and a verdict
     c.eval.transfer = ()  # work directories whose models attack this one as well
     c.eval.attack = ConfigDict()  # keyword arguments of attacks.pgd
     c.eval.attack.eps = 8 / 255
@@ -379,6 +380,7 @@ def fast(c):
     if c.method in ("magnet", "clustr", "clustr_qtrades"):
         c.magnet.samples = 8
         c.train.epochs, c.train.lr, c.train.schedule = 12, 1e-4, "multistep"
+        c.train.probe = 200
 
 
 VARIANTS = {"cpu": cpu, "fast": fast}

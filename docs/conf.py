@@ -126,8 +126,18 @@ def page(notebook: dict, name: str, folder: pathlib.Path) -> str:
                     blocks[-1] = blocks[-1].removesuffix("\n```") + f"\n{printed.rstrip()}\n```"
                 else:
                     blocks.append(f"```text\n{printed.rstrip()}\n```")
-    blocks.insert(1, f"The notebook itself is `examples/{name}.ipynb`.")
+    blocks.insert(1, f"The notebook itself is `examples/{name}.ipynb`.{colab(name)}")
     return "\n\n".join(blocks) + "\n"
+
+
+def colab(name: str) -> str:
+    """The link that opens a notebook in Colab, where DOCS_SOURCE is https://github.com/OWNER/NAME/blob/REF."""
+    host = "https://github.com/"
+    if not SOURCE.startswith(host):
+        return ""
+    place = f"https://colab.research.google.com/github/{SOURCE.removeprefix(host)}/examples/{name}.ipynb"
+    badge = "https://colab.research.google.com/assets/colab-badge.svg"
+    return f" [![Open {name} in Colab]({badge})]({place})"
 
 
 def _tutorials(app):

@@ -34,7 +34,7 @@ QUANTILES = (0.05, 0.5, 0.95)
 # Of each epoch.
 CURVE = (
     "step", "val_accuracy", "adversarial_accuracy", "magnet", "hinge_active", "variance", "consistency",
-    "single_step_accuracy", "multi_step_accuracy", "alarms",
+    "single_step_accuracy", "multi_step_accuracy", "paper_accuracy", "quick_accuracy", "alarms",
 )  # fmt: skip
 EVALUATION = {"eval.n": ATTACKED, "eval.quick": True, "eval.diagnostics": False, "eval.attack.restarts": 1}
 

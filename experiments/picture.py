@@ -10,6 +10,7 @@ import sys
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -52,7 +53,7 @@ def draw() -> Figure:
     """One panel a data set; on the diagonal both protocols agree, above it the paper's was blind."""
     shown = [(dataset, points(dataset)) for dataset in DATASETS]
     shown = [(dataset, found) for dataset, found in shown if found]
-    figure = Figure(figsize=(5.4 * len(shown), 4.2), layout="constrained")
+    figure = Figure(figsize=(5.4 * len(shown), 4.5), layout="constrained")
     for i, (dataset, found) in enumerate(shown):
         ax = figure.add_subplot(1, len(shown), i + 1)
         top = 1.1 * max(max(sound, paper) for _, sound, paper in found) + 1
@@ -70,6 +71,12 @@ def draw() -> Figure:
             )  # fmt: skip
         ax.set(xlim=(-0.02 * top, top), ylim=(-0.02 * top, top), title=DATASETS[dataset])
         ax.set(xlabel="sound protocol, %", ylabel="paper's protocol (PGD$^{20}$), %")
+    kinds = [("a head made of clusters", _CLUSTERS), ("a linear head", _OTHERS)]
+    handles = [Line2D([], [], linestyle="", marker="o", color=colour, label=kind) for kind, colour in kinds]
+    handles.append(Line2D([], [], color="0.7", linewidth=1, label="both protocols agree"))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8.5
+    )
     return figure
 
 

@@ -36,6 +36,34 @@ def find() -> str | None:
     return shutil.which(named) if named else next(filter(None, map(shutil.which, _BINARIES)), None)
 
 
+_TEXTS = """(() => {
+  const numbers = colour => (colour.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = e => {
+    for (; e; e = e.parentElement) {
+      const found = numbers(getComputedStyle(e).backgroundColor);
+      if (found.length === 3 || found[3] === 1) return found;
+    }
+    return [255, 255, 255];
+  };
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+  while (walker.nextNode()) {
+    const node = walker.currentNode, e = node.parentElement, box = e.getBoundingClientRect();
+    if (!node.data.trim() || !box.width || e.closest('.skip-link, title, style, defs')) continue;
+    if (!e.checkVisibility()) continue;
+    if (e.closest('[id^=figure-embeddings]') && /^\\d+$/.test(node.data.trim())) continue;  // a mark, no text
+    const style = getComputedStyle(e), drawn = e instanceof SVGElement;
+    const scale = drawn ? Math.abs(e.ownerSVGElement.getScreenCTM().a) : 1;
+    const [ink, paper] = [light(numbers(drawn ? style.fill : style.color)), light(ground(e))];
+    const ratio = (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+    found.push([node.data.trim().slice(0, 40), parseFloat(style.fontSize) * scale, ratio]);
+  }
+  return found;
+})()"""
+
+
 class Page:
     """One tab. `events` holds all that the browser has told of itself, requests and console included."""
 
@@ -92,6 +120,14 @@ class Page:
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def texts(self) -> list[tuple[str, float, float]]:
+        """(text, its height in CSS pixels as it is shown, contrast to its ground) of all that can be read.
+
+        WCAG's ratio of luminances; the ground is the nearest background that is not transparent. The numbers
+        that stand for points in the plane of the embeddings are marks.
+        """
+        return [tuple(found) for found in self.run(_TEXTS)]
 
     def complaints(self) -> list[str]:
         """What was written to the console or its log since the page was asked for, exceptions included."""

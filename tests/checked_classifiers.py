@@ -6,11 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from centroid_classifiers import LinearNet, eval_settings, exact_robust, points, separated
 from clustr_jax.classifier import Classifier
 from clustr_jax.clusters import Clusters
 from clustr_jax.evaluation.checks import Probe
+from clustr_jax.evaluation.subject import Subject
 from clustr_jax.models import Outputs
 
 N, EPS = 32, 0.3
@@ -64,19 +66,30 @@ def by_number(checks):
     return found
 
 
-class Plain:
-    """A classifier of which only the logits are looked at."""
-
-    variables, clusters, bounds = {}, None, None
-
-    def __init__(self, logits):
-        self.logits, self.calls = logits, 0
+def plain(logits):
+    """A subject of which only the logits are looked at."""
+    return Subject(Partial(logits), logits, lambda: "", None)
 
 
 def outputs_of(logits):
     _, examples, config, _ = problem()
-    return list(Probe(jax.random.key(0), Plain(logits), examples, config, np.ones(N, bool)).outputs())
+    return list(Probe(jax.random.key(0), plain(logits), examples, config, np.ones(N, bool)).outputs())
 
 
 def linear(x):
     return np.asarray(x)[:, :5] * 10
+
+
+def fits(check):
+    """Whether the number is on the side of its limit that the status says."""
+    words = check.limit.split()
+    share = 100 if "points" in check.limit or "%" in check.limit else 1
+    value = share * check.value
+    if words[0] in ("<=", ">=", ">"):
+        bound = float(words[1])
+        inside = {"<=": value <= bound * 1.01, ">=": value >= bound, ">": value > bound}[words[0]]
+    elif "to" in words:
+        inside = float(words[0]) <= value <= float(words[2])
+    else:
+        inside = value == float(words[0])
+    return inside == (check.status == "PASS")

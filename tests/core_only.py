@@ -5,6 +5,7 @@ AutoAttack on a plain function, whose answer is known, and k-means, clusters and
 
 import importlib.util
 import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,9 @@ def main() -> None:
     y = np.array([0, 0, 1, 1])
     result = attacks.autoattack(jax.random.key(0), logits, x, y, eps=0.1, slots=4)
     assert result.robust.tolist() == [True, False, False, True], result.robust
+    with tempfile.TemporaryDirectory() as folder:
+        judged = clustr_jax.judge(logits, x, y, eps=0.1, slots=4, folder=folder)
+        assert judged.robust == 0.5 and clustr_jax.verify(folder, logits).ok, judged
     head = clusters.fit(jax.random.key(0), x.reshape(4, -1), y, num_classes=2, k=1)
     radii = certify.radius(head, x.reshape(4, -1), y, lipschitz=1.0)
     assert (radii > 0).all(), radii

@@ -53,6 +53,7 @@ OWN = {
     },
     "diagnostics": {
         "verdict": "robust accuracy 15.00 [7.1, 29.1] % at eps 0.2 (no check failed)", "failed": [],
+        "words": "Partly robust: fewer than half. The measurement found no reason to distrust itself.",
         "masking_gap": 0.05,
         "checks": [
             dict(zip(("number", "name", "status", "value", "limit", "note"), check, strict=True))

@@ -1,20 +1,23 @@
-"""The twenty-one checks: each passes on a small healthy classifier and notices one built to violate it.
+"""The checks: each passes on a small healthy classifier and notices one built to violate it.
 
 The healthy one has linear features and a nearest-centroid head, whose robust examples are known exactly.
 """
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from centroid_classifiers import eval_settings, silent
-from checked_classifiers import EPS, N, by_number, linear, outputs_of, probe, problem
+from checked_classifiers import EPS, N, by_number, fits, linear, outputs_of, probe, problem
 from clustr_jax.attacks.scheduled_pgd import PGD
-from clustr_jax.evaluation import checks, probes, sound_protocol
+from clustr_jax.evaluation import checks, known_answers, sound_protocol
 from clustr_jax.evaluation.checks import FAIL, PASS, SKIP, WARN, Probe
+from clustr_jax.evaluation.subject import of_classifier
 
 
 def test_the_problem_has_both_kinds():
@@ -29,10 +32,10 @@ def test_the_problem_has_both_kinds():
 @pytest.mark.parametrize("part", ["outputs", "gradients", "precision", "effort", "black_box"])
 def test_a_healthy_classifier_passes(part):
     checks = list(getattr(probe(), part)())
-    assert checks and all(check.status == PASS for check in checks), checks
+    assert checks and all(check.status == PASS and fits(check) for check in checks), checks
     expected = {
-        "outputs": [2, 3], "gradients": [4, 7], "precision": [5], "effort": [1, 7, 8, 10, 20],
-        "black_box": [12],
+        "outputs": [2, 3, 26], "gradients": [4, 22, 28], "precision": [5], "effort": [1, 7, 25, 10, 20],
+        "black_box": [24, 27],
     }[part]  # fmt: skip
     assert [check.number for check in checks] == expected
 
@@ -40,12 +43,12 @@ def test_a_healthy_classifier_passes(part):
 def test_scaled_logits_break_nothing_more():
     """Scaled by 1000, cross entropy saturates: a warning about that loss, no failure."""
     (check,) = probe().scales()
-    assert check.number == 6 and check.status in (PASS, WARN) and check.value == 0.0
+    assert check.number == 6 and check.status in (PASS, WARN) and fits(check)
 
 
 @pytest.mark.slow
 def test_all_checks_of_a_healthy_classifier():
-    """From the sound protocol to the verdict: each number once or twice, in order, nothing failed."""
+    """From the sound protocol to the verdict: each number once, in order, nothing failed."""
     clf, examples, _, exact = problem()
     config = eval_settings(**{
         "eval.attack.eps": EPS, "eval.attack.step_size": EPS / 4, "eval.slots": N, "eval.curve": (0.15, 1.5),
@@ -57,7 +60,7 @@ def test_all_checks_of_a_healthy_classifier():
     paper = {"robust": 1.0, "successes_lost_by_max_loss_rule": 2}
     listed = checks.run(jax.random.key(1), clf, examples, config, result, outcomes, paper, radius)
     numbers = [check.number for check in listed]
-    assert numbers == sorted(numbers) and set(numbers) == set(range(1, 22))
+    assert numbers == list(range(1, 29))
     assert not [check for check in listed if check.status == FAIL], listed
     assert "(no check failed" in checks.verdict(result, listed)
     found = json.loads(json.dumps(checks.as_result(result, listed, paper)))
@@ -72,17 +75,17 @@ def test_logits_that_change_from_call_to_call_fail():
         calls.append(1)
         return linear(x) * (1 + 0.01 * len(calls))
 
-    deterministic, span = outputs_of(fickle)
+    deterministic, span, _ = outputs_of(fickle)
     assert (deterministic.number, deterministic.status, span.status) == (2, FAIL, PASS)
     assert deterministic.value > 1e-2
 
 
 def test_logits_that_depend_on_the_batch_fail():
-    deterministic, _ = list(probe("batch").outputs())
+    deterministic, *_ = probe("batch").outputs()
     assert deterministic.status == FAIL and deterministic.value > 1e-4
-    size, _ = outputs_of(lambda x: linear(x) * (1 + 1e-3 * len(x)))
+    size, *_ = outputs_of(lambda x: linear(x) * (1 + 1e-3 * len(x)))
     assert size.status == FAIL
-    fine, _ = outputs_of(linear)
+    fine, *_ = outputs_of(linear)
     assert fine.status == PASS and fine.value == 0.0
 
 
@@ -97,14 +100,14 @@ def test_probabilities_fail_and_bounded_scores_warn():
         (probabilities, FAIL, "probabilities"), (exp_scores, WARN, "bounded scores"), (linear, PASS, ""),
         (lambda x: np.full((len(x), 5), np.nan), FAIL, "not finite"), (lambda x: linear(x) / 100, WARN, ""),
     ):  # fmt: skip
-        _, span = outputs_of(logits)
+        _, span, _ = outputs_of(logits)
         assert (span.number, span.status) == (3, status) and word in span.note
 
 
 def test_a_model_without_gradients_fails():
     """stop_gradient: the attack sees nothing (4), float64 has no sign to agree with (5), noise wins (12)."""
     blind = probe("stopped", robust=np.ones(N, bool))
-    zero, _ = blind.gradients()
+    zero, *_ = blind.gradients()
     assert (zero.number, zero.status, zero.value) == (4, FAIL, 1.0)
     (sign,) = blind.precision()
     assert (sign.number, sign.status) == (5, FAIL)
@@ -114,9 +117,28 @@ def test_a_gradient_that_is_not_the_derivative_fails():
     """Half the gradient has every sign right, in float32 as in float64; differences tell (5)."""
     (right,), (halved,) = probe().precision(), probe("halved").precision()
     assert (right.status, halved.status) == (PASS, FAIL)
-    assert right.value == halved.value == 1.0
-    error = float(halved.note.split()[3].rstrip(";"))
-    assert error == pytest.approx(0.5, abs=1e-3), halved.note
+    assert (right.value, right.limit) == (1.0, ">= 99 %")
+    assert halved.value == pytest.approx(0.5, abs=1e-3) and halved.limit == "<= 0.01", halved
+
+
+def test_a_model_that_casts_to_float32_is_not_compared():
+    """Its differences are rounding, and no evidence against its gradient: no verdict of this check."""
+    clf, examples, config, exact = problem()
+    casts = dataclasses.replace(
+        of_classifier(clf), opened=Partial(lambda clf, x: 1.0 * clf.logits(x.astype(jnp.float32)), clf)
+    )
+    (check,) = Probe(jax.random.key(1), casts, examples, config, exact).precision()
+    assert check.status == SKIP and "float32" in check.note
+
+
+@pytest.mark.parametrize("kind", ["plain", "halved", "stopped", "rounded", "batch"])
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_the_number_that_is_shown_is_the_one_that_decides(kind, scale):
+    """Beside its own limit: beyond it where the check warns or fails, within it where it passes."""
+    looked = probe(kind, scale)
+    for part in (looked.outputs, looked.gradients, looked.precision):
+        for check in part():
+            assert check.value is None or fits(check), check
 
 
 @pytest.mark.slow
@@ -128,9 +150,9 @@ def test_rounding_hides_the_gradient():
     assert robust.any()
     masked = probe("rounded", robust=robust)
     masked.eps = 4 * EPS
-    zero, _ = masked.gradients()
+    zero, *_ = masked.gradients()
     assert zero.status == FAIL
-    (noise,) = masked.black_box()
+    noise, _ = masked.black_box()
     assert noise.status == FAIL and noise.value > 0
 
 
@@ -141,24 +163,24 @@ def test_a_figure_that_is_too_high_fails():
     assert (scale.number, scale.status) == (6, FAIL) and scale.value > 0.1
     effort = by_number(claimed.effort())
     assert effort[7][0].status == FAIL and effort[7][0].value > 0.1
-    assert [effort[n][0].status for n in (1, 8, 20)] == [PASS] * 3
+    assert [effort[n][0].status for n in (1, 25, 20)] == [PASS] * 3
 
 
 def test_random_points_that_break_more_fail():
     """At a large radius noise alone breaks some: a protocol that left them all is not to be believed."""
     claimed = probe(robust=np.ones(N, bool))
     claimed.eps = 4 * EPS
-    (noise,) = claimed.black_box()
-    assert (noise.number, noise.status) == (12, FAIL) and noise.value > 0
+    noise, _ = claimed.black_box()
+    assert (noise.number, noise.status) == (24, FAIL) and noise.value > 0
 
 
 def test_saturated_cross_entropy_is_a_warning():
     """Margins of 200 nats: cross entropy has no gradient, margin has; the figure stands."""
     sure = probe(scale=20.0)
-    zero, _ = sure.gradients()
-    assert (zero.number, zero.status, zero.value) == (4, WARN, 0.0)
+    zero, *_ = sure.gradients()
+    assert (zero.number, zero.status, "cross entropy" in zero.note) == (4, WARN, True) and fits(zero)
     (scale,) = sure.scales()
-    assert (scale.status, scale.value) == (WARN, 0.0)
+    assert (scale.status, "cross entropy" in scale.note) == (WARN, True) and fits(scale)
 
 
 def test_statistics_that_move_are_noticed():
@@ -192,7 +214,7 @@ def test_no_image_is_right():
     clf, examples, config, _ = problem()
     outcomes = {"clean": np.zeros(N, bool), "robust": np.zeros(N, bool)}
     listed = checks.run(jax.random.key(0), clf, examples, config, {}, outcomes, None)
-    assert [check.number for check in listed] == list(range(1, 22))
+    assert [check.number for check in listed] == list(range(1, 29))
     assert all(check.status == SKIP for check in listed)
 
 
@@ -205,6 +227,8 @@ def test_the_toy_is_solved():
 
 
 def test_the_toy_notices_a_crippled_attack(monkeypatch):
-    monkeypatch.setattr(probes, "PGD", lambda **settings: PGD(**settings | {"step_size": jnp.float32(0.0)}))
+    monkeypatch.setattr(
+        known_answers, "PGD", lambda **settings: PGD(**settings | {"step_size": jnp.float32(0.0)})
+    )
     check = checks.toy(jax.random.key(5))
     assert check.status == FAIL and check.value > 10

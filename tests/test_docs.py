@@ -83,3 +83,11 @@ def test_links_out_of_docs(conf, monkeypatch):
     assert conf.links("[n](../examples/certify.ipynb)", place) == "[n](/tutorials/certify.md)"
     monkeypatch.setattr(conf, "SOURCE", "https://example.org/blob/main")
     assert conf.links("[a](../README.md)", place) == "[a](https://example.org/blob/main/README.md)"
+
+
+def test_notebooks_open_in_colab_where_the_source_is_on_github(conf, monkeypatch, tmp_path):
+    cell = {"cell_type": "markdown", "source": "# Title", "metadata": {}}
+    assert "colab" not in conf.page({"cells": [cell]}, "certify", tmp_path)
+    monkeypatch.setattr(conf, "SOURCE", "https://github.com/me/it/blob/main")
+    said = conf.page({"cells": [cell]}, "certify", tmp_path)
+    assert "(https://colab.research.google.com/github/me/it/blob/main/examples/certify.ipynb)" in said

@@ -33,6 +33,8 @@ MODULES = (
 )  # fmt: skip
 # Results of functions, shown in the examples of those; and what builds attacks for protocols.
 WITHOUT = {
+    "Judgement",
+    "verify",
     "AutoAttackResult",
     "Interrupted",
     "NearestResult",
@@ -44,7 +46,8 @@ WITHOUT = {
 }
 # The contract, by hand: a rename must not go unnoticed.
 CONTRACT = {
-    "load", "Classifier", "Classifier.logits", "Classifier.embed", "Classifier.predict", "Classifier.scores",
+    "judge", "load", "Classifier", "Classifier.logits", "Classifier.embed", "Classifier.predict",
+    "Classifier.scores",
     "data.load", "attacks.pgd", "attacks.qtrades", "attacks.autoattack", "attacks.apgd", "attacks.fab",
     "attacks.square", "attacks.fgsm", "attacks.noise", "kmeans.kmeans", "Clusters", "Clusters.log_scores",
     "Clusters.scores", "Clusters.probs", "clusters.fit", "losses.cross_entropy", "losses.kl", "losses.margin",
@@ -110,7 +113,9 @@ def test_the_contract_is_covered():
     assert len(PUBLIC) > len(CONTRACT)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "judge")) for name in PUBLIC]
+)
 def test_example(name, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     item, owner = PUBLIC[name]

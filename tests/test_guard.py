@@ -12,6 +12,7 @@ from clustr_jax.storage import additions
 from clustr_jax.storage.workdir import config_dict, training_sha
 from clustr_jax.training import guard
 from clustr_jax.training.guard import Health
+from runs import TINY
 from small_training import get_config, problem
 
 GOOD = Health(accuracy=0.9, largest_class=0.11, feature_spread=0.5)
@@ -123,6 +124,23 @@ def test_a_run_that_collapses(answer, code, run, tmp_path):
     if answer == "restore":
         assert left["step"] == 0 and left["reason"].startswith("collapsed")
     assert words.alarms(record.read(workdir))[0].startswith("2_train: accuracy lost after epoch 1")
+
+
+@pytest.mark.slow
+def test_the_curve_over_updates(run, tmp_path):
+    """train.probe: held-out images attacked after each epoch; the training stays the same."""
+    found = {}
+    for probe in (0, 20):
+        workdir = tmp_path / f"run-{probe}"
+        run(*TINY, f"--config.train.probe={probe}", f"--workdir={workdir}", "--stages=1_warmup,2_train")
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        found[probe] = [line for line in lines if line["stage"] == "2_train"]
+    assert [line["loss"] for line in found[0]] == [line["loss"] for line in found[20]]
+    for line in found[20]:
+        assert 0 <= line["quick_accuracy"] <= 1 and line["paper_accuracy"] * 20 == round(
+            line["paper_accuracy"] * 20
+        )
+    assert not any("paper_accuracy" in line for line in found[0])
 
 
 def test_the_answer_is_no_part_of_the_training():

@@ -8,6 +8,7 @@ import tomllib
 
 import pytest
 
+from clustr_jax.command import COMMANDS
 from clustr_jax.runtime.extras import EXTRAS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,6 +32,7 @@ def python(code):
     "from clustr_jax import attacks, losses, clusters, certify, lipschitz, kmeans",
     "from clustr_jax import Clusters, Classifier, UserError",
     "from clustr_jax.settings import EvalSettings",
+    "from clustr_jax import judge, verify",
 ])  # fmt: skip
 def test_the_core_imports_nothing_heavy(what):
     listed = "json.dumps(sorted({m.split('.')[0] for m in sys.modules}))"
@@ -63,6 +65,23 @@ found = attacks.autoattack(jax.random.key(0), logits, x, np.array([0, 0]), eps=0
 print(json.dumps(found.robust.tolist()))
 """
     assert python(BLOCKED.format(blocked=sum(EXTRAS.values(), ()), code=code)) == [False, True]
+
+
+@pytest.mark.slow
+def test_judge_runs_without_any_extra(tmp_path):
+    """The bundle lacks report.html alone, and one line says what would make it."""
+    code = f"""
+import jax.numpy as jnp, numpy as np
+import clustr_jax
+def logits(x):
+    z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
+    return jnp.concatenate([z, -z], axis=1)
+x = np.stack([np.full((4, 4, 1), 0.55), np.full((4, 4, 1), 0.9)]).astype(np.float32)
+j = clustr_jax.judge(logits, x, np.array([0, 0]), eps=0.1, slots=2, folder={str(tmp_path)!r})
+print(json.dumps([j.robust, clustr_jax.verify({str(tmp_path)!r}, logits).ok]))
+"""
+    assert python(BLOCKED.format(blocked=sum(EXTRAS.values(), ()), code=code)) == [0.5, True]
+    assert {p.name for p in tmp_path.iterdir()} == {"judgement.json", "witness.npz", "CARD.md"}
 
 
 @pytest.mark.parametrize(("code", "package", "extra"), [
@@ -129,7 +148,7 @@ def test_the_console_command():
     assert console("train", "--list")[1].startswith("configs")
     code, _, stderr = console("trian")
     assert code == 2 and stderr == (
-        "error: unknown command 'trian'; known: train, report, quirks, prepare, fidelity\n"
+        f"error: unknown command 'trian' (did you mean train?); known: {', '.join(COMMANDS)}\n"
     )
     for name in ("train", "report", "quirks"):
         code, _, stderr = console(name, "x", blocked=("flax", "ml_collections", "jinja2"))

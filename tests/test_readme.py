@@ -15,6 +15,7 @@ import sys
 
 import pytest
 
+import test_prose as prose
 from marks import in_ci
 from runs import ROOT
 
@@ -100,7 +101,8 @@ def test_digits_commands_and_code(execute):
     code = "".join(blocks("python"))
     assert workdir in code
     stdout, _ = execute(["python", "-c", code], workdir)
-    clean_and_robust, autoattack = stdout.splitlines()[:2]
+    assert "robust accuracy" in stdout and "checks: " in stdout  # of clustr_jax.judge, the first block
+    clean_and_robust, autoattack = stdout.splitlines()[-2:]
     clean, robust = map(float, clean_and_robust.split())
     assert 0 <= robust < clean <= 1
     assert 0 <= float(autoattack.split()[0]) < clean and "apgd-ce" in autoattack
@@ -117,6 +119,41 @@ def test_commands_on_images(execute, command, data_dir):
         pytest.skip(f"no prepared {dataset(command)} in {data_dir}")
     stdout, _ = execute(command, "runs/images")
     assert "results: " in stdout
+
+
+ROWS, COLUMNS = 60, 100  # of a first screen
+MOST_WORDS = 180
+
+
+def first_screen():
+    """As many lines of README.md as a screen of ROWS rows shows, each of as many rows as it is long."""
+    shown, rows = [], 0
+    for line in README.splitlines():
+        rows += max(1, -(-len(line) // COLUMNS))
+        if rows > ROWS:
+            break
+        shown.append(line)
+    return "\n".join(shown)
+
+
+def test_the_first_screen():
+    """A picture with a text, two commands, five lines of Python, the claim with our table; few words."""
+    screen = first_screen()
+    paragraphs = [
+        sentence
+        for _, paragraph in prose.paragraphs(re.sub(r"!\[[^\]]*\]\([^)]*\)", "", screen))
+        if not paragraph.startswith("#")
+        for sentence in prose.sentences(paragraph)
+    ]
+    assert sum(len(prose.words(sentence)) for sentence in paragraphs) <= MOST_WORDS
+    assert re.search(r"!\[[^\]]{40,}\]\(docs/figures/verdict\.svg\)", screen)
+    (sh,) = re.findall(r"^```sh\n(.*?)^```$", screen, flags=re.MULTILINE | re.DOTALL)
+    (python,) = re.findall(r"^```python\n(.*?)^```$", screen, flags=re.MULTILINE | re.DOTALL)
+    assert len(sh.splitlines()) == 2 and len([line for line in python.splitlines() if line]) == 5
+    assert "clustr_jax.judge(" in python
+    assert "74.04" in screen and "0.00 % under" in screen and "<!-- table: digits -->" in screen
+    for reader in ("attack", "train", "certify", "reproduce"):
+        assert re.search(rf"^\| {reader}.*\]\(", screen, flags=re.MULTILINE)
 
 
 def test_downloads_exist():

@@ -54,7 +54,7 @@ FIGURES = {
     "Accuracy over the radius": (figures, "over_eps"), "Accuracy over steps": (figures, "over_budget"),
     "Each attack alone": (figures, "attacks"), "Certified accuracy": (figures, "certified"),
     "Warm-up: loss": (figures, "_history"), "After: the trained network": (pictures, "_plane"),
-    "Adversarial images": (pictures, "gallery"), "gallery": (page, "_png"),
+    "Adversarial images": (pictures, "gallery"), "gallery": (page, "png"),
     "Before: after the warm-up": (pictures, "limits"),
 }  # fmt: skip
 

@@ -162,9 +162,12 @@ WITHOUT = pytest.mark.skipif(
 )
 
 
+SMALLEST, CONTRAST = 11, 4.5  # CSS pixels of a text, and its ratio to the ground (WCAG AA)
+
+
 @pytest.mark.slow
 @WITHOUT
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, 768, 1400])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_pages_in_a_browser(width, dark, full, tmp_path):
     """No complaint, no request, no overflow, and nothing that is shown without a size."""
@@ -193,6 +196,21 @@ def test_pages_in_a_browser(width, dark, full, tmp_path):
             assert (sum(map(int, re.findall(r"\d+", background))) < 200) == dark
             ink = tab.run("getComputedStyle(document.querySelector('figure svg text')).fill")
             assert (sum(map(int, re.findall(r"\d+", ink))) > 500) == dark
+            texts = tab.texts()
+            assert len(texts) > 100
+            assert [(said, size) for said, size, _ in texts if size < SMALLEST] == []
+            assert [(said, ratio) for said, _, ratio in texts if ratio < CONTRAST] == []
+            outside = tab.run(
+                "[...document.querySelectorAll('figure svg text')].filter(e => e.closest('figure')"
+                ".getBoundingClientRect().right < e.getBoundingClientRect().right).map(e => e.textContent)"
+            )
+            assert outside == []  # a legend that is wider than its figure
+            told = tab.run(
+                "[...document.querySelectorAll('.scroll')].map(e => [e.scrollWidth > e.clientWidth,"
+                " getComputedStyle(e.querySelector('.sideways')).display !== 'none'])"
+            )
+            assert told and all(scrolls for scrolls, says in told if says)
+            assert width > 640 or all(says for _, says in told)
             assert len(tab.screenshot()) > 20_000
 
 

@@ -1,8 +1,10 @@
 """What the report says in words, and which results it leaves out."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from clustr_jax import report
 from clustr_jax.evaluation import intervals
@@ -10,7 +12,7 @@ from clustr_jax.reference import claims
 from clustr_jax.report import compare, page, terminal, words
 from clustr_jax.runtime import provenance
 from clustr_jax.storage import results
-from report_directories import ALL, OWN, make, planes, result, victims
+from report_directories import ALL, OWN, make, planes, result, shown, victims
 from report_html import Document
 
 pytestmark = pytest.mark.usefixtures("importable")
@@ -19,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("importable")
 def test_the_verdict_follows_the_checks(tmp_path):
     good = words.verdict(report.read(make(tmp_path / "good")))
     assert (good.status, good.tone) == ("NO CHECK FAILED", "info") and "gave a warning: 9" in good.meaning
+    assert good.meaning.startswith("Partly robust: fewer than half. ")
     failed = {"diagnostics": {"failed": [4, 12], "verdict": "upper bound only"}}
     bad = words.verdict(report.read(make(tmp_path / "bad", changes=failed)))
     assert bad.status == "UPPER BOUND ONLY" and "checks 4, 12 failed" in bad.meaning and bad.tone == "fail"
@@ -132,3 +135,76 @@ def test_what_was_trained_is_said(tmp_path):
     (root / "1_warmup" / "done.json").write_text(json.dumps({"epochs": 3, "reason": "target reached"}))
     first, second, _ = words.method(report.read(root))
     assert "3 epochs" in first and "Data: digits." in first and "gamma 0.01" in second
+
+
+@pytest.mark.parametrize("names", [ALL, ("clean", "sound", "diagnostics"), ("clean", "paper"), ("clean",)])
+def test_what_a_run_ends_with_fits_a_terminal(names, tmp_path):
+    """80 columns, no word broken, no empty cell where there is a figure; checks that passed are counted."""
+    make(tmp_path, names=names)
+    record = report.read(tmp_path)
+    found = {name: record.results[name] for name in ("clean", "paper", "sound") if name in names}
+    console = Console(file=io.StringIO(), width=terminal.WIDTH)
+    console.print(terminal.side_by_side(found))
+    checks = {"checks": [{**check, "advice": "look " * 40} for check in OWN["diagnostics"]["checks"]]}
+    console.print(terminal.checks_text(checks), soft_wrap=True)
+    console.print(terminal.verdict_text({**OWN["diagnostics"], "words": "plain " * 40}), soft_wrap=True)
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue()
+    assert max(map(len, said.splitlines())) <= terminal.WIDTH
+    assert "1 passed, 1 warn, 1 skipped" in said and "inside the ball" not in said
+    assert "1.11 points (limit <= 0.5 points)" in said and "0.0111" not in said
+    (clean,) = [line for line in said.splitlines() if "clean, all" in line]
+    assert clean.count("95.00") == 2
+    if {"paper", "sound"} <= set(names):
+        (worst,) = [line for line in said.splitlines() if "worst case" in line]
+        assert shown(0.2) in worst and shown(0.15) in worst
+        (other,) = [line for line in said.splitlines() if "eps 0.1" in line]
+        assert shown(0.65) in other and shown(0.6) in other
+    for word in ("paper's protocol", "sound protocol"):
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    ("sound", "statuses", "answer", "tone"),
+    [
+        (0.95, "PPW", "ROBUST SO FAR", "pass"),
+        (0.95, "PPF", "NOT KNOWN", "skip"),
+        (0.95, "SSS", "NOT KNOWN", "skip"),
+        (0.5, "PPP", "PARTLY ROBUST", "warn"),
+        (0.1, "PPP", "NOT ROBUST", "fail"),  # one class for every image scores as much
+        (0.0, "PPF", "NOT ROBUST", "fail"),
+    ],
+)
+def test_green_is_only_what_withstood_everything(sound, statuses, answer, tone, tmp_path):
+    known = {"P": "PASS", "W": "WARN", "F": "FAIL", "S": "SKIP"}
+    checks = [{**c, "status": known[s]} for c, s in zip(OWN["diagnostics"]["checks"], statuses, strict=True)]
+    failed = [c["number"] for c in checks if c["status"] == "FAIL"]
+    changes = {"sound": {"robust": sound}, "diagnostics": {"checks": checks, "failed": failed}}
+    record = report.read(make(tmp_path, changes=changes))
+    found = words.verdict(record)
+    assert (found.answer, found.answer_tone) == (answer, tone)
+    made = page.report(record, page.Looks())
+    assert f'<section id="verdict" class="verdict {tone}"' in made.html
+    assert f'<span class="badge {tone}">{answer}</span>' in made.html
+
+
+def test_without_a_sound_result_nothing_is_known(tmp_path):
+    found = words.verdict(report.read(make(tmp_path, names=("clean", "paper"))))
+    assert (found.answer, found.answer_tone) == ("NOT KNOWN", "skip")
+
+
+def test_the_card_has_a_header_and_says_how_to_load_it(tmp_path):
+    card = page.report(report.read(make(tmp_path / "run")), page.Looks()).card
+    start, header, text = card.split("---\n", 2)
+    fields = [line.partition(":")[0] for line in header.splitlines() if not line.startswith("- ")]
+    assert start == "" and fields == [
+        "license",
+        "library_name",
+        "pipeline_tag",
+        "tags",
+        "datasets",
+        "metrics",
+    ]
+    assert "- digits\n" in header and "- clustr_qtrades\n" in header
+    assert text.lstrip().startswith("# Model card") and 'clustr_jax.load("run")' in text
+    assert "[N, 8, 8, 1], pixels in [0, 1]\n" in text

@@ -10,8 +10,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "clustr_jax"
 # From the ground up. An import may only go down; those of a file that lies flat are a room of their own.
 ROOMS = (
     "runtime", "reference", "settings", "losses", "kmeans", "clusters", "certify", "lipschitz", "attacks",
-    "models", "classifier", "data", "training", "storage", "evaluation", "doors", "report", "stages",
-    "command", "__init__", "prepare", "quirks", "fidelity",
+    "models", "classifier", "data", "training", "storage", "evaluation", "doors", "report", "judge", "verify",
+    "stages", "command", "__init__", "prepare", "quirks", "fidelity",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -30,7 +30,7 @@ MODULES = {module(path) for path in FILES}
 
 
 def imports(path):
-    """Names of our modules that a file imports, wherever it does."""
+    """Names of the package's modules that a file imports, wherever it does."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "clustr_jax":

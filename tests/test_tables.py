@@ -36,6 +36,23 @@ def test_tables_are_those_of_the_results(path, tables):
     assert text.count("<!-- table:") == text.count("<!-- end -->")
 
 
+def test_the_verdict_card_is_that_of_the_results(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    card = importlib.import_module("verdict_card")
+    card.save(tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_bytes() == card.OUT.read_bytes(), (
+        "run python experiments/verdict_card.py"
+    )
+    robust = [
+        json.loads((ROOT / "results" / "digits" / f"{n}.json").read_text())["robust"]
+        for n in ("paper", "sound")
+    ]
+    alternative = re.findall(r"!\[([^\]]*)\]\(docs/figures/verdict.svg\)", (ROOT / "README.md").read_text())[
+        0
+    ]
+    assert re.findall(r"\d+\.\d+", alternative) == [f"{100 * value:.2f}" for value in robust]
+
+
 def test_versions_are_never_mixed(tables, tmp_path, monkeypatch):
     found = tables.result_tables
     found.check_versions()
@@ -54,8 +71,8 @@ def test_versions_are_never_mixed(tables, tmp_path, monkeypatch):
         found.check_versions()
 
 
-def test_the_other_machine_is_that_of_the_readme():
-    text = " ".join((ROOT / "README.md").read_text().split())
+def test_the_other_machine_is_that_of_the_results():
+    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
     paper, sound = (
         json.loads((ROOT / "results" / "digits-other-machine" / f"{name}.json").read_text())["robust"]
         for name in ("paper", "sound")

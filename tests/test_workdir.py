@@ -82,11 +82,11 @@ def test_names_are_printed_as_they_are():
         "dataset": "birds[bold]", "subset": "[/red] of it", "method": "nominal", "n": 10, "clean": 0.5,
         "robust": 0.5,
     }  # fmt: skip
-    check = dict(number=1, name="a check", status="PASS", value=None, limit="[0, 1]", note="[/b] see x[y]")
+    check = dict(number=1, name="a check", status="WARN", value=0.5, limit="[0, 1]", note="[/b] see x[y]")
     console = Console(file=io.StringIO(), width=200)
     quick = {**result, "protocol": "quick-1", "eps": 0.2, "robust": 0.3}
     console.print(terminal.side_by_side({"clean": result, "quick": quick}))
-    console.print(terminal.checks_table({"checks": [check]}))
+    console.print(terminal.checks_text({"checks": [check]}))
     assert isinstance(console.file, io.StringIO)
     for text in ("birds[bold]", "[/red] of it", "[0, 1]", "[/b] see x[y]", "quick-1, eps 0.2", "30.00"):
         assert text in console.file.getvalue()

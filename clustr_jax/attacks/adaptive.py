@@ -120,6 +120,10 @@ def run(
 def _run_pairs(pairs, progress, report, *given, **settings) -> None:
     """`scheduler.run` on these (restart, example) pairs alone: the others are marked as if they had ended."""
     before, working = progress.outcome, progress.outcome.copied()
+    rows = np.arange(len(pairs))[:, None]
+    wanted = rows < np.where(before.broken, before.restart, len(pairs))[None, :]
+    if not (pairs & (before.spent == 0) & wanted).any():
+        return  # an earlier call ended this round: what is in flight is of a later one
     working.spent[~pairs] = 1
     flying = [np.asarray(leaf) for leaf in jax.tree.leaves(working.flight)]
     working.flight = flying if flying and flying[-1].any() else None  # the last leaf: slots in use
@@ -183,7 +187,9 @@ def adaptive_restarts(
         raise UserError(f"attack must be one of {', '.join(PARAMETER_FREE)}, got {attack!r}")
     common_of(eps, norm, bounds)
     place = resuming.usable(folder)
-    given, logits = prepare(key, logits_fn, x, y, float(eps), norm, bounds, ids, slots)
+    given, logits = prepare(
+        key, logits_fn, x, y, eps=float(eps), norm=norm, bounds=bounds, ids=ids, slots=slots
+    )
     entry = ATTACKS[attack]
     entry.check(shape=given.x.shape, classes=logits.shape[1], norm=given.norm)
     budget = Budget(eps=eps, norm=given.norm, bounds=given.bounds, steps=steps, queries=steps, restarts=most)

@@ -44,12 +44,16 @@ class View(struct.PyTreeNode):
     exponents: Float[Array, "B Y K"] | None = None
 
 
-def logits_of(outputs) -> Float[Array, "B Y"]:
+# What a model returns.
+Outputs = Array | View
+
+
+def logits_of(outputs: Outputs) -> Float[Array, "B Y"]:
     """The logits of a model's outputs."""
     return outputs.logits if isinstance(outputs, View) else outputs
 
 
-def misclassified(outputs, y: Int[Array, "B"]) -> Bool[Array, "B"]:
+def misclassified(outputs: Outputs, y: Int[Array, "B"]) -> Bool[Array, "B"]:
     """Where the logits, or the deployed rule, prefer another class than y (ties go to the first class)."""
     wrong = jnp.argmax(logits_of(outputs), axis=1) != y
     if isinstance(outputs, View):
@@ -77,13 +81,13 @@ def _at(values, index):
     return jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]
 
 
-def margin_targeted(outputs, y, target) -> Float[Array, "B"]:
+def margin_targeted(outputs: Outputs, y: Int[Array, "B"], target: Int[Array, "B"]) -> Float[Array, "B"]:
     """z_t - z_y."""
     logits = logits_of(outputs)
     return _at(logits, target) - _at(logits, y)
 
 
-def dlr_targeted(outputs, y, target) -> Float[Array, "B"]:
+def dlr_targeted(outputs: Outputs, y: Int[Array, "B"], target: Int[Array, "B"]) -> Float[Array, "B"]:
     """(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2): Croce & Hein 2020, eq. 7; below 4 classes the margin."""
     logits = logits_of(outputs)
     difference = margin_targeted(logits, y, target)
@@ -93,7 +97,7 @@ def dlr_targeted(outputs, y, target) -> Float[Array, "B"]:
     return difference / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-def label_odds(outputs, y, target) -> Float[Array, "B"]:
+def label_odds(outputs: Outputs, y: Int[Array, "B"], target: Int[Array, "B"] | None) -> Float[Array, "B"]:
     """log (1 - p_y) / p_y, p = softmax(logits): up as p_y falls.
 
     The gradient has the direction of cross entropy's, which is 0 in float32 where p_y rounds to 1.
@@ -102,7 +106,7 @@ def label_odds(outputs, y, target) -> Float[Array, "B"]:
     return jax.nn.logsumexp(_without(logits, y), axis=1) - _at(logits, y)
 
 
-def rival_odds(outputs, y, target) -> Float[Array, "B"]:
+def rival_odds(outputs: Outputs, y: Int[Array, "B"], target: Int[Array, "B"] | None) -> Float[Array, "B"]:
     """log p_c / (1 - p_c) of the likeliest class c other than y: up with p_c."""
     logits = _in_float32(outputs)
     rival = jnp.argmax(_without(logits, y), axis=1)
@@ -139,17 +143,17 @@ def _cluster(view: View, target):
     return _at(exponents.reshape(exponents.shape[0], -1), target)
 
 
-def centroid(view: View, y, target) -> Float[Array, "B"]:
+def centroid(view: View, y: Int[Array, "B"], target: Int[Array, "B"]) -> Float[Array, "B"]:
     """u_t - max_j u_yj: towards cluster t, from the nearest own one. |f|^2 cancels: linear in f."""
     return _cluster(view, target) - jnp.max(_own(view, y), axis=1)
 
 
-def feature(view: View, y, target) -> Float[Array, "B"]:
+def feature(view: View, y: Int[Array, "B"], target: Int[Array, "B"]) -> Float[Array, "B"]:
     """-|f - mu_t|^2 / 2 sigma^2: the distance to cluster t in feature space alone."""
     return _cluster(view, target)
 
 
-def magnet(view: View, y, target) -> Float[Array, "B"]:
+def magnet(view: View, y: Int[Array, "B"], target: Int[Array, "B"] | None) -> Float[Array, "B"]:
     """The Magnet loss (Eq. 3) about the fixed centroids, without its hinge and its margin alpha."""
     exponents = _clustered(view)
     others = jnp.arange(exponents.shape[1])[None, :] != y[:, None]
@@ -168,7 +172,7 @@ def magnet_hinged(alpha: float) -> Callable:
     return loss
 
 
-def away(view: View, y, target) -> Float[Array, "B"]:
+def away(view: View, y: Int[Array, "B"], target: Int[Array, "B"] | None) -> Float[Array, "B"]:
     """|f - mu_y|^2 / 2 sigma^2 of the nearest own cluster: what cross entropy on exp scores climbs."""
     return -jnp.max(_own(view, y), axis=1)
 

@@ -1,14 +1,17 @@
 """One call of a scheduled attack, on the host: what its door has in common with every other one."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from clustr_jax.attacks import resuming, scheduler, user_losses
 from clustr_jax.attacks.gate import Admitted, admit
 from clustr_jax.attacks.input_checks import check_logits, concrete
 from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
+from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.attacks.targets import CHOOSERS
 from clustr_jax.attacks.watching import Interrupted, bar
 from clustr_jax.runtime import mesh
@@ -25,16 +28,41 @@ def common_of(eps, norm, bounds) -> dict[str, Any]:
     return dict(eps=jnp.float32(eps), norm=norm_of(norm), bounds=bounds_of(bounds))
 
 
-def attack_alone(key, attack, logits_fn, x, y, ranking, ids, restarts, slots, progress, folder):
+def attack_alone(
+    key: Any,
+    attack: Attack,
+    logits_fn: Callable,
+    x: Any,
+    y: Any,
+    *,
+    ranking: str | None,
+    ids: Any,
+    restarts: int,
+    slots: int,
+    progress: bool | None,
+    folder: Any,
+) -> Float[np.ndarray, "B ..."]:
     """One attack at its door: x_adv [B, ...], x where nothing was broken. `ranking` of targets, or None."""
     restarts, place = whole("restarts", restarts, 1), resuming.usable(folder)
-    given, logits = prepare(key, logits_fn, x, y, float(attack.eps), attack.norm, attack.bounds, ids, slots)
+    given, logits = prepare(
+        key,
+        logits_fn,
+        x,
+        y,
+        eps=float(attack.eps),  # pyright: ignore[reportArgumentType]  one number at a door
+        norm=attack.norm,
+        bounds=attack.bounds,
+        ids=ids,
+        slots=slots,
+    )
     attack = user_losses.of_attack(attack, slots, logits.shape[1], given.y)
     plan = planned(type(attack).__name__, attack, given, logits, ranking, restarts, slots)
     x_adv, alive = given.x.copy(), np.flatnonzero(logits.argmax(axis=1) == given.y)
     if len(alive):
         kept = resuming.begin(place, given, logits, [plan], slots, "one attack")
-        outcome, stopped = run_plan(given.key, plan, given, alive, slots, progress, kept, plan.name)
+        outcome, stopped = run_plan(
+            given.key, plan, given, alive, slots=slots, progress=progress, kept=kept, record=plan.name
+        )
         x_adv[alive] = outcome.x_adv
         if stopped is not None:
             raise Interrupted(x_adv, STOPPED + stopped)
@@ -55,7 +83,17 @@ def planned(name, attack, given, logits, ranking, restarts=1, slots=SLOTS) -> re
     return resuming.Planned(name, attack, targets, restarts)
 
 
-def run_plan(key, plan, given, index, slots, progress, kept, record) -> tuple[scheduler.Outcome, str | None]:
+def run_plan(
+    key: Any,
+    plan: resuming.Planned,
+    given: Admitted,
+    index: Int[np.ndarray, "A"],
+    *,
+    slots: int,
+    progress: bool | None,
+    kept: resuming.Kept,
+    record: str,
+) -> tuple[scheduler.Outcome, str | None]:
     """(the outcome on the images of this index; where it was interrupted, what to say of its records)."""
     x, y, ids = given.x[index], given.y[index], given.ids[index]
     targets = None if plan.targets is None else plan.targets[:, index]
@@ -74,7 +112,9 @@ def run_plan(key, plan, given, index, slots, progress, kept, record) -> tuple[sc
     return outcome, None
 
 
-def prepare(key, logits_fn, x, y, eps, norm, bounds, ids, slots) -> tuple[Admitted, np.ndarray]:
+def prepare(
+    key: Any, logits_fn: Callable, x: Any, y: Any, *, eps: Any, norm: Any, bounds: Any, ids: Any, slots: int
+) -> tuple[Admitted, np.ndarray]:
     """(what the attack goes on with, in NumPy; clean logits), or UserError for what cannot be attacked."""
     slots = whole("slots", slots, 1)
     rows = -(-slots // mesh.devices())  # what one device sees

@@ -91,7 +91,7 @@ def autoattack(
     if unknown:
         raise UserError(f"attacks: unknown {unknown[0]!r}; known: {known}")
     place = resuming.usable(folder)
-    given, logits = prepare(key, logits_fn, x, y, eps, norm, bounds, ids, slots)
+    given, logits = prepare(key, logits_fn, x, y, eps=eps, norm=norm, bounds=bounds, ids=ids, slots=slots)
     x, y = given.x, given.y
     alive = logits.argmax(axis=1) == y
     budget = Budget(
@@ -116,7 +116,9 @@ def autoattack(
         if not len(index):
             break
         own, record = jax.random.fold_in(given.key, number), f"{number}-{plan.name}"
-        outcome, stopped = run_plan(own, plan, given, index, slots, progress, kept, record)
+        outcome, stopped = run_plan(
+            own, plan, given, index, slots=slots, progress=progress, kept=kept, record=record
+        )
         x_adv[index] = outcome.x_adv
         broken_by[index[outcome.broken]] = plan.name
         alive[index] = ~outcome.broken
@@ -166,7 +168,19 @@ def apgd(
     loss = attack_losses.one(attack_losses.dlr_targeted if targeted else attack_losses.untargeted(loss_fn))
     attack = APGD(steps=whole("steps", steps, 1), loss=loss, **common_of(eps, norm, bounds))
     ranking = targets if targeted else None
-    return attack_alone(key, attack, logits_fn, x, y, ranking, ids, restarts, slots, progress, folder)
+    return attack_alone(
+        key,
+        attack,
+        logits_fn,
+        x,
+        y,
+        ranking=ranking,
+        ids=ids,
+        restarts=restarts,
+        slots=slots,
+        progress=progress,
+        folder=folder,
+    )
 
 
 @promoting
@@ -202,7 +216,19 @@ def fab(
     """
     restarts = whole("restarts", restarts, 1)
     attack = FAB(steps=whole("steps", steps, 1), restarts=restarts, **common_of(eps, norm, bounds))
-    return attack_alone(key, attack, logits_fn, x, y, "likely", ids, restarts, slots, progress, folder)
+    return attack_alone(
+        key,
+        attack,
+        logits_fn,
+        x,
+        y,
+        ranking="likely",
+        ids=ids,
+        restarts=restarts,
+        slots=slots,
+        progress=progress,
+        folder=folder,
+    )
 
 
 @promoting
@@ -242,4 +268,16 @@ def square(
     """
     steps = whole("queries", queries, 1)
     attack = Square(steps=steps, rescale=bool(rescale_schedule), **common_of(eps, norm, bounds))
-    return attack_alone(key, attack, logits_fn, x, y, None, ids, restarts, slots, progress, folder)
+    return attack_alone(
+        key,
+        attack,
+        logits_fn,
+        x,
+        y,
+        ranking=None,
+        ids=ids,
+        restarts=restarts,
+        slots=slots,
+        progress=progress,
+        folder=folder,
+    )

@@ -1,5 +1,6 @@
 """The one gate of all attacks: key, settings, images, labels and model, in one order, with one text each."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
 from clustr_jax.attacks import input_checks, models, options, placement, trust
 from clustr_jax.runtime.errors import UserError
@@ -27,7 +29,17 @@ class Admitted(NamedTuple):
 
 
 def admit(
-    key, logits_fn, x, y, *, eps, step_size=0.0, norm="linf", bounds=(0.0, 1.0), ids=None, rows=None
+    key: Any,
+    logits_fn: Callable,
+    x: Any,
+    y: Any,
+    *,
+    eps: ArrayLike,
+    step_size: ArrayLike = 0.0,
+    norm: Any = "linf",
+    bounds: Any = (0.0, 1.0),
+    ids: Any = None,
+    rows: int | None = None,
 ) -> Admitted:
     """UserError for anything that would make a number meaningless; see `input_checks`, `models` and `trust`.
 

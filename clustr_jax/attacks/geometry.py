@@ -3,35 +3,43 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 # Standard deviation of start="normal" (TRADES).
 _NORMAL_START = 1e-3
 
 
-def project(x_adv, x, eps, norm, bounds):
+def project(
+    x_adv: Float[Array, "B ..."],
+    x: Float[Array, "B ..."],
+    eps: ArrayLike,
+    norm: str,
+    bounds: tuple[float, float] | None,
+):
     """Into the ball around x, then into the box (which keeps it in the ball when x is in the box)."""
     delta = x_adv - x
     if norm == "linf":
-        delta = jnp.clip(delta, -eps, eps)
+        delta = jnp.clip(delta, jnp.negative(eps), eps)
     else:
         delta = delta * jnp.minimum(1.0, eps / jnp.maximum(l2_norm(delta), 1e-12))
     x_adv = x + delta
     return x_adv if bounds is None else jnp.clip(x_adv, *bounds)
 
 
-def l2_norm(delta):
+def l2_norm(delta: Float[Array | np.ndarray, "B ..."]):
     """[B, 1, ...] norms of [B, ...]."""
     return jnp.sqrt(jnp.sum(jnp.square(delta), axis=_inner(delta), keepdims=True))
 
 
-def length(delta, norm):
+def length(delta: Float[Array, "B ..."], norm: str):
     """[B] norms of [B, ...]."""
     if norm == "linf":
         return jnp.max(jnp.abs(delta), axis=_inner(delta))
     return jnp.sqrt(jnp.sum(jnp.square(delta), axis=_inner(delta)))
 
 
-def dual_length(gradient, norm):
+def dual_length(gradient: Float[Array, "B ..."], norm: str):
     """[B] norms of [B, ...] in which a step of length 1 in `norm` raises a linear function the most."""
     if norm == "linf":
         return jnp.sum(jnp.abs(gradient), axis=_inner(gradient))
@@ -44,7 +52,7 @@ def over(values, x):
     return values.reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def ascend(x_adv, gradient, step_size, norm):
+def ascend(x_adv: Float[Array, "B ..."], gradient: Float[Array, "B ..."], step_size: ArrayLike, norm: str):
     """One steepest-ascent step of length `step_size`."""
     if norm == "linf":
         return x_adv + step_size * jnp.sign(gradient)
@@ -54,7 +62,7 @@ def ascend(x_adv, gradient, step_size, norm):
     return x_adv + step_size * direction / jnp.maximum(l2_norm(direction), 1e-12)
 
 
-def random_start(keys, x, eps, start, norm):
+def random_start(keys: Array, x: Float[Array, "B ..."], eps: ArrayLike, start: str, norm: str):
     """x plus one draw per example; `keys` has one key per example."""
     if start == "zero":
         return x
@@ -74,18 +82,36 @@ def random_start(keys, x, eps, start, norm):
     return x + jax.vmap(lambda key: draw(key, x.shape[1:]))(keys)
 
 
-def start_in_ball(keys, x, *, eps, start, norm, bounds, clip=True):
+def start_in_ball(
+    keys: Array,
+    x: Float[Array, "B ..."],
+    *,
+    eps: ArrayLike,
+    start: str,
+    norm: str,
+    bounds: tuple[float, float] | None,
+    clip: bool = True,
+):
     """Where PGD begins: `random_start`, projected unless `clip` is False (then it may leave the box)."""
     x_adv = random_start(keys, x, eps, start, norm)
     return project(x_adv, x, eps, norm, bounds) if clip else x_adv
 
 
-def projected_step(x_adv, gradient, x, *, eps, step_size, norm, bounds):
+def projected_step(
+    x_adv: Float[Array, "B ..."],
+    gradient: Float[Array, "B ..."],
+    x: Float[Array, "B ..."],
+    *,
+    eps: ArrayLike,
+    step_size: ArrayLike,
+    norm: str,
+    bounds: tuple[float, float] | None,
+):
     """PGD's step (Madry et al. 2018): along the steepest ascent, then back into ball and box."""
     return project(ascend(x_adv, gradient, step_size, norm), x, eps, norm, bounds)
 
 
-def on_sphere(keys, x, norm):
+def on_sphere(keys: Array, x: Float[Array, "B ..."], norm: str):
     """[B, ...] of length 1: a uniform draw by its largest entry (linf), or a Gaussian by its norm (l2)."""
 
     def draw(key):

@@ -32,7 +32,9 @@ from clustr_jax.runtime.errors import UserError, first_line
 _OWN = "clustr_jax."
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["model"], meta_fields=["steady", "kind"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["model"], meta_fields=["steady", "kind", "layout"]
+)
 @dataclasses.dataclass(frozen=True)
 class Model:
     """What `wrap` makes of a model: a pytree, callable on images [B, ...] -> logits [B, Y]."""
@@ -40,10 +42,11 @@ class Model:
     model: Partial
     steady: bool = True
     kind: str = "function"
+    layout: str = "NHWC"  # of what the model takes; images are NHWC everywhere else
 
     def __call__(self, x: Float[Array | np.ndarray, "B ..."]) -> Float[Array, "B Y"]:
         """The logits."""
-        return logits_of(logits_in(self.model(jnp.asarray(x, jnp.float32))))
+        return logits_of(logits_in(self.model(_laid_out(jnp.asarray(x, jnp.float32), self.layout))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,7 @@ def as_partial(logits_fn: Callable) -> Partial:
     For code that is being traced, and for methods of this package's pytrees; `open_model` is for the rest.
     """
     if isinstance(logits_fn, Model):
-        return logits_fn.model
+        return logits_fn.model if logits_fn.layout == "NHWC" else Partial(_channels_first, logits_fn.model)
     if isinstance(logits_fn, Partial):
         return logits_fn
     owner = getattr(logits_fn, "__self__", None)
@@ -114,12 +117,12 @@ def open_model(logits_fn: Callable, shape: tuple[int, ...]) -> Opened:
         raise UserError(f"logits_fn must be a function of images [B, ...] -> [B, Y], got {_type(logits_fn)}")
     if isinstance(logits_fn, Model):
         return dataclasses.replace(
-            _open(logits_fn.model, shape), kind=logits_fn.kind, steady=logits_fn.steady
+            _open(logits_fn.model, shape, logits_fn.layout), kind=logits_fn.kind, steady=logits_fn.steady
         )
     return _open(logits_fn, shape)
 
 
-def wrap(model: Callable, *, steady: bool = True) -> Model:
+def wrap(model: Callable, *, steady: bool = True, layout: str = "NHWC") -> Model:
     """A model as a pytree that attacks take, and a word on whether its logits may be unsteady.
 
     `model` is a function `x [B, H, W, C] -> [B, Y]`, a method of a pytree, a `Partial`, or a module
@@ -127,6 +130,7 @@ def wrap(model: Callable, *, steady: bool = True) -> Model:
     `.logits` are taken). All attacks do this themselves, at every call, so that they never attack old
     weights; by hand it is needed for steady=False: the logits depend on chance or on the batch, and this is
     meant (a randomised defence). Attacks then warn instead of refusing, and AutoAttack's result says so.
+    layout="NCHW" is for a model that takes [B, C, H, W]: it gets the images [B, H, W, C] in its own layout.
 
     >>> weights = jnp.array([[1.0, -1.0]])
     >>> model = attacks.wrap(lambda x: x @ weights)
@@ -135,9 +139,20 @@ def wrap(model: Callable, *, steady: bool = True) -> Model:
     >>> print(x_adv[:, 0])
     [0.1 0.5]
     """
+    if layout not in ("NHWC", "NCHW"):
+        raise UserError(f"layout must be NHWC or NCHW, got {layout!r}")
     if isinstance(model, Model):
-        return dataclasses.replace(model, steady=steady)
-    return Model(as_partial(model), steady, kind_of(model))
+        return dataclasses.replace(model, steady=steady, layout=layout)
+    return Model(as_partial(model), steady, kind_of(model), layout)
+
+
+def _laid_out(x, layout):
+    """Images [B, H, W, C] as a model of this layout takes them."""
+    return jnp.moveaxis(x, -1, 1) if layout == "NCHW" else x
+
+
+def _channels_first(model, x):
+    return model(_laid_out(x, "NCHW"))
 
 
 def kind_of(model) -> str:
@@ -147,14 +162,17 @@ def kind_of(model) -> str:
         inner = next(iter(inner.args), inner.func)
     names = {f"{base.__module__}." for base in type(inner).__mro__}
     for start, kind in (
-        ("flax.nnx.", "nnx"), ("equinox.", "equinox"), ("keras.", "keras"), ("flax.linen.", "linen"),
-    ):  # fmt: skip
+        ("flax.nnx.", "nnx"),
+        ("equinox.", "equinox"),
+        ("keras.", "keras"),
+        ("flax.linen.", "linen"),
+    ):
         if any(name.startswith(start) for name in names):
             return kind
     return "function"
 
 
-def _open(logits_fn, shape) -> Opened:
+def _open(logits_fn, shape, layout="NHWC") -> Opened:
     partial = as_partial(logits_fn)
     kind = kind_of(logits_fn)
     leaves, tree = jax.tree.flatten((partial.args, partial.keywords))
@@ -162,7 +180,12 @@ def _open(logits_fn, shape) -> Opened:
         return Opened(partial, kind)
     own = getattr(partial.func, "__module__", None) or ""
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
-    if own.startswith(_OWN) and not isinstance(partial.func, _Program) and all(map(_is_array, leaves)):
+    if (
+        layout == "NHWC"
+        and own.startswith(_OWN)
+        and not isinstance(partial.func, _Program)
+        and all(map(_is_array, leaves))
+    ):
         closed = _outputs(lambda _, x: logits_of(logits_in(partial(x))), [], images, kind)
         return Opened(partial, kind, classes=output_of(closed).shape[1])
 
@@ -171,8 +194,8 @@ def _open(logits_fn, shape) -> Opened:
             values = iter(values)
             full = [next(values) if t else a for t, a in zip(traced, leaves, strict=True)]
             args, keywords = jax.tree.unflatten(tree, full)
-            with _without_effects():
-                return logits_in(partial.func(*args, x, **keywords))
+            with without_effects():
+                return logits_in(partial.func(*args, _laid_out(x, layout), **keywords))
 
         return call
 
@@ -318,7 +341,7 @@ IN_EVALUATION = {
 }
 
 
-def _without_effects():
+def without_effects():
     """A block in which Keras' layers leave their variables (moving averages, seeds) alone."""
     keras: Any = sys.modules.get("keras")
     return keras.StatelessScope() if hasattr(keras, "StatelessScope") else contextlib.nullcontext()

@@ -95,7 +95,9 @@ def fmn(
         step_size=first, margin=one(margin_targeted if targeted else margin),
     )  # fmt: skip
     ranking = targets if targeted else None
-    return _nearest(key, attack, logits_fn, x, y, ranking, ids, slots, progress, folder)
+    return _nearest(
+        key, attack, logits_fn, x, y, ranking=ranking, ids=ids, slots=slots, progress=progress, folder=folder
+    )
 
 
 @promoting
@@ -131,7 +133,9 @@ def ddn(
         eps=jnp.float32(jnp.inf), steps=np.int32(whole("steps", steps, 1)), norm="l2", bounds=bounds,
         step_size=_first_step(step_size, 1.0, bounds),
     )  # fmt: skip
-    return _nearest(key, attack, logits_fn, x, y, None, ids, slots, progress, folder)
+    return _nearest(
+        key, attack, logits_fn, x, y, ranking=None, ids=ids, slots=slots, progress=progress, folder=folder
+    )
 
 
 def _first_step(step_size, usual, bounds):
@@ -143,10 +147,12 @@ def _first_step(step_size, usual, bounds):
     return jnp.float32(step_size)
 
 
-def _nearest(key, attack, logits_fn, x, y, ranking, ids, slots, progress, folder) -> NearestResult:
+def _nearest(key, attack, logits_fn, x, y, *, ranking, ids, slots, progress, folder) -> NearestResult:
     """The nearest of one run without targets, or of one towards each."""
     place = resuming.usable(folder)
-    given, logits = prepare(key, logits_fn, x, y, 0.0, attack.norm, attack.bounds, ids, slots)
+    given, logits = prepare(
+        key, logits_fn, x, y, eps=0.0, norm=attack.norm, bounds=attack.bounds, ids=ids, slots=slots
+    )
     x, y, name = given.x, given.y, type(attack).__name__
     right = np.flatnonzero(logits.argmax(axis=1) == y)
     notes = (given.note,) if given.note else ()
@@ -163,7 +169,9 @@ def _nearest(key, attack, logits_fn, x, y, ranking, ids, slots, progress, folder
         if "distance" in done:  # a call that was interrupted had come as far
             found.x_adv[right], found.distance[right] = done["x_adv"], done["distance"]
             continue
-        outcome, stopped = run_plan(given.key, one_plan, given, right, slots, progress, kept, record)
+        outcome, stopped = run_plan(
+            given.key, one_plan, given, right, slots=slots, progress=progress, kept=kept, record=record
+        )
         try:
             if stopped is None:
                 index, candidates = _found(given, one_plan, right, outcome, slots)

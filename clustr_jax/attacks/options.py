@@ -2,6 +2,7 @@
 
 import operator
 import warnings
+from typing import Any
 
 import jax
 import jax.core
@@ -26,7 +27,7 @@ class UnitWarning(UserWarning):
     """A radius or a step that is wider than the box of the pixels: probably in units of 0..255."""
 
 
-def norm_of(norm) -> str:
+def norm_of(norm: Any) -> str:
     """ "linf" or "l2", of any common spelling (Linf, np.inf, L2, 2); UserError for another norm."""
     found = _NORMS.get(str(norm).strip().lower())
     if found is None:
@@ -34,7 +35,7 @@ def norm_of(norm) -> str:
     return found
 
 
-def bounds_of(bounds) -> tuple[float, float] | None:
+def bounds_of(bounds: Any) -> tuple[float, float] | None:
     """(low, high) as floats, or None for no box; UserError for anything else."""
     if bounds is None:
         return None
@@ -47,7 +48,7 @@ def bounds_of(bounds) -> tuple[float, float] | None:
     return low, high
 
 
-def check_radius(name: str, value) -> None:
+def check_radius(name: str, value: Any) -> None:
     """UserError unless it is one number >= 0 (a traced one is not looked at)."""
     if isinstance(value, jax.core.Tracer):
         if value.ndim:
@@ -67,7 +68,7 @@ def check_radius(name: str, value) -> None:
         raise UserError(f"{name} must be >= 0 in units of [0, 1] pixels, got {value}")
 
 
-def too_wide(radii: dict[str, float], norm: str, bounds, shape) -> list[str]:
+def too_wide(radii: dict[str, float], norm: str, bounds: Any, shape: tuple[int, ...]) -> list[str]:
     """What to say of radii and steps that are larger than the box: any image is in reach of any other."""
     if bounds is None:
         return []
@@ -82,7 +83,7 @@ def too_wide(radii: dict[str, float], norm: str, bounds, shape) -> list[str]:
     ]
 
 
-def warn_of_units(eps, step_size, norm: str, bounds, shape) -> None:
+def warn_of_units(eps: Any, step_size: Any, norm: str, bounds: Any, shape: tuple[int, ...]) -> None:
     """UnitWarning for a radius or a step in other units than the pixels (traced ones are not looked at)."""
     if isinstance(eps, jax.core.Tracer) or isinstance(step_size, jax.core.Tracer):
         return
@@ -119,7 +120,7 @@ def key_of(key):
     return key
 
 
-def whole(name: str, value, least: int) -> int:
+def whole(name: str, value: Any, least: int) -> int:
     """A whole number of at least so much; UserError for 5.9, "5" and None."""
     try:
         if isinstance(value, (bool, np.bool_)):

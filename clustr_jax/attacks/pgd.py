@@ -23,6 +23,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
@@ -87,19 +88,29 @@ def pgd(
     """
     check_words(start=start, select=select)
     steps, restarts = whole("steps", steps, 0), whole("restarts", restarts, 1)
-    given = admit(
-        key, logits_fn, x, y, eps=eps, step_size=step_size, norm=norm, bounds=bounds, ids=ids
-    )  # fmt: skip
+    given = admit(key, logits_fn, x, y, eps=eps, step_size=step_size, norm=norm, bounds=bounds, ids=ids)
     looked_at = concrete(given.x, given.y)
     x, y = jnp.asarray(given.x), jnp.asarray(given.y)
     if not x.shape[0]:
         return x
     loss_fn = user_losses.current(loss_fn, x.shape[0], given.classes, y)
     x_adv, logits = _pgd(
-        given.key, given.model, x, y, jnp.asarray(given.ids), jnp.float32(eps), jnp.float32(step_size),
-        steps=steps, restarts=restarts, loss_fn=loss_fn, start=start, norm=given.norm, bounds=given.bounds,
-        select=select, clip_start=clip_start,
-    )  # fmt: skip
+        given.key,
+        given.model,
+        x,
+        y,
+        jnp.asarray(given.ids),
+        jnp.float32(eps),
+        jnp.float32(step_size),
+        steps=steps,
+        restarts=restarts,
+        loss_fn=loss_fn,
+        start=start,
+        norm=given.norm,
+        bounds=given.bounds,
+        select=select,
+        clip_start=clip_start,
+    )
     if looked_at and concrete(logits):
         check_logits(logits, y)
     if concrete(x_adv):
@@ -154,9 +165,18 @@ def fgsm(
     [0.45 0.8 ]
     """
     return pgd(
-        key, logits_fn, x, y, eps=eps, step_size=eps, steps=1, loss_fn=loss_fn, start="zero", norm=norm,
+        key,
+        logits_fn,
+        x,
+        y,
+        eps=eps,
+        step_size=eps,
+        steps=1,
+        loss_fn=loss_fn,
+        start="zero",
+        norm=norm,
         bounds=bounds,
-    )  # fmt: skip
+    )
 
 
 def noise(
@@ -187,12 +207,29 @@ def noise(
         raise UserError(f"kind must be uniform or gaussian, got {kind!r}")
     draws = whole("draws", draws, 1)
     return pgd(
-        key, logits_fn, x, y, eps=eps, step_size=0.0, steps=0, restarts=draws, start=kind, norm=norm,
-        bounds=bounds, ids=ids,
-    )  # fmt: skip
+        key,
+        logits_fn,
+        x,
+        y,
+        eps=eps,
+        step_size=0.0,
+        steps=0,
+        restarts=draws,
+        start=kind,
+        norm=norm,
+        bounds=bounds,
+        ids=ids,
+    )
 
 
-def check_settings(*, eps, step_size, start="uniform", norm="linf", select="success") -> None:
+def check_settings(
+    *,
+    eps: ArrayLike,
+    step_size: ArrayLike,
+    start: str = "uniform",
+    norm: str = "linf",
+    select: str = "success",
+) -> None:
     """UserError for an unknown word, or a negative radius or step (traced values are not looked at)."""
     check_words(start=start, select=select)
     norm_of(norm)
@@ -231,10 +268,23 @@ def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
 
 @functools.partial(jax.jit, static_argnames=tuple(name for name in _STATIC if name != "restarts"))
 def pgd_restart(
-    key, logits_fn, x, y, ids, restarts, eps, step_size,
-    *, steps, loss_fn=losses.cross_entropy, start="uniform", norm="linf", bounds=(0.0, 1.0), select="success",
-    clip_start=True,
-):  # fmt: skip
+    key: Array,
+    logits_fn: Callable,
+    x: Float[Array, "B ..."],
+    y: Int[Array, "B"] | Float[Array, "B Y"],
+    ids: Int[Array, "B"],
+    restarts: Int[Array, "B"],
+    eps: ArrayLike,
+    step_size: ArrayLike,
+    *,
+    steps: int,
+    loss_fn: Callable = losses.cross_entropy,
+    start: str = "uniform",
+    norm: str = "linf",
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    select: str = "success",
+    clip_start: bool = True,
+):
     """One restart of each image -> (x_adv, its loss [B], fooled [B]).
 
     Image i is example `ids[i]`, and runs its restart number `restarts[i]`. `logits_fn` is a Partial, settings

@@ -101,4 +101,16 @@ def pma(
     [ True False] True
     """
     attack = PMA(steps=np.int32(whole("steps", steps, 1)), **common_of(eps, norm, bounds))
-    return attack_alone(key, attack, logits_fn, x, y, None, ids, restarts, slots, progress, folder)
+    return attack_alone(
+        key,
+        attack,
+        logits_fn,
+        x,
+        y,
+        ranking=None,
+        ids=ids,
+        restarts=restarts,
+        slots=slots,
+        progress=progress,
+        folder=folder,
+    )

@@ -79,7 +79,11 @@ def begin(
     """The records of this call in `folder`, those of an interrupted one where there are any."""
     if folder is None:
         return Kept(None, {})
-    parts = _parts(given, logits, list(planned), slots, door)
+    return kept_in(folder, parts_of(given, logits, list(planned), slots, door))
+
+
+def kept_in(folder: pathlib.Path, parts: dict[str, str]) -> "Kept":
+    """The records in `folder` of the call that depends on these parts."""
     records = Records(folder, _PREFIX + provenance.sha(parts), images=True)
     if not any(records.directory.glob(f"{records.identity}-*")):
         _warn_of_others(records.directory, parts)
@@ -172,7 +176,7 @@ def _warn(text):
     warnings.warn(cut(text), RecordWarning, stacklevel=6)
 
 
-def _parts(given, logits, planned, slots, door) -> dict[str, str]:
+def parts_of(given, logits, planned, slots, door) -> dict[str, str]:
     """What the outcome depends on, each as a short hash."""
     attacks = [
         [p.name, p.restarts, p.targets is None, type(p.attack).__name__, _numbers(p.attack)] for p in planned

@@ -95,7 +95,9 @@ def judge(model, x, y):
     return mesh.by_rows(rows, model, x, y)
 
 
-def misjudged(model, x, y, count: int | None = None) -> Bool[np.ndarray, "B"]:
+def misjudged(
+    model: Callable, x: Float[np.ndarray, "N ..."], y: Int[np.ndarray, "N"], count: int | None = None
+) -> Bool[np.ndarray, "B"]:
     """Whether each of the first `count` images is misclassified, in a fresh forward pass.
 
     UserError where logits are not finite: the argmax of a NaN is no prediction, and so no success.
@@ -178,7 +180,7 @@ def run(
         )
         after = outcome.copied()
         after.evaluations += state.step.shape[0] // devices * int(np.sum(iterations))
-        _take(attack, model, ended, after, best, x, y, slots, first, collect)
+        _take(attack, model, ended, after, best, x, y, slots=slots, first=first, collect=collect)
         after.flight, flying = state, _flying(state, flying.shape)
         outcome.become(after)
         if report is not None:
@@ -188,7 +190,8 @@ def run(
 def _queues(pending, devices: int, length: int):
     """(example, restart, whether there is one) of the next pairs, `length` for each device.
 
-    All restarts of an example are one device's; restart by restart: the first one of all examples first.
+    All restarts of an example go to one device. First come the first restarts of all examples, then the
+    second ones, and so on.
     """
     examples, restarts, waiting = [], [], []
     for d in range(devices):
@@ -252,7 +255,7 @@ def _shrink(attack, state, small, devices):
     return jax.tree.map(lambda a: a[kept.reshape(-1)], state)
 
 
-def _take(attack, model, ended, outcome, best, x, y, slots, first, collect):
+def _take(attack, model, ended, outcome, best, x, y, *, slots, first, collect):
     """Verify what ended, note it, and hand it on. The images are noted in place: none but verified ones."""
     counts = np.asarray(ended.count)
     room, count = len(ended.example) // len(counts), int(np.sum(counts))

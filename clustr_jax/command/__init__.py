@@ -1,28 +1,44 @@
-"""The console command: clustr-jax train, report, quirks, prepare, fidelity."""
+"""The console command: clustr-jax train, judge, verify, report, quirks, prepare, fidelity, completion."""
 
 import importlib
+import os
+import pathlib
 import sys
 
-# Command -> (module, what it does); each but `train` is `python -m clustr_jax.NAME` as well.
+from clustr_jax.runtime import provenance
+from clustr_jax.runtime.errors import listed, nearest, shown
+
+# Command -> (module, what it does); `train`, `judge` and `completion` have no `python -m clustr_jax.NAME`.
 COMMANDS = {
     "train": ("clustr_jax.command.train", "train, evaluate and report on a work directory (run.py)"),
+    "judge": ("clustr_jax.command.judge", "the verdict on any JAX model: attacks, checks, a witness"),
+    "verify": ("clustr_jax.verify", "measure the stored images of a judgement again"),
     "report": ("clustr_jax.report.__main__", "the page about a work directory, or about several"),
     "quirks": ("clustr_jax.evaluation.quirks", "what each departure of the paper's protocol buys"),
     "prepare": ("clustr_jax.data.prepare", "download and prepare a data set, once"),
     "fidelity": ("clustr_jax.reference.switches", "the authors' switches as a table"),
+    "completion": ("clustr_jax.command.completion", "a script for bash, zsh or fish that completes all this"),
 }
+_OF_A_DIRECTORY = ("report", "quirks")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; `train` ends the process itself."""
     words = sys.argv[1:] if argv is None else argv
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in ("-h", "--help", "help"):
         print("usage: clustr-jax COMMAND ...\n")
-        print("\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items()))
+        print("\n".join(f"  {name:12}{text}" for name, (_, text) in COMMANDS.items()))
+        print("\nclustr-jax COMMAND --help says more; clustr-jax train is where to begin.")
         return 0 if words else 2
     name, *rest = words
+    if name == "--version":
+        print(" ".join(f"{package} {number}" for package, number in provenance.versions().items()))
+        return 0
     if name not in COMMANDS:
-        print(f"error: unknown command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: {_unknown(name)}", file=sys.stderr)
+        return 2
+    if name in _OF_A_DIRECTORY and not rest:
+        print(f"error: clustr-jax {name} needs a work directory{_found()}", file=sys.stderr)
         return 2
     if name != "train":  # which says it itself
         from clustr_jax.runtime import programs
@@ -41,6 +57,22 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {told}", file=sys.stderr)
         return 2
+
+
+def _unknown(name):
+    """What to do about a word that is no command."""
+    if name.startswith("--config") or ":" in name:
+        spec = name if name.startswith("--") else f"--config={name}"
+        return f"unknown command {shown(name)!r}; to train: clustr-jax train {shown(spec)}"
+    return f"unknown command {shown(name)!r}{nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}"
+
+
+def _found():
+    """The work directories below runs/, the newest first."""
+    there = sorted(pathlib.Path("runs").glob("*/config.json"), key=os.path.getmtime, reverse=True)
+    if not there:
+        return "; `clustr-jax train` makes one, runs/digits-clustr_qtrades"
+    return f": {listed([path.parent for path in there])}"
 
 
 def console() -> None:

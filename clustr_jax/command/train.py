@@ -37,10 +37,18 @@ def _main(argv):
     from clustr_jax.settings import usage
     from configs.common import METHODS, VARIANTS, base
 
-    if {"--help", "-h", "--list"} & set(argv):
+    if argv[1:] == ["--version"]:
+        from clustr_jax.runtime import provenance
+
+        print(" ".join(f"{package} {number}" for package, number in provenance.versions().items()))
+        return 0
+    if {"--help", "-h", "--list"} & set(argv) or argv[1:] == ["help"]:
         text = usage.listing if "--list" in argv else usage.screen
         print(text(configs(), METHODS, VARIANTS))
         return 0
+    from absl.flags import UnrecognizedFlagError
+
+    from clustr_jax.command import COMMANDS, guesses
     from clustr_jax.stages import command_line
 
     try:
@@ -48,12 +56,16 @@ def _main(argv):
         config = command_line.read(spec, configs(), base("digits"))
         words = command_line.decimals(words, config)
         values = _flags(config, words)
-        rest = values(words)
+        try:
+            rest = values(words)
+        except UnrecognizedFlagError as error:
+            return _mistake(guesses.flag(error.flagname, config, values))
         config = values.config
     except Exception as error:  # UserError, and the many types that absl has for a mistyped flag
         return _mistake(_first_line(error))
     if len(rest) > 1:
-        return _mistake(f"unexpected argument {rest[1]!r}; options start with --")
+        found = [path.stem for path in configs().glob("*.py") if path.stem not in ("__init__", "common")]
+        return _mistake(guesses.argument(rest[1], found, METHODS, COMMANDS))
     for note in () if values.quiet else _notes:
         print(note, file=sys.stderr)
 

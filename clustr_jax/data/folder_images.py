@@ -11,10 +11,9 @@ import warnings
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image
 
 from clustr_jax.data.folder_layout import Fault, look
-from clustr_jax.runtime import memory
+from clustr_jax.runtime import extras, memory
 from clustr_jax.runtime.errors import UserError, cut, first_line, shown
 
 _ORIENTATION = 274  # EXIF tag; viewers turn the image by it, Pillow and other loaders do not
@@ -135,6 +134,10 @@ def _pixels(path) -> np.ndarray | Fault:
 
 
 def _attempt(path, look_at):
+    try:  # arrays are looked at without it
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise extras.explained(error, "a folder of images") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images: their memory is known before it is taken

@@ -29,9 +29,11 @@ _SPLITS = ("test", "val", "train")  # the last one gives up what the others have
 def main(argv: list[str]) -> None:
     """The copy, and what was done; UserError where there is nothing to read, or OUT is not empty."""
     parser = argparse.ArgumentParser(
-        prog="python -m clustr_jax.data.mend", description=__doc__, allow_abbrev=False,
+        prog="python -m clustr_jax.data.mend",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("dir", type=pathlib.Path, help="the image folder")
     parser.add_argument(
         "out", type=pathlib.Path, help="where the copy goes: a folder that is empty or not there"
@@ -98,9 +100,11 @@ def _size(text):
 def _files(source):
     """[(split, class, file)]; a folder of classes without splits is all train."""
     places = {
-        split: source / entry for split, called in ROLES.items() for entry in entries_of(source)
+        split: source / entry
+        for split, called in ROLES.items()
+        for entry in entries_of(source)
         if entry.casefold() in called and (source / entry).is_dir()
-    }  # fmt: skip
+    }
     if "train" not in places:
         places = {"train": source}
     found = []
@@ -110,9 +114,10 @@ def _files(source):
                 continue
             inside = sorted(p for p in (place / entry).rglob("*") if is_picture(p.name) and p.is_file())
             found += [
-                (split, same_name(entry), p) for p in inside
+                (split, same_name(entry), p)
+                for p in inside
                 if not any(part.startswith(".") for part in p.relative_to(place).parts)
-            ]  # fmt: skip
+            ]
     return found
 
 

@@ -19,7 +19,7 @@ def digits(split):
 
 
 def points(name, split):
-    """Two binary sets in the plane (the paper does not publish those of its Fig. 3): ours.
+    """Two binary sets in the plane (those of the paper's Fig. 3 are not published).
 
     toy2d / toy2d_moons: two interleaved half circles; toy2d_pairs: two Gaussians per class on the
     corners of a square, classes on opposite corners.

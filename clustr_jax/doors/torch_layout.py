@@ -21,7 +21,7 @@ def as_jax(value: Any) -> Float[Array, "..."]:
 
 
 def layout(net) -> list[tuple[str, tuple[str, ...], str]]:
-    """(PyTorch's name, path in our parameters, kind of layer) of each layer."""
+    """(PyTorch's name, path in the JAX parameters, kind of layer) of each layer."""
     module = net.module
     if isinstance(module, models.ResNet):
         rows: list[tuple[str, tuple[str, ...], str]] = [
@@ -82,9 +82,12 @@ def dense_out(net, params, stats):
 
 def _norm_out(net, params, stats):
     return {
-        "weight": params["scale"], "bias": params["bias"], "running_mean": stats["mean"],
-        "running_var": stats["var"], "num_batches_tracked": np.int64(0),
-    }  # fmt: skip
+        "weight": params["scale"],
+        "bias": params["bias"],
+        "running_mean": stats["mean"],
+        "running_var": stats["var"],
+        "num_batches_tracked": np.int64(0),
+    }
 
 
 def _shift_out(net, params, stats):
@@ -97,7 +100,7 @@ def _whitening_out(net, params, stats):
 
 
 def _flattened_out(net, params, stats):
-    """The inputs of this layer are the pixels of all channels: channels first in PyTorch, last in ours."""
+    """The inputs of this layer are the pixels of all channels: channels first in PyTorch, last in JAX."""
     kernel = np.asarray(params["kernel"])
     kernel = kernel.reshape(*_cells(net), -1, kernel.shape[1])
     return {"weight": kernel.transpose(3, 2, 0, 1).reshape(kernel.shape[3], -1), "bias": params["bias"]}

@@ -19,6 +19,7 @@ from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
 from clustr_jax.evaluation import intervals, sound_protocol
+from clustr_jax.evaluation import subject as subjects
 from clustr_jax.runtime import canary
 from clustr_jax.runtime.errors import UserError, nearest
 from clustr_jax.settings import AdversarySettings, EvalSettings
@@ -226,7 +227,15 @@ def check_transfer(settings: EvalSettings, net) -> None:
             )
 
 
-RUNNERS = {"paper": run_paper, "sound": sound_protocol.run_sound, "quick": sound_protocol.run_quick}
+def run_sound(key, clf, examples, settings: EvalSettings, report, records=None) -> tuple[dict, dict]:
+    """sound.json: of the classifier, attacked from its own linear head and from `eval.transfer` as well."""
+    # the whole path: folders can share a name
+    sources = {f"transfer-{path}": loading.load(path).logits for path in settings.transfer}
+    subject = subjects.of(clf).with_sources(sources)
+    return sound_protocol.run_sound(key, subject, examples, settings, report, records)
+
+
+RUNNERS = {"paper": run_paper, "sound": run_sound, "quick": sound_protocol.run_quick}
 
 
 def run(

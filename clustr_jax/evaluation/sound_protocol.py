@@ -4,125 +4,129 @@ sound-2: PGD on the cross entropy and on the margin; for cluster heads also PGD 
 of other classes (in logit and in feature distance) and away from the own one first; APGD-CE, APGD-T, FAB-T
 and Square as in AutoAttack; transfer from the network's own linear head and from other checkpoints. Every
 attack runs on all examples that are classified correctly, so each has an accuracy of its own, and unique
-kills. quick-1: margin PGD, cluster PGD and APGD-T with 20 steps, each on what the one before left.
+kills. quick-1: margin PGD, cluster PGD and APGD-T with 20 steps, each on what the one before left. The
+attacks are those of `evaluation.plans`; what is attacked is a `Subject`, or the Classifier it is made of.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
-from clustr_jax.attacks import attack_losses, registry, scheduler
-from clustr_jax.attacks.pgd import as_partial, pgd
-from clustr_jax.attacks.registry import Budget
-from clustr_jax.attacks.scheduled_attack import Attack
-from clustr_jax.attacks.targets import CHOOSERS
-from clustr_jax.classifier import Classifier, correct
+from clustr_jax.attacks import attack_losses, scheduler
+from clustr_jax.attacks.adaptive import Progress
+from clustr_jax.attacks.adaptive import run as run_adaptively
+from clustr_jax.attacks.pgd import pgd
+from clustr_jax.attacks.targets import CANDIDATES, CHOOSERS
+from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
-from clustr_jax.evaluation import intervals
+from clustr_jax.evaluation import intervals, plans
+from clustr_jax.evaluation import subject as subjects
+from clustr_jax.evaluation.plans import Plan, attack_on
+from clustr_jax.evaluation.subject import Subject
 from clustr_jax.losses import margin
 from clustr_jax.runtime import streams
 from clustr_jax.settings import EvalSettings
-from clustr_jax.storage import loading
+
+__all__ = [
+    "Found", "Plan", "Sweep", "attack_on", "bound", "execute", "run_quick", "run_sound", "transfer",
+]  # fmt: skip
 
 # Restarts at which the curve over restarts is read off.
 _RESTARTS = (1, 2, 5, 10, 20, 50)
 # An unbounded attack: the whole box, or this many times the main radius where there is none.
 _UNBOUNDED = 100.0
+# What broke an image at a smaller radius than the main one.
+SMALLER = "smaller-eps"
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """One attack of a protocol: on which targets (`attacks.targets`), with how many restarts."""
+@dataclasses.dataclass
+class Found:
+    """The first adversarial image of each example in the order of the protocol (x where there is none).
 
-    name: str
-    attack: Attack
-    restarts: int = 1
-    targets: str | None = None
-    number: int = 0  # of its stream (runtime.streams)
+    `restart` counts (target, restart) pairs of the attack; -1 where nothing broke it, or a transfer did.
+    """
 
+    x_adv: np.ndarray
+    restart: np.ndarray
 
-def plans(clf: Classifier, settings: EvalSettings, *, eps: float, shape: tuple[int, ...]) -> list[Plan]:
-    """The attacks of sound-2 for this classifier, in order."""
-    attack, quick = settings.attack, settings.quick
-    once = Budget(
-        eps=eps,
-        bounds=clf.bounds,
-        steps=20 if quick else attack.steps,
-        step_size=attack.step_size * eps / attack.eps if attack.eps else 0.0,
-    )
-    pgd = dataclasses.replace(once, restarts=attack.restarts)
-    others = dataclasses.replace(
-        once,
-        steps=20 if quick else settings.apgd_steps,
-        queries=200 if quick else settings.queries,
-    )
-    budgets = {
-        "ce": pgd, "margin": pgd, "centroid": once, "feature": once, "away": pgd,
-        "apgd-ce": others, "apgd-t": others, "fab-t": others, "square": others,
-    }  # fmt: skip
-    found = []
-    for name, budget in budgets.items():
-        entry = registry.ATTACKS[name]
-        if not entry.lacking(
-            shape=(1, *shape), classes=2, norm=budget.norm, clusters=clf.clusters is not None
-        ):
-            made = entry.make(budget, options_of(clf))
-            found.append(Plan(name, made, budget.restarts, entry.targets, number=len(found)))
-    return found
+    @classmethod
+    def of(cls, x) -> "Found":
+        """Nothing found yet."""
+        return cls(np.array(x, np.float32), np.full(len(x), -1, np.int32))
 
-
-def options_of(clf: Classifier):
-    """The losses that attacks on this classifier choose from."""
-    return attack_losses.LINEAR if clf.clusters is None else attack_losses.CLUSTERED
-
-
-def attack_on(clf: Classifier, name: str, *, eps, **spend) -> Attack:
-    """An attack on `clf.view`, by its name in the registry: one compilation for all radii, and all of PGD."""
-    return registry.build(name, Budget(eps=eps, bounds=clf.bounds, **spend), options_of(clf))
+    def take(self, index, x_adv, restart) -> None:
+        """These examples were broken by these images."""
+        self.x_adv[index], self.restart[index] = x_adv, restart
 
 
 def execute(
-    plan: Plan, key, clf: Classifier, examples: Examples, alive, settings: EvalSettings, report, records=None
+    plan: Plan, key, subject: Subject, examples: Examples, alive, settings: EvalSettings, report, records=None
 ) -> tuple[scheduler.Outcome, dict]:
     """Run one attack on the examples that are `alive`. Returns (its outcome for those, what it cost)."""
     started = time.perf_counter()
     index = np.flatnonzero(alive)
-    part, model = examples.take(index), as_partial(clf.view)
-    view = scheduler.forward(model, part.x, settings.slots)
-    targets = None
+    part, model, slots = examples.take(index), subject.model, settings.slots
+    targets, ranking = None, 0
     if plan.targets is not None:
+        outputs = scheduler.forward(model, part.x, slots)
+        count = plan.count or settings.targets
         targets = CHOOSERS[plan.targets](
-            model, part.x, part.y, view, plan.attack.norm, count=settings.targets, slots=settings.slots
+            model, part.x, part.y, outputs, subject.norm, count=count, slots=slots
         )
+        ranking = candidates(plan.targets, outputs) * len(index)
     total = plan.restarts * (1 if targets is None else len(targets))
-    outcome, _ = records.load(plan.name, part.x, total) if records else (None, {})
+    outcome, known = records.load(plan.name, part.x, total) if records else (None, {})
+    outcome = scheduler.Outcome.fresh(part.x, total) if outcome is None else outcome
 
-    def note(outcome):
+    margins = np.full(outcome.spent.shape, np.nan, np.float32)
+    so_far = Progress(outcome, known.get("margins", margins).copy(), plan.restarts)
+
+    def save(**how):
         if records:
-            records.save(plan.name, outcome)
-        report(float((len(index) - outcome.broken.sum()) / max(len(examples), 1)), plan.name)
+            records.save(
+                plan.name, so_far.outcome, {"margins": so_far.margins} if plan.adaptive else None, **how
+            )
+
+    def note(found, _=None):
+        so_far.outcome = found.outcome if plan.adaptive else found
+        save()
+        left = len(index) - so_far.outcome.broken.sum()
+        report(float(left / max(len(examples), 1)), plan.name)
 
     if len(index):
-        outcome = scheduler.run(
-            plan.attack, jax.random.fold_in(key, plan.number), model, part.x, part.y, ids=part.ids,
-            targets=targets, restarts=plan.restarts, slots=settings.slots, outcome=outcome, report=note,
-        )  # fmt: skip
-        if records:
-            records.save(plan.name, outcome, now=True)
-    else:
-        outcome = scheduler.Outcome.fresh(part.x, total)
+        given: Any = plan.attack, jax.random.fold_in(key, plan.number), model, part.x, part.y
+        where: Any = dict(ids=part.ids, targets=targets, slots=slots, report=note)
+        try:
+            if plan.adaptive:
+                run_adaptively(*given, **where, most=plan.restarts, progress=so_far)
+            else:
+                so_far.outcome = scheduler.run(*given, **where, restarts=plan.restarts, outcome=outcome)
+        except KeyboardInterrupt:
+            save(leaving=True)
+            raise
+        save(now=True)
+    outcome = so_far.outcome
     cost = {
-        "gradient_evaluations": plan.attack.gradients * outcome.evaluations,
+        "gradient_evaluations": plan.attack.gradients * outcome.evaluations + ranking,
         "forward_evaluations": plan.attack.forwards * outcome.evaluations,
         "evaluations_needed": outcome.needed,
-        "evaluations_bound": bound(plan.attack, outcome, settings.slots),
+        "evaluations_bound": bound(plan.attack, outcome, slots),
         "wall_seconds": time.perf_counter() - started,
     }
     return outcome, cost
+
+
+def candidates(targets: str, outputs) -> int:
+    """Gradients per image that ranking the targets takes: MALT's, one for each candidate."""
+    if not targets.startswith("malt"):
+        return 0
+    shape = outputs.exponents.shape if targets == "malt-clusters" else attack_losses.logits_of(outputs).shape
+    return min(CANDIDATES, int(np.prod(shape[1:])) - 1)
 
 
 def bound(attack, outcome: scheduler.Outcome, slots: int) -> int:
@@ -131,69 +135,98 @@ def bound(attack, outcome: scheduler.Outcome, slots: int) -> int:
 
 
 def transfer(
-    key, source: Classifier, clf: Classifier, examples: Examples, alive, settings: EvalSettings
-) -> Bool[np.ndarray, "N"]:
-    """Which of `alive` survive images made on another model: margin PGD there, without stopping."""
-    attack, alive = settings.attack, alive.copy()
-    slots = settings.slots
-    for start in range(0, len(examples), slots):
-        index = np.arange(start, min(start + slots, len(examples)))
-        padded = np.resize(index, slots)
+    key, source: Callable, subject: Subject, examples: Examples, alive, settings: EvalSettings
+) -> tuple[Bool[np.ndarray, "N"], Float[np.ndarray, "N ..."]]:
+    """(which of `alive` survive images made on another model's logits, those images).
+
+    Margin PGD on the other model, without stopping.
+    """
+    attack, alive, made = settings.attack, alive.copy(), np.array(examples.x, np.float32)
+    lanes = settings.slots
+    for start in range(0, len(examples), lanes):
+        index = np.arange(start, min(start + lanes, len(examples)))
+        padded = np.resize(index, lanes)
         x_adv = np.asarray(
             pgd(
-                key, source.logits, examples.x[padded], examples.y[padded], eps=attack.eps,
-                step_size=attack.step_size, steps=20, loss_fn=margin, select="last", bounds=clf.bounds,
-                ids=examples.ids[padded],
+                key, source, examples.x[padded], examples.y[padded], eps=attack.eps,
+                step_size=attack.step_size, steps=20, loss_fn=margin, select="last", norm=subject.norm,
+                bounds=subject.bounds, ids=examples.ids[padded],
             )
         )  # fmt: skip
-        scheduler.verify_inside(x_adv, examples.x[padded], attack.eps, "linf", clf.bounds)
-        fooled = scheduler.misjudged(as_partial(clf.view), x_adv, examples.y[padded], len(index))
+        scheduler.verify_inside(x_adv, examples.x[padded], attack.eps, subject.norm, subject.bounds)
+        fooled = scheduler.misjudged(subject.model, x_adv, examples.y[padded], len(index))
         alive[index] &= ~fooled
-    return alive
+        made[index] = x_adv[: len(index)]
+    return alive, made
 
 
-def run_sound(key, clf, examples, settings: EvalSettings, report, records=None) -> tuple[dict, dict]:
-    """sound.json: every attack on all correct examples, the union, curves, and other radii."""
-    attack, quick = settings.attack, settings.quick
-    deployed, right = _right(clf, examples, settings)
+def run_sound(
+    key,
+    what: Subject | Classifier,
+    examples,
+    settings: EvalSettings,
+    report,
+    records=None,
+    *,
+    protocol: plans.Protocol = plans.SOUND_2,
+    found: Found | None = None,
+) -> tuple[dict, dict]:
+    """sound.json: the attacks on all correct examples, the union, curves, and other radii.
+
+    `found` is told the adversarial images; `records` must then keep images as well.
+    """
+    this, attack, quick = subjects.of(what), settings.attack, settings.quick
+    deployed, right = _right(this, examples, settings)
     broken_by = np.where(right, "", "clean").astype(object)  # names of any length
     survivors, attacks, curves, unconfirmed = {}, {}, {}, np.zeros(len(examples), bool)
     others = [] if quick else sorted(intervals.other_radii(settings.curve, attack.eps))
     smaller = [eps for eps in others if eps < attack.eps]
     larger = [eps for eps in others if eps > attack.eps]
-    sweep = Sweep(key, clf, examples, settings, report, records)
-    alive = sweep.run(right, smaller)
-    broken_by[right & ~alive] = "smaller-eps"
+    sweep = Sweep(key, this, examples, settings, report, records)
+    alive = sweep.run(right, smaller, found)
+    broken_by[right & ~alive] = SMALLER
 
-    for plan in plans(clf, settings, eps=attack.eps, shape=examples.x.shape[1:]):
+    def note(name, index, broken, x_adv, restart):
+        """What this attack did to the examples at `index`: whom it broke first, and with what."""
+        nonlocal alive
+        survivors[name] = np.zeros(len(examples), bool)
+        survivors[name][index] = ~broken
+        new = broken & alive[index]
+        broken_by[index[new]] = name
+        alive = alive & survivors[name]
+        if found is not None:
+            found.take(index[new], x_adv[new], restart[new])
+
+    shape, classes = examples.x.shape[1:], _classes(this, examples, settings)
+    for plan in protocol.plans(this, settings, eps=attack.eps, shape=shape, classes=classes):
+        before = alive if protocol.cascade else right
         outcome, cost = execute(
-            plan, key, clf, examples, right, settings, lambda a, what: report(a, f"sound, {what}"), records
+            plan, key, this, examples, before, settings, lambda a, what: report(a, f"sound, {what}"), records
         )
-        survivors[plan.name] = _spread(right, ~outcome.broken)
-        unconfirmed |= _spread(right, outcome.unconfirmed)
+        unconfirmed |= _spread(before, outcome.unconfirmed)
         attacks[plan.name] = cost
-        if plan.name in ("ce", "margin"):
-            curves[plan.name] = _curves(outcome, right, plan)
-    for name, source in transfer_sources(clf, settings).items():
-        started = time.perf_counter()
-        survivors[name] = transfer(
-            jax.random.fold_in(key, streams.Evaluation.TRANSFER), source, clf, examples, right, settings
+        if plan.curved:
+            curves[plan.name] = _curves(outcome, before, plan)
+        note(plan.name, np.flatnonzero(before), outcome.broken, outcome.x_adv, outcome.restart)
+    for name, source in this.transfer.items():
+        started, before = time.perf_counter(), alive if protocol.cascade else right
+        survived, x_adv = transfer(
+            jax.random.fold_in(key, streams.Evaluation.TRANSFER), source, this, examples, before, settings
         )
         attacks[name] = {"wall_seconds": time.perf_counter() - started}
+        index = np.flatnonzero(before)
+        note(name, index, ~survived[index], x_adv[index], np.full(len(index), -1, np.int32))
 
     for name, survived in survivors.items():
-        broken_by[alive & ~survived] = name
-        alive = alive & survived
-    for name, survived in survivors.items():
-        others = np.all([s for n, s in survivors.items() if n != name], axis=0)
-        attacks[name] = {
-            "robust": intervals.fraction(survived), "unique_kills": int(np.sum(others & right & ~survived)),
-            **attacks[name],
-        }  # fmt: skip
+        if protocol.cascade:
+            kills = {"added_kills": int(np.sum(broken_by == name))}
+        else:
+            rest = np.all([s for n, s in survivors.items() if n != name], axis=0)
+            kills = {"unique_kills": int(np.sum(rest & right & ~survived))}
+        attacks[name] = {"robust": intervals.fraction(survived), **kills, **attacks[name]}
     unbounded = None
     if not quick:
-        wide = 1.0 if clf.bounds is not None else _UNBOUNDED * attack.eps
-        left = sweep.run(alive, [*larger, wide])
+        left = sweep.run(alive, [*larger, widest(this, attack.eps, examples.x.shape[1:])])
         unbounded = intervals.fraction(left)
         radii = {0.0: right, attack.eps: alive, **sweep.robust}
         curves["eps"] = [[eps, intervals.fraction(radii[eps])] for eps in sorted(radii)]
@@ -215,16 +248,26 @@ def run_sound(key, clf, examples, settings: EvalSettings, report, records=None) 
     return result, outcomes
 
 
-def run_quick(key, clf, examples, settings: EvalSettings, report, records=None) -> tuple[dict, dict]:
+def widest(subject: Subject, eps: float, shape: tuple[int, ...]) -> float:
+    """The radius of an unbounded attack: the whole box."""
+    if subject.bounds is None:
+        return _UNBOUNDED * eps
+    width = subject.bounds[1] - subject.bounds[0]
+    return width if subject.norm == "linf" else width * float(np.sqrt(np.prod(shape)))
+
+
+def run_quick(
+    key, what: Subject | Classifier, examples, settings: EvalSettings, report, records=None
+) -> tuple[dict, dict]:
     """quick.json: margin PGD, the clusters, then APGD-T, with 20 steps, each on what is left."""
-    attack = settings.attack
+    this, attack = subjects.of(what), settings.attack
     quick = dataclasses.replace(settings, quick=True)
-    deployed, alive = _right(clf, examples, settings)
+    deployed, alive = _right(this, examples, settings)
     broken_by, attacks = np.where(alive, "", "clean").astype("U32"), {}
-    for plan in plans(clf, quick, eps=attack.eps, shape=examples.x.shape[1:]):
+    for plan in plans.SOUND_2.plans(this, quick, eps=attack.eps, shape=examples.x.shape[1:]):
         if plan.name in ("margin", "centroid", "apgd-t"):
             outcome, cost = execute(
-                plan, key, clf, examples, alive, quick, lambda a, what: report(a, f"quick, {what}"), records
+                plan, key, this, examples, alive, quick, lambda a, what: report(a, f"quick, {what}"), records
             )
             broken_by[np.flatnonzero(alive)[outcome.broken]] = plan.name
             alive = broken_by == ""
@@ -240,40 +283,39 @@ def run_quick(key, clf, examples, settings: EvalSettings, report, records=None) 
 class Sweep:
     """APGD on the margin at other radii, ascending; what breaks at a smaller one counts at larger ones."""
 
-    def __init__(self, key, clf, examples, settings, report: Callable, records=None):
-        self.key, self.clf, self.examples, self.settings = key, clf, examples, settings
+    def __init__(self, key, subject: Subject, examples, settings, report: Callable, records=None):
+        self.key, self.subject, self.examples, self.settings = key, subject, examples, settings
         self.report, self.records = report, records
         self.robust: dict[float, np.ndarray] = {}
 
-    def run(self, alive, radii):
+    def run(self, alive, radii, found: Found | None = None):
         """Survivors of all `radii`; each radius starts from what the ones before left."""
         for eps in radii:
-            attack = attack_on(self.clf, "apgd-margin", eps=eps, steps=self.settings.apgd_steps)
+            attack = plans.attack_on(self.subject, "apgd-margin", eps=eps, steps=self.settings.apgd_steps)
             plan = Plan(f"apgd-margin-{eps:.6f}", attack, number=streams.Evaluation.SWEEP)
             outcome, _ = execute(
-                plan, self.key, self.clf, self.examples, alive, self.settings,
+                plan, self.key, self.subject, self.examples, alive, self.settings,
                 lambda a, what: self.report(a, f"sound, {what}"), self.records,
             )  # fmt: skip
+            if found is not None:
+                index = np.flatnonzero(alive)[outcome.broken]
+                found.take(index, outcome.x_adv[outcome.broken], outcome.restart[outcome.broken])
             alive = _spread(alive, ~outcome.broken)
             self.robust[eps] = alive
         return alive
 
 
-def transfer_sources(clf: Classifier, settings: EvalSettings) -> dict[str, Classifier]:
-    """Models to transfer from: the same network with its linear head, and `eval.transfer`."""
-    sources = {}
-    if clf.clusters is not None:
-        sources["transfer-linear-head"] = clf.replace(clusters=None, nearest=0)
-    for path in settings.transfer:
-        sources[f"transfer-{path}"] = loading.load(path)  # the whole path: folders can share a name
-    return sources
+def _classes(subject: Subject, examples, settings) -> int:
+    outputs = scheduler.forward(subject.model, examples.x[:1], settings.slots)
+    return attack_losses.logits_of(outputs).shape[1]
 
 
-def _right(clf, examples, settings):
+def _right(subject: Subject, examples, settings):
     """(right by the deployed rule, right by both it and the logits) of each example."""
-    deployed = correct(clf, examples.x, examples.y)
-    view = scheduler.forward(as_partial(clf.view), examples.x, settings.slots)
-    return deployed, deployed & (view.logits.argmax(axis=1) == examples.y)
+    outputs = scheduler.forward(subject.model, examples.x, settings.slots)
+    right = attack_losses.logits_of(outputs).argmax(axis=1) == examples.y
+    deployed = right if subject.predict is None else np.asarray(subject.predict(examples.x)) == examples.y
+    return deployed, deployed & right
 
 
 def _spread(mask, values):

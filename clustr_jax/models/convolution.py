@@ -109,10 +109,15 @@ def _kernel_gradient(x, dy, k, stride, padding, precision):
             )
             return total + product[:, None, None]
         return total + lax.conv_general_dilated(
-            images.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), (1, 1), pads,
-            rhs_dilation=(stride, stride), dimension_numbers=_NHWC, precision=precision,
+            images.transpose(3, 1, 2, 0),
+            gradient.transpose(1, 2, 0, 3),
+            (1, 1),
+            pads,
+            rhs_dilation=(stride, stride),
+            dimension_numbers=_NHWC,
+            precision=precision,
             preferred_element_type=precise,
-        )  # fmt: skip
+        )
 
     start = jnp.zeros((x.shape[-1], k, k, dy.shape[-1]), precise)
     return lax.fori_loop(0, blocks, add, start).transpose(1, 2, 0, 3).astype(x.dtype)

@@ -150,9 +150,13 @@ class FastNet(nn.Module):
         x = parts.normalise(x, self.mean, self.std)
         norm = functools.partial(
             BatchNorm if self.unbiased else nn.BatchNorm,
-            use_running_average=not train, momentum=0.6, use_scale=False, epsilon=parts.EPSILON,
-            dtype=x.dtype, axis_name=mesh.axis(),
-        )  # fmt: skip
+            use_running_average=not train,
+            momentum=0.6,
+            use_scale=False,
+            epsilon=parts.EPSILON,
+            dtype=x.dtype,
+            axis_name=mesh.axis(),
+        )
         gelu = functools.partial(nn.gelu, approximate=False)
         if self.whitened:
             x = gelu(Whitening(name="first")(x))

@@ -1,4 +1,4 @@
-"""What the paper reports (arXiv 2006.07682 v2, Tables 1 to 5), for printing beside our figures.
+"""What the paper reports (arXiv 2006.07682 v2, Tables 1 to 5), for printing beside measured figures.
 
 CLAIMS: data set -> method -> (clean, PGD^20, PGD^100) in % at 8/255. Rows the authors took
 from other publications (other networks and protocols) are in COPIED.

@@ -1,7 +1,7 @@
 """Where the authors' code and the paper's text differ: one named switch each.
 
-`config.fidelity.<switch>` is "" (follow the preset), our value, or the authors'. The preset "" means
-ours throughout; "paper_code" means the authors' throughout, a leak of test-set statistics included.
+`config.fidelity.<switch>` is "" (follow the preset), this package's value, or the authors'. The preset ""
+means this package's throughout; "paper_code" the authors', a leak of test-set statistics included.
 docs/fidelity.md is this table, with the reasons.
 """
 
@@ -14,7 +14,7 @@ from clustr_jax.runtime.programs import program
 
 @dataclasses.dataclass(frozen=True)
 class Switch:
-    """One difference: our value, the authors' value, and what it is about."""
+    """One difference: this package's value, the authors' value, and what it is about."""
 
     ours: str
     authors: str

@@ -32,9 +32,10 @@ def _warn(text: str) -> None:
 def main(argv: list[str]) -> None:
     """The page; see `program` for its exit codes."""
     parser = argparse.ArgumentParser(
-        prog="python -m clustr_jax.report", description=(report.__doc__ or "").split("\n\n    record")[0],
+        prog="python -m clustr_jax.report",
+        description=(report.__doc__ or "").split("\n\n    record")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("workdirs", nargs="+", metavar="DIR")
     parser.add_argument("--out", metavar="FILE", help="of several directories; default: compare.html")
     args = parser.parse_args(argv)

@@ -26,23 +26,29 @@ def compare(records: list[Record]) -> str:
     columns = [f"sound protocol ({by_name['sound']})", f"paper's protocol ({by_name['paper']})"]
     columns += [f"clean, all test images ({by_name['clean']})", f"certified, l2 radius {radius}"]
     columns += ["eps", "images attacked"]
-    rows = [
-        {
-            "name": name, "data": record.data, "cells": _cells(record, radius),
-            "tone": words.verdict(record).tone, "status": _status(record),
-        }
-        for name, record in zip(names, records, strict=True)
-    ]  # fmt: skip
+    rows = []
+    for name, record in zip(names, records, strict=True):
+        said = words.verdict(record)
+        rows.append({
+            "name": name, "data": record.data, "cells": _cells(record, radius), "answer": said.answer,
+            "answer_tone": said.answer_tone, "tone": said.tone, "status": _status(record),
+        })  # fmt: skip
     title = f"{len(records)} runs compared"
     return page.render(
-        "compare.html", title=title, identity=provenance.sha([r.identity for r in records]),
-        lead=" · ".join(names), columns=columns, rows=rows, notes=_compare_notes(records, names, drawing),
-        drawing=drawing, attacks=_attack_table(records, names),
+        "compare.html",
+        title=title,
+        identity=provenance.sha([r.identity for r in records]),
+        lead=" · ".join(names),
+        columns=columns,
+        rows=rows,
+        notes=_compare_notes(records, names, drawing),
+        drawing=drawing,
+        attacks=_attack_table(records, names),
         runs=[
             {"name": name, "title": record.title, "pairs": [*page.origins(record), *_command(record)]}
             for name, record in zip(names, records, strict=True)
         ],
-    )  # fmt: skip
+    )
 
 
 def _check_versions(records):

@@ -8,11 +8,13 @@ from clustr_jax.report.record import Record
 from clustr_jax.report.svg import DASHES, MARKERS, SERIES, Drawing, attempt, draw
 from clustr_jax.runtime.stage_names import TRAIN, WARMUP
 
+_HALF = 20  # letters of a name that leave room for another beside it
 # Of metrics.jsonl: field -> what the legend calls it.
 _ACCURACIES = {
     "accuracy": "training images", "val_accuracy": "held-out images",
     "adversarial_accuracy": "training adversary", "single_step_accuracy": "held out, one step",
     "multi_step_accuracy": "held out, many steps", "certified": "certified",
+    "paper_accuracy": "held out, paper's protocol", "quick_accuracy": "held out, quick attacks",
 }  # fmt: skip
 _LOSSES = {
     "loss": "loss", "magnet": "Magnet", "natural": "cross entropy", "consistency": "consistency",
@@ -50,7 +52,14 @@ def _line(axes, i, points, label, n=None, **more):
 def _accuracy_axes(axes, xlabel, legend=True):
     axes.set(xlabel=xlabel, ylabel="accuracy in %", ylim=(-3, 103))
     if legend:
-        axes.figure.legend(loc="outside lower center", ncols=2)
+        _legend(axes.figure)
+
+
+def _legend(figure):
+    """Below the axes, in two columns where its words have room for that."""
+    names = [text for axes in figure.axes for text in axes.get_legend_handles_labels()[1]]
+    longest = max(map(len, names), default=0)
+    figure.legend(loc="outside lower center", ncols=2 if longest <= _HALF else 1)
 
 
 def over_eps(record: Record) -> Drawing | None:
@@ -144,24 +153,33 @@ def attacks(record: Record) -> Drawing | None:
         axes = figure.add_subplot()
         places = np.arange(len(order))
         axes.errorbar(
-            np.multiply(100, values), places, xerr=_errors(values, sound["n"]), fmt="o", color=SERIES[0],
-            capsize=2.5, elinewidth=1.2, label="this attack alone",
-        )  # fmt: skip
+            np.multiply(100, values),
+            places,
+            xerr=_errors(values, sound["n"]),
+            fmt="o",
+            color=SERIES[0],
+            capsize=2.5,
+            elinewidth=1.2,
+            label="this attack alone",
+        )
         axes.axvline(100 * sound["robust"], color=SERIES[1], linestyle=DASHES[1], label="all together")
         axes.set(xlabel="accuracy in %", ylim=(len(order) - 0.4, -0.6))
         most = max(intervals.wilson(round(v * sound["n"]), sound["n"])[1] for v in values)
         axes.set_xlim(-3 * most, 104 * most)
         axes.set_yticks(places, [_short(name) for name, _ in order])
         axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside lower center", ncols=2)
+        _legend(figure)
 
     alt = ", ".join(f"{name} {_percent(v)}" for (name, _), v in zip(order, values, strict=True))
     return draw(
-        "attacks", "Each attack alone", "Lower is stronger. Bars are 95 % intervals.",
+        "attacks",
+        "Each attack alone",
+        "Lower is stronger. Bars are 95 % intervals.",
         f"Accuracy under each attack of {sound['protocol']}: {alt}; all together "
         f"{_percent(sound['robust'])}.",
-        paint, 1.1 + 0.23 * len(order),
-    )  # fmt: skip
+        paint,
+        1.1 + 0.23 * len(order),
+    )
 
 
 def _short(name: str, most: int = 24) -> str:
@@ -204,9 +222,13 @@ def certified(record: Record) -> Drawing | None:
         alt += f"; l2-PGD leaves, by radius: {_list(left)}"
     caption = "Below the lines nothing can change the prediction; above the markers something did."
     return draw(
-        "certified", "Certified accuracy", caption if empirical["at"] else caption.split(";")[0] + ".",
-        alt + ".", paint, 3.3,
-    )  # fmt: skip
+        "certified",
+        "Certified accuracy",
+        caption if empirical["at"] else caption.split(";")[0] + ".",
+        alt + ".",
+        paint,
+        3.3,
+    )
 
 
 def training(record: Record) -> list[Drawing]:
@@ -236,10 +258,20 @@ def _history(stage, lines, kind, fields):
         for i, (label, points) in enumerate(series.items()):
             x, y = np.array(points, float).T
             axes.plot(
-                x, scale * y, color=SERIES[i], linestyle=DASHES[i], marker=MARKERS[i], label=label,
-                markevery=max(len(x) // 8, 1), markersize=4,
-            )  # fmt: skip
-        axes.set(xlabel="epoch", ylabel="accuracy in %" if kind == "accuracy" else "loss, in nats")
+                x,
+                scale * y,
+                color=SERIES[i % 10],
+                linestyle=DASHES[i % 6],
+                marker=MARKERS[i % 10],
+                label=label,
+                markevery=max(len(x) // 8, 1),
+                markersize=4,
+            )
+        updates = lines[0]["step"] // lines[0]["epoch"]
+        axes.set(
+            xlabel=f"epoch ({updates} updates each)",
+            ylabel="accuracy in %" if kind == "accuracy" else "loss, in nats",
+        )
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(lines) == 1:
             axes.set_xlim(lines[0]["epoch"] - 1, lines[0]["epoch"] + 1)
@@ -247,7 +279,7 @@ def _history(stage, lines, kind, fields):
             axes.set_ylim(-3, 103)
         elif min(values) > 0 and max(values) > _WIDE * min(values):
             axes.set_yscale("log")
-        figure.legend(loc="outside lower center", ncols=2)
+        _legend(figure)
 
     def ends(points):
         (_, a), (_, b) = points[0], points[-1]

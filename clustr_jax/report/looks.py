@@ -13,7 +13,8 @@ from clustr_jax import clusters, data
 from clustr_jax.attacks import scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.classifier import Classifier
-from clustr_jax.evaluation.sound_protocol import attack_on
+from clustr_jax.evaluation.plans import attack_on
+from clustr_jax.evaluation.subject import of_classifier
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.stage_names import TRAIN
 from clustr_jax.settings import EvalSettings, MagnetSettings
@@ -86,9 +87,16 @@ def plane(stage: str, z, labels, centroids, owners, source: str, borders: bool) 
         return (np.asarray(points, np.float64) - mean) @ axes.T / unit
 
     return Plane(
-        stage, flat(z), np.asarray(labels), flat(centroids), np.asarray(owners), share, source, borders,
+        stage,
+        flat(z),
+        np.asarray(labels),
+        flat(centroids),
+        np.asarray(owners),
+        share,
+        source,
+        borders,
         np.shape(z)[1],
-    )  # fmt: skip
+    )
 
 
 def limits(planes: list[Plane]) -> tuple[float, float, float, float]:
@@ -203,7 +211,8 @@ def gallery(
     def collect(example, restart, image, fooled):
         ends[example] = image
 
-    attack = attack_on(clf, "margin", eps=budget.eps, steps=budget.steps, step_size=budget.step_size)
+    subject = of_classifier(clf)
+    attack = attack_on(subject, "margin", eps=budget.eps, steps=budget.steps, step_size=budget.step_size)
     scheduler.run(attack, key, as_partial(clf.view), x, y, ids=index, slots=slots, collect=collect)
     before, after = (np.asarray(clf.predict(images)) for images in (x, ends))
     delta = (ends - x).reshape(len(x), -1).astype(np.float64)
@@ -213,12 +222,19 @@ def gallery(
             own[i], other[i] = _distances(clf, images, y)
     return [
         Victim(
-            int(index[i]), int(y[i]), int(before[i]), int(after[i]), x[i], ends[i],
-            float(np.abs(delta[i]).max()), float(np.linalg.norm(delta[i])),
-            (float(own[0, i]), float(own[1, i])), (float(other[0, i]), float(other[1, i])),
+            int(index[i]),
+            int(y[i]),
+            int(before[i]),
+            int(after[i]),
+            x[i],
+            ends[i],
+            float(np.abs(delta[i]).max()),
+            float(np.linalg.norm(delta[i])),
+            (float(own[0, i]), float(own[1, i])),
+            (float(other[0, i]), float(other[1, i])),
         )
         for i in range(len(x))
-    ]  # fmt: skip
+    ]
 
 
 def _distances(clf, x, y):

@@ -42,7 +42,7 @@ class Looks:
     parameters: int | None = None
     sizes: tuple[int, int, int] | None = None  # train, held out, test
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)  # "embeddings" or "gallery" -> why not
-    failures: dict[str, str] = dataclasses.field(default_factory=dict)  # those of them that are our fault
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)  # of these, errors of this package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +59,12 @@ class Report:
 def _environment():
     """Templates that escape what they are given (the card is no HTML) and raise at a name that is missing."""
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, autoescape=lambda name: name is None or not name.endswith(".md"),
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=lambda name: name is None or not name.endswith(".md"),
+    )
 
 
 def render(template: str, **values) -> str:
@@ -91,33 +94,53 @@ def report(record: Record, looks: Looks) -> Report:
     except Exception as error:  # as with figures: no picture is worth a result
         no_gallery = failures["gallery"] = f"they could not be drawn ({reason(error)})"
     shared = {
-        "record": record, "verdict": words.verdict(record), "accuracy": tables.accuracy_table(record),
-        "certified": tables.certified_table(record), "method": words.method(record),
-        "limits": words.limits(record), "pairs": origins(record, looks),
+        "record": record,
+        "verdict": words.verdict(record),
+        "accuracy": tables.accuracy_table(record),
+        "certified": tables.certified_table(record),
+        "method": words.method(record),
+        "limits": words.limits(record),
+        "pairs": origins(record, looks),
         "commands": record.environment.get("commands", []),
-    }  # fmt: skip
+    }
     # a page without what the data would have shown is made again as soon as they are there
     unread = any("could not be read" in why for why in looks.reasons.values())
     identity = "incomplete" if unread or failures else record.identity
     html = render(
-        "report.html", title=f"{record.title}: report", identity=identity, sections=_SECTIONS,
-        lead=_lead(record), facts=words.facts(record), check_counts=_counts(record),
-        check_value=tables.check_value, check_limit=tables.check_limit,
-        no_checks=_no_checks(record), attack_rows=tables.attack_rows(record),
-        curves=[d for d in curves if d], no_curves=_no_curves(record, curves), drawings=single,
-        no_certificates=_no_certificates(record), training=training, planes=planes,
+        "report.html",
+        title=f"{record.title}: report",
+        identity=identity,
+        sections=_SECTIONS,
+        lead=_lead(record),
+        facts=words.facts(record),
+        check_counts=_counts(record),
+        check_value=tables.check_value,
+        check_limit=tables.check_limit,
+        no_checks=_no_checks(record),
+        attack_rows=tables.attack_rows(record),
+        curves=[d for d in curves if d],
+        no_curves=_no_curves(record, curves),
+        drawings=single,
+        no_certificates=_no_certificates(record),
+        training=training,
+        planes=planes,
         many=CLASSES if _many(record) else 0,
-        borders=any(p.borders for p in looks.planes), no_planes=_no_planes(record, looks),
-        victims=victims, clustered=_clustered(looks.victims),
-        eps=intervals.radius(eps), gain=f"{pictures.magnification(eps):.3g}",
+        borders=any(p.borders for p in looks.planes),
+        no_planes=_no_planes(record, looks),
+        victims=victims,
+        clustered=_clustered(looks.victims),
+        eps=intervals.radius(eps),
+        gain=f"{pictures.magnification(eps):.3g}",
         no_gallery=f"No images: {no_gallery}.",
-        config=json.dumps(record.config, indent=2), alarms=words.alarms(record),
-        packages="\n".join(f"{k} {v}" for k, v in record.environment.get("packages", {}).items()), **shared,
-    )  # fmt: skip
+        config=json.dumps(record.config, indent=2),
+        alarms=words.alarms(record),
+        packages="\n".join(f"{k} {v}" for k, v in record.environment.get("packages", {}).items()),
+        **shared,
+    )
     card = render(
         "card.md", parameters=looks.parameters, sizes=_sizes(looks), subset=words.subset(record),
         duplicates=words.duplicates(record), notes=words.notes(record), alarms=words.alarms(record),
-        markdown=_markdown, **shared,
+        markdown=_markdown, shape=_shape(record), images=words.in_pixels(record), **shared,
     )  # fmt: skip
     return Report(html, card, [d for d in drawings if not d.failed], failures)
 
@@ -159,8 +182,9 @@ def _no_curves(record, curves):
     }  # fmt: skip
     return [
         f"There is no curve over {what}: {reasons[what]}."
-        for what, curve in zip(reasons, curves, strict=True) if curve is None
-    ]  # fmt: skip
+        for what, curve in zip(reasons, curves, strict=True)
+        if curve is None
+    ]
 
 
 def _no_certificates(record):
@@ -205,14 +229,22 @@ def _shown(record, victims, eps):
         same = record.results["sound"]["eps"] == eps
     return [
         {
-            "index": v.index, "fooled": v.after != v.label, "linf": v.linf, "l2": v.l2, "own": v.own,
-            "other": v.other, "label": class_name(record, v.label), "before": class_name(record, v.before),
-            "after": class_name(record, v.after), "clean": _png(v.x), "adversarial": _png(v.x_adv),
-            "change": _png(pictures.magnified(v, eps)),
+            "index": v.index,
+            "fooled": v.after != v.label,
+            "linf": v.linf,
+            "l2": v.l2,
+            "own": v.own,
+            "other": v.other,
+            "label": class_name(record, v.label),
+            "before": class_name(record, v.before),
+            "after": class_name(record, v.after),
+            "clean": png(v.x),
+            "adversarial": png(v.x_adv),
+            "change": png(pictures.magnified(v, eps)),
             "sound": _fate(broken_by.get(v.index)) if broken_by and same else "",
         }
         for v in victims
-    ]  # fmt: skip
+    ]
 
 
 def _fate(attack):
@@ -223,7 +255,7 @@ def _fate(attack):
     return f"broken by {attack}" if attack else "not broken"
 
 
-def _png(image: np.ndarray) -> str:
+def png(image: np.ndarray) -> str:
     """A data URI of an image with values in [0, 1], [H, W, 1 or 3], enlarged without smoothing."""
     import PIL.Image
 
@@ -233,6 +265,12 @@ def _png(image: np.ndarray) -> str:
     file = io.BytesIO()
     PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _shape(record):
+    """Of one image, as the stage that was last finished took it."""
+    stages = [*record.stages.values()]
+    return stages[-1].get("input_shape", ["..."]) if stages else ["..."]
 
 
 def _sizes(looks):

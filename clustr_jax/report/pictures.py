@@ -29,18 +29,33 @@ def _plane(plane: Plane, found: list[Plane]) -> Drawing:
         for c in classes:
             points = plane.points[plane.labels == c]
             axes.plot(
-                *points.T, linestyle="none", marker=f"${c}$", color=SERIES[c % 10], markersize=3.8,
+                *points.T,
+                linestyle="none",
+                marker=f"${c}$",
+                color=SERIES[c % 10],
+                markersize=3.8,
                 markeredgewidth=0.2,
-            )  # fmt: skip
+            )
         axes.plot(
-            *plane.centroids.T, linestyle="none", marker="o", markersize=8, markerfacecolor="#ffffff",
-            markeredgecolor=INK, markeredgewidth=1.0,
-        )  # fmt: skip
+            *plane.centroids.T,
+            linestyle="none",
+            marker="o",
+            markersize=8,
+            markerfacecolor="#ffffff",
+            markeredgecolor=INK,
+            markeredgewidth=1.0,
+        )
         for owner, (x, y) in zip(plane.owners, plane.centroids, strict=True):
             axes.text(
-                x, y, str(owner), ha="center", va="center_baseline", fontsize=6, weight="bold",
+                x,
+                y,
+                str(owner),
+                ha="center",
+                va="center_baseline",
+                fontsize=6,
+                weight="bold",
                 color=SERIES[owner % 10],
-            )  # fmt: skip
+            )
         axes.set(xlim=box[:2], ylim=box[2:], aspect="equal")
         axes.set_xlabel(f"first axis, {100 * plane.share[0]:.0f} % of the variance")
         axes.set_ylabel(f"second axis, {100 * plane.share[1]:.0f} %")
@@ -57,9 +72,13 @@ def _plane(plane: Plane, found: list[Plane]) -> Drawing:
     )
     ratio = (box[3] - box[2]) / (box[1] - box[0])
     return draw(
-        f"embeddings-{plane.stage}", _WHEN.get(plane.stage, plane.stage),
-        f"Circles: {plane.source}.", alt, paint, float(np.clip(0.5 + 3.72 * ratio, 2.6, 6.0)),
-    )  # fmt: skip
+        f"embeddings-{plane.stage}",
+        _WHEN.get(plane.stage, plane.stage),
+        f"Circles: {plane.source}.",
+        alt,
+        paint,
+        float(np.clip(0.5 + 3.72 * ratio, 2.6, 6.0)),
+    )
 
 
 def gallery(victims: list[Victim], eps: float) -> Drawing | None:

@@ -16,7 +16,7 @@ from clustr_jax.storage.loading import find_stage, read_config
 from clustr_jax.storage.workdir import Workdir
 
 # Bumped when a report says something else about the same results.
-VERSION = "report-2"
+VERSION = "report-3"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +80,14 @@ def read(path: str | pathlib.Path, network: str | None = None) -> Record:
     nearest = config["eval"]["nearest"]
     # results of earlier commits do not say which network they are of, nor do the checks, which name results
     other = {
-        name for name, result in found.items()
-        if result is not None and (
+        name
+        for name, result in found.items()
+        if result is not None
+        and (
             result.get("network_sha", network) != network
             or (result.get("head") == "clusters" and result.get("nearest", nearest) != nearest)
         )
-    }  # fmt: skip
+    }
     kept = {name: result for name, result in found.items() if result is not None and name not in other}
     if other and results.diagnosis(kept) is None:
         kept.pop("diagnostics", None)  # of results that are left out

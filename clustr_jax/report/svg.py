@@ -25,11 +25,11 @@ _VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", P
 }
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
 _STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "clustr_jax", "font.size": 9, "font.family": "sans-serif",
+    "svg.fonttype": "none", "svg.hashsalt": "clustr_jax", "font.size": 11.2, "font.family": "sans-serif",
     "text.color": INK, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "xtick.color": MUTED,
     "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.grid": True,
     "grid.color": LINE, "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.6,
+    "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 11.2, "lines.linewidth": 1.6,
     "lines.markersize": 4.5, "axes.linewidth": 0.8, "legend.handlelength": 2.6,
 }  # fmt: skip
 _WIDTH, _DPI = 4.4, 200

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from clustr_jax.evaluation import intervals
+from clustr_jax.evaluation import intervals, wording
 from clustr_jax.report import terminal
 from clustr_jax.report.record import Record
 from clustr_jax.storage import results
@@ -80,8 +80,10 @@ def accuracy_table(record: Record) -> dict | None:
     ]
     others = [
         (f"eps {intervals.radius(e)}, {label}", kind, cells)
-        for e in sorted(groups) if e not in (0.0, *main) for label, kind, cells in groups[e]
-    ]  # fmt: skip
+        for e in sorted(groups)
+        if e not in (0.0, *main)
+        for label, kind, cells in groups[e]
+    ]
     named += [("other radii", others)] if others else []
     return {"columns": columns, "groups": named, "notes": _accuracy_notes(record, named)}
 
@@ -121,12 +123,16 @@ def attack_rows(record: Record) -> list[dict]:
         return []
     rows = [
         {
-            "name": name, "cell": cell(attack["robust"], sound["n"]), "kills": attack["unique_kills"],
-            "gradients": attack.get("gradient_evaluations"), "forwards": attack.get("forward_evaluations"),
-            "seconds": attack["wall_seconds"], "robust": attack["robust"],
+            "name": name,
+            "cell": cell(attack["robust"], sound["n"]),
+            "kills": attack["unique_kills"],
+            "gradients": attack.get("gradient_evaluations"),
+            "forwards": attack.get("forward_evaluations"),
+            "seconds": attack["wall_seconds"],
+            "robust": attack["robust"],
         }
         for name, attack in sound["attacks"].items()
-    ]  # fmt: skip
+    ]
     return sorted(rows, key=lambda row: row["robust"])
 
 
@@ -142,7 +148,7 @@ def certified_table(record: Record) -> dict | None:
             [cell(at[r], result["n"]) for r in radii],
         )
         for rule, at in result["rules"].items()
-    ]  # fmt: skip
+    ]
     empirical = result["empirical"]
     if empirical["at"]:
         left = [empirical["at"].get(r) for r in radii]
@@ -152,12 +158,7 @@ def certified_table(record: Record) -> dict | None:
 
 def check_value(check: dict) -> str:
     """The number that was compared with the limit, in the limit's unit."""
-    value, limit = check["value"], check["limit"]
-    if value is None:
-        return "–"
-    if "points" in limit:
-        return f"{100 * value:.2f} points"
-    return f"{100 * value:.1f} %" if "%" in limit or "chance" in limit else f"{value:.3g}"
+    return "–" if check["value"] is None else wording.shown_value(check)
 
 
 def check_limit(check: dict) -> str:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from clustr_jax.data import remarks
-from clustr_jax.evaluation import intervals
+from clustr_jax.evaluation import intervals, wording
 from clustr_jax.report import tables
 from clustr_jax.report.record import Record
 from clustr_jax.report.tables import Cell, cell
@@ -16,7 +16,7 @@ from clustr_jax.training.objectives import METHODS
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The first thing that a reader sees. `status`: one word for how far the figure can be trusted."""
+    """The first thing that a reader sees: robust or not, and how far the figure can be trusted."""
 
     status: str  # "NO CHECK FAILED", "UPPER BOUND ONLY", "UNCHECKED" or "NO EVIDENCE"
     tone: str  # info, warn, fail or skip: the look of the status, which is about trust, not about robustness
@@ -24,16 +24,29 @@ class Verdict:
     figure: Cell | None
     line: str  # the verdict of diagnostics.json, or why there is none
     meaning: str
+    answer: str = "NOT KNOWN"  # robust or not (evaluation.wording.answer)
+    answer_tone: str = "skip"  # pass for what withstood everything alone; else warn, fail or skip
 
 
 def verdict(record: Record) -> Verdict:
     """From diagnostics.json where it is about these results; else what is known, and what is not."""
+    found, sound = _trust(record), record.results.get("sound")
+    if not sound:
+        return found
+    checks = [] if record.checks is None else record.checks["checks"]
+    facts = {"robust": sound["robust"], "clean": sound["clean"], "n": sound["n"], "checks": checks}
+    answer, tone = wording.answer({**facts, "constant": constant_share(record)})
+    return dataclasses.replace(found, answer=answer, answer_tone=tone)
+
+
+def _trust(record):
+    """The verdict without the answer."""
     found, checks = record.results, record.checks
     sound = found.get("sound")
     if sound:
         kept, n, eps = round(sound["robust"] * sound["n"]), sound["n"], intervals.radius(sound["eps"])
         line = f"{kept} of {n} test images are classified correctly under every attack that was tried"
-        line += f" (changes of at most {eps} in each pixel)" if _images(record) else f" (eps {eps})"
+        line += f" (changes of at most {eps} in each pixel)" if in_pixels(record) else f" (eps {eps})"
         label, figure = f"robust accuracy, linf, eps {eps}", cell(sound["robust"], n)
         low = _no_better(record)
         if checks is None or all(c["status"] == "SKIP" for c in checks["checks"]):
@@ -41,6 +54,8 @@ def verdict(record: Record) -> Verdict:
             why = stale if checks is None else "had nothing to look at"
             text = f"{line}. The checks {why}, so nothing says yet whether the attacks can be believed.{low}"
             return Verdict("UNCHECKED", "warn", label, figure, f"No verdict: the checks {why}.", text)
+        plain = checks.get("words", "").partition(". ")[0]
+        line = f"{plain}. {line}" if plain else line
         failed = ", ".join(map(str, checks["failed"]))
         if failed:
             checked = f"check{'s' * (len(checks['failed']) > 1)} {failed} failed"
@@ -72,7 +87,8 @@ def verdict(record: Record) -> Verdict:
     return Verdict("NO EVIDENCE", "skip", label, figure, "No verdict: the sound protocol was not run.", text)
 
 
-def _images(record):
+def in_pixels(record: Record) -> bool:
+    """Whether the inputs have a box, as images do; points of the plane have none."""
     return DataSettings.of(record.config["data"]).bounds is not None
 
 

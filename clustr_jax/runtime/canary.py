@@ -109,10 +109,18 @@ def _identity() -> str:
     source = pathlib.Path(patterns.__file__).read_text() + pathlib.Path(__file__).read_text()
     config, environment = jax.config, os.environ
     parts = [
-        source, jax.__version__, jaxlib_version, jax.default_backend(), jax.devices()[0].device_kind,
-        jax.local_device_count(), environment.get("XLA_FLAGS"), environment.get("LIBTPU_INIT_ARGS"),
-        config.jax_default_matmul_precision, config.jax_disable_jit, _processor(),
-    ]  # fmt: skip
+        source,
+        jax.__version__,
+        jaxlib_version,
+        jax.default_backend(),
+        jax.devices()[0].device_kind,
+        jax.local_device_count(),
+        environment.get("XLA_FLAGS"),
+        environment.get("LIBTPU_INIT_ARGS"),
+        config.jax_default_matmul_precision,
+        config.jax_disable_jit,
+        _processor(),
+    ]
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
 
 

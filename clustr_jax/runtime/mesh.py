@@ -1,8 +1,8 @@
-"""One mesh over all devices, and what code that runs on every one of them says of rows and sums.
+"""One mesh over all devices, and the sums and rows of code that runs on each of them.
 
 Training, k-means and evaluation are written for the part that one device has: some rows of the batch, some
-classes, some slots. Inside `spread` the functions below speak to the other devices; without a mesh, on one
-device, they do nothing, and it is the same code.
+classes, some slots. Inside `spread` the functions below speak to the other devices. Without a mesh, on one
+device, they do nothing: the code is the same.
 
     with mesh.over(jax.devices()):
         ...

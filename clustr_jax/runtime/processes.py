@@ -113,8 +113,8 @@ def _connect(coordinator, num_processes, process_id):
             raise UserError(f"--coordinator must be HOST:PORT or auto, got {coordinator!r}")
     try:
         jax.distributed.initialize(
-            address, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-        )  # fmt: skip
+            address, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
+        )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--coordinator={coordinator}: {first_line(error)}") from error
 

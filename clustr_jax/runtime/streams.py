@@ -18,6 +18,7 @@ class Training:
     ORDER = 1  # then the number of the epoch
     REFIT = 2  # k-means++, then the number of the step
     MONITOR = 3  # single-step and multi-step accuracy
+    PROBE = 5  # the attacks of train.probe
     FLIPS = 4  # which images alternating flips turn first, then the image's number
 
 
@@ -26,6 +27,7 @@ class Evaluation:
 
     SWEEP = 50  # of other radii
     TRANSFER = 100  # from other models
+    AUDIT = 2000  # another run of a whole protocol
     CHECKS = 1000  # apart from all attacks, whose starts the checks must not try again
 
 
@@ -33,6 +35,7 @@ class Checks:
     """Of the checks' own key."""
 
     KNOWN_ANSWER = 99
+    NUDGE = 98
 
 
 class Report:

@@ -126,6 +126,7 @@ class TermSettings(Section):
     attack: AdversarySettings
     label_smoothing: float = 0.0
     on_collapse: str = "warn"
+    probe: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,7 @@ class MagnetSettings(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Switches(Section):
-    """`config.fidelity`, spelled out: ours or the authors', as reference.switches says."""
+    """`config.fidelity`, spelled out: this package's values or the authors', as reference.switches says."""
 
     scores: str
     hinge: str
@@ -248,9 +249,17 @@ class Settings:
     def of(cls, config: Keyed) -> Self:
         """Of a whole config whose switches are spelled out."""
         return cls(
-            config["method"], config["variant"], config["seed"], config["smoke"], config["init_from"],
-            DataSettings.of(config["data"]), DataSettings.of(config["pretrain"]),
-            ModelSettings.of(config["model"]), Recipe.of(config["warmup"]), Recipe.of(config["train"]),
-            TrainingSettings.of(config), EvalSettings.of(config["eval"]),
+            config["method"],
+            config["variant"],
+            config["seed"],
+            config["smoke"],
+            config["init_from"],
+            DataSettings.of(config["data"]),
+            DataSettings.of(config["pretrain"]),
+            ModelSettings.of(config["model"]),
+            Recipe.of(config["warmup"]),
+            Recipe.of(config["train"]),
+            TrainingSettings.of(config),
+            EvalSettings.of(config["eval"]),
             CertifySettings.of(config["certify"]),
-        )  # fmt: skip
+        )

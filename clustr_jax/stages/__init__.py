@@ -78,9 +78,15 @@ def _run(config, asked, place, wanted, progress, command, profile):
     if processes.on_cores():  # a core left idle is no mistake to report
         devices = devices[: refusals.divisor(len(devices), known, method, net, *images)]
     refusals.check(
-        known, method, net, splits[0], splits[2], held_out=len(splits[1]), source=images[1],
+        known,
+        method,
+        net,
+        splits[0],
+        splits[2],
+        held_out=len(splits[1]),
+        source=images[1],
         devices=len(devices),
-    )  # fmt: skip
+    )
     found_in_data = remarks.of(*splits, attacked=known.eval.n)
     seen = {"data": data.digest(*splits)}
     if source is not None:
@@ -90,9 +96,16 @@ def _run(config, asked, place, wanted, progress, command, profile):
         place.open(config, command, seen)
         profiler = Profiler(place.root / "profile" if profile and processes.leader() else None)
         this = Run(
-            config, known, place, progress, net, *splits,
-            source=source, profiler=profiler, remarks=found_in_data,
-        )  # fmt: skip
+            config,
+            known,
+            place,
+            progress,
+            net,
+            *splits,
+            source=source,
+            profiler=profiler,
+            remarks=found_in_data,
+        )
         _introduce(this)
         if source is not None:
             source.profiler = profiler
@@ -124,10 +137,9 @@ def _run(config, asked, place, wanted, progress, command, profile):
         progress.console.print(terminal.side_by_side(found))
         diagnosis = results.diagnosis(there)
         if diagnosis is not None and "sound" in found:
-            progress.console.print(terminal.checks_table(diagnosis))
-            progress.console.print(
-                diagnosis["verdict"], markup=False, highlight=False, soft_wrap=True, style="bold"
-            )
+            progress.console.print(terminal.checks_text(diagnosis), soft_wrap=True)
+            verdict = terminal.verdict_text(diagnosis)
+            progress.console.print(verdict, markup=False, highlight=False, soft_wrap=True, style="bold")
         progress.line(f"results: {place.results}")
     if unreported is not None:
         raise unreported

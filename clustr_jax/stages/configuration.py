@@ -66,7 +66,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def complete(config: ConfigDict, train_split: Split, test_split: Split) -> ConfigDict:
-    """What a config leaves to the data, filled in, so that config.json can be loaded without the data.
+    """The config with what it leaves to the data filled in: config.json can then be loaded without the data.
 
     An empty mean or std is that of the training images, per channel; the model "auto" is chosen by the
     size of the images; `data.sha` names the content of own images, whose eval.n is at most all of them.

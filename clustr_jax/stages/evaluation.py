@@ -49,15 +49,22 @@ def run(this: Run) -> None:
             )
         this.profiler.close()
         header = {
-            "dataset": data.label(settings.data), "subset": subset, "n": result.pop("n"),
+            "dataset": data.label(settings.data),
+            "subset": subset,
+            "n": result.pop("n"),
             "method": settings.method,
             "protocol": results.PROTOCOLS[name] + "-quick" * (settings.eval.quick and name != "clean"),
-        }  # fmt: skip
+        }
         footer = {
-            "head": "linear" if clf.clusters is None else "clusters", "nearest": clf.nearest,
-            "seed": settings.seed, "config_sha": identity, "network_sha": network,
-            "versions": provenance.versions(), **this.remarks.fields, "wall_seconds": seconds,
-        }  # fmt: skip
+            "head": "linear" if clf.clusters is None else "clusters",
+            "nearest": clf.nearest,
+            "seed": settings.seed,
+            "config_sha": identity,
+            "network_sha": network,
+            "versions": provenance.versions(),
+            **this.remarks.fields,
+            "wall_seconds": seconds,
+        }
         for figure in ("clean", "robust"):
             header[f"{figure}_interval"] = intervals.wilson(round(result[figure] * header["n"]), header["n"])
         results.save(folder, name, {**header, **result, **footer}, outcomes)
@@ -123,7 +130,7 @@ def diagnose(this: Run) -> None:
         this.progress.line("evaluate: diagnostics were done before")
         return
     started = time.monotonic()
-    this.progress.status("evaluate  diagnostics: twenty-one checks")
+    this.progress.status("evaluate  diagnostics: twenty-eight checks")
     outcomes = results.load_outcomes(folder, "sound")
     ids, test = outcomes["ids"], this.test_split  # those that were attacked then
     examples = data.Examples(test.pixels(ids), test.labels[ids], ids)
@@ -134,7 +141,8 @@ def diagnose(this: Run) -> None:
     found = checks.run(key, clf, examples, this.settings.eval, sound, outcomes, paper, radius)
     shared = ("dataset", "subset", "n", "method", "eps", "clean", "robust", "attack", "seed", "versions")
     content = {name: sound[name] for name in shared} | this.remarks.fields
-    content |= checks.as_result(sound, found, paper)
+    constant = float(np.bincount(examples.y).max() / max(len(examples), 1))
+    content |= checks.as_result(sound, found, paper, constant)
     seconds = time.monotonic() - started
     content |= {"protocol": results.PROTOCOLS["diagnostics"], "config_sha": identity, "wall_seconds": seconds}
     results.save(folder, "diagnostics", content, {"ids": examples.ids})
@@ -168,11 +176,19 @@ def certify(this: Run) -> None:
     result = {
         "dataset": data.label(settings.data),
         "subset": "; ".join(s.subset for s in (this.train_split, test) if s.subset),
-        "n": result.pop("n"), "method": settings.method, "protocol": results.PROTOCOLS["certified"], **result,
-        "head": "clusters", "nearest": clf.nearest, "seed": settings.seed, "config_sha": identity,
-        "network_sha": network, "versions": provenance.versions(), **this.remarks.fields,
+        "n": result.pop("n"),
+        "method": settings.method,
+        "protocol": results.PROTOCOLS["certified"],
+        **result,
+        "head": "clusters",
+        "nearest": clf.nearest,
+        "seed": settings.seed,
+        "config_sha": identity,
+        "network_sha": network,
+        "versions": provenance.versions(),
+        **this.remarks.fields,
         "wall_seconds": seconds,
-    }  # fmt: skip
+    }
     results.save(folder, "certified", result, outcomes)
     if processes.leader():
         try:

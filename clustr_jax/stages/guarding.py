@@ -8,7 +8,7 @@ import numpy as np
 from clustr_jax import data
 from clustr_jax.attacks import pgd
 from clustr_jax.classifier import Classifier, correct
-from clustr_jax.evaluation import intervals
+from clustr_jax.evaluation import intervals, protocols
 from clustr_jax.runtime import processes, streams
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.storage.files import read_json, write_json
@@ -69,6 +69,27 @@ def monitor(this, clf: Classifier, key) -> dict[str, float]:
             this.progress.line(f"no single-step and multi-step accuracy: {error}")
             return {}
         found[f"{name}_accuracy"] = intervals.fraction(correct(clf, x_adv, y))
+    return found
+
+
+def probe(this, clf: Classifier, key) -> dict[str, float]:
+    """What `train.probe` held-out images are left with: by the paper's protocol (PGD^20), and by quick-1.
+
+    One restart each. Nothing where none are asked for, or none are held out.
+    """
+    count, labels = min(this.settings.training.train.probe, len(this.val_split)), this.val_split.labels
+    if not count:
+        return {}
+    index = data.stratified(labels, count, this.val_split.num_classes)
+    examples = data.Examples(this.val_split.pixels(index), labels[index], index.astype(np.int32))
+    settings = dataclasses.replace(
+        this.settings.eval, quick=True, attack=dataclasses.replace(this.settings.eval.attack, restarts=1)
+    )
+    key = jax.random.fold_in(key, streams.Training.PROBE)
+    found = {}
+    for name in ("paper", "quick"):
+        result, _, _ = protocols.run(name, key, clf, examples, settings, lambda *_: None)
+        found[f"{name}_accuracy"] = result["robust"]
     return found
 
 

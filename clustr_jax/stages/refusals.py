@@ -127,11 +127,14 @@ def check_terms(train: TermSettings) -> None:
     if not 0 <= train.label_smoothing < 1:
         raise UserError(f"train.label_smoothing must be in [0, 1), got {train.label_smoothing}")
     for name, known in (
-        ("consistency", ("ce", "kl", "mse")), ("attack_bn", ("batch", "eval")),
+        ("consistency", ("ce", "kl", "mse")),
+        ("attack_bn", ("batch", "eval")),
         ("on_collapse", guarding.ANSWERS),
-    ):  # fmt: skip
+    ):
         if getattr(train, name) not in known:
             raise UserError(f"train.{name} must be one of {', '.join(known)}, got {getattr(train, name)!r}")
+    if train.probe < 0:
+        raise UserError(f"train.probe is a number of held-out images, 0 for none, got {train.probe}")
     if train.attack.steps < 1 or train.nearest < 0:
         raise UserError(
             f"train.attack.steps must be >= 1 and train.nearest >= 0, "

@@ -49,13 +49,15 @@ def run(this: Run, stage: str) -> None:
     if stage == WARMUP and this.source:
         this, augment = this.source, settings.pretrain.augment
     recipe = settings.warmup if stage == WARMUP else settings.recipe
-    train_set = mesh.place(train_state.TrainSet(
-        jnp.asarray(this.train_split.images),
-        jnp.asarray(this.train_split.labels),
-        scale=this.train_split.scale,
-        augment=augment,
-        authors_batch=authors_batches(settings.data.name)[0],
-    ))  # fmt: skip
+    train_set = mesh.place(
+        train_state.TrainSet(
+            jnp.asarray(this.train_split.images),
+            jnp.asarray(this.train_split.labels),
+            scale=this.train_split.scale,
+            augment=augment,
+            authors_batch=authors_batches(settings.data.name)[0],
+        )
+    )
     trainer = trainers.Trainer(this.net, METHODS[name], settings.training, recipe, len(this.train_split))
     key = this.key(stage)
     identity = training_sha(config_dict(this.config))
@@ -71,12 +73,19 @@ def run(this: Run, stage: str) -> None:
     if best:
         progress.line(f"{stage}: keeping the model of step {step}, the best on the held-out images")
     images = epochs * trainer.steps_per_epoch * trainer.batch_size
-    write_json(folder / "done.json", {
-        "reason": reason, "epochs": epochs, "step": step,
-        "gradient_passes": images * cost.gradients(name, settings.training, recipe),
-        "num_classes": this.net.num_classes, "input_shape": list(this.net.input_shape),
-        "switches": SWITCHES_VERSION, "commit": provenance.commit(),
-    })  # fmt: skip
+    write_json(
+        folder / "done.json",
+        {
+            "reason": reason,
+            "epochs": epochs,
+            "step": step,
+            "gradient_passes": images * cost.gradients(name, settings.training, recipe),
+            "num_classes": this.net.num_classes,
+            "input_shape": list(this.net.input_shape),
+            "switches": SWITCHES_VERSION,
+            "commit": provenance.commit(),
+        },
+    )
     processes.wait(f"{stage} is done")
 
 
@@ -179,14 +188,20 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
         val = intervals.fraction(correct(clf, val_x, val_y)) if len(val_y) else None
         if trainer.method.adversary or trainer.replays > 1:
             totals |= guarding.monitor(this, clf, key)
+        totals |= guarding.probe(this, clf, key)
         now = guarding.health(this, clf)
         alarms = guard.alarms(handed, now, totals, updates=step)
         record = {
-            "stage": stage, "epoch": epoch + 1, "step": step, **totals, "val_accuracy": val,
+            "stage": stage,
+            "epoch": epoch + 1,
+            "step": step,
+            **totals,
+            "val_accuracy": val,
             **guarding.recorded(now, alarms),
             "learning_rate": float(rate(step - 1)),
-            "epoch_seconds": time.monotonic() - started, "images_per_second": speed,
-        }  # fmt: skip
+            "epoch_seconds": time.monotonic() - started,
+            "images_per_second": speed,
+        }
         this.workdir.log(record)
         state = train.reset_totals(state)
         # while the adversary's radius still grows, accuracy says how small it is, and no model is the best

@@ -19,11 +19,12 @@ ADDED = {
     ("train", "lookahead"): 0,
     ("train", "label_smoothing"): 0.0,
     ("train", "on_collapse"): "warn",
+    ("train", "probe"): 0,
 }
 
 
 # Settings that change no step of a training: whoever resumes it may choose anew.
-FREE = (("train", "on_collapse"),)
+FREE = (("train", "on_collapse"), ("train", "probe"))
 
 
 def filled(content: dict) -> dict:

@@ -57,10 +57,12 @@ class Checkpoints:
     def _manager(self):
         """Made by the first write: it removes unfinished files, and reads the metrics of all checkpoints."""
         policies = ocp.training.preservation_policies
-        policy = policies.AnyPreservationPolicy([
-            policies.LatestN(self._keep),
-            policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
-        ])  # fmt: skip
+        policy = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(self._keep),
+                policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
         return ocp.training.Checkpointer(
             str(self.directory),
             preservation_policy=policy,  # pyright: ignore[reportArgumentType]  orbax's own types disagree
@@ -226,7 +228,7 @@ def _score(metrics) -> float:
 
 
 def _items(state) -> dict:
-    """A TrainState as named items of plain dicts, so that files do not depend on our class names.
+    """A TrainState as named items of plain dicts, so that files do not depend on the names of classes.
 
     `model` and `clusters` are what is deployed (the moving average where there is one).
     """

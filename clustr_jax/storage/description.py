@@ -18,10 +18,15 @@ def describe(clf: Classifier) -> dict[str, Any]:
     """
     net, module = clf.net, clf.net.module
     return {
-        "model": models.name_of(net), "width": module.width, "num_classes": net.num_classes,
-        "input_shape": list(net.input_shape), "mean": list(module.mean), "std": list(module.std),
-        "nearest": clf.nearest, "bounds": None if clf.bounds is None else list(clf.bounds),
-    }  # fmt: skip
+        "model": models.name_of(net),
+        "width": module.width,
+        "num_classes": net.num_classes,
+        "input_shape": list(net.input_shape),
+        "mean": list(module.mean),
+        "std": list(module.std),
+        "nearest": clf.nearest,
+        "bounds": None if clf.bounds is None else list(clf.bounds),
+    }
 
 
 def network(description: Mapping[str, Any]) -> Net:

@@ -13,7 +13,7 @@ from clustr_jax.storage.files import read_json, write_json
 # Meaning of the protocols; bumped when it changes, and versions never share a table.
 PROTOCOLS = {
     "clean": "clean-1", "paper": "paper-1", "sound": "sound-2", "quick": "quick-1",
-    "diagnostics": "diagnostics-4", "certified": "certified-2",
+    "diagnostics": "diagnostics-5", "certified": "certified-2",
 }  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def _digest(path):
 
 
 def diagnosis_sha(sound: dict | None, paper: dict | None, certified: dict | None) -> str:
-    """Which results a diagnosis was made of; its `config_sha`."""
+    """The `config_sha` of a diagnosis: a hash of the results that it was made of."""
     sources = [r and [r["config_sha"], r.get("network_sha")] for r in (sound, paper, certified)]
     return provenance.sha([*sources, PROTOCOLS])
 

@@ -10,12 +10,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from clustr_jax import losses
 from clustr_jax.attacks import pgd
+from clustr_jax.clusters import Clusters
+from clustr_jax.models import Net, Outputs
 from clustr_jax.runtime import mesh, struct
 from clustr_jax.settings import TrainingSettings
+from clustr_jax.training.batches import Batch
 from clustr_jax.training.heads import head_logits, head_probs
 
 
@@ -42,14 +46,30 @@ class Adversarial(struct.PyTreeNode):
         return self.images if self.make is None else self.make()[0]
 
 
-def towards_labels(net, variables, batch, clusters, key, settings, strength=1.0):
+def towards_labels(
+    net: Net,
+    variables: dict,
+    batch: Batch,
+    clusters: Clusters | None,
+    key: Array,
+    settings: TrainingSettings,
+    strength: ArrayLike = 1.0,
+):
     """PGD on the cross entropy to the labels (Madry et al. 2018; one step: Wong et al. 2020)."""
-    what = head_logits, batch.y, losses.cross_entropy
-    return _adversary(net, variables, batch, clusters, key, settings, strength, *what)
+    what = {"of_outputs": head_logits, "target": batch.y, "loss_fn": losses.cross_entropy}
+    return _adversary(net, variables, batch, clusters, key, settings, strength, **what)
 
 
 def towards_clean(
-    net, variables, batch, clusters, key, settings, strength=1.0, outputs=None, statistics=None
+    net: Net,
+    variables: dict,
+    batch: Batch,
+    clusters: Clusters | None,
+    key: Array,
+    settings: TrainingSettings,
+    strength: ArrayLike = 1.0,
+    outputs: Outputs | None = None,
+    statistics: dict | None = None,
 ):
     """Steps on the divergence from the clean prediction (TRADES; one step: QTRADES, Eq. 5).
 
@@ -63,24 +83,38 @@ def towards_clean(
     elif outputs is None:
         outputs = net.train(variables, batch.x)[0]
     if clusters is not None and settings.train.consistency == "mse":
-        what = embeddings_of, outputs.embeddings, mean_square
+        of_outputs, target, loss_fn = embeddings_of, outputs.embeddings, mean_square
     else:
         authors = settings.method == "qtrades" and settings.switches.kl == "probs"
         target = head_probs(outputs, clusters, settings)
-        what = head_logits, target, authors_kl if authors else losses.cross_entropy
-    return _adversary(net, variables, batch, clusters, key, settings, strength, *what, statistics)
+        of_outputs, loss_fn = head_logits, authors_kl if authors else losses.cross_entropy
+    return _adversary(
+        net,
+        variables,
+        batch,
+        clusters,
+        key,
+        settings,
+        strength,
+        of_outputs=of_outputs,
+        target=target,
+        loss_fn=loss_fn,
+        statistics=statistics,
+    )
 
 
-def embeddings_of(outputs, clusters, settings):
+def embeddings_of(outputs: Outputs, clusters, settings):
+    """What `_adversary` moves where it is not the logits."""
     return outputs.embeddings
 
 
-def mean_square(a, b):
+def mean_square(a: Float[Array, "B E"], b: Float[Array, "B E"]) -> Float[Array, "B"]:
+    """|a - b|^2 / E of each example."""
     return jnp.mean(jnp.square(a - b), axis=1)
 
 
 def _adversary(
-    net, variables, batch, clusters, key, settings, strength, of_outputs, target, loss_fn, statistics=None
+    net, variables, batch, clusters, key, settings, strength, *, of_outputs, target, loss_fn, statistics=None
 ):
     """PGD on loss_fn(of_outputs(outputs, clusters, settings), target); KL has cross entropy's gradient."""
 

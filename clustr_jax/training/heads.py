@@ -3,12 +3,16 @@
 import jax
 import jax.numpy as jnp
 
+from clustr_jax.clusters import Clusters
+from clustr_jax.models import Outputs
+from clustr_jax.settings import TrainingSettings
+
 # Log score, below the best class, of a class that owns none of the `train.nearest` clusters: far
 # enough to count as zero probability, near enough to keep cross entropies finite.
 _CUT = 50.0
 
 
-def head_logits(outputs, clusters, settings):
+def head_logits(outputs: Outputs, clusters: Clusters | None, settings: TrainingSettings):
     """Logits of the linear head, or of the clusters (log scores; exp scores as the authors do)."""
     if clusters is None:
         return outputs.logits
@@ -22,7 +26,7 @@ def head_logits(outputs, clusters, settings):
     return jnp.where(jnp.isneginf(log_scores), floor, log_scores)
 
 
-def head_probs(outputs, clusters, settings):
+def head_probs(outputs: Outputs, clusters: Clusters | None, settings: TrainingSettings):
     """Class probabilities p(f(x)); with exp scores normalised as the authors do (their 1e-12)."""
     logits = head_logits(outputs, clusters, settings)
     if clusters is None or settings.switches.scores == "log":

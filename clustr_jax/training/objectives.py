@@ -12,24 +12,22 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from clustr_jax import losses, models
+from clustr_jax.clusters import Clusters
+from clustr_jax.models import Net
 from clustr_jax.runtime import mesh, struct
-from clustr_jax.training.adversaries import authors_kl, mean_square, towards_clean, towards_labels
+from clustr_jax.settings import TrainingSettings
+from clustr_jax.training.adversaries import (
+    Adversarial,
+    authors_kl,
+    mean_square,
+    towards_clean,
+    towards_labels,
+)
+from clustr_jax.training.batches import Batch
 from clustr_jax.training.heads import head_logits, head_probs
-
-
-class Batch(struct.PyTreeNode):
-    """One training batch. Magnet batches are M x S rows of clusters, flattened to B = M S.
-
-    On a mesh x, y and mask are those of one device.
-    """
-
-    x: Float[Array, "B ..."]
-    y: Int[Array, "B"]
-    mask: Bool[Array, "B"]
-    classes: Int[Array, "M"] | None = None
 
 
 class Aux(struct.PyTreeNode):
@@ -40,18 +38,25 @@ class Aux(struct.PyTreeNode):
     metrics: dict[str, Float[Array, ""]]
 
 
-def mean(values, mask):
+def mean(values, mask: Bool[Array, "B"]):
     """Mean over the entries where `mask` is True, of the whole batch."""
     sums = mesh.total(jnp.stack([jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask).astype(values.dtype)]))
     return sums[0] / jnp.maximum(sums[1], 1)
 
 
-def accuracy(logits, batch):
+def accuracy(logits: Float[Array, "B Y"], batch: Batch):
     """Fraction of the batch whose largest logit is the label's."""
     return mean((jnp.argmax(logits, axis=1) == batch.y).astype(jnp.float32), batch.mask)
 
 
-def nominal(net, variables, batch, adversarial, clusters, settings):
+def nominal(
+    net: Net,
+    variables: dict,
+    batch: Batch,
+    adversarial: Adversarial,
+    clusters: Clusters | None,
+    settings: TrainingSettings,
+):
     """Cross entropy: on clean images, or on the adversary's where there is one (Madry et al. 2018)."""
     outputs, stats = net.train(variables, batch.x if adversarial.images is None else adversarial.images)
     smoothing = settings.train.label_smoothing
@@ -63,12 +68,26 @@ def nominal(net, variables, batch, adversarial, clusters, settings):
     return mean(loss, batch.mask), Aux(stats, loss, {name: accuracy(outputs.logits, batch)})
 
 
-def trades(net, variables, batch, adversarial, clusters, settings):
+def trades(
+    net: Net,
+    variables: dict,
+    batch: Batch,
+    adversarial: Adversarial,
+    clusters: Clusters | None,
+    settings: TrainingSettings,
+):
     """CE(f(x), y) + beta x KL(p(x) || p(x_adv)) (Zhang et al. 2019, eq. 5), through both arguments."""
     return _consistent(net, variables, batch, adversarial, settings, settings.train.beta, losses.kl)
 
 
-def qtrades(net, variables, batch, adversarial, clusters, settings):
+def qtrades(
+    net: Net,
+    variables: dict,
+    batch: Batch,
+    adversarial: Adversarial,
+    clusters: Clusters | None,
+    settings: TrainingSettings,
+):
     """CE(f(x), y) + lambda x CE(p(x_adv), p(x)): the paper's QTRADES on its own, linear head."""
     term = authors_kl if settings.switches.kl == "probs" else losses.cross_entropy
     return _consistent(net, variables, batch, adversarial, settings, settings.train.lam, term)
@@ -90,7 +109,14 @@ def _consistent(net, variables, batch, adversarial, settings, weight, term):
     return mean(natural + weight * consistency, batch.mask), Aux(stats, natural, metrics)
 
 
-def clustr(net, variables, batch, adversarial, clusters, settings):
+def clustr(
+    net: Net,
+    variables: dict,
+    batch: Batch,
+    adversarial: Adversarial,
+    clusters: Clusters,
+    settings: TrainingSettings,
+):
     """Magnet loss (Eq. 3) on clean images, + xent_lam x cross entropy of the cluster head's logits."""
     outputs, stats = net.train(variables, batch.x if adversarial.images is None else adversarial.images)
     loss, metrics = _magnet(outputs, batch, clusters, settings)
@@ -99,7 +125,14 @@ def clustr(net, variables, batch, adversarial, clusters, settings):
     return mean(loss, batch.mask) + _xent(outputs, batch, clusters, settings), Aux(stats, loss, metrics)
 
 
-def clustr_qtrades(net, variables, batch, adversarial, clusters, settings):
+def clustr_qtrades(
+    net: Net,
+    variables: dict,
+    batch: Batch,
+    adversarial: Adversarial,
+    clusters: Clusters,
+    settings: TrainingSettings,
+):
     """Eq. 5: Magnet loss + lambda x divergence between clean and adversarial cluster predictions.
 
     `train.consistency`: "ce" is Eq. 5 as printed, "kl" subtracts the entropy of the clean prediction,
@@ -132,7 +165,14 @@ def clustr_qtrades(net, variables, batch, adversarial, clusters, settings):
     return loss, Aux(stats, magnet, metrics)
 
 
-def nominal_certified(net, variables, batch, adversarial, clusters, settings):
+def nominal_certified(
+    net: Net,
+    variables: dict,
+    batch: Batch,
+    adversarial: Adversarial,
+    clusters: Clusters | None,
+    settings: TrainingSettings,
+):
     """Cross entropy of the linear head's logits at their worst within the l2 ball of train.radius.
 
     For a 1-Lipschitz network z_c - z_y grows by at most radius |w_c - w_y| in the ball, so that amount
@@ -146,7 +186,14 @@ def nominal_certified(net, variables, batch, adversarial, clusters, settings):
     return mean(loss, batch.mask), Aux(stats, loss, metrics)
 
 
-def clustr_certified(net, variables, batch, adversarial, clusters, settings):
+def clustr_certified(
+    net: Net,
+    variables: dict,
+    batch: Batch,
+    adversarial: Adversarial,
+    clusters: Clusters,
+    settings: TrainingSettings,
+):
     """Magnet loss at its worst within the l2 ball of train.radius, for a 1-Lipschitz network.
 
     Eq. 3 with radius |mu_c - mu_y| / sigma^2 added to every other cluster's exponent, plus xent_lam x
@@ -184,9 +231,12 @@ def _magnet(outputs, batch, clusters, settings, radius=0.0):
     samples = mesh.whole(size) // batch.classes.shape[0]
     arrays = outputs.embeddings, mesh.numbers(size) // samples, batch.classes, batch.mask
     magnet_loss = functools.partial(
-        losses.magnet_loss_of_rows, *arrays, alpha=settings.magnet.alpha,
-        sharpness=settings.magnet.sharpness, total=mesh.total,
-    )  # fmt: skip
+        losses.magnet_loss_of_rows,
+        *arrays,
+        alpha=settings.magnet.alpha,
+        sharpness=settings.magnet.sharpness,
+        total=mesh.total,
+    )
     loss, variance = magnet_loss(eps=1e-8 if settings.switches.hinge == "eps" else 0.0, radius=radius)
     metrics = {
         "accuracy": accuracy(clusters.log_scores(outputs.embeddings), batch),

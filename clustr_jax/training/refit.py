@@ -20,7 +20,7 @@ _EVAL_BATCH = 200
 
 @jax.jit(static_argnames=("net", "train_mode"))
 def embed_all(
-    net: Net, variables, train_set: TrainSet, key=None, train_mode: bool = False
+    net: Net, variables: dict, train_set: TrainSet, key: Array | None = None, train_mode: bool = False
 ) -> Float[Array, "N E"]:
     """Embeddings of the whole training split: eval mode and clean, unless asked otherwise (`fidelity`)."""
     size = train_set.labels.shape[0]
@@ -48,7 +48,7 @@ def embed_all(
     return mesh.spread(part, inputs, mesh.SAME)(variables, train_set, key, ids)[:size]
 
 
-def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> TrainState:
+def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key: Array) -> TrainState:
     """Cluster the training set by the network as it is now; examples keep their last seen losses."""
     magnet, switches = trainer.settings.magnet, trainer.settings.switches
     first = state.sampler is None
@@ -62,9 +62,8 @@ def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> Trai
         clusters = _sharpened(clusters_lib.with_variance(clusters, z, train_set.labels), magnet)
     if state.sampler is None:
         sampler = sampling.init(
-            None, assignments, clusters.valid.size, initial=magnet.alpha,
-            stale=switches.sampler == "stale",
-        )  # fmt: skip
+            None, assignments, clusters.valid.size, initial=magnet.alpha, stale=switches.sampler == "stale"
+        )
     else:
         sampler = sampling.refit(state.sampler, assignments)
     state = state.replace(clusters=clusters, sampler=sampler)
@@ -98,7 +97,7 @@ def _of_linear_head(net: Net, variables, train_set: TrainSet, z) -> Clusters:
     return clusters_lib.of_linear_head(kernel, bias, members.T @ z / jnp.sum(members, axis=0)[:, None])
 
 
-def check_linear(net: Net, variables, x) -> None:
+def check_linear(net: Net, variables: dict, x) -> None:
     """UserError if the logits of these images are not linear in their embeddings by the head's weights."""
     kernel, bias = (variables["params"][models.HEAD][name] for name in ("kernel", "bias"))
     outputs = net.eval(variables, x)
@@ -115,7 +114,7 @@ def _sharpened(clusters, magnet):
 
 
 @jax.jit(static_argnums=(0, 3))
-def pass_in_train_mode(net: Net, variables, pixels, batch: int) -> dict:
+def pass_in_train_mode(net: Net, variables: dict, pixels, batch: int) -> dict:
     """Batch statistics after a pass over `pixels` in batches: the authors' leak (docs/fidelity.md)."""
     whole = len(pixels) // batch * batch
 

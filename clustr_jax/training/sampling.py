@@ -18,9 +18,9 @@ class Sampler(struct.PyTreeNode):
     members: Int[Array, "N"]  # example ids, sorted by cluster
     offsets: Int[Array, "C+1"]  # cluster c owns members[offsets[c]:offsets[c + 1]]
     losses: Float[Array, "N"]
-    # The authors' bookkeeping, where it is theirs (`init`, stale):
-    seen: Bool[Array, "N"] | None = None  # whose loss was measured
-    means: Float[Array, "C"] | None = None  # of each cluster's seen members, when it was last in a batch
+    # Only with the authors' bookkeeping (`init`, stale=True):
+    seen: Bool[Array, "N"] | None = None  # whether the example's loss was measured
+    means: Float[Array, "C"] | None = None  # of the seen members of each cluster, when it was last in a batch
 
 
 class MagnetBatch(struct.PyTreeNode):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 from clustr_jax.clusters import Clusters
@@ -39,7 +40,7 @@ def create(trainer: Trainer, variables: dict) -> TrainState:
     return state
 
 
-def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key) -> TrainState:
+def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key: Array) -> TrainState:
     """A state of the right structure and shapes to restore into; nothing in it is meaningful."""
     state = create(trainer, variables)
     if trainer.magnet:
@@ -65,7 +66,12 @@ def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key) -> TrainS
 
 
 def draw_batch(
-    trainer: Trainer, state: TrainState, train_set: TrainSet, order, key, flips: Callable | None = None
+    trainer: Trainer,
+    state: TrainState,
+    train_set: TrainSet,
+    order: Int[Array, "N"],
+    key: Array,
+    flips: Callable | None = None,
 ) -> tuple[Batch, Int[Array, "B"]]:
     """The batch of this step, augmented, and the ids of its examples (on a mesh: those of all devices).
 
@@ -97,7 +103,7 @@ def _head_clusters(trainer, state):
     return state.clusters if trainer.method.head == "clusters" else None
 
 
-def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key):
+def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order: Int[Array, "N"], key: Array):
     """What a step differentiates at: (batch, ids [B], `Adversarial`, batch statistics after the attack)."""
     stage_key, key = key, jax.random.fold_in(key, streams.Training.STEPS)
     draw_key, attack_key = jax.random.split(jax.random.fold_in(key, state.step // trainer.replays))
@@ -108,9 +114,15 @@ def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
     adversarial, stats = Adversarial(), state.batch_stats
     if trainer.method.adversary is not None:
         adversary = functools.partial(
-            trainer.method.adversary, trainer.net, state.variables, batch, _head_clusters(trainer, state),
-            attack_key, trainer.settings, strength(trainer, state.step),
-        )  # fmt: skip
+            trainer.method.adversary,
+            trainer.net,
+            state.variables,
+            batch,
+            _head_clusters(trainer, state),
+            attack_key,
+            trainer.settings,
+            strength(trainer, state.step),
+        )
         # adversarial weights need the same images at two places
         if shares_clean(trainer.method, trainer.settings) and not trainer.recipe.awp:
             adversarial = Adversarial(make=adversary)
@@ -131,7 +143,7 @@ def _carried(trainer, state, batch):
 
 
 @jax.jit(static_argnums=0)
-def seen(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key):
+def seen(trainer: Trainer, state: TrainState, train_set: TrainSet, order: Int[Array, "N"], key: Array):
     """What the next step would work on: (batch, ids [B], perturbed images or None)."""
     batch, ids, adversarial, _ = prepare(trainer, state, train_set, order, key)
     if trainer.replays > 1:
@@ -140,7 +152,7 @@ def seen(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key):
 
 
 def train_step(
-    trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
+    trainer: Trainer, state: TrainState, train_set: TrainSet, order: Int[Array, "N"], key: Array
 ) -> tuple[TrainState, dict]:
     """One step of any objective: draw, attack, differentiate, update, remember the sampler's losses.
 
@@ -206,7 +218,7 @@ def train_step(
 _SLOWNESS = 0.95
 
 
-def looked_ahead(every: int, step, total: int, state: TrainState) -> TrainState:
+def looked_ahead(every: int, step: int | Array, total: int, state: TrainState) -> TrainState:
     """Lookahead (Zhang et al. 2019) as cifar10-airbench has it: after step number `step` of `total`.
 
     Every so many steps the slow variables move towards the fast ones, which go on from there. They are slow
@@ -224,14 +236,14 @@ def looked_ahead(every: int, step, total: int, state: TrainState) -> TrainState:
     return state.replace(slow=slow, params=fast["params"], batch_stats=fast["batch_stats"])
 
 
-def alternating_flips(key, epoch, ids: Int[Array, "B"]) -> Bool[Array, "B"]:
+def alternating_flips(key: Array, epoch: int | Array, ids: Int[Array, "B"]) -> Bool[Array, "B"]:
     """Which of these examples are turned in this epoch: each in every other one, half in the first."""
     key = jax.random.fold_in(key, streams.Training.FLIPS)
     first = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i)))(ids)
     return first ^ (epoch % 2 == 1)
 
 
-def worst_weights(gradients, params, gamma: float):
+def worst_weights(gradients: dict, params: dict, gamma: float):
     """Adversarial weight perturbation (Wu et al. 2020): each kernel moves by gamma |w| up the loss."""
 
     def perturb(g, w):
@@ -245,13 +257,13 @@ def worst_weights(gradients, params, gamma: float):
 
 @jax.jit(static_argnums=0, inline=True)
 def traced_step(
-    trainer: Trainer, state: TrainState, train_set: TrainSet, order, key
+    trainer: Trainer, state: TrainState, train_set: TrainSet, order: Int[Array, "N"], key: Array
 ) -> tuple[TrainState, dict]:
     """`train_step` of a state without totals: traced once, for `with_totals` as for `run_steps`."""
     return train_step(trainer, state, train_set, order, key)
 
 
-def with_totals(trainer: Trainer, state: TrainState, train_set: TrainSet, key) -> TrainState:
+def with_totals(trainer: Trainer, state: TrainState, train_set: TrainSet, key: Array) -> TrainState:
     """The state with metric sums at zero, under the names that this objective reports."""
     state = state.replace(totals={})
     specs = _specs(state)
@@ -279,7 +291,14 @@ def _inputs(specs: TrainState) -> tuple:
 
 
 @jax.jit(static_argnums=0)
-def run_steps(trainer: Trainer, state: TrainState, train_set: TrainSet, order, key, count) -> TrainState:
+def run_steps(
+    trainer: Trainer,
+    state: TrainState,
+    train_set: TrainSet,
+    order: Int[Array, "N"],
+    key: Array,
+    count: ArrayLike,
+) -> TrainState:
     """`count` (traced) train steps in one compiled loop: any chunk length, one compilation, equal results.
 
     A step whose loss or gradient is not finite changes nothing: the loop ends before it (the returned
@@ -310,7 +329,7 @@ def run_steps(trainer: Trainer, state: TrainState, train_set: TrainSet, order, k
 
 
 @jax.jit(static_argnums=1)
-def epoch_order(key, size: int, epoch) -> Int[Array, "N"]:
+def epoch_order(key: Array, size: int, epoch: ArrayLike) -> Int[Array, "N"]:
     """The permutation of the training set in this epoch."""
     key = jax.random.fold_in(jax.random.fold_in(key, streams.Training.ORDER), epoch)
     return jax.random.permutation(key, size).astype(jnp.int32)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from clustr_jax.models import Net
 from clustr_jax.runtime.errors import UserError
@@ -135,7 +136,7 @@ def per_class(magnet: MagnetSettings, num_classes: int) -> tuple[int, ...]:
     return k
 
 
-def strength(trainer: Trainer, step):
+def strength(trainer: Trainer, step: ArrayLike):
     """Share of the adversary's radius at this step: it grows linearly over the first eps_ramp epochs."""
     if not trainer.recipe.eps_ramp:
         return 1.0

@@ -1,0 +1,242 @@
+"""From a model and its images to a judgement: the gate, the protocol, the checks, an audit.
+
+`judge` here writes no files but the records that make it resumable; clustr_jax.judge is the door.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from clustr_jax.attacks import calls, resuming
+from clustr_jax.attacks.gate import Admitted
+from clustr_jax.classifier import Classifier
+from clustr_jax.data import Examples
+from clustr_jax.evaluation import checks, intervals, plans, sound_protocol, witness, wording
+from clustr_jax.evaluation import subject as subjects
+from clustr_jax.evaluation.check import FAIL, Check, status_of
+from clustr_jax.evaluation.subject import Subject
+from clustr_jax.runtime import canary, provenance, streams
+from clustr_jax.runtime.errors import UserError, nearest
+from clustr_jax.settings import AttackSettings, EvalSettings
+
+FORMAT = "judgement-1"
+# Other radii at which the curve is read off, in eps; the last one is half of the box.
+_CURVE = (2.0, 4.0)
+_LARGEST_BATCH = 64
+_DOOR = "judge"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is judged: everything that the outcome depends on, admitted and completed."""
+
+    subject: Subject
+    examples: Examples
+    classes: int
+    settings: EvalSettings
+    protocol: plans.Protocol
+    given: Admitted
+    logits: np.ndarray  # clean ones
+    seed: int
+    own_budget: bool  # the settings are not the protocol's
+
+    @property
+    def label(self) -> str:
+        """The protocol's name; with other budgets than its own that is said."""
+        return self.protocol.name + "-custom" * self.own_budget
+
+
+def budget(eps: float, slots: int, curve: tuple[float, ...] = ()) -> EvalSettings:
+    """The steps, restarts, targets and queries of the sound protocols; a step is a quarter of the radius."""
+    return EvalSettings(
+        n=0, nearest=0, quick=False, slots=slots, protocols=("sound",), diagnostics=True, transfer=(),
+        attack=AttackSettings(eps, eps / 4, 100, 10), paper_steps=(20,), sweep=(), curve=curve,
+        apgd_steps=100, targets=9, queries=5000,
+    )  # fmt: skip
+
+
+def prepare(
+    model,
+    x,
+    y,
+    *,
+    eps,
+    norm,
+    bounds,
+    ids,
+    protocol: str,
+    settings: EvalSettings | None,
+    slots: int,
+    seed: int,
+) -> Case:
+    """UserError for anything that would make the figure meaningless (attacks.gate has the list)."""
+    if protocol not in plans.PROTOCOLS:
+        raise UserError(
+            f"protocol: unknown {protocol!r}{nearest(protocol, plans.PROTOCOLS)}; "
+            f"known: {', '.join(plans.PROTOCOLS)}"
+        )
+    classifier = _classifier_of(model)
+    function: Any = model if classifier is None else classifier.logits
+    key = jax.random.key(seed)
+    given, logits = calls.prepare(
+        key, function, x, y, eps=eps, norm=norm, bounds=bounds, ids=ids, slots=slots
+    )
+    if not len(given.x):
+        raise UserError("x has no images: there is nothing to judge")
+    if classifier is None:
+        subject = subjects.of_model(function, given, slots)
+    else:
+        subject = dataclasses.replace(
+            subjects.of_classifier(classifier), bounds=given.bounds, norm=given.norm, unsteady=given.note
+        )
+    examples = Examples(given.x, given.y, given.ids)
+    shape = given.x.shape[1:]
+    half = checks.half(subject, shape)
+    widest = sound_protocol.widest(subject, float(eps), shape)
+    curve = [*(times * float(eps) for times in _CURVE), half]
+    own = budget(float(eps), slots, tuple(sorted(c for c in curve if float(eps) < c < widest)))
+    used = own if settings is None else dataclasses.replace(
+        settings, slots=slots, attack=dataclasses.replace(settings.attack, eps=float(eps))
+    )  # fmt: skip
+    return Case(
+        subject, examples, logits.shape[1], used, plans.PROTOCOLS[protocol], given, logits, seed, used != own
+    )
+
+
+def _classifier_of(model) -> Classifier | None:
+    """Of a classifier, and of its `logits`, which know no nearest clusters; None for other models."""
+    if isinstance(model, Classifier):
+        return model
+    owner = getattr(model, "__self__", None)
+    if isinstance(owner, Classifier) and getattr(model, "__func__", None) is Classifier.logits:
+        return owner.replace(nearest=0)
+    return None
+
+
+def parts(case: Case, audit: bool) -> dict[str, str]:
+    """What the outcome depends on, each as a short hash, as attacks.resuming has them."""
+    source = [path.read_bytes().hex() for path in sorted(pathlib.Path(__file__).parent.glob("*.py"))]
+    door = [
+        _DOOR, case.label, case.seed, case.subject.norm, case.subject.bounds, audit,
+        dataclasses.asdict(case.settings), provenance.sha(source),
+    ]  # fmt: skip
+    first = resuming.Planned("margin", _first_attack(case), None, 1)
+    given = case.given._replace(model=case.subject.model)
+    return resuming.parts_of(given, case.logits, [first], case.settings.slots, json.dumps(door))
+
+
+def _first_attack(case):
+    attack = case.settings.attack
+    return plans.attack_on(
+        case.subject, "margin", eps=attack.eps, steps=attack.steps, step_size=attack.step_size
+    )
+
+
+class Records:
+    """The records of attacks.resuming, as a protocol asks for them; `prefix` tells two runs apart."""
+
+    def __init__(self, kept: resuming.Kept, prefix: str = ""):
+        self._kept, self._prefix = kept, prefix
+
+    def load(self, name: str, x, restarts: int):
+        """(the outcome to go on from, what was stored with it)."""
+        return self._kept.load_with(self._prefix + name, x, restarts)
+
+    def save(self, name: str, outcome, extra=None, **how: bool) -> None:
+        """Store it, if it is time to."""
+        self._kept.note(self._prefix + name, outcome, extra, **how)
+
+
+def judge(
+    case: Case, kept: resuming.Kept, report: Callable, *, audit: bool = False
+) -> tuple[dict, witness.Witness]:
+    """(the content of judgement.json, the witness): the protocol, the checks, and the audit if asked for."""
+    canary.check()
+    started = time.perf_counter()
+    key, examples, settings = jax.random.key(case.seed), case.examples, case.settings
+    found = sound_protocol.Found.of(examples.x)
+    result, outcomes = sound_protocol.run_sound(
+        key, case.subject, examples, settings, report, Records(kept), protocol=case.protocol, found=found
+    )
+    outcomes |= {"ids": examples.ids, "y": examples.y}
+    report(result["robust"], "checks")
+    own = jax.random.fold_in(key, streams.Evaluation.CHECKS)
+    listed = checks.run(own, case.subject, examples, settings, result, outcomes, None)
+    again = None
+    if audit:
+        again = _audit(case, kept, report, outcomes["robust"])
+        listed.append(checks.advised(again.pop("check")))
+    evidence = witness.of(
+        examples.x, examples.y, examples.ids, found.x_adv, outcomes["broken_by"], found.restart,
+        eps=settings.attack.eps, norm=case.subject.norm, bounds=case.subject.bounds,
+    )  # fmt: skip
+    return _content(case, result, listed, again, evidence, time.perf_counter() - started), evidence
+
+
+def _content(case, result, listed, again, evidence, seconds) -> dict:
+    n = result["n"]
+    y = case.examples.y
+    names, counts = np.unique(evidence.attack, return_counts=True)
+    told = dict(zip(names.tolist(), counts.tolist(), strict=True))
+    by = {name: told.get(name, 0) for name in (*result["attacks"], sound_protocol.SMALLER)}
+    if not by[sound_protocol.SMALLER]:
+        del by[sound_protocol.SMALLER]
+    content = {
+        "format": FORMAT, "protocol": case.label, "norm": case.subject.norm, "eps": evidence.eps,
+        "bounds": None if case.subject.bounds is None else list(case.subject.bounds),
+        "n": n, "classes": case.classes, "image": list(case.examples.x.shape[1:]),
+        "clean": intervals.fraction(evidence.attack != "clean"), "robust": result["robust"],
+        "clean_deployed": result["clean"], "constant": float(np.bincount(y).max() / n),
+        "attack": result["attack"], "attacks": result["attacks"], "curves": result["curves"],
+        "unbounded": result["unbounded"], "unconfirmed": result["unconfirmed"], "sweep": result["sweep"],
+        "checks": [dataclasses.asdict(check) for check in listed],
+        "failed": sorted({c.number for c in listed if c.status == FAIL}), "audit": again,
+        "counts": {
+            "clean_wrong": told.get("clean", 0), "robust": told.get("", 0),
+            "broken_by": by,
+        },
+        "sha256": witness.hashes(evidence), "model_sha": case.subject.digest(),
+        "notes": [case.subject.unsteady] if case.subject.unsteady else [], "seed": case.seed,
+        "slots": case.settings.slots, "versions": provenance.versions(), "commit": provenance.commit(),
+        "devices": sorted({d.device_kind for d in jax.devices()}), "wall_seconds": seconds,
+    }  # fmt: skip
+    for name in ("clean", "robust"):
+        content[f"{name}_interval"] = list(intervals.wilson(round(content[name] * n), n))
+    content |= {
+        "status": wording.status(content),
+        "verdict": f"{wording.words(content)} {wording.figure(content)}",
+    }
+    return json.loads(json.dumps(content))
+
+
+def _audit(case: Case, kept, report, robust) -> dict:
+    """The same protocol with another seed, order and number of slots: it has to agree within the interval."""
+    n = len(robust)
+    key = jax.random.fold_in(jax.random.key(case.seed), streams.Evaluation.AUDIT)
+    order = np.random.default_rng(case.seed + 1).permutation(n)
+    slots = max(1, case.settings.slots // 2 + 1)
+    settings = dataclasses.replace(case.settings, slots=slots, curve=())
+    _, outcomes = sound_protocol.run_sound(
+        key, case.subject, case.examples.take(order), settings,
+        lambda left, what: report(left, f"audit, {what}"), Records(kept, "audit-"), protocol=case.protocol,
+    )  # fmt: skip
+    again = np.zeros(n, bool)
+    again[order] = outcomes["robust"]
+    value = intervals.fraction(again)
+    low, high = intervals.wilson(int(robust.sum()), n)
+    gap = abs(value - intervals.fraction(robust))
+    limit = max(high - intervals.fraction(robust), intervals.fraction(robust) - low)
+    check = Check(
+        29, "an audit with another seed, order and slots agrees", status_of(low <= value <= high), gap,
+        f"<= {100 * limit:.2g} points", f"{100 * value:.2f} % there",
+    )  # fmt: skip
+    return {
+        "robust": value, "slots": slots, "agrees": low <= value <= high, "check": check,
+        "broken_here_only": int(np.sum(~robust & again)), "broken_there_only": int(np.sum(robust & ~again)),
+    }  # fmt: skip

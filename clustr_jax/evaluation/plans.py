@@ -1,0 +1,121 @@
+"""The protocols as a table: which attacks each one runs, in order, with which targets and restarts.
+
+sound-2     every attack on all images that are right: an accuracy of its own and unique kills for each
+sound-3     in cascade: cheap attacks first, each on what the ones before left; PMA, APGD towards the classes
+            whose boundaries are nearest (MALT), restarts for the images nearest to breaking, and the parts
+            of AutoAttack. linf and l2.
+
+Attacks go by their names in attacks.registry.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from clustr_jax.attacks import attack_losses, registry
+from clustr_jax.attacks.registry import Budget
+from clustr_jax.attacks.scheduled_attack import Attack
+from clustr_jax.evaluation.subject import Subject
+from clustr_jax.settings import EvalSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One attack of a protocol: on which targets (`attacks.targets`), with how many restarts."""
+
+    name: str
+    attack: Attack
+    restarts: int = 1
+    targets: str | None = None
+    number: int = 0  # of its stream (runtime.streams)
+    count: int = 0  # targets; 0: as many as the settings say
+    curved: bool = False  # its successes over restarts and steps are a curve of the result
+    adaptive: bool = False  # restarts go to the images that came nearest to breaking (attacks.adaptive)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a protocol. `budget`: "pgd" (with the settings' restarts), "once", or "others"."""
+
+    attack: str
+    budget: str
+    curved: bool = False
+    restarts: int = 0  # 0: those of the budget
+    count: int = 0
+    targets: str | None = None  # other ones than the attack's own
+    adaptive: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """A named list of attacks. `cascade`: each runs on what the ones before left, and not on all images."""
+
+    name: str
+    rows: tuple[Row, ...]
+    cascade: bool = False
+
+    def plans(
+        self,
+        subject: Subject,
+        settings: EvalSettings,
+        *,
+        eps: float,
+        shape: tuple[int, ...],
+        classes: int = 2,
+    ) -> list[Plan]:
+        """The attacks that this subject can be attacked with, in order, each with the stream of its place."""
+        budgets = _budgets(subject, settings, eps)
+        found = []
+        for row in self.rows:
+            entry, budget = registry.ATTACKS[row.attack], budgets[row.budget]
+            where: dict[str, Any] = dict(
+                shape=(1, *shape), classes=classes, norm=subject.norm, clusters=subject.clustered
+            )
+            if entry.lacking(**where):
+                continue
+            restarts = row.restarts or budget.restarts
+            made = entry.make(dataclasses.replace(budget, restarts=restarts), options_of(subject))
+            targets = row.targets or entry.targets
+            found.append(
+                Plan(
+                    row.attack, made, restarts, targets, len(found), row.count, row.curved, row.adaptive
+                )
+            )  # fmt: skip
+        return found
+
+
+def _budgets(subject, settings, eps) -> dict[str, Budget]:
+    attack, quick = settings.attack, settings.quick
+    once = Budget(
+        eps=eps, norm=subject.norm, bounds=subject.bounds, steps=20 if quick else attack.steps,
+        step_size=attack.step_size * eps / attack.eps if attack.eps else 0.0,
+    )  # fmt: skip
+    others = dataclasses.replace(
+        once, steps=20 if quick else settings.apgd_steps, queries=200 if quick else settings.queries
+    )
+    return {"once": once, "pgd": dataclasses.replace(once, restarts=attack.restarts), "others": others}
+
+
+def options_of(subject: Subject) -> tuple[Callable, ...]:
+    """The losses that attacks on this subject choose from."""
+    return attack_losses.CLUSTERED if subject.clustered else attack_losses.LINEAR
+
+
+def attack_on(subject: Subject, name: str, *, eps, **spend) -> Attack:
+    """An attack on a subject, by its name in the registry: one compilation for all radii, and all of PGD."""
+    budget = Budget(eps=eps, norm=subject.norm, bounds=subject.bounds, **spend)
+    return registry.build(name, budget, options_of(subject))
+
+
+SOUND_2 = Protocol("sound-2", (
+    Row("ce", "pgd", curved=True), Row("margin", "pgd", curved=True), Row("centroid", "once"),
+    Row("feature", "once"), Row("away", "pgd"), Row("apgd-ce", "others"), Row("apgd-t", "others"),
+    Row("fab-t", "others"), Row("square", "others"),
+))  # fmt: skip
+SOUND_3 = Protocol("sound-3", (
+    Row("pma", "others", restarts=10, adaptive=True, curved=True),
+    Row("centroid", "once", count=3, targets="malt-clusters"), Row("away", "once", restarts=1),
+    Row("apgd-malt", "others", count=6),
+    Row("apgd-ce", "others"), Row("fab-t", "others", count=2, targets="malt"), Row("square", "others"),
+), cascade=True)  # fmt: skip
+PROTOCOLS = {protocol.name: protocol for protocol in (SOUND_2, SOUND_3)}

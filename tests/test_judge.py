@@ -1,0 +1,188 @@
+"""clustr_jax.judge: any model gets the figure, the checks and the verdict that a work directory gets."""
+
+import importlib
+import json
+import pickle
+
+import jax
+import numpy as np
+import pytest
+
+import clustr_jax
+from checked_classifiers import fits
+from clustr_jax import attacks
+from clustr_jax.attacks import scheduler
+from clustr_jax.evaluation import sound_protocol
+from clustr_jax.evaluation.check import Check
+from clustr_jax.runtime.errors import UserError
+from judged import EPS, N, curved, images, judged, small, statuses, timeless
+from test_golden import fixed
+
+
+@pytest.fixture(scope="module")
+def judgement():
+    with jax.debug_key_reuse(False):
+        return judged()
+
+
+def test_the_figure_is_what_the_images_show(judgement):
+    """Every image that counts as broken is misclassified, within the ball; the figure is their share."""
+    x, y = images()
+    wrong = np.asarray(curved(judgement.x_adv)).argmax(axis=1) != y
+    assert judgement.clean == (N - 2) / N and 0 < judgement.robust < judgement.clean
+    assert judgement.robust == np.mean(~wrong)
+    assert np.abs(judgement.x_adv - x).max() <= EPS + 1e-6
+    np.testing.assert_array_equal(judgement.broken_by == "", ~wrong)
+    assert (judgement.broken_by[:2] == "clean").all()
+    low, high = judgement.interval
+    assert low < judgement.robust < high
+
+
+def test_nothing_that_autoattack_breaks_is_left(judgement):
+    x, y = images()
+    found = attacks.autoattack(jax.random.key(5), curved, x, y, eps=EPS, slots=N, progress=False)
+    assert not (found.robust < (judgement.broken_by == "")).any()
+
+
+def test_an_honest_model_is_believed(judgement):
+    assert judgement.believable and "FAIL" not in statuses(judgement).values(), judgement.checks
+    assert sorted(statuses(judgement)) == list(range(1, 29))
+    assert statuses(judgement)[13] == statuses(judgement)[18] == "SKIP"
+    assert statuses(judgement)[5] == "PASS"  # opened: computed in float64
+    assert judgement.verdict.startswith("Partly robust: ")
+    assert "found no reason to distrust itself" in judgement.verdict
+    assert judgement.content["protocol"].endswith("-custom")
+
+
+def test_what_warns_says_what_to_do(judgement):
+    for check in judgement.checks:
+        assert bool(check["advice"]) == (check["status"] in ("WARN", "FAIL")), check
+        assert check["limit"] or check["status"] == "SKIP"
+
+
+def test_the_number_that_is_shown_is_the_one_that_decides(judgement):
+    for check in judgement.checks:
+        if check["value"] is not None:
+            assert fits(Check(**check)), check
+
+
+def test_it_prints_in_about_ten_lines(judgement):
+    lines = str(judgement).splitlines()
+    assert len(lines) <= 12 and max(map(len, lines)) <= 80
+    assert lines[0].startswith("Partly robust")
+    html = judgement._repr_html_()
+    assert "Partly robust" in html and f"{100 * judgement.robust:.2f}" in html
+
+
+def test_the_bundle(judgement, tmp_path):
+    place = judgement.save(tmp_path / "new")
+    assert {p.name for p in place.iterdir()} == {"judgement.json", "witness.npz", "report.html", "CARD.md"}
+    page = (place / "report.html").read_text()
+    assert "Partly robust" in page and "data:image/png" in page and "not changed" not in page
+    assert clustr_jax.verify(place, curved).ok
+    again = clustr_jax.Judgement.load(place)
+    assert again.content == judgement.content
+    np.testing.assert_array_equal(again.x_adv, judgement.x_adv)
+
+
+def test_the_entry_for_robustbench(judgement):
+    entry = json.loads(json.dumps(judgement.robustbench(name="toy", authors="us")))
+    assert entry["clean_acc"] == f"{100 * judgement.clean:.2f}" and entry["unreliable"] is False
+    assert set(entry) == {
+        "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue",
+        "architecture", "eps", "clean_acc", "reported", "autoattack_acc", "unreliable", "footnote",
+    }  # fmt: skip
+    with pytest.raises(UserError, match="did you mean authors"):
+        judgement.robustbench(author="us")
+
+
+@pytest.mark.parametrize("stop", [1, 4, 9])
+def test_interrupted_it_goes_on_bit_for_bit(judgement, stop, tmp_path, monkeypatch):
+    """Ctrl-C at a report; the same call with the folder ends as the one that was not interrupted."""
+    monkeypatch.setattr(scheduler, "_OPERATIONS", {"cpu": 1000.0})
+    calls = []
+
+    def interrupt(text):
+        calls.append(text)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("clustr_jax.judge"), "_SECONDS", 0.0)
+    with pytest.raises(attacks.Interrupted, match="the same call with folder="):
+        clustr_jax.judge(
+            curved, *images(), eps=EPS, slots=N, settings=small(), folder=tmp_path, progress=interrupt
+        )
+    assert list((tmp_path / "partial").glob("*.npz"))
+    again = judged(folder=tmp_path)
+    wanted, found = timeless(judgement.content), timeless(again.content)
+    wanted.pop("parts"), found.pop("parts")
+    assert found == wanted
+    np.testing.assert_array_equal(again.x_adv, judgement.x_adv)
+    assert not (tmp_path / "partial").exists()
+
+
+def test_a_finished_folder_is_read_and_another_call_refused(judgement, tmp_path, monkeypatch):
+    first = judged(folder=tmp_path)
+    monkeypatch.setattr(sound_protocol, "execute", None)
+    assert judged(folder=tmp_path).content == first.content
+    with pytest.raises(UserError, match=r"judgement of another call \(different: model\)"):
+        judged(lambda x: 1.01 * curved(x), folder=tmp_path)
+    with pytest.raises(UserError, match=r"different: key, settings"):
+        judged(folder=tmp_path, seed=1)
+
+
+@pytest.mark.parametrize(("settings", "text"), [
+    (dict(protocol="sound-1"), "did you mean sound-"),
+    (dict(norm="l1"), "norm must be one of"),
+    (dict(eps=-1.0), "eps must be >= 0"),
+    (dict(slots=0), "slots must be at least 1"),
+    (dict(folder=""), "folder must be a path"),
+    (dict(x=np.zeros((0, 6, 6, 1), np.float32), y=np.zeros(0, int)), "no images"),
+])  # fmt: skip
+def test_mistakes_are_refused(settings, text):
+    x, y = images()
+    with pytest.raises(UserError, match=text):
+        clustr_jax.judge(curved, **dict(x=x, y=y, eps=EPS) | settings)
+
+
+@pytest.mark.slow
+def test_an_audit_agrees(judgement):
+    found = judged(audit=True)
+    assert statuses(found)[29] == "PASS" and found.content["audit"]["agrees"]
+    assert found.robust == judgement.robust
+
+
+@pytest.mark.slow
+def test_a_cluster_head_is_attacked_through_its_clusters():
+    """A Classifier, or its logits: attacks made for clusters run, and float64 looks inside."""
+    clf, x, y = fixed()
+    found = judged(clf.logits, x, y)
+    assert {"centroid", "away"} <= found.attacks.keys() and statuses(found)[5] == "PASS"
+    assert found.believable and 0 < found.robust < found.clean
+    wrong = np.asarray(clf.logits(found.x_adv)).argmax(axis=1) != y
+    np.testing.assert_array_equal(found.broken_by == "", ~wrong)
+
+
+@pytest.mark.slow
+def test_l2_is_judged_too():
+    """Linear: the smallest change is the margin over the norm of the difference of the weights."""
+    w = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(N, 12)).astype(np.float32)
+    z = x @ w
+    y = z.argmax(axis=1)
+    gaps = z[np.arange(N), y][:, None] - z
+    norms = np.linalg.norm(w[:, y].T[:, :, None] - w[None], axis=1)
+    exact = np.where(np.arange(3) == y[:, None], np.inf, gaps / np.maximum(norms, 1e-9)).min(axis=1)
+    eps = float(np.median(exact)) * 1.01
+    j = judged(lambda x: x @ w, x, y, eps=eps, norm="l2", bounds=None)
+    np.testing.assert_array_equal(j.broken_by == "", exact > eps)
+    assert np.linalg.norm(j.x_adv - x, axis=1).max() <= eps * (1 + 1e-5)
+
+
+def test_the_names_are_functions_and_modules():
+    """Whichever was imported first."""
+    for name in ("judge", "verify"):
+        module = importlib.import_module(f"clustr_jax.{name}")
+        assert callable(module) and callable(getattr(clustr_jax, name))
+        function = getattr(module, name)
+        assert pickle.loads(pickle.dumps(function)) is function

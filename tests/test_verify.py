@@ -1,0 +1,193 @@
+"""The witness: whatever is changed in it is noticed, with NumPy alone."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import clustr_jax
+from clustr_jax.evaluation import intervals, witness
+from clustr_jax.runtime.errors import UserError
+
+N, EPS = 12, 0.1
+
+
+def bright(x):
+    """Class 0 above a half, 1 below."""
+    z = 10 * (np.asarray(x).mean(axis=(1, 2, 3))[:, None] - 0.5)
+    return np.concatenate([z, -z], axis=1)
+
+
+def bundle():
+    """(judgement.json, witness) of 12 images: 2 wrong, 4 broken by two attacks, 6 left."""
+    means = np.r_[0.4, 0.3, [0.55] * 4, [0.9] * 6]
+    x = np.broadcast_to(means[:, None, None, None], (N, 4, 4, 1)).astype(np.float32).copy()
+    attack = np.array(["clean"] * 2 + ["pgd"] * 3 + ["square"] + [""] * 6)
+    found = witness.of(
+        x, np.zeros(N, int), np.arange(N) + 5, x - np.float32(EPS), attack, np.zeros(N, int), eps=EPS,
+        norm="linf", bounds=(0.0, 1.0),
+    )  # fmt: skip
+    return content_of(found), found
+
+
+def content_of(found):
+    """What a judgement says of these arrays."""
+    kept = int(np.sum(found.attack == ""))
+    names, counts = np.unique(found.attack, return_counts=True)
+    by = {str(n): int(c) for n, c in zip(names, counts, strict=True) if n not in ("", "clean")}
+    return {
+        "eps": found.eps, "norm": found.norm, "bounds": [0.0, 1.0], "classes": 2, "robust": kept / N,
+        "robust_interval": list(intervals.wilson(kept, N)), "sha256": witness.hashes(found),
+        "counts": {"clean_wrong": int(np.sum(found.attack == "clean")), "broken_by": by},
+    }  # fmt: skip
+
+
+def failed(done):
+    return {what for what, good, _ in done.lines if not good}
+
+
+def test_what_is_right_is_verified():
+    done = witness.check(*bundle(), bright)
+    assert done.ok and str(done).endswith("\nverified"), done
+
+
+def changed(**arrays):
+    """The bundle with other arrays, and hashes and counts made again for them."""
+    _, found = bundle()
+    return dataclasses.replace(found, **{name: make(getattr(found, name)) for name, make in arrays.items()})
+
+
+def pushed(x_adv):
+    x_adv = x_adv.copy()
+    x_adv[0, 0, 0, 0] -= 2e-5
+    return x_adv
+
+
+@pytest.mark.parametrize(("arrays", "what"), [
+    ({"x_adv": pushed}, "changes are inside the linf ball"),
+    ({"x_adv": lambda a: a - 10}, "images are inside the box"),
+    ({"x_adv": lambda a: a * np.nan}, "pixels are finite"),
+    ({"y": lambda y: y + 2}, "labels are classes"),
+    ({"broken": lambda b: b + 1}, "each image that was broken has its adversarial one"),
+    ({"broken": lambda b: b + 100}, "adversarial images belong to images"),
+    ({"ids": lambda i: i[1:]}, "arrays are of one length"),
+])  # fmt: skip
+def test_arrays_that_do_not_fit_are_noticed(arrays, what):
+    """Even where the hashes were made again."""
+    found = changed(**arrays)
+    content = content_of(found) if len(found.ids) == N else bundle()[0]
+    assert what in failed(witness.check(content, found))
+
+
+@pytest.mark.parametrize("name", ["x", "y", "ids", "x_adv", "attack", "restart"])
+def test_an_array_that_was_changed_is_noticed(name):
+    content, found = bundle()
+    array = getattr(found, name).copy()
+    array[0] = "other" if name == "attack" else array[0] + 1e-7 if array.dtype.kind == "f" else array[0] + 1
+    assert f"sha256 of {name}" in failed(witness.check(content, dataclasses.replace(found, **{name: array})))
+
+
+@pytest.mark.parametrize(("path", "value", "what"), [
+    ("robust", 0.9, "robust accuracy is the count"),
+    ("robust_interval", [0.1, 0.2], "95 % interval is Wilson's"),
+    ("eps", 0.2, "eps is that of the judgement"),
+    ("norm", "l2", "norm is that of the judgement"),
+    ("bounds", None, "box is that of the judgement"),
+    ("counts", {"clean_wrong": 2, "broken_by": {"pgd": 4}}, "what each attack broke first"),
+    ("counts", {"clean_wrong": 0, "broken_by": {"pgd": 3, "square": 1}}, "misclassified before"),
+])  # fmt: skip
+def test_figures_that_were_changed_are_noticed(path, value, what):
+    content, found = bundle()
+    assert failed(witness.check(content | {path: value}, found)) == {what}
+
+
+@pytest.mark.parametrize(("model", "what"), [
+    (lambda x: bright(x + 0.3), {
+        "images that count as wrong are misclassified", "adversarial images are misclassified",
+    }),
+    (lambda x: bright(x)[:, ::-1], {
+        "images that count as right are classified correctly", "images that count as wrong are misclassified",
+        "adversarial images are misclassified",
+    }),
+    (lambda x: 1e-7 * bright(x) + np.array([[0.0, 0.1]]), {
+        "images that count as right are classified correctly",
+    }),
+])  # fmt: skip
+def test_another_model_is_noticed(model, what):
+    assert failed(witness.check(*bundle(), model)) == what
+
+
+def test_ties_within_rounding_are_no_lie():
+    done = witness.check(*bundle(), lambda x: bright(x) * np.where(np.arange(2), 1.0, 1.0))
+    assert done.ok
+    flat = witness.check(*bundle(), lambda x: np.ones((len(x), 2)))
+    assert flat.ok and "ties within rounding" in str(flat)
+
+
+def written(folder):
+    content, found = bundle()
+    witness.write(folder / witness.NPZ, found)
+    (folder / witness.JSON).write_text(json.dumps(content))
+    return folder
+
+
+def run(*arguments, folder):
+    code = "import sys; from clustr_jax.verify import main; code = main(sys.argv[1:]); "
+    code += "print('jax' in sys.modules); sys.exit(code)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=folder
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_needs_numpy_alone(tmp_path, monkeypatch):
+    """And a model of one's own module; 0 verified, 1 not, 2 a mistake."""
+    monkeypatch.setenv("PYTHONPATH", str(__import__("pathlib").Path(clustr_jax.__file__).parents[1]))
+    written(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\n"
+        "def bright(x):\n    z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)\n"
+        "    return np.concatenate([z, -z], axis=1)\n"
+        "def dark(x):\n    return -bright(x)\n"
+    )
+    assert run(tmp_path, folder=tmp_path)[1].endswith("verified\nFalse\n")
+    code, told, _ = run(tmp_path, "--model=own:bright", folder=tmp_path)
+    assert code == 0 and "ok    adversarial images are misclassified: 4 of 4" in told
+    code, told, _ = run(tmp_path, "--model=own:dark", folder=tmp_path)
+    assert code == 1 and "NOT verified" in told
+    for wrong in ("own", "own:no", "none.pt2", "nowhere:f"):
+        code, _, stderr = run(tmp_path, f"--model={wrong}", folder=tmp_path)
+        assert code == 2 and stderr.startswith("error: model ") and stderr.count("\n") == 1
+
+
+def test_a_damaged_bundle_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has no judgement\.json"):
+        clustr_jax.verify(tmp_path)
+    written(tmp_path)
+    (tmp_path / witness.NPZ).write_bytes(b"PK and nothing")
+    with pytest.raises(UserError, match="cannot be read"):
+        clustr_jax.verify(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["ts", "pt2"])
+def test_a_pytorch_module_verifies(kind, tmp_path):
+    torch = pytest.importorskip("torch")
+
+    class Bright(torch.nn.Module):
+        def forward(self, x):
+            z = 10 * (x.mean(dim=(1, 2, 3))[:, None] - 0.5)
+            return torch.cat([z, -z], dim=1)
+
+    path = written(tmp_path) / f"model.{kind}"
+    images = torch.zeros(4, 1, 4, 4)
+    if kind == "ts":
+        torch.jit.trace(Bright(), images).save(str(path))
+    else:
+        batch = {0: torch.export.Dim("batch")}
+        torch.export.save(torch.export.export(Bright(), (images,), dynamic_shapes=(batch,)), str(path))
+    from clustr_jax.verify import model_of
+
+    assert clustr_jax.verify(tmp_path, model_of(str(path))).ok
