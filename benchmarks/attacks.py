@@ -138,9 +138,13 @@ def agreement(net, model, x, y) -> list[dict]:
         their_robust = right(net, their_adv.permute(0, 2, 3, 1).numpy(), y)
         started = time.perf_counter()
         ours = attacks.autoattack(
-            jax.random.key(0), model, x, y, eps=EPS,
+            jax.random.key(0),
+            model,
+            x,
+            y,
+            eps=EPS,
             attacks=ensemble.STANDARD if name == "standard" else (name,),
-        )  # fmt: skip
+        )
         our_seconds = time.perf_counter() - started
         verified = right(net, ours.x_adv, y)
         rows.append({
@@ -192,9 +196,13 @@ def loops(net, x, y, eps, step):
 
     def art_restarts():
         classifier = PyTorchClassifier(
-            net, loss=torch.nn.CrossEntropyLoss(), input_shape=(3, 32, 32), nb_classes=10,
-            clip_values=(0.0, 1.0), device_type="cpu",
-        )  # fmt: skip
+            net,
+            loss=torch.nn.CrossEntropyLoss(),
+            input_shape=(3, 32, 32),
+            nb_classes=10,
+            clip_values=(0.0, 1.0),
+            device_type="cpu",
+        )
         attack = ProjectedGradientDescent(
             classifier, norm=np.inf, eps=eps, eps_step=step, max_iter=STEPS, num_random_init=RESTARTS,
             batch_size=128, verbose=False,
@@ -203,18 +211,24 @@ def loops(net, x, y, eps, step):
         return right(net, adv.transpose(0, 2, 3, 1), y)
 
     return {
-        "torchattacks PGD loop": torchattacks_loop, "torchattacks MultiAttack": torchattacks_multi,
-        "foolbox repeat(10)": foolbox_repeat, "ART num_random_init=10": art_restarts,
-    }  # fmt: skip
+        "torchattacks PGD loop": torchattacks_loop,
+        "torchattacks MultiAttack": torchattacks_multi,
+        "foolbox repeat(10)": foolbox_repeat,
+        "ART num_random_init=10": art_restarts,
+    }
 
 
 def speed(net, model, x, y, eps, runs) -> list[dict]:
     """Seconds and gradient evaluations, in turns, medians."""
     step = eps / 4
     attack = PGD(
-        eps=jnp.float32(eps), steps=np.int32(STEPS), norm="linf", bounds=(0.0, 1.0),
-        step_size=jnp.float32(step), loss=attack_losses.one(attack_losses.cross_entropy),
-    )  # fmt: skip
+        eps=jnp.float32(eps),
+        steps=np.int32(STEPS),
+        norm="linf",
+        bounds=(0.0, 1.0),
+        step_size=jnp.float32(step),
+        loss=attack_losses.one(attack_losses.cross_entropy),
+    )
     spent = {}
 
     def ours():

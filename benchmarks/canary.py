@@ -21,10 +21,14 @@ import process
 
 OLD = "0.10.2"
 FLAGS = (
-    "", "--xla_backend_optimization_level=0", "--xla_cpu_multi_thread_eigen=false",
-    "--xla_cpu_prefer_vector_width=512", "--xla_cpu_enable_fast_min_max=true",
-    "--xla_disable_hlo_passes=fusion", "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-)  # fmt: skip
+    "",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_multi_thread_eigen=false",
+    "--xla_cpu_prefer_vector_width=512",
+    "--xla_cpu_enable_fast_min_max=true",
+    "--xla_disable_hlo_passes=fusion",
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+)
 DEVICES = (1, 2, 8)
 # The package itself needs more than JAX and NumPy, the canary does not.
 ASK = """
@@ -48,10 +52,13 @@ print(json.dumps({"jax": jax.__version__, "devices": devices, "said": said, "sec
 def ask(python, cache, flags="", devices=1) -> dict:
     """What the canary says under these flags, in a process of its own."""
     environment = os.environ | {
-        "XLA_FLAGS": flags, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu",
-        "XDG_CACHE_HOME": str(cache), "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
+        "XLA_FLAGS": flags,
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_PLATFORMS": "cpu",
+        "XDG_CACHE_HOME": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }  # fmt: skip
+    }
     command = [str(python), "-c", ASK, str(process.ROOT / "clustr_jax")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -80,11 +87,14 @@ def main():
             path.unlink()
         compiled = ask(sys.executable, folder / "cache")
     content = {
-        "old": caught, "caught": "wrong numbers" in caught["said"], "runs": alarms,
+        "old": caught,
+        "caught": "wrong numbers" in caught["said"],
+        "runs": alarms,
         "false_alarms": sum(bool(row["said"]) for row in alarms),
-        "first_seconds": alarms[0]["seconds"], "compiled_before_seconds": compiled["seconds"],
+        "first_seconds": alarms[0]["seconds"],
+        "compiled_before_seconds": compiled["seconds"],
         "known_seconds": known["seconds"],
-    }  # fmt: skip
+    }
     process.finish("canary", content, args.save)
 
 

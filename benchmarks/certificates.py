@@ -43,9 +43,12 @@ def main():
                 radii = certify.radius(head, z, y, lipschitz=1.0, rule=rule)
                 taken.append(time.perf_counter() - started)
             row = {
-                "classes": classes, "k": k, "rule": rule, "per_second": args.n / statistics.median(taken),
+                "classes": classes,
+                "k": k,
+                "rule": rule,
+                "per_second": args.n / statistics.median(taken),
                 "positive": float(np.mean(radii > 0)),
-            }  # fmt: skip
+            }
             rows.append(row)
             print(f"| {classes} x {k} | {rule} | {row['per_second']:.0f} |", flush=True)
     process.finish("certificates", {"n": args.n, "embedding": args.embedding, "rows": rows}, args.save)

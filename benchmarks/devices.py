@@ -28,10 +28,14 @@ CLEAN = ("--config.eval.protocols=()", "--stages=1_warmup,2_train,evaluate")
 SETS = {
     "digits": ("--config=configs/digits.py:clustr_qtrades", *QUICK),
     "cifar10": (
-        "--config=configs/cifar10.py:clustr_qtrades,cpu", *QUICK, "--config.data.train_size=5000",
-        "--config.warmup.epochs=6", "--config.train.epochs=2", "--config.eval.n=500",
+        "--config=configs/cifar10.py:clustr_qtrades,cpu",
+        *QUICK,
+        "--config.data.train_size=5000",
+        "--config.warmup.epochs=6",
+        "--config.train.epochs=2",
+        "--config.eval.n=500",
     ),
-}  # fmt: skip
+}
 
 
 def run(workdir: pathlib.Path, devices: int, *arguments: str) -> None:
@@ -39,8 +43,11 @@ def run(workdir: pathlib.Path, devices: int, *arguments: str) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     subprocess.run(
         [sys.executable, "run.py", "--platform=cpu", f"--workdir={workdir}", *arguments],
-        cwd=process.ROOT, env={**os.environ, "XLA_FLAGS": flags}, check=True, stdout=sys.stderr,
-    )  # fmt: skip
+        cwd=process.ROOT,
+        env={**os.environ, "XLA_FLAGS": flags},
+        check=True,
+        stdout=sys.stderr,
+    )
 
 
 def clean(workdir: pathlib.Path) -> float:

@@ -87,9 +87,13 @@ def attack(images, restarts, steps, slots):
     x = np.random.default_rng(0).uniform(0.1, 0.9, (images, 32, 32, 3)).astype(np.float32)
     y = np.asarray(clf.predict(x))
     pgd = PGD(
-        eps=jnp.float32(1e-6), steps=steps, norm="linf", bounds=(0.0, 1.0), step_size=jnp.float32(2e-7),
+        eps=jnp.float32(1e-6),
+        steps=steps,
+        norm="linf",
+        bounds=(0.0, 1.0),
+        step_size=jnp.float32(2e-7),
         loss=attack_losses.one(attack_losses.untargeted(losses.cross_entropy)),
-    )  # fmt: skip
+    )
 
     def once():
         outcome = scheduler.run(

@@ -68,11 +68,15 @@ def main():
             ratios.append(inertia(jnp.asarray(z), jnp.asarray(y), fitted) / reference)
     median = {"seconds": statistics.median(ours), "sklearn_seconds": statistics.median(theirs)}
     content = {
-        "points": list(z.shape), "classes": classes, "k": args.k, **settings,
+        "points": list(z.shape),
+        "classes": classes,
+        "k": args.k,
+        **settings,
         "inertia_ratio_max": max(ratios),
-        **median, "speedup": median["sklearn_seconds"] / median["seconds"],
+        **median,
+        "speedup": median["sklearn_seconds"] / median["seconds"],
         "runs": {"ours": ours, "sklearn": theirs},
-    }  # fmt: skip
+    }
     process.finish(f"kmeans-{classes}x{args.k}", content, args.save)
 
 

@@ -48,10 +48,13 @@ def measure(method, model, count):
         compiled = train.run_steps.lower(trainer, state, train_set, order, key, 1).compile()
     cost = compiled.cost_analysis()
     return {
-        "devices": count, "images": trainer.batch_size // count, "flops": cost["flops"],
-        "bytes": cost["bytes accessed"], "received": 4 * mesh.sent(compiled),
+        "devices": count,
+        "images": trainer.batch_size // count,
+        "flops": cost["flops"],
+        "bytes": cost["bytes accessed"],
+        "received": 4 * mesh.sent(compiled),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
-    }  # fmt: skip
+    }
 
 
 def forward(method, model) -> float:

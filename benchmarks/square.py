@@ -61,9 +61,10 @@ def compare(one, other) -> dict:
     """How two verdicts per image agree."""
     return {
         "agreement": float(np.mean(one == other)),
-        "only_first_broke": int(np.sum(one & ~other)), "only_second_broke": int(np.sum(~one & other)),
+        "only_first_broke": int(np.sum(one & ~other)),
+        "only_second_broke": int(np.sum(~one & other)),
         "differ": np.flatnonzero(one != other).tolist(),
-    }  # fmt: skip
+    }
 
 
 def main():
@@ -100,7 +101,11 @@ def main():
             print(name, seed, verdicts[name][-1].sum(), f"{spent[f'{name}-{seed}']:.0f} s", flush=True)
     own, other, stretched = (verdicts[name] for name in ("ours", "theirs", "ours_rescaled"))
     content = {
-        "row": args.row, "n": len(y), "queries": args.queries, "eps": EPS, "torch": torch.__version__,
+        "row": args.row,
+        "n": len(y),
+        "queries": args.queries,
+        "eps": EPS,
+        "torch": torch.__version__,
         "logits_differ_by": float(np.abs(np.asarray(clf.logits(x)) - logits).max()),
         "attacked": int(np.sum(logits.argmax(1) == y)),  # the others count as broken by all
         "robust": {name: [float(np.mean(~v)) for v in found] for name, found in verdicts.items()},
@@ -110,7 +115,7 @@ def main():
         "theirs_again": [compare(other[0], v) for v in other[1:]],
         "rescaled_theirs": [compare(a, b) for a in stretched for b in other],
         "seconds": spent,
-    }  # fmt: skip
+    }
     process.finish(f"square-{args.row.replace('/', '-')}", content, args.save)
 
 

@@ -49,9 +49,12 @@ def start(config, folder, cache):
     programs = [(name, float(seconds)) for name, seconds in _COMPILED.findall(text)]
     new = len({path.name for path in cache.rglob("*-cache")} - known)
     return {
-        "first_record_seconds": first, "trained_seconds": whole, "programs": len(programs),
-        "programs_seconds": sum(seconds for _, seconds in programs), "new_in_cache": new,
-    }  # fmt: skip
+        "first_record_seconds": first,
+        "trained_seconds": whole,
+        "programs": len(programs),
+        "programs_seconds": sum(seconds for _, seconds in programs),
+        "new_in_cache": new,
+    }
 
 
 def main():

@@ -54,9 +54,10 @@ def bare(net, variables, x, y):
         functions[f"forward_{mode}"] = jax.jit(
             mesh.spread(
                 lambda *args, forward=forward: mesh.average(forward(*args)),
-                (mesh.SAME, mesh.ROWS, mesh.ROWS), mesh.SAME,
+                (mesh.SAME, mesh.ROWS, mesh.ROWS),
+                mesh.SAME,
             )
-        )  # fmt: skip
+        )
         functions[f"input_gradient_{mode}"] = gradients((1,), mode)
     return {name: lambda f=f: f(variables["params"], x, y) for name, f in functions.items()}
 

@@ -64,9 +64,11 @@ def main():
     )
     broken["pma, adaptive"] = progress.outcome.broken
     found["pma, adaptive"] = {
-        "gradients_needed": int(progress.outcome.spent.sum()), "seconds": time.perf_counter() - started,
-        "attacked": progress.attacked, "broken_by_round": progress.broken,
-    }  # fmt: skip
+        "gradients_needed": int(progress.outcome.spent.sum()),
+        "seconds": time.perf_counter() - started,
+        "attacked": progress.attacked,
+        "broken_by_round": progress.broken,
+    }
     print(found["pma, adaptive"], int(progress.outcome.broken.sum()), flush=True)
     for name, targeted in (("fmn", False), ("fmn, 9 targets", True)):
         started = time.perf_counter()
@@ -74,16 +76,19 @@ def main():
         broken[name] = nearest.distance <= EPS
         found[name] = {
             "median_distance": float(np.median(nearest.distance)),
-            "not_found": int(np.isinf(nearest.distance).sum()), "seconds": time.perf_counter() - started,
-        }  # fmt: skip
+            "not_found": int(np.isinf(nearest.distance).sum()),
+            "seconds": time.perf_counter() - started,
+        }
         print(name, int(broken[name].sum()), found[name], flush=True)
     union = np.any(list(broken.values()), axis=0)
     for name, own in broken.items():
         others = np.any([b for other, b in broken.items() if other != name], axis=0)
         found[name] |= {
-            "robust": float(np.sum(~own) / args.n), "broken": int(own.sum()),
-            "only_it_broke": ids[own & ~others].tolist(), "missed": ids[union & ~own].tolist(),
-        }  # fmt: skip
+            "robust": float(np.sum(~own) / args.n),
+            "broken": int(own.sum()),
+            "only_it_broke": ids[own & ~others].tolist(),
+            "missed": ids[union & ~own].tolist(),
+        }
     content = {
         "row": args.row, "n": args.n, "first": args.first, "eps": EPS, "clean": float(clean.mean()),
         "robust": float(np.sum(~union) / args.n), "attacks": found,

@@ -62,9 +62,11 @@ class Clustr:
         self.losses = np.ones(10 * self.k)
         self.refit()
         self.loader = torch.utils.data.DataLoader(
-            self.set, batch_sampler=MagnetBatches(self, settings["rows"], settings["samples"]),
-            num_workers=workers, persistent_workers=workers > 0,
-        )  # fmt: skip
+            self.set,
+            batch_sampler=MagnetBatches(self, settings["rows"], settings["samples"]),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
 
     def refit(self):
         self.net.eval()

@@ -80,9 +80,10 @@ def _torch_model(path, layout) -> Callable:
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 verified, 1 not, 2 a mistake that the user can mend."""
     parser = argparse.ArgumentParser(
-        prog="python -m clustr_jax.verify", description=__doc__,
+        prog="python -m clustr_jax.verify",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("folder")
     parser.add_argument("--model", metavar="MODEL")
     parser.add_argument(

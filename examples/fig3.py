@@ -169,13 +169,19 @@ def draw(found, path):
             for kind, style in _STYLES.items():
                 r = np.sort(radii[kind])
                 curves.step(
-                    np.concatenate([[0], r]), 100 * np.linspace(1, 0, len(r) + 1), style, where="post",
-                    color=f"C{column}", label=f"{name}: {_LABELS[kind]}",
-                )  # fmt: skip
+                    np.concatenate([[0], r]),
+                    100 * np.linspace(1, 0, len(r) + 1),
+                    style,
+                    where="post",
+                    color=f"C{column}",
+                    label=f"{name}: {_LABELS[kind]}",
+                )
         curves.set(
-            xlim=(0, 1.05 * reach), ylim=(0, 101), xlabel="radius r (l2, units of the plane)",
+            xlim=(0, 1.05 * reach),
+            ylim=(0, 101),
+            xlabel="radius r (l2, units of the plane)",
             ylabel=f"{title}: accuracy at r in %",
-        )  # fmt: skip
+        )
         curves.grid(alpha=0.3)
     lines, labels = axes[0, 2].get_legend_handles_labels()
     figure.legend(lines, labels, ncols=4, loc="outside lower center", fontsize="small")
@@ -183,9 +189,11 @@ def draw(found, path):
 
 
 _LABELS = {
-    "product": "certified, product of norms", "exact": "certified, exact constant",
-    "local": "certified, exact constant of the ball", "distance": "true distance (grid)",
-}  # fmt: skip
+    "product": "certified, product of norms",
+    "exact": "certified, exact constant",
+    "local": "certified, exact constant of the ball",
+    "distance": "true distance (grid)",
+}
 _STYLES = {"product": ":", "exact": "-.", "local": "--", "distance": "-"}
 
 
@@ -226,8 +234,9 @@ def main(argv):
     beyond, inside = proposition_1(np.random.default_rng(0))
     report["proposition_1"] = {
         "f": "x' -> L (x' - x) + f(x), chosen for the proof",
-        "fooled_at_1.0001_R": beyond, "fooled_at_0.9999_R": inside,
-    }  # fmt: skip
+        "fooled_at_1.0001_R": beyond,
+        "fooled_at_0.9999_R": inside,
+    }
     out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")

@@ -149,8 +149,11 @@ def run(dataset: str, name: str, seed: int, kept: bool = False) -> list[str]:
     return [
         f"--config=configs/{scale.config}.py:{method},cpu",
         f"--workdir={workdir_of(dataset, name, seed, kept)}",
-        f"--stages={stages}", f"--config.seed={seed}", *scale.settings, *more,
-    ]  # fmt: skip
+        f"--stages={stages}",
+        f"--config.seed={seed}",
+        *scale.settings,
+        *more,
+    ]
 
 
 NAMES = (
@@ -196,10 +199,13 @@ def trained(workdir: pathlib.Path) -> dict:
     metrics = workdir / "metrics.jsonl"  # not there where no epoch was trained
     records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     return {
-        "seed": config["seed"], "config_sha": clean["config_sha"], "versions": clean["versions"],
+        "seed": config["seed"],
+        "config_sha": clean["config_sha"],
+        "versions": clean["versions"],
         "stages": {
             stage: {
-                "epochs": done[stage]["epochs"], "gradient_passes": done[stage]["gradient_passes"],
+                "epochs": done[stage]["epochs"],
+                "gradient_passes": done[stage]["gradient_passes"],
                 "seconds": sum(r["epoch_seconds"] for r in records if r["stage"] == stage),
                 "epoch_seconds": [r["epoch_seconds"] for r in records if r["stage"] == stage],
                 "val_accuracy": [r["val_accuracy"] for r in records if r["stage"] == stage],
@@ -207,7 +213,7 @@ def trained(workdir: pathlib.Path) -> dict:
             }
             for stage in sorted(done)
         },
-    }  # fmt: skip
+    }
 
 
 def start(command: list[str]) -> bool:

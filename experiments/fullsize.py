@@ -55,12 +55,16 @@ def row(dataset: str, method: str, flops: float) -> dict:
             config.warmup.epochs * images * held_in * cost.gradients(warmup, known.training, known.warmup)
         )
     return {
-        "dataset": dataset, "method": method,
+        "dataset": dataset,
+        "method": method,
         "command": f"python run.py --config=configs/{dataset}.py:{method}",
-        "warmup_epochs": config.warmup.epochs if warmup else 0, "epochs": config.train.epochs,
-        "gradient_passes": passes, "gpu_hours": 3 * flops * passes / RATE / 3600,
-        "seed": config.seed, "config_sha": provenance.sha(config.to_dict()),
-    }  # fmt: skip
+        "warmup_epochs": config.warmup.epochs if warmup else 0,
+        "epochs": config.train.epochs,
+        "gradient_passes": passes,
+        "gpu_hours": 3 * flops * passes / RATE / 3600,
+        "seed": config.seed,
+        "config_sha": provenance.sha(config.to_dict()),
+    }
 
 
 def main():

@@ -94,9 +94,12 @@ def warm_command(name: str, seed: int) -> list[str]:
     settings = WARM[name] | {"seed": seed}
     workdir = RUNS / f"{name}-{seed}"
     return [
-        "run.py", "--config=configs/cifar10.py:nominal,fast", f"--workdir={workdir}", *words(settings),
+        "run.py",
+        "--config=configs/cifar10.py:nominal,fast",
+        f"--workdir={workdir}",
+        *words(settings),
         "--stages=2_train",
-    ]  # fmt: skip
+    ]
 
 
 def command(name: str, seed: int) -> list[str]:
@@ -104,9 +107,12 @@ def command(name: str, seed: int) -> list[str]:
     start = RUNS / f"{_FIRST.get(name, warm(name))}-{seed}" / "2_train"
     settings = ROWS[name] | EVALUATION | {"seed": seed, "warmup.epochs": 0, "init_from": start}
     return [
-        "run.py", "--config=configs/cifar10.py:clustr_qtrades,fast",
-        f"--workdir={RUNS / f'{name}-{seed}'}", *words(settings), "--stages=1_warmup,2_train,evaluate",
-    ]  # fmt: skip
+        "run.py",
+        "--config=configs/cifar10.py:clustr_qtrades,fast",
+        f"--workdir={RUNS / f'{name}-{seed}'}",
+        *words(settings),
+        "--stages=1_warmup,2_train,evaluate",
+    ]
 
 
 def tightness(clf, x, y) -> dict[str, list[float]]:
@@ -144,8 +150,10 @@ def measured(name: str, seed: int) -> dict:
 
 def table() -> str:
     """Markdown of what is there."""
-    lines = ["| row | seed | updates | clean | paper's protocol | sound | Magnet, open hinges | variance |",
-             "|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    lines = [
+        "| row | seed | updates | clean | paper's protocol | sound | Magnet, open hinges | variance |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     for name in ROWS:
         for path in sorted((ROOT / RESULTS).glob(f"{name}-[0-9].json")):
             row = read_json(path)

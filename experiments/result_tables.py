@@ -164,16 +164,20 @@ def effect() -> str:
         for told in seeds(dataset, "clustr_qtrades", "paper"):
             found = [
                 next((r for r in seeds(dataset, name, what) if r["seed"] == told["seed"]), None)
-                for what in ("paper", "sound") for name in ("clustr_qtrades", "qtrades")
-            ]  # fmt: skip
+                for what in ("paper", "sound")
+                for name in ("clustr_qtrades", "qtrades")
+            ]
             if None not in found:
                 cells = [percent(result["robust"]) for result in found]
                 rows.append(
                     [
-                        f"{label}, seed {told['seed']}", *cells[:2], _difference(*found[:2]),
-                        *cells[2:], _difference(*found[2:]),
+                        f"{label}, seed {told['seed']}",
+                        *cells[:2],
+                        _difference(*found[:2]),
+                        *cells[2:],
+                        _difference(*found[2:]),
                     ]
-                )  # fmt: skip
+                )
     header = [
         "%", "paper's protocol: ClusTR+QTRADES", "QTRADES", "difference", "sound: ClusTR+QTRADES", "QTRADES",
         "difference",
@@ -185,11 +189,11 @@ def _pass_seconds() -> dict[str, float]:
     """Of a gradient pass in each method's training step, as benchmarks/steps.py measured it."""
     measured = json.loads((RESULTS / "benchmarks" / "steps.json").read_text())
     return {
-        row["method"]: row["step_seconds"] / row["batch"] / sum(
-            number for what, number in row["passes"].items() if "gradient" in what
-        )
+        row["method"]: row["step_seconds"]
+        / row["batch"]
+        / sum(number for what, number in row["passes"].items() if "gradient" in what)
         for row in measured["rows"]
-    }  # fmt: skip
+    }
 
 
 def times(dataset: str) -> str:
@@ -201,15 +205,21 @@ def times(dataset: str) -> str:
     trades = passes["trades"] * seconds["trades"]
     rows = [
         [
-            LABELS[name], f"{passes[name] / 1e6:.1f}", f"{1e3 * seconds[name]:.2f}",
-            f"{passes[name] * seconds[name] / trades:.2f}", f"{value / minutes['trades']:.2f}",
+            LABELS[name],
+            f"{passes[name] / 1e6:.1f}",
+            f"{1e3 * seconds[name]:.2f}",
+            f"{passes[name] * seconds[name] / trades:.2f}",
+            f"{value / minutes['trades']:.2f}",
         ]
         for name, value in minutes.items()
-    ]  # fmt: skip
+    ]
     header = [
-        "", "gradient passes, millions", "ms per pass and image, measured", "time / TRADES'",
+        "",
+        "gradient passes, millions",
+        "ms per pass and image, measured",
+        "time / TRADES'",
         "the same in the paper",
-    ]  # fmt: skip
+    ]
     return markdown(header, rows)
 
 
@@ -222,10 +232,13 @@ def radii(dataset: str) -> str:
         claim = claims.claim(dataset, "clustr_qtrades", "pgd20", radius / 255)
         rows.append(
             [
-                f"{radius}/255", by_seed(ours, figure), by_seed(true, figure),
-                true[0]["protocol"] if true else "", percent(claim) if claim is not None else "",
+                f"{radius}/255",
+                by_seed(ours, figure),
+                by_seed(true, figure),
+                true[0]["protocol"] if true else "",
+                percent(claim) if claim is not None else "",
             ]
-        )  # fmt: skip
+        )
     return markdown(["eps", "paper's protocol, PGD^20", "sound attacks", "which", "paper claims"], rows)
 
 
@@ -246,11 +259,13 @@ def nearest(dataset: str) -> str:
 
 
 _QUIRKS = {
-    "none": "the paper's protocol", "exp_scores": "log scores instead of exp scores",
+    "none": "the paper's protocol",
+    "exp_scores": "log scores instead of exp scores",
     "mean_loss": "each image's own loss, not the mean over 64",
     "max_loss": "any restart that succeeds, not the one with the largest loss",
-    "start_outside": "a start inside the box", "all": "all four",
-}  # fmt: skip
+    "start_outside": "a start inside the box",
+    "all": "all four",
+}
 
 
 def quirks() -> str:

@@ -113,10 +113,11 @@ def arguments(dataset: str, name: str) -> list[str]:
     """The command line of one training."""
     method, settings = SETTINGS[dataset][name]
     return [
-        f"--config=configs/{dataset}.py:{method},cpu", f"--workdir={RUNS / dataset / name}",
+        f"--config=configs/{dataset}.py:{method},cpu",
+        f"--workdir={RUNS / dataset / name}",
         *(f"--config.{key}={value}" for key, value in (IMAGES[dataset] | settings).items()),
         "--stages=" + ("2_train" if method == "trades" else "1_warmup,2_train"),
-    ]  # fmt: skip
+    ]
 
 
 def measure(dataset: str, name: str) -> dict:

@@ -38,10 +38,13 @@ def steps() -> str:
             passes = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in row["passes"].items())
             rows.append(
                 [
-                    f"{measured['model']} {row['method']}", str(row["batch"]), passes,
-                    f"{row['ratio']:.2f}", f"{100 * row['rest']:.1f} %",
+                    f"{measured['model']} {row['method']}",
+                    str(row["batch"]),
+                    passes,
+                    f"{row['ratio']:.2f}",
+                    f"{100 * row['rest']:.1f} %",
                 ]
-            )  # fmt: skip
+            )
     return markdown(["network, method", "batch", "bare passes", "step / passes", "all but the network"], rows)
 
 
@@ -59,9 +62,12 @@ def epochs() -> str:
         label = f"{network(measured)}, {measured['n']} images"
         rows.append([label, *ratios, str(measured["workers"])])
     header = [
-        "PyTorch's time / ours", "whole epoch", "parameter gradient alone", "drawing a batch alone",
+        "PyTorch's time / ours",
+        "whole epoch",
+        "parameter gradient alone",
+        "drawing a batch alone",
         "PyTorch's best number of workers",
-    ]  # fmt: skip
+    ]
     return markdown(header, rows)
 
 
@@ -74,9 +80,10 @@ def kmeans() -> str:
         rows.append(
             [
                 f"{points} x {size}, {measured['classes']} x {measured['k']} clusters",
-                f"{measured['speedup']:.1f}", f"{measured['inertia_ratio_max']:.5f}",
+                f"{measured['speedup']:.1f}",
+                f"{measured['inertia_ratio_max']:.5f}",
             ]
-        )  # fmt: skip
+        )
     return markdown(["", "scikit-learn's time / ours", "our inertia / scikit-learn's, at most"], rows)
 
 
@@ -85,11 +92,14 @@ def startup() -> str:
     measured = read("benchmarks/startup.json")
     rows = [
         [
-            label, f"{row['first_record_seconds']:.1f}", f"{row['trained_seconds']:.1f}",
-            f"{row['programs_seconds']:.1f}", f"{row['new_in_cache']:.0f}",
+            label,
+            f"{row['first_record_seconds']:.1f}",
+            f"{row['trained_seconds']:.1f}",
+            f"{row['programs_seconds']:.1f}",
+            f"{row['new_in_cache']:.0f}",
         ]
         for label, row in (("empty cache", measured["empty"]), ("full cache", measured["full_median"]))
-    ]  # fmt: skip
+    ]
     header = ["digits", "first epoch, s", "trained, s", "getting programs, s", "programs new to the cache"]
     return markdown(header, rows)
 

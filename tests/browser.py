@@ -106,9 +106,12 @@ class Page:
         self.events.clear()
         phone = width < 600
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, mobile=phone,
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            mobile=phone,
             deviceScaleFactor=2 if phone else 1,
-        )  # fmt: skip
+        )
         theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=theme)
         self.call("Page.navigate", url=url)
@@ -159,9 +162,11 @@ def page(folder):
     (child_in, writing), (reading, child_out) = os.pipe(), os.pipe()
     start = [sys.executable, "-c", _START, str(child_in), str(child_out)]
     process = subprocess.Popen(
-        [*start, binary, *_FLAGS, f"--user-data-dir={folder}"], pass_fds=(child_in, child_out),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [*start, binary, *_FLAGS, f"--user-data-dir={folder}"],
+        pass_fds=(child_in, child_out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     os.close(child_in)
     os.close(child_out)
     try:

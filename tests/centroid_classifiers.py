@@ -106,9 +106,13 @@ def attack_soundly(key, clf, examples, alive=None, loss=attack_losses.margin, **
     alive = np.ones(len(examples), bool) if alive is None else alive
     part = examples.take(np.flatnonzero(alive))
     attack = PGD(
-        eps=jnp.float32(settings["eps"]), step_size=jnp.float32(settings["step_size"]),
-        steps=settings["steps"], norm="linf", bounds=clf.bounds, loss=attack_losses.one(loss),
-    )  # fmt: skip
+        eps=jnp.float32(settings["eps"]),
+        step_size=jnp.float32(settings["step_size"]),
+        steps=settings["steps"],
+        norm="linf",
+        bounds=clf.bounds,
+        loss=attack_losses.one(loss),
+    )
     outcome = scheduler.run(
         attack, key, as_partial(clf.view), part.x, part.y, ids=part.ids, restarts=settings["restarts"],
         slots=settings["slots"],
@@ -164,7 +168,11 @@ def eval_settings(**changes):
 
 def small_attack(**changes):
     settings = {
-        "eval.attack.eps": 0.05, "eval.attack.step_size": 0.0125, "eval.attack.steps": 5,
-        "eval.attack.restarts": 2, "eval.paper_steps": (3, 5), "eval.sweep": (0.02, 0.1),
-    }  # fmt: skip
+        "eval.attack.eps": 0.05,
+        "eval.attack.step_size": 0.0125,
+        "eval.attack.steps": 5,
+        "eval.attack.restarts": 2,
+        "eval.paper_steps": (3, 5),
+        "eval.sweep": (0.02, 0.1),
+    }
     return eval_settings(**settings | changes)

@@ -105,10 +105,12 @@ def onto_hyperplane_linf(x, w, offset, bounds):
     below = np.hstack([-np.eye(size), -np.ones((size, 1))])
     found = scipy.optimize.linprog(
         np.append(np.zeros(size), 1.0),
-        A_ub=np.vstack([above, below]), b_ub=np.concatenate([x, -x]),
-        A_eq=np.append(w, 0.0)[None], b_eq=[-offset],
+        A_ub=np.vstack([above, below]),
+        b_ub=np.concatenate([x, -x]),
+        A_eq=np.append(w, 0.0)[None],
+        b_eq=[-offset],
         bounds=[*([bounds or (None, None)] * size), (0, None)],
-    )  # fmt: skip
+    )
     return found.fun if found.success else None
 
 
@@ -116,11 +118,14 @@ def onto_hyperplane_l2(x, w, offset, bounds):
     """The same in l2: quadratic program by SLSQP. Returns the distance."""
     start = np.clip(x, *bounds) if bounds else x
     found = scipy.optimize.minimize(
-        lambda z: np.sum((z - x) ** 2), start, jac=lambda z: 2 * (z - x), method="SLSQP",
+        lambda z: np.sum((z - x) ** 2),
+        start,
+        jac=lambda z: 2 * (z - x),
+        method="SLSQP",
         bounds=[bounds] * len(x) if bounds else None,
         constraints={"type": "eq", "fun": lambda z: w @ z + offset, "jac": lambda z: w},
         options={"maxiter": 500, "ftol": 1e-14},
-    )  # fmt: skip
+    )
     assert found.success
     return math.sqrt(found.fun)
 

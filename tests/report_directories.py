@@ -99,8 +99,9 @@ def make(root, names=ALL, method="clustr_qtrades", dataset="digits", changes=Non
     (root / "environment.json").write_text(json.dumps(environment))
     lines = [
         {"stage": stage, "epoch": e, "step": 10 * e, "loss": 1 / e, "accuracy": 0.9, "val_accuracy": 0.8}
-        for stage in ("1_warmup", "2_train") for e in (1, 2, 3)
-    ]  # fmt: skip
+        for stage in ("1_warmup", "2_train")
+        for e in (1, 2, 3)
+    ]
     (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = {
         "reason": "all epochs",

@@ -68,9 +68,13 @@ def start(tmp_path):
             *program[1:],
         ]
         process = subprocess.Popen(
-            [*command, *arguments], cwd=tmp_path, env=environment | more, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [*command, *arguments],
+            cwd=tmp_path,
+            env=environment | more,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         running.append(process)
         return process
 

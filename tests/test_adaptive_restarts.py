@@ -35,8 +35,9 @@ def each_restart(eps=MIXED, key=0):
             z = np.float64(model(image[None]))[0]
             margins[r, e] = np.delete(z, y[e]).max() - z[y[e]]
 
-    run_all(model, x, y, eps=eps, key=key, restarts=MOST, first=False, collect=collect,
-            attack=pgd_attack(eps))  # fmt: skip
+    run_all(
+        model, x, y, eps=eps, key=key, restarts=MOST, first=False, collect=collect, attack=pgd_attack(eps)
+    )
     return fooled, margins
 
 
@@ -166,14 +167,17 @@ def test_the_door(name):
     assert np.abs(more - x).max() <= MIXED + 1e-6 and more.min() >= 0 and more.max() <= 1
 
 
-@pytest.mark.parametrize("change, text", [
-    (dict(attack="pgd"), "attack must be one of apgd-ce, .*pma"),
-    (dict(share=0.0), "share must be above 0"),
-    (dict(share=1.5), "share must be above 0"),
-    (dict(share="half"), "share must be above 0"),
-    (dict(patience=0), "patience must be at least 1"),
-    (dict(most=2.5), "most must be a whole number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (dict(attack="pgd"), "attack must be one of apgd-ce, .*pma"),
+        (dict(share=0.0), "share must be above 0"),
+        (dict(share=1.5), "share must be above 0"),
+        (dict(share="half"), "share must be above 0"),
+        (dict(patience=0), "patience must be at least 1"),
+        (dict(most=2.5), "most must be a whole number"),
+    ],
+)
 def test_settings_that_are_refused(change, text):
     with pytest.raises(UserError, match=text):
         attacks.adaptive_restarts(jax.random.key(0), *problem(), eps=0.1, **change)

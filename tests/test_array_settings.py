@@ -14,7 +14,7 @@ from array_doors import (
     changed,
     fresh,
     refused,
-)  # fmt: skip
+)
 from clustr_jax import certify, clusters, losses
 from clustr_jax.clusters import Clusters
 from clustr_jax.kmeans import kmeans
@@ -152,8 +152,9 @@ def test_jax_puts_anything_into_a_head():
     found = jax.vmap(lambda c: c.log_scores(Z))(many)
     np.testing.assert_allclose(found[0], HEAD.log_scores(Z), rtol=1e-6)
     assert [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(HEAD)] == [
-        ".centroids", ".variance",
-    ]  # fmt: skip
+        ".centroids",
+        ".variance",
+    ]
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf, "1", None, True, np.ones(3)], ids=str)
@@ -165,10 +166,14 @@ def test_lipschitz_constants_that_are_none(value):
 @pytest.mark.parametrize(
     ("radii", "r"),
     [
-        (np.array([]), [0.1]), (np.array([np.nan]), [0.1]), (np.array([-0.1]), [0.1]),
-        (np.array([[0.1]]), [0.1]), (np.array([0.1]), 0.1), (np.array([0.1]), [-1.0]),
+        (np.array([]), [0.1]),
+        (np.array([np.nan]), [0.1]),
+        (np.array([-0.1]), [0.1]),
+        (np.array([[0.1]]), [0.1]),
+        (np.array([0.1]), 0.1),
+        (np.array([0.1]), [-1.0]),
     ],
-)  # fmt: skip
+)
 def test_certified_accuracy_of_no_radii(radii, r):
     refused(lambda radii: certify.accuracy(radii, np.asarray(r)), radii)
 

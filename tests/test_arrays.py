@@ -31,7 +31,7 @@ from array_doors import (
     rng,
     same_everywhere,
     soft,
-)  # fmt: skip
+)
 from clustr_jax import UserError, certify, clusters, losses
 from clustr_jax.kmeans import _kmeans, kmeans
 from clustr_jax.runtime import arrays

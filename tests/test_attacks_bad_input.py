@@ -39,7 +39,7 @@ def bad_inputs():
         "probabilities": (dict(logits_fn=lambda x: jax.nn.softmax(model(x))), "logits_fn returned prob"),
         "infinite": (dict(logits_fn=lambda x: model(x).at[0, 0].set(jnp.inf)), "logits_fn returned values"),
         "shape": (dict(logits_fn=lambda x: model(x)[:, 0]), r"logits_fn must return \[B, Y\]"),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.wrong_arrays

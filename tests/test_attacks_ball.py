@@ -38,8 +38,11 @@ def test_inside_the_ball_and_the_box(name, norm, eps, seed):
 @pytest.mark.filterwarnings("ignore::clustr_jax.attacks.UnitWarning")
 @pytest.mark.parametrize("name", ["apgd-ce", "fab", "square"])
 @INSIDE
-@given(norm=st.sampled_from(["linf", "l2"]), eps=st.one_of(st.just(0.0), st.floats(1e-4, 3.0)),
-       seed=st.integers(0, 99))  # fmt: skip
+@given(
+    norm=st.sampled_from(["linf", "l2"]),
+    eps=st.one_of(st.just(0.0), st.floats(1e-4, 3.0)),
+    seed=st.integers(0, 99),
+)
 def test_inside_another_box(name, norm, eps, seed):
     check_radius(name, norm, eps, seed, (0.1, 0.9))
 

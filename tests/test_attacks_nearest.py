@@ -32,10 +32,12 @@ def curved():
     x = rng.uniform(0, 1, (12, 8)).astype(np.float32)
     a, b = np.float64(first), np.float64(second)
     return (
-        model, x, np.asarray(model(x)).argmax(axis=1).astype(np.int32),
+        model,
+        x,
+        np.asarray(model(x)).argmax(axis=1).astype(np.int32),
         lambda z: np.tanh(z @ a) @ b,
         lambda z: (a @ ((1 - np.tanh(z @ a) ** 2)[:, None] * b)).T,
-    )  # fmt: skip
+    )
 
 
 def path_of(attack, model, x, y, steps):
@@ -74,19 +76,27 @@ def test_fmn_matches_a_slow_one(norm, bounds):
     _, x, y, f, jacobian = curved()
     steps, step_size = 14, 0.4
     attack = FMN(
-        eps=jnp.float32(jnp.inf), steps=np.int32(steps), norm=norm, bounds=bounds,
-        step_size=jnp.float32(step_size), margin=attack_losses.one(attack_losses.margin),
-    )  # fmt: skip
+        eps=jnp.float32(jnp.inf),
+        steps=np.int32(steps),
+        norm=norm,
+        bounds=bounds,
+        step_size=jnp.float32(step_size),
+        margin=attack_losses.one(attack_losses.margin),
+    )
 
     def slow(i):
         def rival(z):
             return max((v, c) for c, v in enumerate(f(z)) if c != y[i])[1]
 
         return reference_attacks.fmn(
-            np.float64(x[i]), lambda z: f(z)[rival(z)] - f(z)[y[i]],
-            lambda z: jacobian(z)[rival(z)] - jacobian(z)[y[i]], steps=steps, step_size=step_size, norm=norm,
+            np.float64(x[i]),
+            lambda z: f(z)[rival(z)] - f(z)[y[i]],
+            lambda z: jacobian(z)[rival(z)] - jacobian(z)[y[i]],
+            steps=steps,
+            step_size=step_size,
+            norm=norm,
             bounds=bounds,
-        )  # fmt: skip
+        )
 
     check_path(attack, slow, steps)
 
@@ -96,9 +106,12 @@ def test_ddn_matches_a_slow_one(bounds):
     _, x, y, f, jacobian = curved()
     steps, step_size = 14, 0.4
     attack = DDN(
-        eps=jnp.float32(jnp.inf), steps=np.int32(steps), norm="l2", bounds=bounds,
+        eps=jnp.float32(jnp.inf),
+        steps=np.int32(steps),
+        norm="l2",
+        bounds=bounds,
         step_size=jnp.float32(step_size),
-    )  # fmt: skip
+    )
 
     def slow(i):
         def gradient(z):
@@ -107,9 +120,13 @@ def test_ddn_matches_a_slow_one(bounds):
             return p / p.sum() @ jacobian(z) - jacobian(z)[y[i]]
 
         return reference_attacks.ddn(
-            np.float64(x[i]), lambda z: f(z).argmax() != y[i], gradient, steps=steps, step_size=step_size,
+            np.float64(x[i]),
+            lambda z: f(z).argmax() != y[i],
+            gradient,
+            steps=steps,
+            step_size=step_size,
             bounds=bounds,
-        )  # fmt: skip
+        )
 
     check_path(attack, slow, steps)
 
@@ -253,13 +270,16 @@ def test_unconfirmed_images_are_attacked_once_more(monkeypatch):
     np.testing.assert_allclose(found.distance, wanted.distance, rtol=1e-5)
 
 
-@pytest.mark.parametrize("change, text", [
-    (dict(step_size=0.0), "step_size must be above 0"),
-    (dict(step_size="1"), "step_size must be a number"),
-    (dict(steps=2.5), "steps must be a whole number"),
-    (dict(targets="near"), "targets must be one of likely, malt"),
-    (dict(norm="l1"), "norm must be one of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (dict(step_size=0.0), "step_size must be above 0"),
+        (dict(step_size="1"), "step_size must be a number"),
+        (dict(steps=2.5), "steps must be a whole number"),
+        (dict(targets="near"), "targets must be one of likely, malt"),
+        (dict(norm="l1"), "norm must be one of"),
+    ],
+)
 def test_settings_that_are_refused(change, text):
     _, _, model, x, y = problem(2)
     with pytest.raises(UserError, match=text):

@@ -31,9 +31,9 @@ def test_noise_in_the_ball(kind, norm):
     """Inside, spread as its kind says, and the misclassified draw comes back where there is one."""
     _, _, model, x, y = problem()
     eps = 3 * EPS[norm]
-    x_adv = np.asarray(attacks.noise(
-        jax.random.key(0), model, x, y, eps=eps, draws=8, kind=kind, norm=norm, bounds=None
-    ))  # fmt: skip
+    x_adv = np.asarray(
+        attacks.noise(jax.random.key(0), model, x, y, eps=eps, draws=8, kind=kind, norm=norm, bounds=None)
+    )
     check_inside(x_adv, x, eps, norm, None)
     once, eight = wrong(model, x, y), wrong(model, x_adv, y)
     assert (once <= eight).all() and once.sum() < eight.sum() < N

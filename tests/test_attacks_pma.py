@@ -119,8 +119,9 @@ def test_both_halves_begin_with_two_eps(steps, opening):
     if steps > 1:
         assert sizes[opening] == 1.0 and (np.diff(sizes[opening:]) < 0).all()
     if steps == 100:
-        np.testing.assert_allclose(sizes[[1, 2, 49, 50, 75, 99]],
-                                   [1, 0.99901, 0.00394, 1, 0.5, 0.00099], atol=1e-5)  # fmt: skip
+        np.testing.assert_allclose(
+            sizes[[1, 2, 49, 50, 75, 99]], [1, 0.99901, 0.00394, 1, 0.5, 0.00099], atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -128,8 +129,9 @@ def test_linear_models_of_two_classes_are_exact(norm):
     """It breaks those whose distance is below eps, and no others."""
     weight, bias, model, x, y = problem(2)
     eps = 2 * EPS[norm]
-    x_adv = attacks.pma(jax.random.key(3), model, x, y, eps=eps, norm=norm, bounds=BOUNDS[norm], steps=20,
-                        slots=SLOTS)  # fmt: skip
+    x_adv = attacks.pma(
+        jax.random.key(3), model, x, y, eps=eps, norm=norm, bounds=BOUNDS[norm], steps=20, slots=SLOTS
+    )
     slack = functools.partial(
         reference_attacks.linear_robust, x, y, weight, bias, norm=norm, bounds=BOUNDS[norm]
     )

@@ -162,12 +162,15 @@ def test_malt_breaks_what_the_likeliest_does_not():
     np.testing.assert_array_equal(attacks.malt_targets(logits, x, y)[:, 0], [2, 1])
 
 
-@pytest.mark.parametrize("change, text", [
-    (dict(count=0), "count must be at least 1"),
-    (dict(candidates=2.5), "candidates must be a whole number"),
-    (dict(slots=0), "slots must be at least 1"),
-    (dict(clusters=True), "clusters=True needs a model that returns its clusters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (dict(count=0), "count must be at least 1"),
+        (dict(candidates=2.5), "candidates must be a whole number"),
+        (dict(slots=0), "slots must be at least 1"),
+        (dict(clusters=True), "clusters=True needs a model that returns its clusters"),
+    ],
+)
 def test_settings_that_are_refused(change, text):
     model, x, y, _, _ = curved()
     with pytest.raises(UserError, match=text):

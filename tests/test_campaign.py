@@ -264,8 +264,11 @@ def test_a_stopped_experiment_lets_its_run_save(number, tmp_path):
     program = "import sys, child; sys.exit(child.run(sys.argv[1:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", program, "-c", SAVES, str(tmp_path / "work")],
-        cwd=ROOT / "experiments", stdout=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        cwd=ROOT / "experiments",
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     with process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)

@@ -49,8 +49,9 @@ def slow_magnet(z, classes, alpha, radius, sharpness):
         others = [
             -np.sum((z[i, j] - means[m]) ** 2) / (2 * variance)
             + radius * np.linalg.norm(means[m] - means[i]) / variance
-            for m in range(len(means)) if classes[m] != classes[i]
-        ]  # fmt: skip
+            for m in range(len(means))
+            if classes[m] != classes[i]
+        ]
         loss[i, j] = max(0.0, alpha + own + reference.logsumexp(others))
     return loss
 

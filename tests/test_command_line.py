@@ -59,7 +59,7 @@ def settings(program, monkeypatch):
         (("--noconfig.smoke",), "smoke", False),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) and isinstance(value[0], str) else "",
-)  # fmt: skip
+)
 def test_values(arguments, name, value, settings):
     """Fractions in every numeric setting and nowhere else."""
     found, _ = settings(f"{DIGITS}:clustr", *arguments)
@@ -98,11 +98,15 @@ def test_settings_may_stand_before_the_config(settings):
 @pytest.mark.parametrize(
     ("word", "known", "expected"),
     [
-        ("trade", common.METHODS, "trades"), ("clustrqtrades", common.METHODS, "clustr_qtrades"),
-        ("CLUSTR", common.METHODS, "clustr"), ("cifar11", data.NAMES, "cifar10"), ("xyz", data.NAMES, ""),
-        ("cup", common.VARIANTS, "cpu"), ("", common.METHODS, ""),
+        ("trade", common.METHODS, "trades"),
+        ("clustrqtrades", common.METHODS, "clustr_qtrades"),
+        ("CLUSTR", common.METHODS, "clustr"),
+        ("cifar11", data.NAMES, "cifar10"),
+        ("xyz", data.NAMES, ""),
+        ("cup", common.VARIANTS, "cpu"),
+        ("", common.METHODS, ""),
     ],
-)  # fmt: skip
+)
 def test_the_nearest_name(word, known, expected):
     assert errors.nearest(word, known) == (f" (did you mean {expected}?)" if expected else "")
 
@@ -240,10 +244,12 @@ def mutated(rng):
         i = rng.randrange(len(word))
         kind = rng.choice(("drop", "double", "swap", "split", "other"))
         line[at] = {
-            "drop": word[:i] + word[i + 1 :], "double": word[:i] + word[i] + word[i:],
-            "swap": word[:i] + word[i : i + 2][::-1] + word[i + 2 :], "split": word[:i] + " " + word[i:],
+            "drop": word[:i] + word[i + 1 :],
+            "double": word[:i] + word[i] + word[i:],
+            "swap": word[:i] + word[i : i + 2][::-1] + word[i + 2 :],
+            "split": word[:i] + " " + word[i:],
             "other": word[:i] + rng.choice(LETTERS) + word[i + 1 :],
-        }[kind]  # fmt: skip
+        }[kind]
     if rng.random() < 0.2:
         rng.shuffle(line)
     return line

@@ -126,9 +126,12 @@ def test_hyperparameters_of_the_paper(name, expected):
     """Appendix D, footnote 4 and section 4.2 of arXiv 2006.07682; step sizes of the authors' code."""
     config = get_config(name, "clustr_qtrades")
     found = dict(
-        lam=config.train.lam, alpha=config.magnet.alpha, epochs=config.train.epochs,
-        target=config.warmup.target, nearest=config.eval.nearest,
-    )  # fmt: skip
+        lam=config.train.lam,
+        alpha=config.magnet.alpha,
+        epochs=config.train.epochs,
+        target=config.warmup.target,
+        nearest=config.eval.nearest,
+    )
     assert found == expected
     assert (config.warmup.lr, config.warmup.epochs, config.warmup.milestones) == (1e-2, 90, (30, 60))
     assert (config.train.lr, config.train.milestones) == (1e-4, ())

@@ -19,10 +19,14 @@ STEPS = TEXT.split("### Worked example: a method")[1].split("\n## ")[0]
 # The files that a checkout has for these tests; links are enough for what the steps leave alone.
 EDITED = ("clustr_jax/training/objectives.py", "configs/common.py", "tests/test_objectives.py", "README.md")
 TESTS = (
-    "tests/test_objectives.py", "tests/test_readme.py::test_names_in_backticks",
-    "tests/test_batch_statistics.py", "tests/test_usage.py",
-    "tests/test_configs_train_steps.py", "tests/test_configs_values.py", "tests/test_configs_mistakes.py",
-)  # fmt: skip
+    "tests/test_objectives.py",
+    "tests/test_readme.py::test_names_in_backticks",
+    "tests/test_batch_statistics.py",
+    "tests/test_usage.py",
+    "tests/test_configs_train_steps.py",
+    "tests/test_configs_values.py",
+    "tests/test_configs_mistakes.py",
+)
 
 
 def blocks():
@@ -83,9 +87,13 @@ def test_the_worked_example(copy, shared):
     assert re.search(r"\d+ passed", output)
     workdir = copy / "runs" / "pairing"
     output = finished(
-        copy, "run.py", "--config=digits:pairing", "--config.smoke=True", f"--workdir={workdir}",
+        copy,
+        "run.py",
+        "--config=digits:pairing",
+        "--config.smoke=True",
+        f"--workdir={workdir}",
         XDG_CACHE_HOME=str(shared / "cache"),
         XLA_FLAGS=os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0",
-    )  # fmt: skip
+    )
     assert "pairing on digits" in output and "robust accuracy" in output
     assert read(workdir / "results" / "sound.json")["method"] == "pairing"

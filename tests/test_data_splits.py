@@ -116,9 +116,11 @@ def test_a_digest_names_images_and_labels_and_their_order():
     label = split.labels.copy()
     label[5] = 9 - label[5]
     others = (
-        dataclasses.replace(split, images=pixel), dataclasses.replace(split, labels=label),
-        split.take(slice(None, None, -1), ""), split.take(slice(0, 358), ""),
-    )  # fmt: skip
+        dataclasses.replace(split, images=pixel),
+        dataclasses.replace(split, labels=label),
+        split.take(slice(None, None, -1), ""),
+        split.take(slice(0, 358), ""),
+    )
     assert len({data.digest(s) for s in (split, *others)}) == 5
     assert data.digest(split) == data.digest(split.take(slice(None), "said otherwise"))
     assert data.digest(split, others[0]) != data.digest(others[0], split)

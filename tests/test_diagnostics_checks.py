@@ -34,9 +34,12 @@ def test_a_healthy_classifier_passes(part):
     checks = list(getattr(probe(), part)())
     assert checks and all(check.status == PASS and fits(check) for check in checks), checks
     expected = {
-        "outputs": [2, 3, 26], "gradients": [4, 22, 28], "precision": [5], "effort": [1, 7, 25, 10, 20],
+        "outputs": [2, 3, 26],
+        "gradients": [4, 22, 28],
+        "precision": [5],
+        "effort": [1, 7, 25, 10, 20],
         "black_box": [24, 27],
-    }[part]  # fmt: skip
+    }[part]
     assert [check.number for check in checks] == expected
 
 
@@ -97,9 +100,12 @@ def test_probabilities_fail_and_bounded_scores_warn():
         return np.exp(-np.square(linear(x)))
 
     for logits, status, word in (
-        (probabilities, FAIL, "probabilities"), (exp_scores, WARN, "bounded scores"), (linear, PASS, ""),
-        (lambda x: np.full((len(x), 5), np.nan), FAIL, "not finite"), (lambda x: linear(x) / 100, WARN, ""),
-    ):  # fmt: skip
+        (probabilities, FAIL, "probabilities"),
+        (exp_scores, WARN, "bounded scores"),
+        (linear, PASS, ""),
+        (lambda x: np.full((len(x), 5), np.nan), FAIL, "not finite"),
+        (lambda x: linear(x) / 100, WARN, ""),
+    ):
         _, span, _ = outputs_of(logits)
         assert (span.number, span.status) == (3, status) and word in span.note
 

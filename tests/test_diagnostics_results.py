@@ -48,16 +48,19 @@ def test_a_healthy_result():
     assert got == {8: PASS, 9: PASS, 23: PASS, 11: PASS, 12: PASS, 13: PASS, 14: PASS, 15: PASS, 19: WARN}
 
 
-@pytest.mark.parametrize(("change", "number", "status"), [
-    ({"curves/margin": {"restarts": [[1, 0.7], [5, 0.6]]}}, 9, WARN),
-    ({"curves/margin": {"restarts": [[1, 0.6]]}, "curves/ce": {"restarts": [[1, 0.6]]}}, 9, SKIP),
-    ({"curves/eps": [[0.0, 0.9], [0.1, 0.5], [0.5, 0.2], [1.0, 0.0]]}, 23, FAIL),
-    ({"unconfirmed": 2}, 8, FAIL),
-    ({"unconfirmed": None}, 8, SKIP),
-    ({"unbounded": 0.02}, 11, FAIL),
-    ({"unbounded": 0.01}, 11, PASS),
-    ({"unbounded": None}, 11, SKIP),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "number", "status"),
+    [
+        ({"curves/margin": {"restarts": [[1, 0.7], [5, 0.6]]}}, 9, WARN),
+        ({"curves/margin": {"restarts": [[1, 0.6]]}, "curves/ce": {"restarts": [[1, 0.6]]}}, 9, SKIP),
+        ({"curves/eps": [[0.0, 0.9], [0.1, 0.5], [0.5, 0.2], [1.0, 0.0]]}, 23, FAIL),
+        ({"unconfirmed": 2}, 8, FAIL),
+        ({"unconfirmed": None}, 8, SKIP),
+        ({"unbounded": 0.02}, 11, FAIL),
+        ({"unbounded": 0.01}, 11, PASS),
+        ({"unbounded": None}, 11, SKIP),
+    ],
+)
 def test_what_a_result_gives_away(change, number, status):
     assert statuses(*result(**change))[number] == status
 
@@ -83,9 +86,10 @@ def test_black_boxes_and_adaptive_attacks():
 
 
 def test_lost_successes_are_quoted():
-    notes = {c.number: c.note for c in checks.from_result(
-        *result(), {"robust": 0.7, "successes_lost_by_max_loss_rule": 13}
-    )}  # fmt: skip
+    notes = {
+        c.number: c.note
+        for c in checks.from_result(*result(), {"robust": 0.7, "successes_lost_by_max_loss_rule": 13})
+    }
     assert "13" in notes[9]
 
 
@@ -109,13 +113,16 @@ def checks_of(**by_status):
     return [Check(n, "", status, None, "") for status, numbers in by_status.items() for n in numbers]
 
 
-@pytest.mark.parametrize(("listed", "ending"), [
-    (checks_of(PASS=[1, 2], SKIP=[18]), "(no check failed)"),
-    (checks_of(PASS=[1, 2], WARN=[9], SKIP=[18]), "(no check failed; 9 warns)"),
-    (checks_of(PASS=[1, 9], WARN=[9, 6], SKIP=[18]), "(no check failed; 6, 9 warn)"),
-    (checks_of(PASS=[1], FAIL=[4]), "(expect less: check 4 failed)"),
-    (checks_of(FAIL=[4, 6, 12], WARN=[7]), "(expect less: checks 4, 6, 12 failed)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("listed", "ending"),
+    [
+        (checks_of(PASS=[1, 2], SKIP=[18]), "(no check failed)"),
+        (checks_of(PASS=[1, 2], WARN=[9], SKIP=[18]), "(no check failed; 9 warns)"),
+        (checks_of(PASS=[1, 9], WARN=[9, 6], SKIP=[18]), "(no check failed; 6, 9 warn)"),
+        (checks_of(PASS=[1], FAIL=[4]), "(expect less: check 4 failed)"),
+        (checks_of(FAIL=[4, 6, 12], WARN=[7]), "(expect less: checks 4, 6, 12 failed)"),
+    ],
+)
 def test_verdict(listed, ending):
     """The issue's sentence, with the Wilson interval of 50 in 100."""
     found = {"robust": 0.5, "eps": 8 / 255, "n": 100}

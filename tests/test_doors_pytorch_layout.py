@@ -55,8 +55,11 @@ def random_state(width=4, classes=5):
 
     def norm(name, features):
         for part, low, high in (
-            ("weight", 0.5, 1.5), ("bias", -0.3, 0.3), ("running_mean", -0.3, 0.3), ("running_var", 0.5, 1.5)
-        ):  # fmt: skip
+            ("weight", 0.5, 1.5),
+            ("bias", -0.3, 0.3),
+            ("running_mean", -0.3, 0.3),
+            ("running_var", 0.5, 1.5),
+        ):
             state[f"{name}.{part}"] = low + (high - low) * torch.rand(features, generator=generator)
         state[f"{name}.num_batches_tracked"] = torch.tensor(7)
 

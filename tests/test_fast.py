@@ -181,9 +181,10 @@ def test_biases_of_batch_norm_have_a_rate_of_their_own(rng):
     transform, _ = trainers.optimizer(Recipe.of(recipe), 5)
     update = transform.update(gradient, transform.init(params), params)[0]
     expected = {
-        "norm_0": {"bias": -(64 + 0.2)}, "BatchNorm_1": {"bias": -(64 + 0.3)},
+        "norm_0": {"bias": -(64 + 0.2)},
+        "BatchNorm_1": {"bias": -(64 + 0.3)},
         "head": {"bias": -1.4, "kernel": -1.5},
-    }  # fmt: skip
+    }
     for found, wanted in zip(jax.tree.leaves(update), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 

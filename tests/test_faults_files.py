@@ -130,10 +130,13 @@ def test_damaged_checkpoints(stage, table, capsys):
         assert_same_arrays(mended.model(abstract), expected)
         mended.close()
         shutil.rmtree(root)
-    table.append((
-        "damaged checkpoint files (" + ", ".join(f"{v} x {k}" for k, v in sorted(kinds.items())) + ")", FILES,
-        "0 accepted silently; each named, and the checkpoint before it used",
-    ))  # fmt: skip
+    table.append(
+        (
+            "damaged checkpoint files (" + ", ".join(f"{v} x {k}" for k, v in sorted(kinds.items())) + ")",
+            FILES,
+            "0 accepted silently; each named, and the checkpoint before it used",
+        )
+    )
 
 
 def test_advice_for_a_damaged_last_checkpoint(stage, reference_stage):
@@ -201,9 +204,10 @@ def test_a_data_file_that_went_away(attempt, data_dir, tmp_path, table):
         if content is not None:
             path.write_bytes(content[: len(content) // 2])
         code, stderr = attempt(
-            f"--config={ROOT}/configs/cifar10.py:nominal", f"--config.data.dir={folder}",
+            f"--config={ROOT}/configs/cifar10.py:nominal",
+            f"--config.data.dir={folder}",
             f"--workdir={tmp_path / 'run'}",
-        )  # fmt: skip
+        )
         assert code == 2 and "cannot read cifar10/train" in stderr
         assert_one_line(stderr)
     table.append(("a data file deleted, and cut off", 2, "one line that names it"))
@@ -226,9 +230,11 @@ def test_files_that_cannot_be_written_any_more(start, run, tmp_path, table):
     folder = tmp_path / "run"
     arguments = (f"{TOY}:nominal", "--config.smoke=true", "--stages=2_train", f"--workdir={folder}")
     process = start(
-        *arguments, program=("-c", LIMITED, "3000", str(ROOT)), GLIBC_TUNABLES="glibc.malloc.hugetlb=1",
+        *arguments,
+        program=("-c", LIMITED, "3000", str(ROOT)),
+        GLIBC_TUNABLES="glibc.malloc.hugetlb=1",
         JAX_ENABLE_COMPILATION_CACHE="false",
-    )  # fmt: skip
+    )
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 2, stdout + stderr
     assert "error: " in stderr and "Traceback" not in stderr

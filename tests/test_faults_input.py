@@ -90,9 +90,13 @@ def test_mutated_command_lines(attempt, monkeypatch, tmp_path, counts, table):
     number = 0
 
     @settings(
-        max_examples=INPUTS, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+        max_examples=INPUTS,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(commands())
     def each(arguments):
         nonlocal number
@@ -103,10 +107,13 @@ def test_mutated_command_lines(attempt, monkeypatch, tmp_path, counts, table):
         shutil.rmtree(folder, ignore_errors=True)
 
     each()
-    table.append((
-        "mutated command lines", counts["accepted"] + counts["told"],
-        f"{counts['told']} told in one line with exit code 2, {counts['accepted']} valid; no traceback",
-    ))  # fmt: skip
+    table.append(
+        (
+            "mutated command lines",
+            counts["accepted"] + counts["told"],
+            f"{counts['told']} told in one line with exit code 2, {counts['accepted']} valid; no traceback",
+        )
+    )
 
 
 GOOD = (
@@ -130,7 +137,10 @@ def test_mutated_config_files(attempt, monkeypatch, tmp_path, counts, table):
         folder = tmp_path / f"run-{number}"
         assert_told(attempt, (f"--config={path}:nominal", f"--workdir={folder}"), counts)
         shutil.rmtree(folder, ignore_errors=True)
-    table.append((
-        "mutated config files", counts["accepted"] + counts["told"],
-        f"{counts['told']} told in one line with exit code 2, {counts['accepted']} valid; no traceback",
-    ))  # fmt: skip
+    table.append(
+        (
+            "mutated config files",
+            counts["accepted"] + counts["told"],
+            f"{counts['told']} told in one line with exit code 2, {counts['accepted']} valid; no traceback",
+        )
+    )

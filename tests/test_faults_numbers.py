@@ -38,9 +38,13 @@ def test_a_loss_that_is_not_finite(method, attempt, tmp_path, table):
     if method != "nominal":
         assert kept["x_adv"].shape == kept["x"].shape
         return
-    table.append((
-        "a loss that is not finite", 2, "stopped with its step and batch; or passed over and counted",
-    ))  # fmt: skip
+    table.append(
+        (
+            "a loss that is not finite",
+            2,
+            "stopped with its step and batch; or passed over and counted",
+        )
+    )
 
 
 def test_no_duration_comes_from_the_wall_clock(table):

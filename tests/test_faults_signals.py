@@ -58,19 +58,25 @@ def test_kills_at_random_moments(reference, start, run, tmp_path, table):
         shutil.rmtree(folder)
     assert max(longest.values()) < LIMIT_SECONDS
     seconds = ", ".join(f"{name} to exit at most {s:.1f} s" for name, s in sorted(longest.items()))
-    table.append((
-        "SIGKILL, SIGTERM, SIGINT at random moments over all stages (digits)", kills,
-        f"all resumed: parameters, clusters, metrics and results bit-identical; {seconds}",
-    ))  # fmt: skip
+    table.append(
+        (
+            "SIGKILL, SIGTERM, SIGINT at random moments over all stages (digits)",
+            kills,
+            f"all resumed: parameters, clusters, metrics and results bit-identical; {seconds}",
+        )
+    )
 
 
 @pytest.mark.long
 def test_sigterm_while_a_larger_network_trains(start, data_dir, tmp_path, table):
     """resnet8 on CIFAR-10: first during the compilation, then during training."""
     arguments = (
-        f"--config={ROOT}/configs/cifar10.py:nominal,cpu", "--config.data.train_size=1000",
-        "--config.data.test_size=100", "--config.eval.n=20", f"--workdir={tmp_path / 'run'}",
-    )  # fmt: skip
+        f"--config={ROOT}/configs/cifar10.py:nominal,cpu",
+        "--config.data.train_size=1000",
+        "--config.data.test_size=100",
+        "--config.eval.n=20",
+        f"--workdir={tmp_path / 'run'}",
+    )
     taken = []
     for wanted in (tmp_path / "run" / "config.json", tmp_path / "run" / "metrics.jsonl"):
         process = start(*arguments)
@@ -84,10 +90,13 @@ def test_sigterm_while_a_larger_network_trains(start, data_dir, tmp_path, table)
         taken.append(time.monotonic() - started)
         assert process.returncode == preemption.EXIT_CODE and "stopped by SIGTERM" in stderr
     assert max(taken) < LIMIT_SECONDS
-    table.append((
-        "SIGTERM in compilation and in training (resnet8, CIFAR-10)", 2,
-        f"exit code {preemption.EXIT_CODE} after {taken[0]:.1f} and {taken[1]:.1f} s",
-    ))  # fmt: skip
+    table.append(
+        (
+            "SIGTERM in compilation and in training (resnet8, CIFAR-10)",
+            2,
+            f"exit code {preemption.EXIT_CODE} after {taken[0]:.1f} and {taken[1]:.1f} s",
+        )
+    )
 
 
 def test_ctrl_c_is_not_lost_while_modules_are_imported(start, tmp_path):

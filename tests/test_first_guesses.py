@@ -147,7 +147,7 @@ def script(shell):
         ("clustr-jax train --config.train.attack.e", "--config.train.attack.eps=", "--config.train.epochs="),
         ("clustr-jax completion ", "bash zsh fish", "train"),
     ],
-)  # fmt: skip
+)
 def test_bash_completes(line, offered, left_out, breaks, tmp_path):
     """As readline would have it: what is offered replaces the word after its last break."""
     (tmp_path / "script").write_text(script("bash"))

@@ -75,9 +75,11 @@ def test_an_npz(channels, tmp_path, rng):
     """uint8 [N, H, W] or [N, H, W, C], any whole-number labels; numbers for class names."""
     shape = (6, 5) if channels is None else (6, 5, channels)
     made = arrays(
-        rng, x_train=rng.integers(0, 256, (12, *shape)).astype(np.uint8),
-        x_test=rng.integers(0, 256, (5, *shape)).astype(np.uint8), y_test=np.zeros(5, np.uint8),
-    )  # fmt: skip
+        rng,
+        x_train=rng.integers(0, 256, (12, *shape)).astype(np.uint8),
+        x_test=rng.integers(0, 256, (5, *shape)).astype(np.uint8),
+        y_test=np.zeros(5, np.uint8),
+    )
     np.savez(tmp_path / "mine.npz", **made)
     for split in ("train", "test"):
         found = data.load_split("folder", split, str(tmp_path / "mine.npz"))

@@ -77,9 +77,12 @@ def test_the_set_is_called_after_its_folder(tmp_path):
     # a dot is part of a folder's name; the figures of a known set are not those of own images called so
     (tmp_path / "birds.v2").mkdir()
     for place, label in (
-        ("birds.v2", "birds.v2"), ("birds.v2.npz", "birds.v2"), ("cifar10", "own-cifar10"),
-        ("svhn.npz", "own-svhn"), ("toy2d_pairs", "own-toy2d_pairs"),
-    ):  # fmt: skip
+        ("birds.v2", "birds.v2"),
+        ("birds.v2.npz", "birds.v2"),
+        ("cifar10", "own-cifar10"),
+        ("svhn.npz", "own-svhn"),
+        ("toy2d_pairs", "own-toy2d_pairs"),
+    ):
         assert data.label(DataSettings(**dict(name="folder", dir=str(tmp_path / place)))) == label
     assert data.label(DataSettings(**dict(name="svhn", dir=""))) == "svhn_cropped"
 

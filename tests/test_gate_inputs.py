@@ -88,7 +88,7 @@ def inputs():
         "noise by place": (dict(f=noisy), "in another batch"),
         "chance": (dict(f=by_chance), "a second time"),
         "NumPy's chance": (dict(f=lambda x: linear(x) + np.random.normal()), "each time it is traced"),
-    }  # fmt: skip
+    }
 
 
 def noisy(x):

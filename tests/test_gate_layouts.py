@@ -33,12 +33,15 @@ def test_its_own_call_takes_images_of_channels_last():
     np.testing.assert_allclose(attacks.wrap(first, layout="NCHW")(x), last(x), atol=1e-6)
 
 
-@pytest.mark.parametrize("door", [
-    lambda key, f, x, y: attacks.pgd(key, f, x, y, eps=0.05, step_size=0.02, steps=4),
-    lambda key, f, x, y: attacks.apgd(key, f, x, y, eps=0.05, steps=4, slots=12),
-    lambda key, f, x, y: attacks.square(key, f, x, y, eps=0.05, queries=8, slots=12),
-    lambda key, f, x, y: jax.jit(lambda f, x: attacks.fgsm(key, f, x, y, eps=0.05))(f, x),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "door",
+    [
+        lambda key, f, x, y: attacks.pgd(key, f, x, y, eps=0.05, step_size=0.02, steps=4),
+        lambda key, f, x, y: attacks.apgd(key, f, x, y, eps=0.05, steps=4, slots=12),
+        lambda key, f, x, y: attacks.square(key, f, x, y, eps=0.05, queries=8, slots=12),
+        lambda key, f, x, y: jax.jit(lambda f, x: attacks.fgsm(key, f, x, y, eps=0.05))(f, x),
+    ],
+)
 def test_attacks_are_those_on_the_transposed_model(door):
     x, y = images()
     found = door(jax.random.key(0), attacks.wrap(first, layout="NCHW"), x, y)

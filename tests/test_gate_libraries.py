@@ -250,7 +250,8 @@ def training():
         "nnx in a lambda": (lambda x: nnx_training(x), "model.eval()"),
         "equinox": (Batched(dropout), "inference_mode"),
         "equinox, one key": (
-            lambda x: jax.vmap(dropout)(x, jax.random.split(jax.random.key(1), len(x))), "inference_mode",
+            lambda x: jax.vmap(dropout)(x, jax.random.split(jax.random.key(1), len(x))),
+            "inference_mode",
         ),
         "Keras": (lambda x: in_training(x, training=True), "training=False"),
         "linen": (
@@ -258,7 +259,7 @@ def training():
             "use_running_average",
         ),
         "single images": (Equinox(jax.random.key(0)), "jax.vmap"),
-    }  # fmt: skip
+    }
 
 
 def test_haiku_in_training_mode_is_refused_with_the_way_out():

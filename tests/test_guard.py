@@ -93,9 +93,11 @@ def test_the_remedy_names_the_setting():
 # Runs. A consistency term that nothing holds against makes all features one.
 
 BROKEN = (
-    "--config.train.lr=0.1", "--config.train.lam=1000.0",
-    "--config.warmup.epochs=3", "--config.train.epochs=3",
-)  # fmt: skip
+    "--config.train.lr=0.1",
+    "--config.train.lam=1000.0",
+    "--config.warmup.epochs=3",
+    "--config.train.epochs=3",
+)
 
 
 @pytest.mark.slow

@@ -131,14 +131,17 @@ def test_a_finished_folder_is_read_and_another_call_refused(judgement, tmp_path,
         judged(folder=tmp_path, seed=1)
 
 
-@pytest.mark.parametrize(("settings", "text"), [
-    (dict(protocol="sound-1"), "did you mean sound-"),
-    (dict(norm="l1"), "norm must be one of"),
-    (dict(eps=-1.0), "eps must be >= 0"),
-    (dict(slots=0), "slots must be at least 1"),
-    (dict(folder=""), "folder must be a path"),
-    (dict(x=np.zeros((0, 6, 6, 1), np.float32), y=np.zeros(0, int)), "no images"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (dict(protocol="sound-1"), "did you mean sound-"),
+        (dict(norm="l1"), "norm must be one of"),
+        (dict(eps=-1.0), "eps must be >= 0"),
+        (dict(slots=0), "slots must be at least 1"),
+        (dict(folder=""), "folder must be a path"),
+        (dict(x=np.zeros((0, 6, 6, 1), np.float32), y=np.zeros(0, int)), "no images"),
+    ],
+)
 def test_mistakes_are_refused(settings, text):
     x, y = images()
     with pytest.raises(UserError, match=text):

@@ -47,16 +47,19 @@ def test_a_model_and_its_images_by_name(place, capsys):
     assert main(["verify", "judgement", "--model=own_model:curved"]) == 0
 
 
-@pytest.mark.parametrize(("words", "text"), [
-    (["own_model:make", "--data=images.npz", "--eps=8/0"], "expected a number or a fraction like 8/255"),
-    (["own_model:none", "--data=images.npz", "--eps=0.1"], "own_model:none"),
-    (["own_model:probabilities", "--data=images.npz", "--eps=0.1"], "returned probabilities"),
-    (["own_model:make", "--data=none.npz", "--eps=0.1"], "unknown data set"),
-    (["own_model:make", "--data=broken.npz", "--eps=0.1"], "cannot be read"),
-    (["own_model:make", "--data=other.npz", "--eps=0.1"], "expected x and y"),
-    (["own_model:make", "--data=images.npz", "--eps=0.1", "--n=-1"], "--n must be >= 0"),
-    (["own_model", "--data=images.npz", "--eps=0.1"], "expected module:function"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["own_model:make", "--data=images.npz", "--eps=8/0"], "expected a number or a fraction like 8/255"),
+        (["own_model:none", "--data=images.npz", "--eps=0.1"], "own_model:none"),
+        (["own_model:probabilities", "--data=images.npz", "--eps=0.1"], "returned probabilities"),
+        (["own_model:make", "--data=none.npz", "--eps=0.1"], "unknown data set"),
+        (["own_model:make", "--data=broken.npz", "--eps=0.1"], "cannot be read"),
+        (["own_model:make", "--data=other.npz", "--eps=0.1"], "expected x and y"),
+        (["own_model:make", "--data=images.npz", "--eps=0.1", "--n=-1"], "--n must be >= 0"),
+        (["own_model", "--data=images.npz", "--eps=0.1"], "expected module:function"),
+    ],
+)
 def test_mistakes_are_one_line(place, capsys, words, text):
     (place / "broken.npz").write_bytes(b"nothing")
     np.savez(place / "other.npz", a=np.zeros(3))

@@ -92,9 +92,13 @@ def of_channels_first():
 
 
 MODELS = {
-    "nnx": of_nnx, "linen": lambda: Linen().bind(params()), "equinox": of_equinox, "keras": of_keras,
-    "huggingface": lambda: HuggingFace(params()), "channels first": of_channels_first,
-}  # fmt: skip
+    "nnx": of_nnx,
+    "linen": lambda: Linen().bind(params()),
+    "equinox": of_equinox,
+    "keras": of_keras,
+    "huggingface": lambda: HuggingFace(params()),
+    "channels first": of_channels_first,
+}
 
 
 def logits_of(model, x):

@@ -15,9 +15,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 HEAVY = {*sum(EXTRAS.values(), ())}
 # Of a package, its name on the index where that is another one.
 ON_THE_INDEX = {
-    "orbax": "orbax-checkpoint", "tensorflow_datasets": "tensorflow-datasets", "PIL": "pillow",
-    "absl": "absl-py", "sklearn": "scikit-learn",
-}  # fmt: skip
+    "orbax": "orbax-checkpoint",
+    "tensorflow_datasets": "tensorflow-datasets",
+    "PIL": "pillow",
+    "absl": "absl-py",
+    "sklearn": "scikit-learn",
+}
 
 
 def python(code):
@@ -27,13 +30,16 @@ def python(code):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("what", [
-    "import clustr_jax",
-    "from clustr_jax import attacks, losses, clusters, certify, lipschitz, kmeans",
-    "from clustr_jax import Clusters, Classifier, UserError",
-    "from clustr_jax.settings import EvalSettings",
-    "from clustr_jax import judge, verify",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "what",
+    [
+        "import clustr_jax",
+        "from clustr_jax import attacks, losses, clusters, certify, lipschitz, kmeans",
+        "from clustr_jax import Clusters, Classifier, UserError",
+        "from clustr_jax.settings import EvalSettings",
+        "from clustr_jax import judge, verify",
+    ],
+)
 def test_the_core_imports_nothing_heavy(what):
     listed = "json.dumps(sorted({m.split('.')[0] for m in sys.modules}))"
     found = python(f"{what}; import json, sys; print({listed})")
@@ -84,12 +90,15 @@ print(json.dumps([j.robust, clustr_jax.verify({str(tmp_path)!r}, logits).ok]))
     assert {p.name for p in tmp_path.iterdir()} == {"judgement.json", "witness.npz", "CARD.md"}
 
 
-@pytest.mark.parametrize(("code", "package", "extra"), [
-    ("clustr_jax.load", "flax", "train"),
-    ("clustr_jax.stages", "optax", "train"),
-    ("clustr_jax.models", "flax", "train"),
-    ("clustr_jax.report", "jinja2", "report"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("code", "package", "extra"),
+    [
+        ("clustr_jax.load", "flax", "train"),
+        ("clustr_jax.stages", "optax", "train"),
+        ("clustr_jax.models", "flax", "train"),
+        ("clustr_jax.report", "jinja2", "report"),
+    ],
+)
 def test_what_is_missing_is_named_with_its_command(code, package, extra):
     name = code.partition(".")[2]
     attempt = f"""

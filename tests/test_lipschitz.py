@@ -107,11 +107,14 @@ def test_the_final_bound_is_rounded_up():
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 IMAGES = dict(num_classes=3, width=4, input_shape=(8, 8, 3), mean=MEAN, std=STD)
 SETTINGS = {
-    "resnet8": IMAGES, "resnet18": IMAGES | {"width": 2}, "cnn": IMAGES,
+    "resnet8": IMAGES,
+    "resnet18": IMAGES | {"width": 2},
+    "cnn": IMAGES,
     "mlp": dict(num_classes=3, width=6, input_shape=(2,), mean=(0.0,), std=(0.5,)),
-    "lip_sll": IMAGES | {"std": (1.0,)}, "lip_aol": IMAGES | {"std": (1.0,)},
+    "lip_sll": IMAGES | {"std": (1.0,)},
+    "lip_aol": IMAGES | {"std": (1.0,)},
     "lip_cpl": IMAGES | {"std": (1.0,)},
-}  # fmt: skip
+}
 
 
 @functools.cache

@@ -23,8 +23,11 @@ def setup(tmp_path):
         environment = {"PATH": str(tools), "HOME": str(tmp_path / "home")}
         done = subprocess.run(
             ["make", "setup", "ACCEL=cpu", f"VENV={tmp_path}/venv", *arguments],
-            cwd=ROOT, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         return done.returncode, done.stdout + done.stderr
 
     return go
@@ -38,13 +41,16 @@ def python(path, answer):
     return path
 
 
-@pytest.mark.parametrize("place", [
-    ".pyenv/versions/3.13.0/bin/python3.13",
-    ".pyenv/versions/3.12.7/bin/python3.12",
-    ".local/share/uv/python/cpython-3.13.2-linux-x86_64-gnu/bin/python3.13",
-    "miniconda3/envs/mine/bin/python3.12",
-    "miniforge3/bin/python3.13",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "place",
+    [
+        ".pyenv/versions/3.13.0/bin/python3.13",
+        ".pyenv/versions/3.12.7/bin/python3.12",
+        ".local/share/uv/python/cpython-3.13.2-linux-x86_64-gnu/bin/python3.13",
+        "miniconda3/envs/mine/bin/python3.12",
+        "miniforge3/bin/python3.13",
+    ],
+)
 def test_an_interpreter_of_a_version_manager_is_found(setup, tmp_path, place):
     """Where the PATH has shims that do not run and a python3 that is too old."""
     for name in ("python3.13", "python3.12", "python3"):

@@ -36,8 +36,11 @@ def on_devices(*arguments):
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
     done = subprocess.run(
         [sys.executable, str(HERE / "on_devices.py"), *arguments],
-        env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -84,7 +87,9 @@ def test_collectives_in_a_queue_do_not_wait_for_each_other_forever():
     done = subprocess.run(
         [sys.executable, str(HERE / "queued_collectives.py")],
         env=kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent), "NPROC": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > 1

@@ -34,10 +34,12 @@ def test_labels_are_checked_before_they_are_narrowed(name, value, tmp_path, rng)
 @pytest.mark.parametrize(
     ("labels", "hint"),
     [
-        (np.zeros((12, 1), int), ".ravel()"), (np.eye(12, dtype=int), ".argmax(1)"),
-        (np.zeros(12), ".astype(np.int64)"), (np.zeros(12, bool), "whole numbers"),
+        (np.zeros((12, 1), int), ".ravel()"),
+        (np.eye(12, dtype=int), ".argmax(1)"),
+        (np.zeros(12), ".astype(np.int64)"),
+        (np.zeros(12, bool), "whole numbers"),
     ],
-)  # fmt: skip
+)
 def test_labels_in_another_form_are_refused_with_what_to_do(labels, hint, tmp_path, rng):
     np.savez(tmp_path / "a.npz", **arrays(rng, y_train=labels))
     assert hint in refused(tmp_path / "a.npz")

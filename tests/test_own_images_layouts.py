@@ -47,7 +47,7 @@ def _loose(root):
         (_flat, "are the classes"),
         (_loose, "has 1 images itself"),
     ],
-)  # fmt: skip
+)
 def test_folders_laid_out_otherwise(change, words, tmp_path, rng):
     import re
 

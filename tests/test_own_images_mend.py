@@ -33,9 +33,13 @@ def test_all_faults_are_told_together_and_the_command_mends_them(tmp_path, rng, 
     shutil.copy(root / "train/c01/020.png", root / "test/c01/leak.png")
     message = refused(root)
     for count in (
-        "42 images of another size or kind", "1 images of mode RGBA", "1 images of mode CMYK",
-        "1 files of other kinds", "1 folders inside classes", "1 damaged images",
-    ):  # fmt: skip
+        "42 images of another size or kind",
+        "1 images of mode RGBA",
+        "1 images of mode CMYK",
+        "1 files of other kinds",
+        "1 folders inside classes",
+        "1 damaged images",
+    ):
         assert count in message, message
     command = shlex.split(message.split("a copy without such: ")[1])
     assert command == ["python", "-m", "clustr_jax.data.mend", "own", "MENDED"]
@@ -65,10 +69,12 @@ def test_mend_refuses_what_it_cannot(tmp_path, rng, capsys):
     (tmp_path / "broken/train/a").mkdir(parents=True)
     (tmp_path / "broken/train/a/x.png").write_text("x")
     for arguments, words in (
-        (["none", "out"], "is no folder"), (["own", "own"], "is there already"),
-        (["empty", "out"], "has no images in train"), (["broken", "out"], "can be read"),
+        (["none", "out"], "is no folder"),
+        (["own", "own"], "is there already"),
+        (["empty", "out"], "has no images in train"),
+        (["broken", "out"], "can be read"),
         (["own", "out", "--size", "32"], "HEIGHTxWIDTH"),
-    ):  # fmt: skip
+    ):
         arguments[:2] = [str(tmp_path / name) for name in arguments[:2]]
         assert mend.main(arguments) == 2
         assert words in capsys.readouterr().err

@@ -67,10 +67,13 @@ def test_each_row_switches_one_departure_off(small):
         for name, (f, attack, restarts) in zip(NAMES, seen, strict=True)
     }
     assert settings == {
-        "none": (True, True, False, RESTARTS), "exp_scores": (False, True, False, RESTARTS),
-        "mean_loss": (True, False, False, RESTARTS), "max_loss": (True, True, False, RESTARTS),
-        "start_outside": (True, True, True, RESTARTS), "all": (False, False, True, RESTARTS),
-    }  # fmt: skip
+        "none": (True, True, False, RESTARTS),
+        "exp_scores": (False, True, False, RESTARTS),
+        "mean_loss": (True, False, False, RESTARTS),
+        "max_loss": (True, True, False, RESTARTS),
+        "start_outside": (True, True, True, RESTARTS),
+        "all": (False, False, True, RESTARTS),
+    }
     clf, examples, _ = small
     right = np.asarray(clf.predict(examples.x)) == examples.y
     assert not right[:24].all()
@@ -185,11 +188,13 @@ def test_a_linear_head_is_refused(tmp_path, capsys, monkeypatch, small):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--n=0", "must be at least 1"), ("--steps=0", "must be at least 1"),
-        ("--restarts=-1", "must be at least 1"), ("--eps=-0.1", "must be above 0"),
+        ("--n=0", "must be at least 1"),
+        ("--steps=0", "must be at least 1"),
+        ("--restarts=-1", "must be at least 1"),
+        ("--eps=-0.1", "must be above 0"),
         ("--step_size=0", "must be above 0"),
     ],
-)  # fmt: skip
+)
 def test_numbers_that_are_too_small_are_refused(flag, message, tmp_path, capsys, monkeypatch, small):
     monkeypatch.setattr(quirks.loading, "load", lambda path: small[0])
     (tmp_path / "config.json").write_text(eval_config().to_json_best_effort())

@@ -153,12 +153,17 @@ def test_what_it_needs(entry):
     """Where something is lacking it is said, and only there."""
     assert entry.lacking(**FITS) == ""
     without = {
-        "images": dict(shape=(8, 36)), "classes": dict(classes=2), "norm": dict(norm="l1"),
+        "images": dict(shape=(8, 36)),
+        "classes": dict(classes=2),
+        "norm": dict(norm="l1"),
         "clusters": dict(clusters=False),
-    }  # fmt: skip
+    }
     needed = {
-        "images": entry.images, "classes": entry.min_classes > 2, "norm": True, "clusters": entry.clusters,
-    }  # fmt: skip
+        "images": entry.images,
+        "classes": entry.min_classes > 2,
+        "norm": True,
+        "clusters": entry.clusters,
+    }
     for name, change in without.items():
         text = entry.lacking(**FITS | change)
         assert bool(text) == needed[name]

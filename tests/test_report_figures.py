@@ -51,12 +51,16 @@ def test_axes_of_few_points_and_few_dimensions(shape, spread, rng):
 
 
 FIGURES = {
-    "Accuracy over the radius": (figures, "over_eps"), "Accuracy over steps": (figures, "over_budget"),
-    "Each attack alone": (figures, "attacks"), "Certified accuracy": (figures, "certified"),
-    "Warm-up: loss": (figures, "_history"), "After: the trained network": (pictures, "_plane"),
-    "Adversarial images": (pictures, "gallery"), "gallery": (page, "png"),
+    "Accuracy over the radius": (figures, "over_eps"),
+    "Accuracy over steps": (figures, "over_budget"),
+    "Each attack alone": (figures, "attacks"),
+    "Certified accuracy": (figures, "certified"),
+    "Warm-up: loss": (figures, "_history"),
+    "After: the trained network": (pictures, "_plane"),
+    "Adversarial images": (pictures, "gallery"),
+    "gallery": (page, "png"),
     "Before: after the warm-up": (pictures, "limits"),
-}  # fmt: skip
+}
 
 
 ERRORS = (

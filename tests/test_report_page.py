@@ -139,7 +139,7 @@ def test_duplicates_and_notes_are_in_the_page_and_the_card(found, card, limit, t
         (("clean", "paper"), "clustr", ("protocol alone is no evidence", "No certificates were")),
         (("sound",), "clustr", ("The checks were not run", "The paper's protocol was not run")),
     ],
-)  # fmt: skip
+)
 def test_missing_results_are_said_and_no_figure_is_empty(names, method, said, tmp_path):
     head = "linear" if method == "trades" else "clusters"
     changes = {"clean": {"head": head}, "sound": {"head": head}}

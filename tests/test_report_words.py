@@ -29,9 +29,10 @@ def test_the_verdict_follows_the_checks(tmp_path):
     none = words.verdict(report.read(make(tmp_path / "none", changes=idle)))
     assert none.status == "UNCHECKED" and "nothing" in none.meaning
     low = {"sound": {"robust": 0.1}}
-    assert "commonest class would score no less: 10.00 %" in words.verdict(
-        report.read(make(tmp_path / "low", changes=low))
-    ).meaning  # fmt: skip
+    assert (
+        "commonest class would score no less: 10.00 %"
+        in words.verdict(report.read(make(tmp_path / "low", changes=low))).meaning
+    )
 
 
 def test_checks_of_earlier_results_are_not_shown(tmp_path):

@@ -297,9 +297,13 @@ def test_the_next_stage_starts_from_the_last_ones_parameters(reference, run, tmp
     # the same through config.init_from, given as a stage's folder
     folder = tmp_path / "init_from"
     run(
-        f"{DIGITS}:magnet", *TINY[1:], "--config.train.epochs=0", "--stages=2_train",
-        f"--config.init_from={reference / '1_warmup'}", f"--workdir={folder}",
-    )  # fmt: skip
+        f"{DIGITS}:magnet",
+        *TINY[1:],
+        "--config.train.epochs=0",
+        "--stages=2_train",
+        f"--config.init_from={reference / '1_warmup'}",
+        f"--workdir={folder}",
+    )
     taken = clustr_jax.load(folder, head="linear")
     assert_same_arrays(taken.variables, clustr_jax.load(reference / "1_warmup").variables)
 

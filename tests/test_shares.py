@@ -23,8 +23,10 @@ from own_images import SIZE, make, refused, section
 
 @given(
     counts=st.lists(st.integers(0, 30), min_size=1, max_size=30).map(np.array),
-    share=st.floats(0, 1), least=st.integers(0, 1), keep=st.integers(0, 1),
-)  # fmt: skip
+    share=st.floats(0, 1),
+    least=st.integers(0, 1),
+    keep=st.integers(0, 1),
+)
 def test_quotas(counts, share, least, keep):
     """The sum, the bounds, and the proportions where no bound is in their way."""
     size = round(share * counts.sum())
@@ -59,9 +61,12 @@ def digest(index):
 
 def split_digests(config):
     train, val, test = data.splits(DataSettings.of(config.data))
-    return len(val), data.digest(val), data.digest(train, val, test), digest(
-        data.stratified(test.labels, 1000 if len(test) > 1000 else 100, 10)
-    )  # fmt: skip
+    return (
+        len(val),
+        data.digest(val),
+        data.digest(train, val, test),
+        digest(data.stratified(test.labels, 1000 if len(test) > 1000 else 100, 10)),
+    )
 
 
 def test_the_held_out_digits_are_what_they_were():
@@ -164,8 +169,9 @@ def by_hand(first, second):
         there.setdefault(image.tobytes(), set()).add(int(label))
     same = [
         int(label) not in there[image.tobytes()]
-        for image, label in zip(second.images, second.labels, strict=True) if image.tobytes() in there
-    ]  # fmt: skip
+        for image, label in zip(second.images, second.labels, strict=True)
+        if image.tobytes() in there
+    ]
     return len(same), sum(same)
 
 
@@ -206,9 +212,10 @@ def test_leaks_between_the_folders_are_said(tmp_path, rng):
 
 
 @given(
-    contents=st.lists(st.integers(0, 12), min_size=6, max_size=60).map(np.array), seed=st.integers(0, 99),
+    contents=st.lists(st.integers(0, 12), min_size=6, max_size=60).map(np.array),
+    seed=st.integers(0, 99),
     share=st.floats(0, 0.9),
-)  # fmt: skip
+)
 def test_what_is_held_out_shares_no_content_with_what_is_left(contents, seed, share):
     labels = np.random.default_rng(seed).integers(0, 3, len(contents))
     hashes = contents.astype(np.uint64)

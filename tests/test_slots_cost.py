@@ -114,7 +114,5 @@ def test_an_attack_is_one_program_however_often_it_comes_back(name, monkeypatch)
     targets = (y[None] + 1) % CLASSES if registry.ATTACKS[name].targets else None
     model = Partial(model)
     before, calls = device_loop.advance._cache_size(), []
-    scheduler.run(
-        attack, jax.random.key(0), model, x, y, slots=SLOTS, targets=targets, report=calls.append
-    )  # fmt: skip
+    scheduler.run(attack, jax.random.key(0), model, x, y, slots=SLOTS, targets=targets, report=calls.append)
     assert len(calls) > 5 and device_loop.advance._cache_size() - before == 1

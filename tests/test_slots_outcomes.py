@@ -50,8 +50,10 @@ def test_outcome_fields():
         assert (spent[:last] == STEPS).all()
         if found.broken[i]:
             assert spent[last] == min(found.step[i] + 1, STEPS)
-    counted = [s[: r + 1].sum() if b else s.sum()
-               for s, r, b in zip(found.spent.T, found.restart, found.broken, strict=True)]  # fmt: skip
+    counted = [
+        s[: r + 1].sum() if b else s.sum()
+        for s, r, b in zip(found.spent.T, found.restart, found.broken, strict=True)
+    ]
     assert found.needed == sum(counted)
 
 

@@ -33,9 +33,13 @@ def test_free_at_is_algorithm_1(rng, box):
     p = problem("free_at", rng, **changes)
     x, y = float64(p.train_set.images)[p.order], np.asarray(p.train_set.labels)[p.order]
     expected = naive.free_at(
-        float64(p.state.params), [(x[:10], y[:10]), (x[10:20], y[10:20])],
-        replays=replays, eps=eps, sgd=naive.Sgd(0.1, 0.01), box=box,
-    )  # fmt: skip
+        float64(p.state.params),
+        [(x[:10], y[:10]), (x[10:20], y[10:20])],
+        replays=replays,
+        eps=eps,
+        sgd=naive.Sgd(0.1, 0.01),
+        box=box,
+    )
     assert len(expected) == 2 * replays
     for i, (params, delta, gradient) in enumerate(expected):
         assert np.abs(gradient).min() > 1e-6  # no sign hangs on rounding

@@ -33,13 +33,16 @@ DOORS = {
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("gs://bucket/run", "gs://bucket/run is an address"), ("s3://b/x.safetensors", "is an address"),
-        ("hdfs:///x", "is an address"), ("file:///tmp/run", "without file://"),
+        ("gs://bucket/run", "gs://bucket/run is an address"),
+        ("s3://b/x.safetensors", "is an address"),
+        ("hdfs:///x", "is an address"),
+        ("file:///tmp/run", "without file://"),
         ("~nobody_here/run", "no such home"),
-        ("a\udcff", "UTF-8"), ("a\0b", "null"),
+        ("a\udcff", "UTF-8"),
+        ("a\0b", "null"),
     ],
     ids=lambda value: ascii(value),
-)  # fmt: skip
+)
 def test_a_path_that_no_file_can_have(door, path, words, monkeypatch, tmp_path):
     """Before anything is written: no folder is called gs:."""
     monkeypatch.chdir(tmp_path)
@@ -59,9 +62,10 @@ def test_paths_that_files_can_have(path):
 
 def test_addresses_at_the_command_lines(attempt, capsys, tmp_path):
     for name, argument in (
-        ("digits", "--workdir=gs://b/run"), ("folder", "--config.data.dir=s3://b/x"),
+        ("digits", "--workdir=gs://b/run"),
+        ("folder", "--config.data.dir=s3://b/x"),
         ("digits", "--config.init_from=gs://b/run"),
-    ):  # fmt: skip
+    ):
         code, stderr = attempt(f"--config={name}:nominal", f"--workdir={tmp_path / 'run'}", argument)
         assert code == 2 and "is an address" in stderr
         assert_one_line(stderr)

@@ -24,9 +24,12 @@ pytestmark = pytest.mark.filterwarnings(
 
 SMOKE = (f"{TOY}:clustr_qtrades", "--config.smoke=True")
 NUMBERS = {
-    "JAX_ENABLE_X64": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_DEFAULT_PRNG_IMPL": "rbg",
-    "JAX_THREEFRY_PARTITIONABLE": "0", "JAX_RANDOM_SEED_OFFSET": "7",
-}  # fmt: skip
+    "JAX_ENABLE_X64": "1",
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_THREEFRY_PARTITIONABLE": "0",
+    "JAX_RANDOM_SEED_OFFSET": "7",
+}
 CHECKS = {"JAX_DEBUG_NANS": "1", "JAX_DEBUG_KEY_REUSE": "1", "JAX_NUMPY_RANK_PROMOTION": "raise"}
 TERMINAL = {"PYTHONIOENCODING": "ascii", "COLUMNS": "50", "TERM": "dumb", "NO_COLOR": "1"}
 LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
@@ -98,8 +101,9 @@ def test_without_a_home(tmp_path):
     """No HOME, and no entry of this user in the password file."""
     homeless = dict(
         drop=("HOME", "XDG_CACHE_HOME", "TFDS_DATA_DIR", "JAX_COMPILATION_CACHE_DIR"),
-        program=("-c", HOMELESS, str(ROOT / "run.py")), GLIBC_TUNABLES="glibc.malloc.hugetlb=1",
-    )  # fmt: skip
+        program=("-c", HOMELESS, str(ROOT / "run.py")),
+        GLIBC_TUNABLES="glibc.malloc.hugetlb=1",
+    )
     done = alone("--help", **homeless)
     assert done.returncode == 0 and "usage" in done.stdout and done.stderr == ""
     done = alone("--config=cifar10:nominal", f"--workdir={tmp_path / 'run'}", **homeless)
@@ -126,14 +130,16 @@ def test_a_pipe_that_is_closed_costs_the_output_and_nothing_else(start, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "streams"),
     [
-        (("--help",), "| true"), (("--help",), ">/dev/full"), (("--config=nope",), ">&- 2>&- <&-"),
+        (("--help",), "| true"),
+        (("--help",), ">/dev/full"),
+        (("--config=nope",), ">&- 2>&- <&-"),
         *(
             pytest.param((word,), streams, marks=[pytest.mark.slow])
             for word in ("--list", "--config=nope")
             for streams in (">/dev/full", "2>/dev/full", ">&-", "2>&-", "2>&1 | true")
         ),
     ],
-)  # fmt: skip
+)
 def test_codes_are_the_same_wherever_the_output_goes(arguments, streams):
     line = f'set -o pipefail; "{sys.executable}" "{ROOT / "run.py"}" {" ".join(arguments)} {streams}'
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)

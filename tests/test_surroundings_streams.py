@@ -32,9 +32,11 @@ class Broken(io.StringIO):
 
 
 TROUBLE = [
-    BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.ENOSPC, "No space left on device"),
-    OSError(errno.EIO, "Input/output error"), ValueError("I/O operation on closed file."),
-]  # fmt: skip
+    BrokenPipeError(errno.EPIPE, "Broken pipe"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EIO, "Input/output error"),
+    ValueError("I/O operation on closed file."),
+]
 
 
 @pytest.mark.parametrize("error", TROUBLE, ids=lambda e: type(e).__name__ + str(getattr(e, "errno", "")))

@@ -19,9 +19,13 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 OTHER = {
-    "jax_enable_x64": True, "jax_numpy_dtype_promotion": "strict", "jax_default_prng_impl": "rbg",
-    "jax_threefry_partitionable": False, "jax_random_seed_offset": 7, "jax_high_dynamic_range_gumbel": True,
-}  # fmt: skip
+    "jax_enable_x64": True,
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_default_prng_impl": "rbg",
+    "jax_threefry_partitionable": False,
+    "jax_random_seed_offset": 7,
+    "jax_high_dynamic_range_gumbel": True,
+}
 
 
 @pytest.fixture
@@ -66,10 +70,13 @@ def test_a_runs_numbers_do_not_depend_on_a_switch(name, switch):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("jax_disable_jit", True), ("jax_check_tracer_leaks", True), ("jax_debug_infs", True),
-        ("jax_transfer_guard", "disallow"), ("jax_transfer_guard_host_to_device", "disallow_explicit"),
+        ("jax_disable_jit", True),
+        ("jax_check_tracer_leaks", True),
+        ("jax_debug_infs", True),
+        ("jax_transfer_guard", "disallow"),
+        ("jax_transfer_guard_host_to_device", "disallow_explicit"),
     ],
-)  # fmt: skip
+)
 def test_a_switch_under_which_nothing_works_is_one_line(name, value, switch, attempt, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "splits", lambda *_, **__: pytest.fail("it began"))
     switch(name, value)

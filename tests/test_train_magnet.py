@@ -84,9 +84,11 @@ def test_losses_of_a_magnet_batch_land_in_the_sampler(method, rng):
     rows = len(batch.classes)
     _, z = numpy_mlp(p.state.params, batch.x)
     expected, _ = reference.magnet_loss(
-        z.reshape(rows, -1, z.shape[-1]), np.asarray(batch.classes),
-        alpha=p.trainer.settings.magnet.alpha, mask=mask.reshape(rows, -1),
-    )  # fmt: skip
+        z.reshape(rows, -1, z.shape[-1]),
+        np.asarray(batch.classes),
+        alpha=p.trainer.settings.magnet.alpha,
+        mask=mask.reshape(rows, -1),
+    )
     losses = np.asarray(p.state.sampler.losses).copy()
     losses[ids[mask]] = expected.reshape(-1)[mask]
     np.testing.assert_allclose(after.sampler.losses, losses, rtol=1e-4, atol=1e-4)

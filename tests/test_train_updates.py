@@ -20,8 +20,11 @@ from small_training import get_config, problem, spy, squares
 def test_a_step_is_the_optimiser_on_the_gradient_of_the_objective(nesterov, factor, rng):
     """Fresh state, SGD with Nesterov momentum: the first step is -1.9 rate (gradient + decay w), else -1."""
     changes = {
-        "train.lr": 0.1, "train.weight_decay": 0.01, "train.optimizer": "sgd", "train.nesterov": nesterov
-    }  # fmt: skip
+        "train.lr": 0.1,
+        "train.weight_decay": 0.01,
+        "train.optimizer": "sgd",
+        "train.nesterov": nesterov,
+    }
     p, step = spy(problem("pgd_at", rng, **changes))
     after, metrics = step(p.state)
 

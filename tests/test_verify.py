@@ -66,15 +66,18 @@ def pushed(x_adv):
     return x_adv
 
 
-@pytest.mark.parametrize(("arrays", "what"), [
-    ({"x_adv": pushed}, "changes are inside the linf ball"),
-    ({"x_adv": lambda a: a - 10}, "images are inside the box"),
-    ({"x_adv": lambda a: a * np.nan}, "pixels are finite"),
-    ({"y": lambda y: y + 2}, "labels are classes"),
-    ({"broken": lambda b: b + 1}, "each image that was broken has its adversarial one"),
-    ({"broken": lambda b: b + 100}, "adversarial images belong to images"),
-    ({"ids": lambda i: i[1:]}, "arrays are of one length"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arrays", "what"),
+    [
+        ({"x_adv": pushed}, "changes are inside the linf ball"),
+        ({"x_adv": lambda a: a - 10}, "images are inside the box"),
+        ({"x_adv": lambda a: a * np.nan}, "pixels are finite"),
+        ({"y": lambda y: y + 2}, "labels are classes"),
+        ({"broken": lambda b: b + 1}, "each image that was broken has its adversarial one"),
+        ({"broken": lambda b: b + 100}, "adversarial images belong to images"),
+        ({"ids": lambda i: i[1:]}, "arrays are of one length"),
+    ],
+)
 def test_arrays_that_do_not_fit_are_noticed(arrays, what):
     """Even where the hashes were made again."""
     found = changed(**arrays)
@@ -90,15 +93,18 @@ def test_an_array_that_was_changed_is_noticed(name):
     assert f"sha256 of {name}" in failed(witness.check(content, dataclasses.replace(found, **{name: array})))
 
 
-@pytest.mark.parametrize(("path", "value", "what"), [
-    ("robust", 0.9, "robust accuracy is the count"),
-    ("robust_interval", [0.1, 0.2], "95 % interval is Wilson's"),
-    ("eps", 0.2, "eps is that of the judgement"),
-    ("norm", "l2", "norm is that of the judgement"),
-    ("bounds", None, "box is that of the judgement"),
-    ("counts", {"clean_wrong": 2, "broken_by": {"pgd": 4}}, "what each attack broke first"),
-    ("counts", {"clean_wrong": 0, "broken_by": {"pgd": 3, "square": 1}}, "misclassified before"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "value", "what"),
+    [
+        ("robust", 0.9, "robust accuracy is the count"),
+        ("robust_interval", [0.1, 0.2], "95 % interval is Wilson's"),
+        ("eps", 0.2, "eps is that of the judgement"),
+        ("norm", "l2", "norm is that of the judgement"),
+        ("bounds", None, "box is that of the judgement"),
+        ("counts", {"clean_wrong": 2, "broken_by": {"pgd": 4}}, "what each attack broke first"),
+        ("counts", {"clean_wrong": 0, "broken_by": {"pgd": 3, "square": 1}}, "misclassified before"),
+    ],
+)
 def test_figures_that_were_changed_are_noticed(path, value, what):
     content, found = bundle()
     assert failed(witness.check(content | {path: value}, found)) == {what}

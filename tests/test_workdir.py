@@ -79,9 +79,13 @@ def test_a_package_without_a_name_is_passed_over(monkeypatch):
 def test_names_are_printed_as_they_are():
     """[...] in the name of a set is not an instruction to the terminal."""
     result = {
-        "dataset": "birds[bold]", "subset": "[/red] of it", "method": "nominal", "n": 10, "clean": 0.5,
+        "dataset": "birds[bold]",
+        "subset": "[/red] of it",
+        "method": "nominal",
+        "n": 10,
+        "clean": 0.5,
         "robust": 0.5,
-    }  # fmt: skip
+    }
     check = dict(number=1, name="a check", status="WARN", value=0.5, limit="[0, 1]", note="[/b] see x[y]")
     console = Console(file=io.StringIO(), width=200)
     quick = {**result, "protocol": "quick-1", "eps": 0.2, "robust": 0.3}

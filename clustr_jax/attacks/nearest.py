@@ -91,9 +91,13 @@ def fmn(
     norm, bounds = norm_of(norm), bounds_of(bounds)
     first = _first_step(step_size, _STEP_SIZE[norm], bounds)
     attack = FMN(
-        eps=jnp.float32(jnp.inf), steps=np.int32(whole("steps", steps, 1)), norm=norm, bounds=bounds,
-        step_size=first, margin=one(margin_targeted if targeted else margin),
-    )  # fmt: skip
+        eps=jnp.float32(jnp.inf),
+        steps=np.int32(whole("steps", steps, 1)),
+        norm=norm,
+        bounds=bounds,
+        step_size=first,
+        margin=one(margin_targeted if targeted else margin),
+    )
     ranking = targets if targeted else None
     return _nearest(
         key, attack, logits_fn, x, y, ranking=ranking, ids=ids, slots=slots, progress=progress, folder=folder
@@ -130,9 +134,12 @@ def ddn(
     """
     bounds = bounds_of(bounds)
     attack = DDN(
-        eps=jnp.float32(jnp.inf), steps=np.int32(whole("steps", steps, 1)), norm="l2", bounds=bounds,
+        eps=jnp.float32(jnp.inf),
+        steps=np.int32(whole("steps", steps, 1)),
+        norm="l2",
+        bounds=bounds,
         step_size=_first_step(step_size, 1.0, bounds),
-    )  # fmt: skip
+    )
     return _nearest(
         key, attack, logits_fn, x, y, ranking=None, ids=ids, slots=slots, progress=progress, folder=folder
     )

@@ -67,9 +67,13 @@ def script(
         return _fish(configs, methods, variants, settings)
     text = _WORDS if shell == "zsh" else _WORDS.replace("${=", "${")
     for name, items in (
-        ("CONFIGS", configs), ("METHODS", methods), ("VARIANTS", variants), ("FLAGS", flags),
-        ("SHELLS", SHELLS), ("COMMANDS", [*COMMANDS, "--help"]),
-    ):  # fmt: skip
+        ("CONFIGS", configs),
+        ("METHODS", methods),
+        ("VARIANTS", variants),
+        ("FLAGS", flags),
+        ("SHELLS", SHELLS),
+        ("COMMANDS", [*COMMANDS, "--help"]),
+    ):
         text = text.replace(f"@{name}@", " ".join(items))
     return text + (_ZSH if shell == "zsh" else _BASH)
 

@@ -13,8 +13,10 @@ PICTURES = (*SUFFIXES, ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 LAYOUT = "expected train/<class>/*.png or *.jpg in it (and test/<class>/...), or a file NAME.npz"
 # What folders of splits are called, in any case.
 ROLES = {
-    "train": ("train",), "test": ("test",), "val": ("val", "valid", "validation", "dev"),
-}  # fmt: skip
+    "train": ("train",),
+    "test": ("test",),
+    "val": ("val", "valid", "validation", "dev"),
+}
 _NEARLY = {"training": "train", "testing": "test", "tests": "test", "eval": "test", "evaluation": "test"}
 
 

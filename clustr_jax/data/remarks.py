@@ -13,8 +13,11 @@ from clustr_jax.data import Split, shares
 
 _PAIRS = 100  # pairs of equal images that are listed
 _NAMES = {
-    "train": "training", "held_out": "held-out", "test": "test", "pretrain": "pre-training",
-}  # fmt: skip
+    "train": "training",
+    "held_out": "held-out",
+    "test": "test",
+    "pretrain": "pre-training",
+}
 
 
 @dataclasses.dataclass(frozen=True)

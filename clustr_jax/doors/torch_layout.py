@@ -139,10 +139,13 @@ def _flattened_in(net, get):
 
 
 KINDS = {
-    "conv": (_conv_out, _conv_in), "dense": (dense_out, _dense_in), "norm": (_norm_out, _norm_in),
-    "flattened": (_flattened_out, _flattened_in), "shift": (_shift_out, _shift_in),
+    "conv": (_conv_out, _conv_in),
+    "dense": (dense_out, _dense_in),
+    "norm": (_norm_out, _norm_in),
+    "flattened": (_flattened_out, _flattened_in),
+    "shift": (_shift_out, _shift_in),
     "whitening": (_whitening_out, _whitening_in),
-}  # fmt: skip
+}
 
 
 def _cells(net):

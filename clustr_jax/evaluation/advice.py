@@ -5,7 +5,7 @@ ADVICE = {
     2: "Put the model into evaluation mode (no dropout, noise or statistics of the batch) and judge again.",
     3: "Give logits in the log domain: what comes before the softmax, the sigmoid or the exponential.",
     4: "Find the operation without a derivative (rounding, argmax, a saturated exponential) and put a "
-       "smooth one in its place.",
+    "smooth one in its place.",
     5: "Look for a custom gradient or lost precision: the gradient is not that of the function.",
     6: "Divide the logits by a constant, so that their median margin is about 5, and judge again.",
     7: "Judge again with more steps: settings with attack.steps doubled.",
@@ -28,8 +28,8 @@ ADVICE = {
     24: "Do not report the figure: random points break images that the attacks left.",
     25: "Compute the model in float32: rounding decides which images are broken.",
     26: "Multiply the logits by a constant, so that their median margin is about 5, and judge again; no "
-        "prediction changes.",
+    "prediction changes.",
     27: "Judge images that the model has not seen: its answers do not survive a change that nobody sees.",
     29: "Judge with more steps and restarts: two runs of the same attacks should come to the same figure.",
     28: "Give the scores before the sigmoid, tanh, exponential or ReLU at the end, and judge again.",
-}  # fmt: skip
+}

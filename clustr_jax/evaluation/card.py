@@ -15,8 +15,9 @@ def html(content: dict) -> str:
     rows = "".join(
         f"<li><b>{c['status']} {c['number']}</b> {_e(c['name'])}: {_e(wording.shown_value(c))} "
         f"(limit {_e(c['limit'])}). {_e(c['advice'])}</li>"
-        for c in content["checks"] if c["advice"]
-    )  # fmt: skip
+        for c in content["checks"]
+        if c["advice"]
+    )
     share = f"{100 * content['robust']:.2f}"
     return (
         f'<div style="border:1px solid #ccc;border-left:6px solid {tone};border-radius:8px;padding:.8em 1em;'

@@ -50,10 +50,14 @@ def run(
     note = "deterministic forward pass, gradients that are not zero, no optimisation inside"
     checks.append(
         Check(
-            16, "RobustBench admits such a model: checks 2 and 4 that do not pass",
-            status_of(not missing, WARN), len(missing), "0", note,
+            16,
+            "RobustBench admits such a model: checks 2 and 4 that do not pass",
+            status_of(not missing, WARN),
+            len(missing),
+            "0",
+            note,
         )
-    )  # fmt: skip
+    )
     return [advised(check) for check in sorted(checks, key=lambda check: check.number)]
 
 
@@ -121,9 +125,13 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None, half: float = 0
         if wide:
             good = status_of(wide[0] <= chance + 0.02)
             yield Check(
-                23, "with half of the box in reach, accuracy is chance", good, wide[0],
-                f"<= {100 * (chance + 0.02):.1f} %", "chance and 2 points",
-            )  # fmt: skip
+                23,
+                "with half of the box in reach, accuracy is chance",
+                good,
+                wide[0],
+                f"<= {100 * (chance + 0.02):.1f} %",
+                "chance and 2 points",
+            )
         left = sound["unbounded"]
         yield Check(11, "an unbounded attack leaves nothing", status_of(left <= 0.01), left, "<= 1 %")
 
@@ -157,10 +165,13 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None, half: float = 0
         kills = {name: attacks[name]["unique_kills"] for name in attacks if attacks[name]["unique_kills"]}
         gap = own - rest
         yield Check(
-            13, _CLUSTERS, status_of(gap <= 0.02, WARN), gap,
+            13,
+            _CLUSTERS,
+            status_of(gap <= 0.02, WARN),
+            gap,
             "<= 2 points",
             f"unique kills: {kills or 'none'}",
-        )  # fmt: skip
+        )
     else:
         yield Check(13, _CLUSTERS, SKIP, None, "", "a linear head")
     kinds = {"targeted": 0, "untargeted": 0}
@@ -168,9 +179,13 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None, half: float = 0
         if entry.gradients and not entry.clusters:
             kinds["untargeted" if entry.targets is None else "targeted"] += 1
     yield Check(
-        14, "targeted and untargeted gradients attacked: the fewer", status_of(min(kinds.values()) >= 2),
-        min(kinds.values()), ">= 2", ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
-    )  # fmt: skip
+        14,
+        "targeted and untargeted gradients attacked: the fewer",
+        status_of(min(kinds.values()) >= 2),
+        min(kinds.values()),
+        ">= 2",
+        ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+    )
     if "square" in attacks:
         gain = intervals.fraction(by_white) - intervals.fraction(by_white & survivors["square"])
         yield Check(
@@ -215,7 +230,9 @@ def as_result(sound: dict, checks: list[Check], paper: dict | None, constant: fl
     gap = None if paper is None else paper["robust"] - sound["robust"]
     listed = [dataclasses.asdict(check) for check in checks]
     return {
-        "verdict": verdict(sound, checks), "masking_gap": gap,
+        "verdict": verdict(sound, checks),
+        "masking_gap": gap,
         "words": wording.words({"clean": 1.0, **sound, "constant": constant, "checks": listed}),
-        "failed": _having(checks, FAIL), "checks": listed,
-    }  # fmt: skip
+        "failed": _having(checks, FAIL),
+        "checks": listed,
+    }

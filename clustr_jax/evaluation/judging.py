@@ -101,9 +101,13 @@ def prepare(
     widest = sound_protocol.widest(subject, float(eps), shape)
     curve = [*(times * float(eps) for times in _CURVE), half]
     own = budget(float(eps), slots, tuple(sorted(c for c in curve if float(eps) < c < widest)))
-    used = own if settings is None else dataclasses.replace(
-        settings, slots=slots, attack=dataclasses.replace(settings.attack, eps=float(eps))
-    )  # fmt: skip
+    used = (
+        own
+        if settings is None
+        else dataclasses.replace(
+            settings, slots=slots, attack=dataclasses.replace(settings.attack, eps=float(eps))
+        )
+    )
     return Case(
         subject, examples, logits.shape[1], used, plans.PROTOCOLS[protocol], given, logits, seed, used != own
     )
@@ -233,10 +237,18 @@ def _audit(case: Case, kept, report, robust) -> dict:
     gap = abs(value - intervals.fraction(robust))
     limit = max(high - intervals.fraction(robust), intervals.fraction(robust) - low)
     check = Check(
-        29, "an audit with another seed, order and slots agrees", status_of(low <= value <= high), gap,
-        f"<= {100 * limit:.2g} points", f"{100 * value:.2f} % there",
-    )  # fmt: skip
+        29,
+        "an audit with another seed, order and slots agrees",
+        status_of(low <= value <= high),
+        gap,
+        f"<= {100 * limit:.2g} points",
+        f"{100 * value:.2f} % there",
+    )
     return {
-        "robust": value, "slots": slots, "agrees": low <= value <= high, "check": check,
-        "broken_here_only": int(np.sum(~robust & again)), "broken_there_only": int(np.sum(robust & ~again)),
-    }  # fmt: skip
+        "robust": value,
+        "slots": slots,
+        "agrees": low <= value <= high,
+        "check": check,
+        "broken_here_only": int(np.sum(~robust & again)),
+        "broken_there_only": int(np.sum(robust & ~again)),
+    }

@@ -24,9 +24,13 @@ def toy(key) -> Check:
     exact = margins.min(axis=1) > 0
     model = Partial(_nearest_centroid, Clusters(jnp.asarray(mu), jnp.float32(1.0)))
     attack = PGD(
-        eps=jnp.float32(eps), steps=20, norm="linf", bounds=None, step_size=jnp.float32(eps / 4),
+        eps=jnp.float32(eps),
+        steps=20,
+        norm="linf",
+        bounds=None,
+        step_size=jnp.float32(eps / 4),
         loss=attack_losses.one(attack_losses.margin_targeted),
-    )  # fmt: skip
+    )
     targets = np.stack([(y + k) % 5 for k in range(1, 5)]).astype(np.int32)
     outcome = scheduler.run(attack, key, model, x, y, targets=targets)
     wrong = int(np.sum(outcome.broken == exact))

@@ -77,19 +77,20 @@ class Protocol:
             made = entry.make(dataclasses.replace(budget, restarts=restarts), options_of(subject))
             targets = row.targets or entry.targets
             found.append(
-                Plan(
-                    row.attack, made, restarts, targets, len(found), row.count, row.curved, row.adaptive
-                )
-            )  # fmt: skip
+                Plan(row.attack, made, restarts, targets, len(found), row.count, row.curved, row.adaptive)
+            )
         return found
 
 
 def _budgets(subject, settings, eps) -> dict[str, Budget]:
     attack, quick = settings.attack, settings.quick
     once = Budget(
-        eps=eps, norm=subject.norm, bounds=subject.bounds, steps=20 if quick else attack.steps,
+        eps=eps,
+        norm=subject.norm,
+        bounds=subject.bounds,
+        steps=20 if quick else attack.steps,
         step_size=attack.step_size * eps / attack.eps if attack.eps else 0.0,
-    )  # fmt: skip
+    )
     others = dataclasses.replace(
         once, steps=20 if quick else settings.apgd_steps, queries=200 if quick else settings.queries
     )

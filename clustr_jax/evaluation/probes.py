@@ -92,10 +92,11 @@ class Probe:
         worst = max(float(np.max(np.abs(o - logits), initial=0.0)) for o in others) / scale
         changed = int(np.sum(np.any([o.argmax(1) != logits.argmax(1) for o in others], axis=0)))
         yield decided(
-            2, "the same logits every time, whatever the batch",
+            2,
+            "the same logits every time, whatever the batch",
             Measure(worst, worst <= 1e-4, "<= 1e-4", "of the largest logit"),
             Measure(changed, not changed, "0", "images whose predicted class changes"),
-        )  # fmt: skip
+        )
         problem, text = diagnose(logits)
         spread = float(np.ptp(logits)) if logits.size else 0.0
         told = [Measure(None, False, "logits", text, FAIL if problem else WARN)] if text else []
@@ -105,9 +106,13 @@ class Probe:
         size = float(np.median(np.abs(margins(logits, self.examples.y[: len(x)])))) if logits.size else 0.0
         low, high = _MARGINS
         yield Check(
-            26, "margins are of a size that float32 losses can see", status_of(low <= size <= high), size,
-            f"{low:g} to {high:g}", "median clean margin",
-        )  # fmt: skip
+            26,
+            "margins are of a size that float32 losses can see",
+            status_of(low <= size <= high),
+            size,
+            f"{low:g} to {high:g}",
+            "median clean margin",
+        )
 
     def gradients(self):
         """4, 22, 28: no vanishing gradients, of either side of the margin; a loss that has stopped rising."""
@@ -120,14 +125,18 @@ class Probe:
                 rise = float(tail / max(abs(values[-1] - values[0]), 1e-12))
         limit = "<= 1 % of images"
         yield decided(
-            4, "gradients are neither zero nor infinite",
+            4,
+            "gradients are neither zero nor infinite",
             Measure(share["margin"], share["margin"] <= 0.01, limit, "of the margin"),
             Measure(share["ce"], share["ce"] <= 0.01, limit, "of the cross entropy of the logits", WARN),
-        )  # fmt: skip
+        )
         yield Check(
-            22, "the adversarial loss has converged: its last rise", status_of(rise <= 0.05, WARN),
-            rise, "<= 5 % of the whole rise",
-        )  # fmt: skip
+            22,
+            "the adversarial loss has converged: its last rise",
+            status_of(rise <= 0.05, WARN),
+            rise,
+            "<= 5 % of the whole rise",
+        )
         found = [
             np.stack(_sides(self.subject.model, self.examples.x[index], self.examples.y[index]))[:, :count]
             for index, count in self._pieces()
@@ -135,11 +144,12 @@ class Probe:
         own, rival = np.mean(np.concatenate(found, axis=1), axis=1)
         blind = float(max(own, rival))
         yield decided(
-            28, "the label's score and its rival's both have a gradient",
+            28,
+            "the label's score and its rival's both have a gradient",
             Measure(blind, blind <= _BLIND, f"<= {100 * _BLIND:g} % of images without"),
             Measure(blind, blind <= 0.01, "<= 1 % of images without", "", WARN),
             note=f"label {100 * own:.1f} %, rival {100 * rival:.1f} %",
-        )  # fmt: skip
+        )
 
     def _trace(self, loss):
         chosen = attack_losses.among(loss, (attack_losses.margin, attack_losses.cross_entropy))
@@ -173,9 +183,11 @@ class Probe:
             yield Check(5, name, SKIP, None, "", str(why))
             return
         yield decided(
-            5, name, Measure(agreement, agreement >= 0.99, ">= 99 %"),
+            5,
+            name,
+            Measure(agreement, agreement >= 0.99, ">= 99 %"),
             Measure(error, error <= _SLOPE, f"<= {_SLOPE:g}", "relative error of a derivative"),
-        )  # fmt: skip
+        )
 
     def scales(self):
         """6: cross entropy with scaled logits breaks nothing that the sound protocol left."""
@@ -199,11 +211,13 @@ class Probe:
         spread = max(left) - min(left)
         limit = max(0.02, self.slack)
         yield decided(
-            6, "logits x 1e-3 ... 1e3 break nothing more", Measure(gain, gain <= limit, at_most(limit)),
+            6,
+            "logits x 1e-3 ... 1e3 break nothing more",
+            Measure(gain, gain <= limit, at_most(limit)),
             Measure(
                 spread, spread <= limit, at_most(limit), "what cross entropy alone leaves varies so", WARN
             ),
-        )  # fmt: skip
+        )
 
     def effort(self):
         """1, 7, 10, 20, 25: in the ball, what more steps or a larger one break, unchanged by looking."""
@@ -214,29 +228,41 @@ class Probe:
         excess, lost = max(delta - self.eps, 0.0), int(np.sum(~np.isfinite(outcome.x_adv)))
         ball = Measure(excess, excess <= 1e-6, "<= 1e-6")
         yield decided(
-            1, "adversarial images are finite and in the ball: beyond eps",
-            ball, Measure(lost, not lost, "0", "pixels without a number"),
-        )  # fmt: skip
+            1,
+            "adversarial images are finite and in the ball: beyond eps",
+            ball,
+            Measure(lost, not lost, "0", "pixels without a number"),
+        )
         one = self._accuracy(self._pgd(steps=1, step_size=1.25 * self.eps).x_adv)
         many, gain = self._accuracy(outcome.x_adv), self._gain(self._pgd(steps=2 * steps).x_adv)
         good = one >= many - self.slack and gain <= self.slack
         yield Check(
-            7, "twice the steps break nothing more, nor does one step", status_of(good),
-            max(gain, many - one), at_most(self.slack),
+            7,
+            "twice the steps break nothing more, nor does one step",
+            status_of(good),
+            max(gain, many - one),
+            at_most(self.slack),
             f"one step {100 * one:.1f} %, {steps} steps {100 * many:.1f} %",
-        )  # fmt: skip
+        )
         silent = intervals.fraction(outcome.unconfirmed & ~outcome.broken)
         yield Check(
-            25, "what fools a single attack's program fools the model", status_of(silent <= self.slack),
-            silent, at_most(self.slack),
-        )  # fmt: skip
+            25,
+            "what fools a single attack's program fools the model",
+            status_of(silent <= self.slack),
+            silent,
+            at_most(self.slack),
+        )
         # Each radius from scratch: the curve of the result goes on with what smaller radii left.
         smaller, larger = (self._accuracy(self._pgd(steps=steps, scale=s).x_adv) for s in (0.5, 2.0))
         rise = max(many - smaller, larger - many)
         yield Check(
-            10, "a larger eps breaks no fewer", status_of(rise <= self.slack), rise, at_most(self.slack),
+            10,
+            "a larger eps breaks no fewer",
+            status_of(rise <= self.slack),
+            rise,
+            at_most(self.slack),
             f"eps x 0.5, 1, 2: {100 * smaller:.1f}, {100 * many:.1f}, {100 * larger:.1f} %",
-        )  # fmt: skip
+        )
         changed = int(self.subject.digest() != self.before)
         yield Check(
             20, "evaluating did not change the model: arrays changed", status_of(not changed), changed, "0"
@@ -246,9 +272,12 @@ class Probe:
         """24, 27: random points find nothing that gradients do not; a nudge does not change the answers."""
         gain = self._gain(self._pgd(steps=1, step_size=0.0, restarts=_DRAWS).x_adv)
         yield Check(
-            24, f"{_DRAWS} random points break nothing more", status_of(gain <= self.slack), gain,
+            24,
+            f"{_DRAWS} random points break nothing more",
+            status_of(gain <= self.slack),
+            gain,
             at_most(self.slack),
-        )  # fmt: skip
+        )
         lost = 1 - self._accuracy(self._nudged())
         limit = max(_NUDGED, self.slack)
         yield Check(

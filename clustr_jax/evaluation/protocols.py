@@ -60,9 +60,11 @@ def largest_loss(
     outcome, known = records.load(name, examples.x, restarts) if records else (None, {})
     if not known:  # the authors' initial loss is 0, so that any replaces it
         known = {
-            "best": examples.x.copy(), "loss": np.zeros(len(examples), np.float32),
-            "kept": np.full(len(examples), -1), "ever": np.zeros(len(examples), bool),
-        }  # fmt: skip
+            "best": examples.x.copy(),
+            "loss": np.zeros(len(examples), np.float32),
+            "kept": np.full(len(examples), -1),
+            "ever": np.zeros(len(examples), bool),
+        }
     best, best_loss, kept, ever = (known[key] for key in ("best", "loss", "kept", "ever"))
 
     def note(outcome):
@@ -93,9 +95,12 @@ def largest_loss(
             axis=tuple(range(1, best.ndim)),
         )
     return {
-        "robust": robust, "any_restart": ~ever, "fooled_outside_box": outside & ~robust,
-        "evaluations": outcome.evaluations, "needed": outcome.needed,
-    }  # fmt: skip
+        "robust": robust,
+        "any_restart": ~ever,
+        "fooled_outside_box": outside & ~robust,
+        "evaluations": outcome.evaluations,
+        "needed": outcome.needed,
+    }
 
 
 def _paper_loss(logits, y):
@@ -186,11 +191,15 @@ def check_config(settings: EvalSettings) -> None:
     attack = settings.attack
     check_settings(eps=attack.eps, step_size=attack.step_size)
     for name, value, low in (
-        ("eval.attack.steps", attack.steps, 1), ("eval.attack.restarts", attack.restarts, 1),
-        ("eval.n", settings.n, 0), ("eval.slots", settings.slots, 1),
-        ("eval.nearest", settings.nearest, 0), ("eval.targets", settings.targets, 1),
-        ("eval.apgd_steps", settings.apgd_steps, 1), ("eval.queries", settings.queries, 1),
-    ):  # fmt: skip
+        ("eval.attack.steps", attack.steps, 1),
+        ("eval.attack.restarts", attack.restarts, 1),
+        ("eval.n", settings.n, 0),
+        ("eval.slots", settings.slots, 1),
+        ("eval.nearest", settings.nearest, 0),
+        ("eval.targets", settings.targets, 1),
+        ("eval.apgd_steps", settings.apgd_steps, 1),
+        ("eval.queries", settings.queries, 1),
+    ):
         if value < low:
             raise UserError(f"{name} must be at least {low}, got {value}")
     if not settings.paper_steps or min(settings.paper_steps) < 1:

@@ -53,10 +53,14 @@ def evaluate(key, clf, examples, settings: EvalSettings, on: frozenset[str], *, 
     anywhere = clf.replace(bounds=None)  # a start may leave the box
     model = as_partial(anywhere.scores if "exp_scores" in on else anywhere.logits)
     attack = PGD(
-        eps=jnp.float32(budget.eps), steps=steps, norm="linf", bounds=clf.bounds,
-        step_size=jnp.float32(budget.step_size), loss=PAPER_LOSS if "mean_loss" in on else _EXP_LOSS,
+        eps=jnp.float32(budget.eps),
+        steps=steps,
+        norm="linf",
+        bounds=clf.bounds,
+        step_size=jnp.float32(budget.step_size),
+        loss=PAPER_LOSS if "mean_loss" in on else _EXP_LOSS,
         clip_start="start_outside" not in on,
-    )  # fmt: skip
+    )
     found = largest_loss(key, model, attack, examples, restarts=restarts, slots=settings.slots)
     if "max_loss" in on:
         return found["robust"]
@@ -93,9 +97,13 @@ def adaptive(
     found = {}
     for name, loss in (("hinged", attack_losses.magnet_hinged(alpha)), ("unhinged", attack_losses.magnet)):
         attack = PGD(
-            eps=jnp.float32(budget.eps), steps=steps, norm="linf", bounds=clf.bounds,
-            step_size=jnp.float32(budget.step_size), loss=attack_losses.one(loss),
-        )  # fmt: skip
+            eps=jnp.float32(budget.eps),
+            steps=steps,
+            norm="linf",
+            bounds=clf.bounds,
+            step_size=jnp.float32(budget.step_size),
+            loss=attack_losses.one(loss),
+        )
         outcome = scheduler.run(
             attack, key, as_partial(clf.view), examples.x, examples.y, ids=examples.ids, restarts=restarts,
             slots=settings.slots,
@@ -108,9 +116,10 @@ def adaptive(
 def main(argv: list[str]) -> None:
     """The table, and results/quirks.json."""
     parser = argparse.ArgumentParser(
-        prog="python -m clustr_jax.quirks", description=__doc__,
+        prog="python -m clustr_jax.quirks",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("workdir")
     parser.add_argument("--n", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)

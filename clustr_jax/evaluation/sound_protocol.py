@@ -273,10 +273,14 @@ def run_quick(
             alive = broken_by == ""
             attacks[plan.name] = {"unbroken_after": intervals.fraction(alive), **cost}
     result = {
-        "n": len(examples), "eps": attack.eps,
-        "clean": intervals.fraction(deployed), "robust": intervals.fraction(alive),
-        "attack": {**dataclasses.asdict(attack), "steps": 20}, "attacks": attacks, "sweep": {},
-    }  # fmt: skip
+        "n": len(examples),
+        "eps": attack.eps,
+        "clean": intervals.fraction(deployed),
+        "robust": intervals.fraction(alive),
+        "attack": {**dataclasses.asdict(attack), "steps": 20},
+        "attacks": attacks,
+        "sweep": {},
+    }
     return result, {"clean": deployed, "robust": alive, "broken_by": broken_by}
 
 

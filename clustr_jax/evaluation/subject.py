@@ -75,10 +75,14 @@ def of_model(logits_fn: Callable, given: Admitted, rows: int) -> Subject:
     if hasattr(program, "captured"):  # what the function itself holds stays as it is
         opened = Partial(program.call, given.model.args[0])
     return Subject(
-        model=Partial(_precise, given.model), logits=own, bounds=given.bounds, norm=given.norm,
-        digest=lambda: digest(models.open_model(logits_fn, shape).model), opened=Partial(_precise, opened),
+        model=Partial(_precise, given.model),
+        logits=own,
+        bounds=given.bounds,
+        norm=given.norm,
+        digest=lambda: digest(models.open_model(logits_fn, shape).model),
+        opened=Partial(_precise, opened),
         unsteady=given.note,
-    )  # fmt: skip
+    )
 
 
 def digest(tree) -> str:

@@ -165,8 +165,10 @@ def _inside(done, found):
     good = found.norm in ("linf", "l2") and largest <= found.eps * (1 + TOLERANCE) + rounding
     done.add(f"changes are inside the {found.norm} ball", good, f"{largest:.8g} of {found.eps:.8g}")
     if found.bounds is not None:
-        low, high = (min(a.min(initial=np.inf) for a in (found.x, found.x_adv)),
-                     max(a.max(initial=-np.inf) for a in (found.x, found.x_adv)))  # fmt: skip
+        low, high = (
+            min(a.min(initial=np.inf) for a in (found.x, found.x_adv)),
+            max(a.max(initial=-np.inf) for a in (found.x, found.x_adv)),
+        )
         good = not found.x.size or (low >= found.bounds[0] and high <= found.bounds[1])
         done.add("images are inside the box", good, f"{low:.6g} to {high:.6g}")
 

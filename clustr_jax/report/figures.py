@@ -11,14 +11,21 @@ from clustr_jax.runtime.stage_names import TRAIN, WARMUP
 _HALF = 20  # letters of a name that leave room for another beside it
 # Of metrics.jsonl: field -> what the legend calls it.
 _ACCURACIES = {
-    "accuracy": "training images", "val_accuracy": "held-out images",
-    "adversarial_accuracy": "training adversary", "single_step_accuracy": "held out, one step",
-    "multi_step_accuracy": "held out, many steps", "certified": "certified",
-    "paper_accuracy": "held out, paper's protocol", "quick_accuracy": "held out, quick attacks",
-}  # fmt: skip
+    "accuracy": "training images",
+    "val_accuracy": "held-out images",
+    "adversarial_accuracy": "training adversary",
+    "single_step_accuracy": "held out, one step",
+    "multi_step_accuracy": "held out, many steps",
+    "certified": "certified",
+    "paper_accuracy": "held out, paper's protocol",
+    "quick_accuracy": "held out, quick attacks",
+}
 _LOSSES = {
-    "loss": "loss", "magnet": "Magnet", "natural": "cross entropy", "consistency": "consistency",
-}  # fmt: skip
+    "loss": "loss",
+    "magnet": "Magnet",
+    "natural": "cross entropy",
+    "consistency": "consistency",
+}
 # Losses whose largest is so many times the smallest are drawn on a logarithmic axis.
 _WIDE = 20
 _STAGES = {WARMUP: "Warm-up", TRAIN: "Stage 2"}

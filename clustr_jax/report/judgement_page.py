@@ -21,12 +21,15 @@ def page(content: dict, found: Witness) -> str:
     first = content["counts"]["broken_by"]
     attacks = [
         {
-            "name": name, "cell": cell(attack["robust"], n), "first": first.get(name, 0),
-            "gradients": attack.get("gradient_evaluations"), "forwards": attack.get("forward_evaluations"),
+            "name": name,
+            "cell": cell(attack["robust"], n),
+            "first": first.get(name, 0),
+            "gradients": attack.get("gradient_evaluations"),
+            "forwards": attack.get("forward_evaluations"),
             "seconds": attack["wall_seconds"],
         }
         for name, attack in content["attacks"].items()
-    ]  # fmt: skip
+    ]
     radii = [(intervals.radius(eps), cell(value, n)) for eps, value in content["curves"].get("eps", ())]
     audit = content["audit"]
     answer, answer_tone = wording.answer(content)
@@ -67,8 +70,10 @@ def _victims(found):
 def _origins(content):
     pairs = [
         ("versions", ", ".join(f"{k} {v}" for k, v in content["versions"].items())),
-        ("commit", content["commit"]), ("devices", ", ".join(content["devices"])),
-        ("model (hash of its arrays)", content["model_sha"]), ("notes", "; ".join(content["notes"])),
+        ("commit", content["commit"]),
+        ("devices", ", ".join(content["devices"])),
+        ("model (hash of its arrays)", content["model_sha"]),
+        ("notes", "; ".join(content["notes"])),
         *((f"sha256 of {name}", value) for name, value in content["sha256"].items()),
-    ]  # fmt: skip
+    ]
     return [(name, value) for name, value in pairs if value]

@@ -177,9 +177,10 @@ def _no_curves(record, curves):
     if "sound" not in record.results:
         return ["The curves over restarts and steps come from the sound protocol, which was not run."]
     reasons = {
-        "eps": "one radius only was attacked", "restarts": "there was one restart only",
+        "eps": "one radius only was attacked",
+        "restarts": "there was one restart only",
         "steps": "there was one step only",
-    }  # fmt: skip
+    }
     return [
         f"There is no curve over {what}: {reasons[what]}."
         for what, curve in zip(reasons, curves, strict=True)

@@ -150,9 +150,13 @@ def _images(rng, n):
 def _convolve(stride):
     def compute(x, w):
         return lax.conv_general_dilated(
-            x, w, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            x,
+            w,
+            (stride, stride),
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision="highest",
-        )  # fmt: skip
+        )
 
     return compute
 

@@ -18,11 +18,12 @@ _LARGEST = 2**31
 # What the entries of tuples are; a config file gives ml_collections their number and no types.
 _ENTRIES = {
     "model": {"mean": float, "std": float},
-    "warmup": {"milestones": int}, "train": {"milestones": int},
+    "warmup": {"milestones": int},
+    "train": {"milestones": int},
     "magnet": {"k_per_class": int},
     "eval": {"protocols": str, "transfer": str, "paper_steps": int, "sweep": float, "curve": float},
     "certify": {"radii": float},
-}  # fmt: skip
+}
 # The network of "auto" up to this side is cnn, whose hidden layer sees every pixel.
 _SMALL = 16
 # Bytes of float64 pixels at a time, whatever the size of the images: 1,000 of 32 x 32 and more.

@@ -12,9 +12,13 @@ from clustr_jax.storage.files import read_json, write_json
 
 # Meaning of the protocols; bumped when it changes, and versions never share a table.
 PROTOCOLS = {
-    "clean": "clean-1", "paper": "paper-1", "sound": "sound-2", "quick": "quick-1",
-    "diagnostics": "diagnostics-5", "certified": "certified-2",
-}  # fmt: skip
+    "clean": "clean-1",
+    "paper": "paper-1",
+    "sound": "sound-2",
+    "quick": "quick-1",
+    "diagnostics": "diagnostics-5",
+    "certified": "certified-2",
+}
 
 
 def comparable(one: dict, other: dict) -> bool:

@@ -29,8 +29,12 @@ OPEN, PATIENCE = 0.999, 200
 OVERFITTING_GAP = 0.2
 # What the alarms are called in metrics.jsonl, done.json and reports.
 ACCURACY, CLASS, FEATURES, HINGES, OVERFITTING = (
-    "accuracy lost", "one class", "features fall together", "no hinge closes", "catastrophic overfitting"
-)  # fmt: skip
+    "accuracy lost",
+    "one class",
+    "features fall together",
+    "no hinge closes",
+    "catastrophic overfitting",
+)
 
 
 @dataclasses.dataclass(frozen=True)
