@@ -127,10 +127,39 @@ def test_another_model_is_noticed(model, what):
 
 
 def test_ties_within_rounding_are_no_lie():
-    done = witness.check(*bundle(), lambda x: bright(x) * np.where(np.arange(2), 1.0, 1.0))
-    assert done.ok
-    flat = witness.check(*bundle(), lambda x: np.ones((len(x), 2)))
-    assert flat.ok and "ties within rounding" in str(flat)
+    """One image of four: the label and its rival are equal to six digits."""
+
+    def rounded(x):
+        z = np.array(bright(x))
+        z[np.isclose(x[:, 0, 0, 0], 0.3, atol=0.01)] = 5.0, 5.0 - 1e-6
+        return z
+
+    done = witness.check(*bundle(), rounded)
+    assert done.ok and "1 ties within rounding" in str(done)
+
+
+def outlier(x):
+    """Equal scores everywhere, and a class of one image that is far below."""
+    z = np.tile([1.0, 0.9, 0.0], (len(x), 1))
+    z[0, 2] = -1e6
+    return z
+
+
+@pytest.mark.parametrize("model", [lambda x: np.ones((len(x), 2)), outlier])
+def test_more_ties_than_rounding_makes_are_another_model(model):
+    done = failed(witness.check(*bundle(), model))
+    assert {"images that count as wrong are misclassified", "adversarial images are misclassified"} <= done
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_not_misclassified(value):
+    """NaN for adversarial images, say: argmax would name a class."""
+
+    def broken(x):
+        low = x.min(axis=(1, 2, 3))[:, None] < 0.5
+        return np.where(low & (x.mean(axis=(1, 2, 3))[:, None] > 0.42), value, bright(x))
+
+    assert "logits are numbers" in failed(witness.check(*bundle(), broken))
 
 
 def written(folder):
@@ -197,3 +226,27 @@ def test_a_pytorch_module_verifies(kind, tmp_path):
     from clustr_jax.verify import model_of
 
     assert clustr_jax.verify(tmp_path, model_of(str(path))).ok
+
+
+def test_a_deployed_rule_counts_as_in_the_attacks():
+    """Images that the logits have right and the nearest clusters wrong are wrong, for a Classifier and its view."""
+    from test_golden import fixed
+
+    clf, *_ = fixed()
+    clf = clf.replace(nearest=1)
+    x = np.random.default_rng(0).uniform(size=(200, 6, 6, 2)).astype(np.float32)
+    logits, deployed = np.asarray(clf.logits(x)).argmax(axis=1), np.asarray(clf.predict(x))
+    apart = np.flatnonzero(logits != deployed)[:5]
+    same = np.flatnonzero(logits == deployed)[:5]
+    assert len(apart) and len(same)
+    index = np.r_[apart, same]
+    y = logits[index]
+    attack = np.where(np.arange(len(index)) < len(apart), "clean", "")
+    found = witness.of(
+        x[index], y, index, x[index], attack, np.zeros(len(index)), eps=EPS, norm="linf", bounds=(0.0, 1.0)
+    )
+    content = content_of(found)
+    about = {"images that count as wrong are misclassified", "logits are numbers"}
+    for model in (clf, clf.view):
+        assert not failed(witness.check(content, found, model)) & about
+    assert "images that count as wrong are misclassified" in failed(witness.check(content, found, clf.logits))

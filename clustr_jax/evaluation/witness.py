@@ -13,18 +13,16 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from clustr_jax.evaluation import intervals
+from clustr_jax.evaluation import answers, intervals
 from clustr_jax.runtime.errors import UserError, first_line, shown
 
 JSON, NPZ = "judgement.json", "witness.npz"
 # What the attacks allow for rounding of x + delta in float32, as attacks.scheduler has it.
 TOLERANCE = 1e-6
-# Two frameworks add up in other orders: below this part of the largest logit a margin is a tie.
-_TIE = 1e-4
-_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +122,7 @@ class Verification:
         return "\n".join([*rows, "verified" if self.ok else "NOT verified"])
 
 
-def check(content: dict, found: Witness, model: Callable | None = None) -> Verification:
+def check(content: dict, found: Witness, model: Callable | Any = None) -> Verification:
     """All that the files say, measured again; with `model` (images -> logits [B, Y]) its answers too."""
     done = Verification()
     n = len(found.y)
@@ -149,7 +147,7 @@ def check(content: dict, found: Witness, model: Callable | None = None) -> Verif
     _inside(done, found)
     _counts(done, content, found)
     if model is not None:
-        _answers(done, found, model)
+        answers.check(done, found, model)
     return done
 
 
@@ -204,43 +202,3 @@ def _counts(done, content, found):
     given = content.get("robust_interval", (-1, -1))
     good = abs(given[0] - low) < 1e-9 and abs(given[1] - high) < 1e-9
     done.add("95 % interval is Wilson's", good, f"{100 * low:.1f} to {100 * high:.1f} %")
-
-
-def _answers(done, found, model):
-    clean = _logits(model, found.x)
-    right = found.attack != "clean"
-    _agree(done, "images that count as right are classified correctly", clean[right], found.y[right], True)
-    _agree(done, "images that count as wrong are misclassified", clean[~right], found.y[~right], False)
-    attacked = _logits(model, found.x_adv)
-    _agree(done, "adversarial images are misclassified", attacked, found.y[found.broken], False)
-
-
-def _agree(done, what, logits, y, right):
-    """Whether the model says so of all of them, but for ties within rounding."""
-    if not len(y):
-        return done.add(what, True, "none")
-    margin = logits[np.arange(len(y)), y]
-    rest = np.array(logits)
-    rest[np.arange(len(y)), y] = -np.inf
-    margin = margin - rest.max(axis=1)
-    said = logits.argmax(axis=1) == y
-    off = said != right
-    tie = np.abs(margin) <= _TIE * np.abs(logits).max(initial=1e-30)
-    bad, ties = int(np.sum(off & ~tie)), int(np.sum(off & tie))
-    done.add(
-        what,
-        bad == 0,
-        f"{len(y) - bad - ties} of {len(y)}" + (f", {ties} ties within rounding" if ties else ""),
-    )
-
-
-def _logits(model, x):
-    if not len(x):
-        return np.zeros((0, 2))
-    parts = []
-    for start in range(0, len(x), _BATCH):
-        logits = np.asarray(model(x[start : start + _BATCH]), np.float64)
-        if logits.ndim != 2 or len(logits) != len(x[start : start + _BATCH]):
-            raise UserError(f"the model must return logits [B, Y], got shape {logits.shape}")
-        parts.append(logits)
-    return np.concatenate(parts)
