@@ -209,16 +209,34 @@ def test_the_images_looked_at_are_of_every_class(monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checks, "Probe", Spy)
-    outcomes = {"clean": np.ones(N, bool), "robust": exact[order]}
+    outcomes = {"broken_by": np.where(exact[order], "", "margin"), "robust": exact[order]}
     with pytest.raises(KeyboardInterrupt):
         checks.run(jax.random.key(0), clf, examples.take(order), config, {}, outcomes, None)
     assert len(seen[0]) == 16 and set(seen[0]) == set(range(5))
 
 
+def test_images_that_the_logits_have_wrong_are_not_looked_at(monkeypatch):
+    """Those that only the deployed rule has right: no attack ran on them."""
+    clf, examples, config, exact = problem()
+    seen = []
+
+    class Spy(Probe):
+        def __init__(self, key, clf, examples, config, robust):
+            seen.append(set(examples.ids.tolist()))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checks, "Probe", Spy)
+    by = np.where(np.arange(N) < 3, "clean", "")
+    outcomes = {"clean": np.ones(N, bool), "robust": exact, "broken_by": by}
+    with pytest.raises(KeyboardInterrupt):
+        checks.run(jax.random.key(0), clf, examples, config, {}, outcomes, None)
+    assert seen[0] == set(examples.ids[3:].tolist())
+
+
 def test_no_image_is_right():
     """A classifier that is always wrong has nothing to attack, and so nothing to check."""
     clf, examples, config, _ = problem()
-    outcomes = {"clean": np.zeros(N, bool), "robust": np.zeros(N, bool)}
+    outcomes = {"broken_by": np.full(N, "clean"), "robust": np.zeros(N, bool)}
     listed = checks.run(jax.random.key(0), clf, examples, config, {}, outcomes, None)
     assert [check.number for check in listed] == list(range(1, 29))
     assert all(check.status == SKIP for check in listed)

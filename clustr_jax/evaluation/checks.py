@@ -33,7 +33,7 @@ def run(
     certified l2 radii of the same examples, where there are any.
     """
     # in any order but their own: image folders are stored class by class
-    index = np.random.default_rng(0).permutation(np.flatnonzero(outcomes["clean"]))[:IMAGES]
+    index = np.random.default_rng(0).permutation(np.flatnonzero(outcomes["broken_by"] != "clean"))[:IMAGES]
     if not len(index):  # nothing to attack: nothing to check either
         names = dict.fromkeys(range(1, COUNT + 1), "no image is classified correctly")
         return [Check(number, name, SKIP, None, "") for number, name in names.items()]
