@@ -54,6 +54,19 @@ def test_what_is_right_is_verified():
     assert done.ok and str(done).endswith("\nverified"), done
 
 
+@pytest.mark.parametrize("attack", ["clean", ""])
+def test_where_nothing_was_broken_there_is_nothing_to_measure(attack):
+    """Every image was wrong before, or withstood everything."""
+    x = np.random.default_rng(0).uniform(size=(N, 4, 4, 1)).astype(np.float32)
+    y = np.asarray(bright(x)).argmax(axis=1)
+    y = 1 - y if attack == "clean" else y
+    found = witness.of(
+        x, y, np.arange(N), x, np.full(N, attack), np.zeros(N), eps=EPS, norm="l2", bounds=(0.0, 1.0)
+    )
+    done = witness.check(content_of(found), found, bright)
+    assert done.ok, done
+
+
 def changed(**arrays):
     """The bundle with other arrays, and hashes and counts made again for them."""
     _, found = bundle()

@@ -154,7 +154,8 @@ def check(content: dict, found: Witness, model: Callable | Any = None) -> Verifi
 def _inside(done, found):
     finite = bool(np.isfinite(found.x).all() and np.isfinite(found.x_adv).all())
     done.add("pixels are finite", finite, finite)
-    delta = (found.x_adv.astype(np.float64) - found.x[found.broken]).reshape(len(found.broken), -1)
+    pixels = int(np.prod(found.x.shape[1:]))  # where nothing was broken -1 has no answer
+    delta = (found.x_adv.astype(np.float64) - found.x[found.broken]).reshape(len(found.broken), pixels)
     size = np.abs(delta).max(axis=1, initial=0.0) if found.norm == "linf" else np.linalg.norm(delta, axis=1)
     largest, rounding = (
         float(size.max(initial=0.0)),
