@@ -19,7 +19,7 @@ from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
 from clustr_jax.evaluation import checks, intervals, plans, sound_protocol, witness, wording
 from clustr_jax.evaluation import subject as subjects
-from clustr_jax.evaluation.check import FAIL, Check, status_of
+from clustr_jax.evaluation.check import Check, status_of
 from clustr_jax.evaluation.subject import Subject
 from clustr_jax.runtime import canary, provenance, streams
 from clustr_jax.runtime.errors import UserError, nearest
@@ -200,7 +200,7 @@ def _content(case, result, listed, again, evidence, seconds) -> dict:
         "attack": result["attack"], "attacks": result["attacks"], "curves": result["curves"],
         "unbounded": result["unbounded"], "unconfirmed": result["unconfirmed"], "sweep": result["sweep"],
         "checks": [dataclasses.asdict(check) for check in listed],
-        "failed": sorted({c.number for c in listed if c.status == FAIL}), "audit": again,
+        "audit": again,
         "counts": {
             "clean_wrong": told.get("clean", 0), "robust": told.get("", 0),
             "broken_by": by,
@@ -213,9 +213,9 @@ def _content(case, result, listed, again, evidence, seconds) -> dict:
     for name in ("clean", "robust"):
         content[f"{name}_interval"] = list(intervals.wilson(round(content[name] * n), n))
     content |= {
-        "status": wording.status(content),
-        "verdict": f"{wording.words(content)} {wording.figure(content)}",
-    }
+        "failed": wording.failed(content), "status": wording.status(content),
+        "verdict": wording.verdict(content),
+    }  # fmt: skip
     return json.loads(json.dumps(content))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from clustr_jax.evaluation import answers, intervals
+from clustr_jax.evaluation import answers, intervals, wording
 from clustr_jax.runtime.errors import UserError, first_line, shown
 
 JSON, NPZ = "judgement.json", "witness.npz"
@@ -145,7 +145,9 @@ def check(content: dict, found: Witness, model: Callable | Any = None) -> Verifi
     box = None if content.get("bounds") is None else tuple(content["bounds"])
     done.add("box is that of the judgement", found.bounds == box, found.bounds)
     _inside(done, found)
+    _distinct(done, found)
     _counts(done, content, found)
+    _figures(done, content, found)
     if model is not None:
         answers.check(done, found, model)
     return done
@@ -170,6 +172,55 @@ def _inside(done, found):
         )
         good = not found.x.size or (low >= found.bounds[0] and high <= found.bounds[1])
         done.add("images are inside the box", good, f"{low:.6g} to {high:.6g}")
+
+
+def _distinct(done, found):
+    """Nothing is counted twice; a data set may have a few copies of an image."""
+    copies = [
+        len(a) - len(np.unique(a.reshape(len(a), -1), axis=0)) if a.size else 0 for a in (found.ids, found.x)
+    ]
+    done.add("ids are distinct", not copies[0], f"{copies[0]} copies")
+    most = answers.most_ties(len(found.x))
+    done.add("images are distinct", copies[1] <= most, f"{copies[1]} copies (at most {most})")
+
+
+def _figures(done, content, found):
+    """What follows from the arrays and the checks: counted, and worded, again."""
+    n, kept = len(found.y), int(np.sum(found.attack == ""))
+    right = n - int(np.sum(found.attack == "clean"))
+    constant = float(np.unique(found.y, return_counts=True)[1].max() / n) if n else None
+    own = {"n": n, "clean": right / n if n else 0.0, "clean_interval": intervals.wilson(right, n)}
+    own["constant"] = constant
+    for name, value in own.items():
+        shown_value = value if name == "n" or value is None else np.round(value, 4)
+        done.add(f"{name} is counted from the arrays", _close(content.get(name), value), shown_value)
+    done.add("images left", _member(content, "counts", "robust") == kept, f"{kept} of {n}")
+    counted = content | own | {"robust": kept / n if n else 0.0, "eps": found.eps, "norm": found.norm}
+    for name, make in (("failed", wording.failed), ("status", wording.status), ("verdict", wording.verdict)):
+        try:
+            wanted = make(counted)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # checks that are none
+            done.add(f"{name} is that of the checks", False, first_line(error, 80))
+            continue
+        done.add(f"{name} is that of the checks", content.get(name) == wanted, wanted)
+
+
+def _close(given, wanted) -> bool:
+    """Equal numbers, or lists of them, but for rounding; False for what is none."""
+    if wanted is None or given is None:
+        return given is wanted
+    try:
+        given, wanted = np.asarray(given, np.float64), np.asarray(wanted, np.float64)
+    except (TypeError, ValueError):
+        return False
+    return given.shape == wanted.shape and bool(np.all(np.abs(given - wanted) < 1e-9))
+
+
+def _member(content, *names):
+    """content[a][b]..., None where there is none."""
+    for name in names:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
 
 
 def _counts(done, content, found):
