@@ -48,8 +48,9 @@ def _robustness(content, failed) -> str:
         return "No verdict: there was no image."
     if robust == 0.0:
         return "Not robust: no image withstood the attacks."
-    if constant is not None and robust <= constant:
-        return "Not robust: worse than always guessing one class."
+    # of images of one class a constant answer is always right: it says nothing of a model
+    if constant is not None and robust <= constant < 1:
+        return "Not robust: no better than always guessing one class."
     if failed:
         return "No verdict: the figure is an upper bound only."
     if robust >= _MOST * content["clean"]:
