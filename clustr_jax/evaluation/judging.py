@@ -96,10 +96,9 @@ def prepare(
             subjects.of_classifier(classifier), bounds=given.bounds, norm=given.norm, unsteady=given.note
         )
     examples = Examples(given.x, given.y, given.ids)
-    shape = given.x.shape[1:]
-    half = checks.half(subject, shape)
-    widest = sound_protocol.widest(subject, float(eps), shape)
-    curve = [*(times * float(eps) for times in _CURVE), half]
+    half = checks.half(subject, given.x.shape[1:])
+    widest = sound_protocol.widest(subject, float(eps), given.x)
+    curve = [*(times * float(eps) for times in _CURVE), *([] if half is None else [half])]
     own = budget(float(eps), slots, tuple(sorted(c for c in curve if float(eps) < c < widest)))
     used = (
         own
