@@ -12,9 +12,10 @@ import clustr_jax
 from checked_classifiers import fits
 from clustr_jax import attacks
 from clustr_jax.attacks import scheduler
-from clustr_jax.evaluation import sound_protocol
+from clustr_jax.evaluation import budgets, sound_protocol
 from clustr_jax.evaluation.check import Check
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import AttackSettings
 from judged import EPS, N, curved, images, judged, small, statuses, timeless
 from test_golden import fixed
 
@@ -146,6 +147,33 @@ def test_mistakes_are_refused(settings, text):
     x, y = images()
     with pytest.raises(UserError, match=text):
         clustr_jax.judge(curved, **dict(x=x, y=y, eps=EPS) | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (lambda: small(targets=0), "settings.targets must be at least 1, got 0"),
+        (lambda: small(queries=0), "settings.queries must be at least 1, got 0"),
+        (lambda: small(apgd_steps=0), "settings.apgd_steps must be at least 1, got 0"),
+        (lambda: small(apgd_steps=2.5), r"settings.apgd_steps must be a whole number, got 2\.5"),
+        (lambda: small(attack=AttackSettings(EPS, EPS / 4, 8, 0)), "settings.attack.restarts must be at"),
+        (lambda: small(attack=AttackSettings(EPS, EPS / 4, 0, 2)), "settings.attack.steps must be at least"),
+        (lambda: small(attack=AttackSettings(EPS, -1.0, 8, 2)), "step_size must be >= 0"),
+        (lambda: small(attack=AttackSettings(0.0, EPS, 8, 2)), "settings.attack.eps must be above 0"),
+        (lambda: small(curve=(-1.0,)), "eps must be >= 0"),
+        (lambda: {"steps": 3}, "settings must be EvalSettings"),
+    ],
+)
+def test_budgets_that_attack_nothing_are_refused(settings, text):
+    with pytest.raises(UserError, match=text):
+        clustr_jax.judge(curved, *images(), eps=EPS, settings=settings())
+
+
+def test_a_step_is_a_part_of_the_radius():
+    """Settings of another radius: the step is scaled with it, and that of their own is left as it is."""
+    for eps in (EPS, 4 * EPS):
+        found = budgets.at_radius(small(EPS), eps, 3)
+        assert (found.attack.eps, found.attack.step_size, found.slots) == (eps, eps / 4, 3)
 
 
 @pytest.mark.slow

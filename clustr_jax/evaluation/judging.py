@@ -17,7 +17,7 @@ from clustr_jax.attacks import calls, resuming
 from clustr_jax.attacks.gate import Admitted
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
-from clustr_jax.evaluation import checks, intervals, plans, sound_protocol, witness, wording
+from clustr_jax.evaluation import budgets, checks, intervals, plans, sound_protocol, witness, wording
 from clustr_jax.evaluation import subject as subjects
 from clustr_jax.evaluation.check import Check, status_of
 from clustr_jax.evaluation.subject import Subject
@@ -100,13 +100,7 @@ def prepare(
     widest = sound_protocol.widest(subject, float(eps), given.x)
     curve = [*(times * float(eps) for times in _CURVE), *([] if half is None else [half])]
     own = budget(float(eps), slots, tuple(sorted(c for c in curve if float(eps) < c < widest)))
-    used = (
-        own
-        if settings is None
-        else dataclasses.replace(
-            settings, slots=slots, attack=dataclasses.replace(settings.attack, eps=float(eps))
-        )
-    )
+    used = own if settings is None else budgets.at_radius(settings, float(eps), slots)
     return Case(
         subject, examples, logits.shape[1], used, plans.PROTOCOLS[protocol], given, logits, seed, used != own
     )
