@@ -12,7 +12,7 @@ import clustr_jax
 from checked_classifiers import fits
 from clustr_jax import attacks
 from clustr_jax.attacks import scheduler
-from clustr_jax.evaluation import budgets, sound_protocol
+from clustr_jax.evaluation import auditing, budgets, sound_protocol, witness
 from clustr_jax.evaluation.check import Check
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import AttackSettings
@@ -174,6 +174,34 @@ def test_a_step_is_a_part_of_the_radius():
     for eps in (EPS, 4 * EPS):
         found = budgets.at_radius(small(EPS), eps, 3)
         assert (found.attack.eps, found.attack.step_size, found.slots) == (eps, eps / 4, 3)
+
+
+@pytest.mark.parametrize(("missed", "status"), [(1, "PASS"), (3, "FAIL")])
+def test_what_an_audit_breaks_is_broken(judgement, missed, status, monkeypatch):
+    """A first run that misses some, and an interval that would be wide enough to hide them."""
+    real, runs = sound_protocol.run_sound, []
+
+    def careless(*arguments, found, **more):
+        result, outcomes = real(*arguments, found=found, **more)
+        if not runs:
+            index = np.flatnonzero(~outcomes["robust"] & (outcomes["broken_by"] != "clean"))[:missed]
+            outcomes["robust"][index], outcomes["broken_by"][index] = True, ""
+            found.take(index, arguments[2].x[index], -1)
+            result["robust"] = float(np.mean(outcomes["robust"]))
+        runs.append(result["robust"])
+        return result, outcomes
+
+    monkeypatch.setattr(sound_protocol, "run_sound", careless)
+    found = judged(audit=True)
+    assert runs[0] == judgement.robust + missed / N
+    assert found.robust == judgement.robust and found.content["counts"]["broken_by"]["audit"] == missed
+    assert statuses(found)[29] == status and found.content["audit"]["broken_there_only"] == missed
+    assert witness.check(found.content, found.witness, curved).ok
+    assert found.believable == (status == "PASS")
+
+
+def test_how_many_an_audit_may_break():
+    assert [auditing.allowed(n) for n in (1, 32, 200, 201, 1000)] == [1, 1, 1, 2, 5]
 
 
 @pytest.mark.slow
