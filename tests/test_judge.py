@@ -12,7 +12,7 @@ import clustr_jax
 from checked_classifiers import fits
 from clustr_jax import attacks
 from clustr_jax.attacks import scheduler
-from clustr_jax.evaluation import auditing, budgets, sound_protocol, witness
+from clustr_jax.evaluation import auditing, budgets, robustbench, sound_protocol, witness
 from clustr_jax.evaluation.check import Check
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import AttackSettings
@@ -86,15 +86,43 @@ def test_the_bundle(judgement, tmp_path):
     np.testing.assert_array_equal(again.x_adv, judgement.x_adv)
 
 
+def entry_of(judgement, changes, **about):
+    """The entry of a judgement whose budget is the protocol's own, and which differs in this."""
+    changed = judgement.content | {"protocol": "sound-3"} | changes
+    return json.loads(json.dumps(robustbench.model_info(changed, **about)))
+
+
 def test_the_entry_for_robustbench(judgement):
-    entry = json.loads(json.dumps(judgement.robustbench(name="toy", authors="us")))
+    entry = entry_of(judgement, {}, name="toy", authors="us")
     assert entry["clean_acc"] == f"{100 * judgement.clean:.2f}" and entry["unreliable"] is False
     assert set(entry) == {
         "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue",
         "architecture", "eps", "clean_acc", "reported", "autoattack_acc", "unreliable", "footnote",
     }  # fmt: skip
+    assert entry["reported"] is None  # the authors' claim is not ours to make
+    assert entry_of(judgement, {}, reported="41.00")["reported"] == "41.00"
     with pytest.raises(UserError, match="did you mean authors"):
-        judgement.robustbench(author="us")
+        entry_of(judgement, {}, author="us")
+
+
+@pytest.mark.parametrize(
+    ("eps", "norm", "bounds", "wanted"),
+    [
+        (8 / 255, "linf", [0.0, 1.0], "8/255"),
+        (8.0, "linf", [0.0, 255.0], "8/255"),
+        (16 / 255, "linf", [-1.0, 1.0], "8/255"),
+        (1.0, "l2", [-1.0, 1.0], "0.5"),
+    ],
+)
+def test_the_radius_for_robustbench_is_of_pixels_from_0_to_1(judgement, eps, norm, bounds, wanted):
+    assert entry_of(judgement, {"eps": eps, "norm": norm, "bounds": bounds})["eps"] == wanted
+
+
+def test_what_robustbench_cannot_take(judgement):
+    with pytest.raises(UserError, match="bounds of the pixels"):
+        entry_of(judgement, {"bounds": None})
+    with pytest.raises(UserError, match=r"this is sound-3-custom; judge without settings="):
+        judgement.robustbench()
 
 
 @pytest.mark.parametrize("stop", [1, 4, 9])
