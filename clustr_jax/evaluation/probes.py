@@ -9,7 +9,7 @@ from jax.tree_util import Partial
 
 from clustr_jax import losses
 from clustr_jax.attacks import attack_losses, scheduler
-from clustr_jax.attacks.geometry import l2_norm, length, on_sphere, project, projected_step, start_in_ball
+from clustr_jax.attacks.geometry import l2_norm, on_sphere, project, projected_step, start_in_ball
 from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.models import wrap
 from clustr_jax.attacks.pgd import pgd
@@ -18,7 +18,7 @@ from clustr_jax.evaluation import intervals
 from clustr_jax.evaluation.check import FAIL, SKIP, WARN, Check, Measure, at_most, decided, status_of
 from clustr_jax.evaluation.plans import attack_on
 from clustr_jax.evaluation.subject import Subject, of
-from clustr_jax.runtime import streams
+from clustr_jax.runtime import rounding, streams
 from clustr_jax.runtime.errors import first_line
 from clustr_jax.settings import EvalSettings
 
@@ -223,10 +223,12 @@ class Probe:
         """1, 7, 10, 20, 25: in the ball, what more steps or a larger one break, unchanged by looking."""
         steps = self.settings.steps
         outcome = self._pgd(steps=steps)
-        moved = length(outcome.x_adv - self.examples.x, self.subject.norm)
-        delta = float(np.max(moved, initial=0.0))
-        excess, lost = max(delta - self.eps, 0.0), int(np.sum(~np.isfinite(outcome.x_adv)))
-        ball = Measure(excess, excess <= 1e-6, "<= 1e-6")
+        beyond = rounding.outside(outcome.x_adv, self.examples.x, self.eps, self.subject.norm)
+        excess, lost = (
+            float(np.max(beyond[np.isfinite(beyond)], initial=0.0)),
+            int(np.sum(~np.isfinite(outcome.x_adv))),
+        )
+        ball = Measure(excess, excess <= 0, "<= 0", "beyond rounding")
         yield decided(
             1,
             "adversarial images are finite and in the ball: beyond eps",

@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 
 from clustr_jax.evaluation import answers, intervals, wording
+from clustr_jax.runtime import rounding
 from clustr_jax.runtime.errors import UserError, first_line, shown
 
 JSON, NPZ = "judgement.json", "witness.npz"
-# What the attacks allow for rounding of x + delta in float32, as attacks.scheduler has it.
-TOLERANCE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +158,9 @@ def _inside(done, found):
     pixels = int(np.prod(found.x.shape[1:]))  # where nothing was broken -1 has no answer
     delta = (found.x_adv.astype(np.float64) - found.x[found.broken]).reshape(len(found.broken), pixels)
     size = np.abs(delta).max(axis=1, initial=0.0) if found.norm == "linf" else np.linalg.norm(delta, axis=1)
-    largest, rounding = (
-        float(size.max(initial=0.0)),
-        TOLERANCE * max(1.0, float(np.abs(found.x).max(initial=0.0))),
-    )
-    good = found.norm in ("linf", "l2") and largest <= found.eps * (1 + TOLERANCE) + rounding
+    largest = float(size.max(initial=0.0))
+    inside = bool(np.all(rounding.outside(found.x_adv, found.x[found.broken], found.eps, found.norm) <= 0))
+    good = found.norm in ("linf", "l2") and inside
     done.add(f"changes are inside the {found.norm} ball", good, f"{largest:.8g} of {found.eps:.8g}")
     if found.bounds is not None:
         low, high = (
