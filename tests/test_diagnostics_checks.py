@@ -282,8 +282,11 @@ def test_no_image_is_right():
 # A known answer
 
 
-def test_the_toy_is_solved():
-    check = checks.toy(jax.random.key(5))
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_toy_is_solved(norm, seed):
+    check = checks.toy(jax.random.key(seed), norm)
+    assert check.note == norm
     assert (check.number, check.status, check.value) == (17, PASS, 0)
 
 

@@ -1,5 +1,6 @@
 """clustr_jax.judge: any model gets the figure, the checks and the verdict that a work directory gets."""
 
+import dataclasses
 import importlib
 import json
 import pickle
@@ -11,8 +12,8 @@ import pytest
 import clustr_jax
 from checked_classifiers import fits
 from clustr_jax import attacks
-from clustr_jax.attacks import scheduler
-from clustr_jax.evaluation import auditing, budgets, robustbench, sound_protocol, witness
+from clustr_jax.attacks import resuming, scheduler
+from clustr_jax.evaluation import auditing, budgets, judging, robustbench, sound_protocol, witness
 from clustr_jax.evaluation.check import Check
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import AttackSettings
@@ -226,6 +227,26 @@ def test_what_an_audit_breaks_is_broken(judgement, missed, status, monkeypatch):
     assert statuses(found)[29] == status and found.content["audit"]["broken_there_only"] == missed
     assert witness.check(found.content, found.witness, curved).ok
     assert found.believable == (status == "PASS")
+
+
+def test_a_model_that_the_protocol_changed_is_noticed(monkeypatch):
+    """20: the first digest is of before the protocol, not of before the checks."""
+    x, y = images()
+    case = judging.prepare(
+        curved, x, y, eps=EPS, norm="linf", bounds=(0.0, 1.0), ids=None, protocol="sound-3",
+        settings=small(), slots=N, seed=0,
+    )  # fmt: skip
+    state = ["before"]
+    case = dataclasses.replace(case, subject=dataclasses.replace(case.subject, digest=lambda: state[0]))
+    real = sound_protocol.run_sound
+
+    def changing(*arguments, **more):
+        state[0] = "after"
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(sound_protocol, "run_sound", changing)
+    content, _ = judging.judge(case, resuming.Kept(None, {}), lambda left, what: None)
+    assert 20 in content["failed"]
 
 
 def test_how_many_an_audit_may_break():

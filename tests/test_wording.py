@@ -30,3 +30,17 @@ def test_a_constant_answer(robust, constant, said):
 
 def test_one_class_that_withstands_everything_is_robust():
     assert wording.answer(content(1.0, 1.0, 1.0)) == ("ROBUST SO FAR", "pass")
+
+
+@pytest.mark.parametrize(
+    ("by_status", "ending"),
+    [
+        ({"PASS": [1, 2]}, "no reason to distrust itself."),
+        ({"PASS": [1], "WARN": [9]}, "no reason to distrust itself, but 1 check warns."),
+        ({"PASS": [1], "WARN": [9, 6, 9]}, "no reason to distrust itself, but 2 checks warn."),
+        ({"FAIL": [4], "WARN": [9]}, "check 4 failed, and the truth may be far lower."),
+        ({"SKIP": [4]}, "No check could look at it."),
+    ],
+)
+def test_warnings_are_told(by_status, ending):
+    assert wording.words(content(**by_status)).endswith(ending)

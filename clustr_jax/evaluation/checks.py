@@ -25,12 +25,14 @@ COUNT = 28  # and an audit's, where one was asked for
 
 
 def run(
-    key, what, examples, settings: EvalSettings, sound: dict, outcomes: dict, paper: dict | None, radius=None
-):
+    key, what, examples, settings: EvalSettings, sound: dict, outcomes: dict, paper: dict | None, radius=None,
+    before: str | None = None,
+):  # fmt: skip
     """All checks of a classifier or subject and its sound result. Returns a list of `Check`, by number.
 
     `sound` and `paper` are results, `outcomes` the sound one's per-example arrays; `radius` [N] the
-    certified l2 radii of the same examples, where there are any.
+    certified l2 radii of the same examples, where there are any; `before` the subject's digest before the
+    protocol ran, where that was just now: check 20 is then of the protocol too.
     """
     # in any order but their own: image folders are stored class by class
     index = np.random.default_rng(0).permutation(np.flatnonzero(outcomes["broken_by"] != "clean"))[:IMAGES]
@@ -39,10 +41,11 @@ def run(
         return [Check(number, name, SKIP, None, "") for number, name in names.items()]
     part = examples.take(index)
     probe = Probe(key, what, part, settings, outcomes["robust"][index])
+    probe.before = before or probe.before
     norm = getattr(what, "norm", "linf")
     checks = [
         *probe.outputs(), *probe.gradients(), *probe.precision(), *probe.scales(), *probe.effort(),
-        *probe.black_box(), toy(jax.random.fold_in(key, streams.Checks.KNOWN_ANSWER)), compiler(),
+        *probe.black_box(), toy(jax.random.fold_in(key, streams.Checks.KNOWN_ANSWER), norm), compiler(),
         *from_result(sound, outcomes, paper, half=half(what, examples.x.shape[1:])),
         certificates(sound, outcomes, radius, int(np.prod(examples.x.shape[1:])), norm),
     ]  # fmt: skip

@@ -165,14 +165,14 @@ def judge(
     canary.check()
     started = time.perf_counter()
     key, examples, settings = jax.random.key(case.seed), case.examples, case.settings
-    found = sound_protocol.Found.of(examples.x)
+    found, before = sound_protocol.Found.of(examples.x), case.subject.digest()
     result, outcomes = sound_protocol.run_sound(
         key, case.subject, examples, settings, report, Records(kept), protocol=case.protocol, found=found
     )
     outcomes |= {"ids": examples.ids, "y": examples.y}
     report(result["robust"], "checks")
     own = jax.random.fold_in(key, streams.Evaluation.CHECKS)
-    listed = checks.run(own, case.subject, examples, settings, result, outcomes, None)
+    listed = checks.run(own, case.subject, examples, settings, result, outcomes, None, before=before)
     again = None
     if audit:
         again = auditing.run(case, Records(kept, auditing.PREFIX), report, outcomes, found)

@@ -14,7 +14,7 @@ from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.models import wrap
 from clustr_jax.attacks.pgd import pgd
 from clustr_jax.classifier import Classifier
-from clustr_jax.evaluation import intervals
+from clustr_jax.evaluation import intervals, scores
 from clustr_jax.evaluation.check import FAIL, SKIP, WARN, Check, Measure, at_most, decided, status_of
 from clustr_jax.evaluation.plans import attack_on
 from clustr_jax.evaluation.subject import Subject, of
@@ -84,7 +84,7 @@ class Probe:
         """2, 3, 26: the same every time, for every batch size, in the log domain, and of a sane size."""
         x = self.examples.x[:64]
         logits = np.asarray(self.subject.logits(x))
-        scale = _scale(logits)
+        scale = scores.scale(logits)
         others = [np.asarray(self.subject.logits(x)) for _ in range(4)]
         for size in (1, 7):
             parts = [self.subject.logits(x[i : i + size]) for i in range(0, len(x), size)]
@@ -103,16 +103,16 @@ class Probe:
         yield decided(
             3, "outputs are logits: their range", *told, Measure(spread, spread > 1, "> 1", "", WARN)
         )
-        size = float(np.median(np.abs(margins(logits, self.examples.y[: len(x)])))) if logits.size else 0.0
+        size = (
+            float(np.median(np.abs(scores.margins(logits, self.examples.y[: len(x)]))))
+            if logits.size
+            else 0.0
+        )
         low, high = _MARGINS
         yield Check(
-            26,
-            "margins are of a size that float32 losses can see",
-            status_of(low <= size <= high),
-            size,
-            f"{low:g} to {high:g}",
-            "median clean margin",
-        )
+            26, "margins are of a size that float32 losses can see", status_of(low <= size <= high), size,
+            f"{low:g} to {high:g}", "median clean margin",
+        )  # fmt: skip
 
     def gradients(self):
         """4, 22, 28: no vanishing gradients, of either side of the margin; a loss that has stopped rising."""
@@ -212,14 +212,14 @@ class Probe:
                 found.append(attacked(scale))
             except UserError as error:  # logits near the end of float32 overflow when they are scaled
                 refused.append(f"x {scale:g}: {first_line(error, 80)}")
-        gain, left = max(map(self._gain, found), default=0.0), [self._accuracy(x_adv) for x_adv in found]
+        gain, left = max(map(self._gain, found), default=0.0), [*map(self._accuracy, found)]
         spread = max(left, default=0.0) - min(left, default=0.0)
         limit = max(0.02, self.slack)
         yield decided(
             6,
             "logits x 1e-3 ... 1e3 break nothing more",
             Measure(gain, gain <= limit, at_most(limit)),
-            *([Measure(None, False, "finite logits", refused[-1], WARN)] if refused else []),
+            *(Measure(None, False, "finite logits", text, WARN) for text in refused[-1:]),
             Measure(
                 spread, spread <= limit, at_most(limit), "what cross entropy alone leaves varies so", WARN
             ),
@@ -300,26 +300,6 @@ class Probe:
         x, eps = jnp.asarray(self.examples.x), self.eps / _NUDGE
         direction = on_sphere(keys, x, self.subject.norm)
         return np.asarray(project(x + eps * direction, x, eps, self.subject.norm, self.subject.bounds))
-
-
-def margins(logits, y):
-    """[B] z_y - max of the others."""
-    logits = np.array(logits, np.float64)
-    own = logits[np.arange(len(y)), y]
-    logits[np.arange(len(y)), y] = -np.inf
-    return own - logits.max(axis=1)
-
-
-def _scale(logits) -> float:
-    """What a difference of logits [B, Y] is large against: the spread of the two best scores of all images.
-
-    Scores of classes that are ruled out, at the end of float32 say, would excuse any difference. A hundredth
-    of the size keeps a common offset, which only costs digits, from looking like chance.
-    """
-    best = np.sort(np.asarray(logits, np.float64), axis=1)[:, -2:]
-    if not best.size:
-        return 1.0
-    return float(np.maximum(np.maximum(np.ptp(best), 0.01 * np.abs(best).max()), 1e-12))
 
 
 def _scaled(scale, model, x):

@@ -67,7 +67,11 @@ def _trust(content, failed) -> str:
     if failed:
         which = f"check{'s' * (len(failed) > 1)} {', '.join(map(str, failed))} failed"
         return f"The measurement distrusts itself: {which}, and the truth may be far lower."
-    return "The measurement found no reason to distrust itself."
+    warned = len({c["number"] for c in content["checks"] if c["status"] == "WARN"})
+    said = "The measurement found no reason to distrust itself"
+    if not warned:
+        return f"{said}."
+    return f"{said}, but {warned} check{'s warn' if warned > 1 else ' warns'}."
 
 
 def figure(content: dict) -> str:
