@@ -26,6 +26,18 @@ class Collapsed(UserError):
     exit_code = 3
 
 
+# How the reason of a stage begins that went back to its best network.
+COLLAPSED = "collapsed: "
+
+
+def stopped(stage: str, epoch: int, alarms: dict[str, str]) -> Collapsed:
+    """What ends a stage where train.on_collapse=stop."""
+    return Collapsed(
+        f"{stage} is stopped after epoch {epoch} (train.on_collapse=stop): {', '.join(alarms)}; "
+        f"change the setting in another --workdir, or go on with --config.train.on_collapse=warn"
+    )
+
+
 def health(this, clf: Classifier) -> Health | None:
     """Of this network on the held-out images, None where there are none."""
     if not len(this.val_split):

@@ -20,6 +20,8 @@ from clustr_jax.training.trainers import Trainer
 LOST = 1 / 3
 # The share of the predictions that one class may have.
 ONE_CLASS = 0.5
+# How much more than before that has to be: of two classes one always has half.
+MORE = 0.25
 # How many times smaller the features' spread may get.
 FLAT = 100.0
 # The share of open hinges that counts as all, and the updates after which they have had their time: runs that
@@ -85,7 +87,7 @@ def alarms(
         return found
     if now is not None and now.accuracy < (1 - LOST) * handed.accuracy:
         found[ACCURACY] = f"held-out accuracy {now.accuracy:.1%}, and {handed.accuracy:.1%} was handed over"
-    if now is not None and now.largest_class > ONE_CLASS >= handed.largest_class:
+    if now is not None and now.largest_class > max(ONE_CLASS, handed.largest_class + MORE):
         found[CLASS] = f"one class has {now.largest_class:.0%} of the predictions"
     if now is not None and now.feature_spread * FLAT < handed.feature_spread:
         found[FEATURES] = (
