@@ -26,7 +26,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
-    """The checkpoints of one stage, by step: the newest `keep`, the `keep_best` best. Writes in the background.
+    """The checkpoints of one stage, by step: the newest and the best. Writes in the background.
 
     `identity` names the training that they belong to. Whoever trains takes over the folder (`mend`):
     what is damaged or unfinished is set aside with a line to `say`, and work goes on from the newest
