@@ -47,7 +47,7 @@ def dual_length(gradient: Float[Array, "B ..."], norm: str):
     return largest * length(gradient / over(jnp.where(largest > 0, largest, 1.0), gradient), norm)
 
 
-def over(values, x):
+def over(values: Array, x: Array):
     """[B] values as [B, 1, ...], to go with x [B, ...]."""
     return values.reshape(-1, *(1,) * (x.ndim - 1))
 
