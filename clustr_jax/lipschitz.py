@@ -231,7 +231,12 @@ def planar(
     return float(np.linalg.norm(jacobians, 2, axis=(1, 2)).max())
 
 
-def regions(first, bias, centre=None, radius: float = math.inf) -> Bool[np.ndarray, "P H"]:
+def regions(
+    first: Float[Array | np.ndarray, "2 H"],
+    bias: Float[Array | np.ndarray, "H"],
+    centre: Float[Array | np.ndarray, "2"] | None = None,
+    radius: float = math.inf,
+) -> Bool[np.ndarray, "P H"]:
     """Which hidden units are on in each region of the plane that meets the ball (duplicates removed).
 
     Every region but the one around the centre has a piece of one of the lines w_i x + b_i = 0 inside
