@@ -59,7 +59,8 @@ _FUNCTIONS = ("judge", "verify")
 # Of these an extra can be missing (`pip install "clustr-jax[all]"`).
 _ROOMS = ("data", "models", "training", "storage", "evaluation", "doors", "report", "stages")
 
-if sys.argv[:1] == ["-m"]:  # as it is while Python looks for a program of this package
+# As it is while Python looks for a program of this package; one of them needs no JAX.
+if sys.argv[:1] == ["-m"] and not any(word.endswith("clustr_jax.verify") for word in sys.orig_argv):
     from clustr_jax.runtime import programs
 
     programs.check_jax()

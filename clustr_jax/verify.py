@@ -18,6 +18,7 @@ from clustr_jax.evaluation import witness
 from clustr_jax.evaluation.witness import Verification
 from clustr_jax.runtime import callable_module
 from clustr_jax.runtime.errors import UserError, first_line, shown
+from clustr_jax.runtime.programs import program
 
 __all__ = ["Verification", "verify"]
 
@@ -77,6 +78,7 @@ def _torch_model(path, layout) -> Callable:
     return call
 
 
+@program(computes=False)
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 verified, 1 not, 2 a mistake that the user can mend."""
     parser = argparse.ArgumentParser(
@@ -90,11 +92,7 @@ def main(argv: list[str]) -> int:
         "--layout", choices=("NCHW", "NHWC"), default="NCHW", help="of an exported PyTorch module"
     )
     args = parser.parse_args(argv)
-    try:
-        done = verify(args.folder, model_of(args.model, args.layout) if args.model else None)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    done = verify(args.folder, model_of(args.model, args.layout) if args.model else None)
     print(done)
     return 0 if done.ok else 1
 

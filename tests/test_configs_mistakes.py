@@ -154,7 +154,7 @@ def test_transfer_from_a_network_of_other_images_is_refused(tmp_path):
     config.eval.transfer = (str(tmp_path),)
     for shape, classes in (((8, 8, 3), 10), ((8, 8, 1), 100)):
         done.write_text(json.dumps({"input_shape": shape, "num_classes": classes}))
-        with pytest.raises(UserError, match="eval.transfer: .* name a run on the same data"):
+        with pytest.raises(UserError, match="eval.transfer: "):
             protocols.check_transfer(EvalSettings.of(config.eval), net)
     done.write_text(json.dumps({"input_shape": (8, 8, 1), "num_classes": 10}))
     protocols.check_transfer(EvalSettings.of(config.eval), net)

@@ -62,7 +62,7 @@ def test_without_foolbox_it_says_what_to_install(clf, monkeypatch):
 
 
 def test_foolbox_is_not_given_points(clf):
-    with pytest.raises(UserError, match="needs bounds of the inputs, and these points have none"):
+    with pytest.raises(UserError, match="needs bounds"):
         foolbox_model.to_foolbox(clf.replace(bounds=None))
 
 

@@ -169,7 +169,7 @@ def test_there_and_back_is_the_same_classifier(name, clustered, tmp_path):
 
 
 def test_a_lipschitz_network_is_not_read_back():
-    with pytest.raises(UserError, match="lip_sll can be exported to PyTorch, but not read back"):
+    with pytest.raises(UserError, match="lip_sll .*not read back"):
         door.from_torch(door.checkpoint(classifier("lip_sll", False)))
 
 

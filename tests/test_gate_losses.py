@@ -1,6 +1,7 @@
 """The gate of the attacks: no number is of an old loss function, and none of an old function elsewhere."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,23 @@ def test_a_jit_inside_that_keeps_old_arrays_is_refused():
     cell["w"] = -jnp.ones(CLASSES)
     found = {said(door, KEY, linear, x, y, loss_fn=loss) for door in DOORS.values()}
     assert len(found) == 1 and "jax.clear_caches()" in found.pop()
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (None, r"must be a function \(logits \[B, Y\], y\)"), ("ce", "must be a function"),
+        (lambda z, y: losses.cross_entropy(z, y).mean(), "leave out the mean"),
+        (lambda z, y: z, r"must return the loss of each image, \[B\]"),
+        (lambda z, y: (losses.cross_entropy(z, y), z), r"must return the loss of each image, \[B\]"),
+        (lambda z: z[:, 0], "loss_fn fails on logits of shape"),
+        (lambda z, y: np.asarray(z).sum(axis=1), "loss_fn fails on logits of shape"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("door", list(DOORS))
+def test_what_is_no_loss_of_each_image_is_refused(loss, text, door):
+    """A mean would be compared between restarts as if it were each image's own."""
+    assert re.search(text, said(DOORS[door], KEY, linear, *images(), loss_fn=loss))
 
 
 def test_a_loss_of_each_images_own_weight_is_taken():

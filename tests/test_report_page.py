@@ -59,7 +59,7 @@ def test_the_numbers_are_those_of_the_results(full):
     text = document.text
     assert "15.00 % robust accuracy, linf, eps 0.2" in text.replace("15.00%", "15.00 %")
     assert record.results["diagnostics"]["verdict"] in text
-    assert "6 of 40 test images are classified correctly under every attack" in text
+    assert "6 of 40 test images" in text
     assert "5.00 points" in text and "constant between 1.25 and 2.5" in text
     for figure in ("eps", "attacks"):
         (drawing,) = [d for d in made.drawings if d.name == figure]
@@ -126,7 +126,7 @@ def test_duplicates_and_notes_are_in_the_page_and_the_card(found, card, limit, t
     made = page.report(report.read(root), page.Looks())
     assert (card in made.card) if card else ("Duplicates" not in made.card)
     assert ("- Note: not read: a" in made.card) == bool(fields)
-    assert bool(limit) == ("The same image is on two sides" in made.card)
+    assert bool(limit) == ("same image" in made.card)
     assert ("notes on the data" in made.html) == bool(fields) and "<b> file" not in made.html
     assert ("between the splits" in made.html or "2 test images are" in made.html) == bool(fields)
 
@@ -162,8 +162,7 @@ def test_a_quick_evaluation_has_no_curve_over_eps(tmp_path):
     results.save(root / "results", "quick", quick, {"y": LABELS})
     made = page.report(report.read(root), page.Looks(planes()[1:], [], 5, None))
     document, _ = assert_sound_page(made.html)
-    assert "There is no curve over eps: one radius only was attacked." in document.text
-    assert "There is no picture from before" in document.text
+    assert "no curve over eps" in document.text and "no picture" in document.text
     assert document.row("quick attack")[-1].startswith("40.00")
     assert "sound protocol (sound-2-quick)" in document.text and "the full one finds less" in made.card
 
@@ -173,7 +172,7 @@ def test_of_many_classes_it_says_which_are_shown(tmp_path):
     done = read(root / "2_train" / "done.json") | {"num_classes": 100}
     (root / "2_train" / "done.json").write_text(json.dumps(done))
     text = Document(page.report(report.read(root), page.Looks(planes(), victims())).html).text
-    assert "Only the first 10 classes are shown." in text and "each of the first 10 classes" in text
+    assert text.count("first 10 classes") >= 2
     # at_pretrain's first stage has the classes of another set
     root = make(tmp_path / "pretrained", ("clean",), "at_pretrain")
     (root / "1_warmup").mkdir()

@@ -134,7 +134,7 @@ def test_a_work_directory_of_other_images(mistake, tmp_path, monkeypatch):
     original = toy.digits
     monkeypatch.setattr(toy, "digits", lambda split: original(split).take(slice(None, None, -1), ""))
     message = mistake(DIGITS_METHOD, "--stages=evaluate", workdir)
-    assert "was trained on other images of digits" in message and "data.dir" in message
+    assert "images of digits" in message and "data.dir" in message
     assert (tmp_path / "run" / "environment.json").read_bytes() == before
     monkeypatch.undo()
     assert read(tmp_path / "run" / "environment.json")["images"]["data"] in message
@@ -144,7 +144,7 @@ def test_a_work_directory_of_other_images(mistake, tmp_path, monkeypatch):
 def test_a_work_directory_that_orbax_takes_for_a_pattern(name, mistake, tmp_path):
     """It would write checkpoints that it does not find again."""
     message = mistake(DIGITS_METHOD, "--stages=evaluate", f"--workdir={tmp_path / name / 'run'}")
-    assert name in message and "may not have *, ? or [" in message
+    assert name in message and "*, ? or [" in message
     assert not list((tmp_path / name).glob("run/config.json"))
 
 
@@ -187,7 +187,7 @@ def test_a_config_of_something_else(look, tmp_path):
     (tmp_path / "2_train").mkdir()
     (tmp_path / "2_train" / "done.json").write_text("{}")
     (tmp_path / "config.json").write_text('{"a": 1}')
-    with pytest.raises(UserError, match="is not the config of a run: it has no 'method'"):
+    with pytest.raises(UserError, match="config.json .*'method'"):
         look(tmp_path)
 
 

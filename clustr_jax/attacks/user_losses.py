@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from clustr_jax.attacks.attack_losses import AttackLoss, Untargeted
 from clustr_jax.attacks.names import Writer
 from clustr_jax.attacks.scheduled_attack import Attack
-from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.errors import UserError, first_line
 
 _OWN = "clustr_jax."
 
@@ -35,9 +35,11 @@ class Named:
 def current(loss_fn: Callable, rows: int, classes: int | None, y: Array | np.ndarray) -> Callable:
     """`loss_fn` as it is now, for logits [rows, classes] and these labels [B] or probabilities [B, Y].
 
-    Where it captures something else than at an earlier call it is another setting, and compiled anew. What
-    cannot be traced is left alone: it fails where it is called. UserError for a jit inside with old arrays.
+    Where it captures something else than at an earlier call it is another setting, and compiled anew.
+    UserError where it is no function of these, does not return [B], or has a jit inside with old arrays.
     """
+    if not callable(loss_fn):
+        raise UserError(f"loss_fn must be a function (logits [B, Y], y) -> [B], got {loss_fn!r}")
     if classes is None or (getattr(loss_fn, "__module__", None) or "").startswith(_OWN):
         return loss_fn
     logits = jax.ShapeDtypeStruct((rows, classes), jnp.float32)
@@ -45,8 +47,16 @@ def current(loss_fn: Callable, rows: int, classes: int | None, y: Array | np.nda
     try:
         # a new function each time: JAX would otherwise give the trace of the last time
         closed = jax.make_jaxpr(lambda logits, y: loss_fn(logits, y))(logits, labels)
-    except Exception:
-        return loss_fn
+    except Exception as error:
+        raise UserError(
+            f"loss_fn fails on logits of shape {logits.shape} and y of {labels.shape}: "
+            f"{first_line(error, 200)}"
+        ) from error
+    shapes = [getattr(a, "shape", None) for a in closed.out_avals]
+    if shapes != [(rows,)]:
+        told = ", ".join(map(str, shapes))
+        hint = "; leave out the mean or the sum" if shapes == [()] else ""
+        raise UserError(f"loss_fn must return the loss of each image, [B], here ({rows},), got {told}{hint}")
     if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
         return loss_fn
     writer = Writer()

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if name in _OF_A_DIRECTORY and not rest:
         print(f"error: clustr-jax {name} needs a work directory{_found()}", file=sys.stderr)
         return 2
-    if name != "train":  # which says it itself
+    if name not in ("train", "verify", "completion"):  # which says it itself, and needs none
         from clustr_jax.runtime import programs
 
         programs.check_jax()

@@ -13,16 +13,15 @@ interrupted. The exit code is 0 where no check failed, 1 where one did, 2 for a 
 import argparse
 import inspect
 import pathlib
-import sys
 from collections.abc import Callable
 
 import numpy as np
 
 from clustr_jax import data
-from clustr_jax.attacks.watching import Interrupted
 from clustr_jax.judge import PROTOCOL, judge
 from clustr_jax.runtime import extras
 from clustr_jax.runtime.errors import UserError, first_line, shown
+from clustr_jax.runtime.programs import program
 from clustr_jax.verify import named
 
 
@@ -80,8 +79,9 @@ def _of_file(path):
     return (x.astype(np.float32) / 255 if x.dtype == np.uint8 else x), np.asarray(y)
 
 
+@program
 def main(argv: list[str]) -> int:
-    """Returns the exit code."""
+    """Returns the exit code: 0 believable, 1 not; see `program` for the others."""
     parser = argparse.ArgumentParser(
         prog="clustr-jax judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,25 +96,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--slots", type=int, default=64, help="images attacked side by side: the memory")
     parser.add_argument("--audit", action="store_true", help="once more with another seed, order and slots")
     args = parser.parse_args(argv)
-    try:
-        if args.n < 0:
-            raise UserError(f"--n must be >= 0 (0 = all), got {args.n}")
-        eps = number(args.eps)
-        model = model_of(args.model)
-        x, y, ids = images_of(args.data, args.n)
-        found = judge(
-            model, x, y, eps=eps, norm=args.norm, protocol=args.protocol, ids=ids, folder=args.folder,
-            seed=args.seed, slots=args.slots, audit=args.audit,
-        )  # fmt: skip
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or 'a file'}", file=sys.stderr)
-        return 2
-    except Interrupted as stopped:
-        print(str(stopped), file=sys.stderr)
-        return 130
+    if args.n < 0:
+        raise UserError(f"--n must be >= 0 (0 = all), got {args.n}")
+    eps = number(args.eps)
+    model = model_of(args.model)
+    x, y, ids = images_of(args.data, args.n)
+    found = judge(
+        model, x, y, eps=eps, norm=args.norm, protocol=args.protocol, ids=ids, folder=args.folder,
+        seed=args.seed, slots=args.slots, audit=args.audit,
+    )  # fmt: skip
     print(found)
     print(f"judgement: {pathlib.Path(args.folder)} (python -m clustr_jax.verify {args.folder})")
     return 0 if found.believable else 1

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, overload
 
+from clustr_jax.runtime import output
 from clustr_jax.runtime.errors import UserError, cut, first_line
 
 type Main = Callable[[list[str]], int | None]
@@ -33,20 +34,20 @@ def program(main: Main | None = None, *, computes: bool = True) -> Any:
 def _program(main: Main, computes: bool) -> Callable[[list[str]], int]:
     @functools.wraps(main)
     def run(argv: list[str]) -> int:
-        from clustr_jax.runtime import surroundings  # JAX comes with it
-
-        with surroundings.steady():
+        with output.steady():
             try:
                 if not computes or {"-h", "--help"} & set(argv):
                     return main(argv) or 0
+                from clustr_jax.runtime import surroundings  # JAX comes with it
+
                 with surroundings.pinned(lambda line: print(f"note: {line}", file=sys.stderr)):
                     return main(argv) or 0
             except UserError as error:
                 return mistake(str(error))
             except OSError as error:  # a full disk, a file that went away
                 return mistake(f"{error.strerror or error}: {error.filename or 'a file'}")
-            except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
+            except KeyboardInterrupt as stopped:
+                print(str(stopped) or "interrupted", file=sys.stderr)
                 return _INTERRUPTED
 
     return run
