@@ -163,7 +163,7 @@ def _largest(matrices: np.ndarray) -> float:
 
 
 def jacobian_norm(
-    f: Callable, x: Float[Array, "B ..."], *, steps: int = 20, seed: int = 0
+    f: Callable, x: Float[Array | np.ndarray, "B ..."], *, steps: int = 20, seed: int = 0
 ) -> Float[np.ndarray, "B"]:
     """Lower bounds of the Lipschitz constant of f: |J u| / |u| at each x, u from `steps` power iterations.
 

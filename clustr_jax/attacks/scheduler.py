@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks import device_loop, placement
@@ -287,7 +286,7 @@ def _take(attack, model, ended, outcome, best, x, y, *, slots, first, collect):
 def verify_inside(
     x_adv: Float[np.ndarray, "N ..."],
     x: Float[np.ndarray, "N ..."],
-    eps: ArrayLike,
+    eps: float | Array,
     norm: str,
     bounds: tuple[float, float] | None,
 ) -> None:

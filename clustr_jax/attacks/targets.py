@@ -168,6 +168,7 @@ def nearest_by_cluster(
     slots: int = 64,
 ) -> Int[np.ndarray, "T B"]:
     """The same with clusters for targets; `outputs` have exponents."""
+    assert outputs.exponents is not None
     found = nearest_clusters(outputs.exponents, y, candidates)
     distance = _distances(model, x, y, found, centroid, norm, slots)
     distance[1:][found[1:] == found[:1]] = np.inf  # it stands in for clusters that there are not

@@ -97,7 +97,8 @@ def largest_loss(
         report(float(np.mean(~ever)))
 
     def collect(index, restart, x_adv, fooled):
-        loss = losses.cross_entropy(jnp.asarray(scheduler.forward(model, x_adv, slots)), examples.y[index])
+        outputs, y = scheduler.forward(model, x_adv, slots), examples.y[index]
+        loss = losses.cross_entropy(jnp.asarray(outputs), jnp.asarray(y))
         for i, r, image, value in zip(index, restart, x_adv, np.asarray(loss), strict=True):
             # of equal losses the later restart's, in whatever order they end
             if value > best_loss[i] or (value == best_loss[i] and r > kept[i]):

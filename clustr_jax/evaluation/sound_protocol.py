@@ -349,7 +349,7 @@ def _classes(subject: Subject, examples, settings) -> int:
 def _right(subject: Subject, examples, settings):
     """(right by the deployed rule, right by both it and the logits) of each example."""
     outputs = scheduler.forward(subject.model, examples.x, settings.slots)
-    right = attack_losses.logits_of(outputs).argmax(axis=1) == examples.y
+    right: Any = attack_losses.logits_of(outputs).argmax(axis=1) == examples.y
     deployed = right if subject.predict is None else np.asarray(subject.predict(examples.x)) == examples.y
     return deployed, deployed & right
 

@@ -6,6 +6,7 @@ norm without a scale. Its recipe is that of `configs.common.fast`.
 
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -174,7 +175,8 @@ class FastNet(nn.Module):
         """The variables with the first kernel that whitens these images (pixels in [0, 1])."""
         if not self.whitened:
             return variables
-        x = np.asarray(parts.normalise(np.asarray(images, np.float64), self.mean, self.std))
+        pixels: Any = np.asarray(images, np.float64)
+        x = np.asarray(parts.normalise(pixels, self.mean, self.std))
         stats = variables["batch_stats"]
         kernel = whitening(patches_of(x)).reshape(stats["first"]["kernel"].shape)
         first = {**stats["first"], "kernel": jnp.asarray(kernel, jnp.float32)}

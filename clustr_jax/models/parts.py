@@ -66,7 +66,7 @@ def head(num_classes: int):
     return nn.Dense(num_classes, kernel_init=linear_init, name=HEAD)
 
 
-def normalise(x: Float[Array | np.ndarray, "B ..."], mean: Sequence[float], std: Sequence[float]):
+def normalise(x: Float[Array, "B ..."], mean: Sequence[float], std: Sequence[float]):
     """(x - mean) / std with one value per channel (the last axis), or one for all."""
     shape = (1,) * (x.ndim - 1) + (-1,)
     return (x - jnp.reshape(jnp.asarray(mean), shape)) / jnp.reshape(jnp.asarray(std), shape)

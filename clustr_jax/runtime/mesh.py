@@ -26,7 +26,7 @@ SAME, ROWS = PartitionSpec(), PartitionSpec(AXIS)
 
 
 @contextlib.contextmanager
-def over(devices: Sequence[jax.Device]):
+def over(devices: Sequence[Any]):
     """Use these devices in this block; one of them needs no mesh."""
     if len(devices) == 1:
         yield
@@ -124,7 +124,7 @@ def sent(compiled: jax.stages.Compiled) -> int:
     A train step is the body of one loop, so of `train.run_steps` it is what one step sends.
     """
     found = 0
-    for line in compiled.as_text().splitlines():
+    for line in (compiled.as_text() or "").splitlines():
         match = re.search(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-\w+|reduce-\w+)\(", line)
         if match:
             for shape in re.findall(r"\w\d+\[([\d,]*)\]", match[1]):
