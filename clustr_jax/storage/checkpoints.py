@@ -20,6 +20,7 @@ from clustr_jax.runtime import processes
 from clustr_jax.runtime.errors import UserError, first_line
 from clustr_jax.storage import integrity
 from clustr_jax.training.sampling import Sampler
+from clustr_jax.training.train_state import TrainState
 
 # What orbax's threads log, with tracebacks, is raised as well, and told in one line.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -114,7 +115,7 @@ class Checkpoints:
         scored = [(score, step) for score, step in scored if step >= first]
         return max(scored)[1] if scored else self.latest
 
-    def save(self, state, accuracy: float | None = None) -> None:
+    def save(self, state: TrainState, accuracy: float | None = None) -> None:
         """Store a TrainState; returns once the arrays are copied, the files follow (`wait`).
 
         `accuracy` on held-out images is what `best` goes by.
@@ -163,7 +164,7 @@ class Checkpoints:
             f"make room (or the folder writable) and run again"
         )
 
-    def restore(self, template):
+    def restore(self, template: TrainState):
         """The newest TrainState; `template` is one of the same structure and shapes."""
         items = self._load(_items(template))
         training = items["training"]

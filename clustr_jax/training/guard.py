@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from clustr_jax.runtime import mesh
 from clustr_jax.training import train
+from clustr_jax.training.train_state import TrainSet, TrainState
 from clustr_jax.training.trainers import Trainer
 
 # The share of the handed accuracy that may be lost.
@@ -103,7 +104,9 @@ def alarms(
 _WEIGHTS = ("lam", "beta", "xent_lam")
 
 
-def term_gradients(trainer: Trainer, state, train_set, order, key) -> dict[str, float]:
+def term_gradients(
+    trainer: Trainer, state: TrainState, train_set: TrainSet, order: Int[Array, "N"], key: Array
+) -> dict[str, float]:
     """The length of each term's gradient by the parameters, on the next batch: "" for what has no weight."""
     found = _term_gradients(trainer, state, train_set, order, key)
     return {name: float(value) for name, value in found.items() if value > 0}
