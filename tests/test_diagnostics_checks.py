@@ -62,7 +62,9 @@ def test_all_checks_of_a_healthy_classifier():
     np.testing.assert_array_equal(outcomes["robust"], exact)
     radius = np.where(exact, 1.001 * EPS * np.sqrt(examples.x[0].size), 0.0)
     paper = {"robust": 1.0, "successes_lost_by_max_loss_rule": 2}
-    listed = checks.run(jax.random.key(1), clf, examples, config, result, outcomes, paper, radius)
+    listed = checks.run(
+        jax.random.key(1), clf, examples, config, sound=result, outcomes=outcomes, paper=paper, radius=radius
+    )
     numbers = [check.number for check in listed]
     assert numbers == list(range(1, 29))
     assert not [check for check in listed if check.status == FAIL], listed
@@ -248,7 +250,9 @@ def test_the_images_looked_at_are_of_every_class(monkeypatch):
     monkeypatch.setattr(checks, "Probe", Spy)
     outcomes = {"broken_by": np.where(exact[order], "", "margin"), "robust": exact[order]}
     with pytest.raises(KeyboardInterrupt):
-        checks.run(jax.random.key(0), clf, examples.take(order), config, {}, outcomes, None)
+        checks.run(
+            jax.random.key(0), clf, examples.take(order), config, sound={}, outcomes=outcomes, paper=None
+        )
     assert len(seen[0]) == 16 and set(seen[0]) == set(range(5))
 
 
@@ -266,7 +270,7 @@ def test_images_that_the_logits_have_wrong_are_not_looked_at(monkeypatch):
     by = np.where(np.arange(N) < 3, "clean", "")
     outcomes = {"clean": np.ones(N, bool), "robust": exact, "broken_by": by}
     with pytest.raises(KeyboardInterrupt):
-        checks.run(jax.random.key(0), clf, examples, config, {}, outcomes, None)
+        checks.run(jax.random.key(0), clf, examples, config, sound={}, outcomes=outcomes, paper=None)
     assert seen[0] == set(examples.ids[3:].tolist())
 
 
@@ -274,7 +278,7 @@ def test_no_image_is_right():
     """A classifier that is always wrong has nothing to attack, and so nothing to check."""
     clf, examples, config, _ = problem()
     outcomes = {"broken_by": np.full(N, "clean"), "robust": np.zeros(N, bool)}
-    listed = checks.run(jax.random.key(0), clf, examples, config, {}, outcomes, None)
+    listed = checks.run(jax.random.key(0), clf, examples, config, sound={}, outcomes=outcomes, paper=None)
     assert [check.number for check in listed] == list(range(1, 29))
     assert all(check.status == SKIP for check in listed)
 

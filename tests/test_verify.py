@@ -77,7 +77,7 @@ def test_where_nothing_was_broken_there_is_nothing_to_measure(attack):
     y = np.asarray(bright(x)).argmax(axis=1)
     y = 1 - y if attack == "clean" else y
     found = witness.of(
-        x, y, np.arange(N), x, np.full(N, attack), np.zeros(N), eps=EPS, norm="l2", bounds=(0.0, 1.0)
+        x, y, np.arange(N), x, np.full(N, attack), np.zeros(N, int), eps=EPS, norm="l2", bounds=(0.0, 1.0)
     )
     done = witness.check(content_of(found), found, bright)
     assert done.ok, done
@@ -287,7 +287,15 @@ def test_a_deployed_rule_counts_as_in_the_attacks():
     y = logits[index]
     attack = np.where(np.arange(len(index)) < len(apart), "clean", "")
     found = witness.of(
-        x[index], y, index, x[index], attack, np.zeros(len(index)), eps=EPS, norm="linf", bounds=(0.0, 1.0)
+        x[index],
+        y,
+        index,
+        x[index],
+        attack,
+        np.zeros(len(index), int),
+        eps=EPS,
+        norm="linf",
+        bounds=(0.0, 1.0),
     )
     content = content_of(found)
     about = {"images that count as wrong are misclassified", "logits are numbers"}

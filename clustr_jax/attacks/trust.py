@@ -9,6 +9,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.input_checks import diagnose
@@ -38,7 +39,7 @@ def _look(model, x):
     return mesh.by_rows(rows, model, x)
 
 
-def check(opened: Opened, x, bounds) -> str:
+def check(opened: Opened, x: Float[Array | np.ndarray, "B ..."], bounds: tuple[float, float] | None) -> str:
     """UserError where the logits on these images [B, ...] cannot be attacked or trusted.
 
     Returns what is wrong with a model that may be unsteady ("" otherwise), and warns about it.

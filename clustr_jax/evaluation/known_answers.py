@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Array
 
 from clustr_jax.attacks import attack_losses, scheduler
 from clustr_jax.attacks.scheduled_pgd import PGD
@@ -14,7 +15,7 @@ from clustr_jax.runtime import canary
 _EPS = {"linf": 0.6, "l2": 1.7}
 
 
-def toy(key, norm: str = "linf") -> Check:
+def toy(key: Array, norm: str = "linf") -> Check:
     """17: nearest centroid on linear features, where the answer is known: the attack has to find it.
 
     In the norm that is judged: another one's step and projection are other programs.
