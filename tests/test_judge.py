@@ -215,7 +215,7 @@ def test_what_an_audit_breaks_is_broken(judgement, missed, status, monkeypatch):
         if not runs:
             index = np.flatnonzero(~outcomes["robust"] & (outcomes["broken_by"] != "clean"))[:missed]
             outcomes["robust"][index], outcomes["broken_by"][index] = True, ""
-            found.take(index, arguments[2].x[index], -1)
+            found.take(index, arguments[2].x[index], np.full(len(index), -1, np.int32))
             result["robust"] = float(np.mean(outcomes["robust"]))
         runs.append(result["robust"])
         return result, outcomes

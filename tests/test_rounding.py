@@ -30,7 +30,7 @@ def test_the_allowance_goes_with_the_unit(unit, norm):
 
 def test_a_large_pixel_does_not_excuse_a_small_one():
     x = np.array([[1e6, 0.0]], np.float32)
-    assert rounding.outside(x + np.float32([[0.0, 0.5]]), x, 0.1, "linf")[0] > 0.3
+    assert rounding.outside(x + np.array([[0.0, 0.5]], np.float32), x, 0.1, "linf")[0] > 0.3
 
 
 def test_the_check_has_the_same_allowance(monkeypatch):

@@ -291,7 +291,7 @@ def verify_inside(
     bounds: tuple[float, float] | None,
 ) -> None:
     """Raise AssertionError if an adversarial image left the ball or the box: the number would be wrong."""
-    beyond = rounding.outside(x_adv, x, eps, norm)
+    beyond = rounding.outside(x_adv, x, float(eps), norm)
     if not np.all(beyond <= 0):
         raise AssertionError(f"attack left the {norm} ball by {beyond.max()}: eps = {float(eps)}")
     if bounds is not None and (np.min(x_adv) < bounds[0] or np.max(x_adv) > bounds[1]):
