@@ -24,6 +24,24 @@ def output_of(closed) -> Any:
     return closed.out_avals[0]
 
 
+def coarsest(jaxpr) -> float:
+    """The largest unit in the last place, of 1, of the types that a trace computes with (0: no floats)."""
+    types, seen, waiting = set(), set(), [jaxpr]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (tuple, list)):
+            waiting.extend(value)
+        elif isinstance(value, trace.ClosedJaxpr):  # pyright: ignore[reportPrivateImportUsage]
+            waiting.append(value.jaxpr)
+        elif isinstance(value, trace.Jaxpr) and id(value) not in seen:
+            seen.add(id(value))
+            for eqn in value.eqns:
+                types.update(getattr(v.aval, "dtype", None) for v in eqn.outvars)
+                waiting.extend(eqn.params.values())
+    floats = [t for t in types if t is not None and jnp.issubdtype(t, jnp.floating)]
+    return max((float(jnp.finfo(t).eps) for t in floats), default=0.0)
+
+
 def name_of(closed, call, values, images) -> tuple[bytes, bool]:
     """(the name of the trace of `call(values, x)`, whether a jit inside holds arrays of its own)."""
     writer = Writer()

@@ -211,8 +211,8 @@ def _first_steps(planned: Planned, given: Admitted, slots: int) -> list[str]:
     target = nothing - 1 if planned.targets is None else planned.targets[0, index]
     random = np.repeat(np.asarray(jax.random.key_data(given.key))[None], slots, 0)
     work = Work(nothing, nothing, random, given.x[index], given.y[index], target)  # pyright: ignore[reportArgumentType]
-    program = str(_step.trace(planned.attack, given.model, work).jaxpr)
-    state = _step(planned.attack, given.model, work)
+    program = str(first_step.trace(planned.attack, given.model, work).jaxpr)
+    state = first_step(planned.attack, given.model, work)
     return [
         _digest(np.frombuffer(_ADDRESS.sub("", program).encode(), np.uint8)),
         _digest(*jax.tree.leaves(state)),
@@ -220,7 +220,9 @@ def _first_steps(planned: Planned, given: Admitted, slots: int) -> list[str]:
 
 
 @jax.jit
-def _step(attack, model, work):
+def first_step(attack, model, work):
+    """The state after the first update of fresh slots."""
+
     def rows(shared, *fields):
         attack, model = shared
         work = Work(*fields)
