@@ -67,7 +67,8 @@ def test_a_page_compares_several_runs(tmp_path, capsys):
     assert told.err.count("is not known: ") == 3  # there are no weights beside these results
     document, drawings = assert_sound_page(out.read_text())
     assert document.row("one") == [
-        shown(0.15), shown(0.2), shown(0.95), shown(0.425), "0.2", "40", "digits", "PARTLY ROBUST", "NONE FAILED",
+        shown(0.15), shown(0.2), shown(0.95), shown(0.425), "0.2", "40", "digits", "PARTLY ROBUST",
+        "NONE FAILED",
     ]  # fmt: skip
     assert document.row("three")[:4] == ["–", "–", shown(0.95), "–"]
     assert document.row("all together") == [shown(0.15), shown(0.15)]
