@@ -1,6 +1,7 @@
 """What is said where nothing was or could be attacked: doors x settings, doors x blind models."""
 
 import functools
+import pathlib
 import re
 import warnings
 
@@ -26,6 +27,7 @@ GRADIENTS = {
     "autoattack": functools.partial(attacks.autoattack, eps=0.1, slots=B, attacks=("apgd-ce",)),
     **{name: WITHOUT_RADIUS[name] for name in ("fmn", "ddn", "fmn-malt")},
 }
+PACKAGE = str(pathlib.Path(attacks.__file__).parents[1])
 FAR = jnp.array([[30.0, 0.0, -5.0]])  # logits that no random start changes the order of
 
 
@@ -57,7 +59,7 @@ def told(call) -> list[str]:
         warnings.simplefilter("always")
         call()
     assert {w.category for w in found} <= {attacks.UnattackedWarning}, [str(w.message) for w in found]
-    assert all(w.filename == __file__ for w in found)  # where the user's own code is
+    assert not any(w.filename.startswith(PACKAGE) for w in found)  # where the user's own code is
     return list(dict.fromkeys(str(w.message) for w in found))
 
 
