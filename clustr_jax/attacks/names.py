@@ -31,9 +31,10 @@ def coarsest(jaxpr) -> float:
         value = waiting.pop()
         if isinstance(value, (tuple, list)):
             waiting.extend(value)
-        elif isinstance(value, trace.ClosedJaxpr):  # pyright: ignore[reportPrivateImportUsage]
-            waiting.append(value.jaxpr)
-        elif isinstance(value, trace.Jaxpr) and id(value) not in seen:
+            continue
+        if isinstance(value, trace.ClosedJaxpr):  # pyright: ignore[reportPrivateImportUsage]
+            value = value.jaxpr
+        if isinstance(value, (trace.Jaxpr, type(jaxpr))) and id(value) not in seen:
             seen.add(id(value))
             for eqn in value.eqns:
                 types.update(getattr(v.aval, "dtype", None) for v in eqn.outvars)
