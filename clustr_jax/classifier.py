@@ -141,7 +141,9 @@ def _apply(clf: Classifier, x, what):
     return mesh.by_rows(pieces, clf, x)
 
 
-def correct(clf: Classifier, x, y) -> Bool[np.ndarray, "N"]:
+def correct(
+    clf: Classifier, x: Float[Array | np.ndarray, "N ..."], y: Array | np.ndarray
+) -> Bool[np.ndarray, "N"]:
     """Which examples the deployed rule classifies correctly; UserError for labels that are not theirs.
 
     >>> from clustr_jax.classifier import correct

@@ -71,7 +71,7 @@ class Clusters:
                 )
         return z
 
-    def replace(self, **changes) -> "Clusters":
+    def replace(self, **changes: Any) -> "Clusters":
         """A copy with these fields changed.
 
         >>> print(c.replace(variance=jnp.float32(2.0)).exponents(z)[:, 0])

@@ -163,7 +163,7 @@ def _largest(matrices: np.ndarray) -> float:
 
 
 def jacobian_norm(
-    f: Callable, x: Float[Array, "B ..."], *, steps: int = 20, seed: int = 0
+    f: Callable, x: Float[Array | np.ndarray, "B ..."], *, steps: int = 20, seed: int = 0
 ) -> Float[np.ndarray, "B"]:
     """Lower bounds of the Lipschitz constant of f: |J u| / |u| at each x, u from `steps` power iterations.
 
@@ -231,7 +231,12 @@ def planar(
     return float(np.linalg.norm(jacobians, 2, axis=(1, 2)).max())
 
 
-def regions(first, bias, centre=None, radius: float = math.inf) -> Bool[np.ndarray, "P H"]:
+def regions(
+    first: Float[Array | np.ndarray, "2 H"],
+    bias: Float[Array | np.ndarray, "H"],
+    centre: Float[Array | np.ndarray, "2"] | None = None,
+    radius: float = math.inf,
+) -> Bool[np.ndarray, "P H"]:
     """Which hidden units are on in each region of the plane that meets the ball (duplicates removed).
 
     Every region but the one around the centre has a piece of one of the lines w_i x + b_i = 0 inside

@@ -84,6 +84,7 @@ def test_a_wrong_number_ends_the_program(broken, attempt):
     assert not list(broken.glob("*.json"))  # what failed is asked again
 
 
+@pytest.mark.wrong_arrays
 def test_every_door_of_an_evaluation_asks(broken):
     """Without run.py as well."""
     from clustr_jax.evaluation import certificates, protocols

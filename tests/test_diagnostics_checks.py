@@ -61,7 +61,9 @@ def test_all_checks_of_a_healthy_classifier():
     np.testing.assert_array_equal(outcomes["robust"], exact)
     radius = np.where(exact, 1.001 * EPS * np.sqrt(examples.x[0].size), 0.0)
     paper = {"robust": 1.0, "successes_lost_by_max_loss_rule": 2}
-    listed = checks.run(jax.random.key(1), clf, examples, config, result, outcomes, paper, radius)
+    listed = checks.run(
+        jax.random.key(1), clf, examples, config, sound=result, outcomes=outcomes, paper=paper, radius=radius
+    )
     numbers = [check.number for check in listed]
     assert numbers == list(range(1, 29))
     assert not [check for check in listed if check.status == FAIL], listed
@@ -211,7 +213,9 @@ def test_the_images_looked_at_are_of_every_class(monkeypatch):
     monkeypatch.setattr(checks, "Probe", Spy)
     outcomes = {"clean": np.ones(N, bool), "robust": exact[order]}
     with pytest.raises(KeyboardInterrupt):
-        checks.run(jax.random.key(0), clf, examples.take(order), config, {}, outcomes, None)
+        checks.run(
+            jax.random.key(0), clf, examples.take(order), config, sound={}, outcomes=outcomes, paper=None
+        )
     assert len(seen[0]) == 16 and set(seen[0]) == set(range(5))
 
 
@@ -219,7 +223,7 @@ def test_no_image_is_right():
     """A classifier that is always wrong has nothing to attack, and so nothing to check."""
     clf, examples, config, _ = problem()
     outcomes = {"clean": np.zeros(N, bool), "robust": np.zeros(N, bool)}
-    listed = checks.run(jax.random.key(0), clf, examples, config, {}, outcomes, None)
+    listed = checks.run(jax.random.key(0), clf, examples, config, sound={}, outcomes=outcomes, paper=None)
     assert [check.number for check in listed] == list(range(1, 29))
     assert all(check.status == SKIP for check in listed)
 

@@ -50,8 +50,13 @@ def test_a_stage_from_random_parameters_was_handed_nothing():
     assert guard.alarms(None, bad, {"hinge_active": 1.0}, updates=1000) == {}
 
 
-def test_a_set_of_mostly_one_class_is_no_alarm():
-    assert guard.alarms(with_(largest_class=0.7), with_(largest_class=0.8), {}, updates=1) == {}
+@pytest.mark.parametrize(
+    ("before", "after", "alarm"), [(0.7, 0.8, False), (0.5, 0.7, False), (0.5, 0.8, True)]
+)
+def test_few_classes(before, after, alarm):
+    """Of two classes one always has half of the predictions: a quarter more than before is too much."""
+    found = guard.alarms(with_(largest_class=before), with_(largest_class=after), {}, updates=1)
+    assert set(found) == ({guard.CLASS} if alarm else set())
 
 
 def test_health_against_numpy(rng):
@@ -119,6 +124,9 @@ def test_a_run_that_collapses(answer, code, run, tmp_path):
     assert len(stage) == (3 if answer == "warn" else 1)
     if answer == "stop":
         assert "on_collapse" in stderr and not (workdir / "2_train" / "done.json").exists()
+        again = run(*arguments, "--stages=1_warmup,2_train", code=3)[1]  # and is not walked past
+        assert again == stderr
+        run(*arguments, "--config.train.on_collapse=warn", "--stages=1_warmup,2_train")
         return
     left = json.loads((workdir / "2_train" / "done.json").read_text())
     handed = json.loads((workdir / "2_train" / "handed.json").read_text())

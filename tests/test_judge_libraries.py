@@ -116,7 +116,9 @@ def test_it_is_looked_at_from_inside(name):
     """The same logits in its program and outside, and (but for Keras, which casts) gradients in float64."""
     model = MODELS[name]()
     x, y = problem(model)
-    given, logits = promoting(calls.prepare)(jax.random.key(0), model, x, y, EPS, "linf", (0.0, 1.0), None, N)
+    given, logits = promoting(calls.prepare)(
+        jax.random.key(0), model, x, y, eps=EPS, norm="linf", bounds=(0.0, 1.0), ids=None, slots=N
+    )
     np.testing.assert_allclose(logits, logits_of(model, x), atol=1e-4)
     this = subject.of_model(model, given, N)
     probe = Probe(

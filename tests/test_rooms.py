@@ -85,6 +85,26 @@ def code(path):
     return [node for node in ast.walk(tree) if id(node) not in texts]
 
 
+def public(node):
+    """The functions and methods that others may call: no underscore in their name, nor in their class's."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and child.name.startswith("_"):
+            continue
+        if isinstance(child, ast.FunctionDef):
+            yield child
+        else:
+            yield from public(child)
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_every_public_parameter_has_a_type(path):
+    """Any only where a gate has to take anything."""
+    for function in public(ast.parse(path.read_text())):
+        given = [n for n in ast.iter_child_nodes(function.args) if isinstance(n, ast.arg)]
+        untyped = {n.arg for n in given if n.annotation is None} - {"self", "cls"}
+        assert not untyped, function.name
+
+
 @pytest.mark.parametrize("path", FILES, ids=label)
 def test_stage_names_and_streams_stand_in_one_place(path):
     """runtime.stage_names and runtime.streams have them."""

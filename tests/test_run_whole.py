@@ -209,9 +209,9 @@ def test_each_set_has_its_own_augmentation(tmp_path, monkeypatch):
     """pretrain.augment is the source's, data.augment the target's."""
     seen, real = [], train_state.TrainSet
 
-    def spy(images, labels, *, scale, augment):
+    def spy(images, labels, *, augment, **more):
         seen.append(augment)
-        return real(images, labels, scale=scale, augment=augment)
+        return real(images, labels, augment=augment, **more)
 
     monkeypatch.setattr(train_state, "TrainSet", spy)
     config = smoke("digits", "at_pretrain")

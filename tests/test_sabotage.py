@@ -43,7 +43,9 @@ def test_a_model_that_is_no_function_of_its_image_is_refused(name):
 def part_of(model, number):
     """The checks of one part of the probe."""
     _, _, x, y = problem()
-    given, logits = calls.prepare(jax.random.key(0), model, x, y, EPS, "linf", (0.0, 1.0), None, N)
+    given, logits = calls.prepare(
+        jax.random.key(0), model, x, y, eps=EPS, norm="linf", bounds=(0.0, 1.0), ids=None, slots=N
+    )
     right = np.flatnonzero(logits.argmax(axis=1) == y)
     examples = Examples(given.x, given.y, given.ids).take(right)
     probe = Probe(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks import resuming, scheduler, unattacked
@@ -19,6 +20,7 @@ from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.calls import SLOTS, STOPPED, common_of, planned, prepare
 from clustr_jax.attacks.options import whole
 from clustr_jax.attacks.registry import ATTACKS, PARAMETER_FREE, STEPS, Budget
+from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.attacks.watching import Interrupted, bar
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.promotion import promoting
@@ -39,7 +41,7 @@ class Progress:
     broken: list[int] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def fresh(cls, x, most: int, targets: int = 1) -> "Progress":
+    def fresh(cls, x: Float[np.ndarray, "N ..."], most: int, targets: int = 1) -> "Progress":
         """Nothing attacked yet."""
         outcome = scheduler.Outcome.fresh(x, targets * most)
         return cls(outcome, np.full(outcome.spent.shape, np.nan, np.float32), most)
@@ -71,9 +73,9 @@ class Progress:
 
 
 def run(
-    attack,
+    attack: Attack,
     key: Array,
-    model,
+    model: Partial,
     x: Float[np.ndarray, "N ..."],
     y: Int[np.ndarray, "N"],
     *,

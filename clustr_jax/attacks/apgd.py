@@ -5,6 +5,7 @@ stopped to rise. Nothing to tune but the number of steps.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks.attack_losses import AttackLoss
 from clustr_jax.attacks.geometry import ascend, on_sphere, over, project
-from clustr_jax.attacks.scheduled_attack import Attack, climb
+from clustr_jax.attacks.scheduled_attack import Attack, Work, climb
 from clustr_jax.runtime import struct
 
 # Share of the previous move that is carried on, share of rising steps that a window needs, first step / eps.
@@ -58,7 +59,7 @@ class APGD(Attack):
     steps: int = struct.field(pytree_node=False)
     loss: AttackLoss
 
-    def init(self, work):
+    def init(self, work: Work):
         """eps from x: along a uniform draw, scaled by its largest entry (linf), or a Gaussian (l2)."""
         x = work.x + self.eps * on_sphere(work.keys, work.x, self.norm)
         x = project(x, work.x, self.eps, self.norm, self.bounds)
@@ -77,7 +78,7 @@ class APGD(Attack):
             halved=jnp.zeros(work.y.shape, bool),
         )
 
-    def update(self, model, work, state, step):
+    def update(self, model: Callable, work: Work, state: APGDState, step: Int[Array, "S"]):
         """Evaluate the iterate, halve the step where it is time to, and move."""
         x = state.candidate
         gradient, value, fooled = climb(model, self.loss, work, x)

@@ -26,7 +26,7 @@ class AttackLoss(struct.PyTreeNode):
     which: ArrayLike
     options: tuple[Callable, ...] = struct.field(pytree_node=False)
 
-    def __call__(self, outputs, y, target) -> Float[Array, "B"]:
+    def __call__(self, outputs: "Outputs", y: Array, target: Array | None) -> Float[Array, "B"]:
         """The chosen one's value."""
         if len(self.options) == 1:
             return self.options[0](outputs, y, target)
@@ -67,7 +67,7 @@ class Untargeted:
 
     loss_fn: Callable
 
-    def __call__(self, outputs, y, target) -> Float[Array, "B"]:
+    def __call__(self, outputs: Outputs, y: Array, target: Array | None) -> Float[Array, "B"]:
         """The loss of each example."""
         return self.loss_fn(logits_of(outputs), y)
 

@@ -30,7 +30,7 @@ class Ran(NamedTuple):
     note: str = ""
 
 
-def common_of(eps, norm, bounds) -> dict[str, Any]:
+def common_of(eps: Any, norm: Any, bounds: Any) -> dict[str, Any]:
     """The settings that every attack has, checked."""
     check_radius("eps", eps)
     return dict(eps=jnp.float32(eps), norm=norm_of(norm), bounds=bounds_of(bounds))
@@ -80,7 +80,15 @@ def attack_alone(
     return x_adv
 
 
-def planned(name, attack, given, logits, ranking, restarts=1, slots=SLOTS) -> resuming.Planned:
+def planned(
+    name: str,
+    attack: Attack,
+    given: Admitted,
+    logits: np.ndarray,
+    ranking: str | None,
+    restarts: int = 1,
+    slots: int = SLOTS,
+) -> resuming.Planned:
     """UserError where it cannot attack these images. `ranking`: of its targets, or None without targets."""
     if attack.images and given.x.ndim != 4:
         what = type(attack).__name__.lower()

@@ -5,6 +5,7 @@ inside the loop.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax.attacks.scheduled_attack import Work
+from clustr_jax.attacks.scheduled_attack import Attack, Work
 from clustr_jax.runtime import mesh, struct
 
 
@@ -46,7 +47,17 @@ class Orders(struct.PyTreeNode):
 
 
 @functools.partial(jax.jit, static_argnames="first")
-def advance(attack, model, slots, queue, waiting, best, orders, *, first):
+def advance(
+    attack: Attack,
+    model: Callable,
+    slots: Slots,
+    queue: Work,
+    waiting: Bool[Array, "Q"],
+    best: Int[Array, "N"],
+    orders: Orders,
+    *,
+    first: bool,
+):
     """Iterate until an idle slot waits for the host, or as `orders` say.
 
     `best` [capacity] is the smallest restart that broke each example so far: with `first`, later ones are
@@ -137,14 +148,22 @@ def _where(take, new, old):
 
 
 @jax.jit
-def fill(key, example, ids, restart, x, y, target) -> Work:
+def fill(
+    key: Array,
+    example: Int[Array, "S"],
+    ids: Int[Array, "S"],
+    restart: Int[Array, "S"],
+    x: Float[Array, "S ..."],
+    y: Int[Array, "S"],
+    target: Int[Array, "S"],
+) -> Work:
     """These (example, restart) pairs with their streams: fold_in(fold_in(key, id), restart)."""
     keys = jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r))(ids, restart)
     return Work(example, restart, jax.random.key_data(keys), x, y, target)
 
 
 @jax.jit
-def empty(attack, work):
+def empty(attack: Attack, work: Work):
     """Slots that hold nothing yet; what `work` says is never used."""
     count = work.y.shape[0]
     # types as the state comes back with: weak ones would be another program at the second call

@@ -6,13 +6,15 @@ the two, overshot a little. Beyond the boundary it steps back towards the image.
 adversarial point within eps; the first one ends the restart.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks.attack_losses import margin_targeted, misclassified
 from clustr_jax.attacks.geometry import length, on_sphere, over, project
-from clustr_jax.attacks.scheduled_attack import Attack, climb
+from clustr_jax.attacks.scheduled_attack import Attack, Work, climb
 from clustr_jax.runtime import struct
 
 # Largest weight of the original image, overshoot, and the step back (section 3 of the paper).
@@ -36,14 +38,14 @@ class FAB(Attack):
 
     forwards = 1
 
-    def init(self, work):
+    def init(self, work: Work):
         """The image itself; for later restarts a random point half a radius from it."""
         away = jnp.where(work.restart % self.restarts > 0, self.eps / 2, 0.0)
         x = work.x + over(away, work.x) * on_sphere(work.keys, work.x, self.norm)
         x = project(x, work.x, self.eps, self.norm, self.bounds)
         return FABState(x, x, jnp.zeros(work.y.shape, bool))
 
-    def update(self, model, work, state, step):
+    def update(self, model: Callable, work: Work, state: FABState, step: Int[Array, "S"]):
         """One gradient at the iterate, and a forward pass at the next one."""
         x, origin = state.x, work.x
         w, value, _ = climb(
@@ -69,7 +71,13 @@ class FAB(Attack):
         )
 
 
-def onto_hyperplane(x, w, offset, norm, bounds):
+def onto_hyperplane(
+    x: Float[Array, "B ..."],
+    w: Float[Array, "B ..."],
+    offset: Float[Array, "B"],
+    norm: str,
+    bounds: tuple[float, float] | None,
+):
     """The smallest move from x to {z in the box: w.z + offset = 0}; as far as it goes if there is none.
 
     Along the path z(t) = x - sign t r (r = 1 for linf, |w| for l2), each coordinate stopping at the box,

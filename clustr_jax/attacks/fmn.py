@@ -5,19 +5,25 @@ ball whose radius shrinks where the point is misclassified and grows where it is
 go on to their last step; `nearest.py` has the doors.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax.attacks.attack_losses import AttackLoss, label_odds
+from clustr_jax.attacks.attack_losses import AttackLoss, Outputs, label_odds
 from clustr_jax.attacks.geometry import ascend, dual_length, length, over, project
-from clustr_jax.attacks.scheduled_attack import Attack, climb
+from clustr_jax.attacks.scheduled_attack import Attack, Work, climb
 from clustr_jax.runtime import struct
 
 # FMN: the last step, as a share of the first one; how far a radius moves, at first and at last (section 3).
 _LAST_STEP, _FIRST_GAMMA, _LAST_GAMMA = 0.01, 0.05, 0.001
 # DDN: the last step, as a share of the first one, and how far a radius moves (algorithm 1).
 _DDN_LAST_STEP, _DDN_GAMMA = 0.01, 0.05
+
+
+# What a step saw at its iterate: the gradient, the loss, and where it is misclassified.
+Seen = tuple[Float[Array, "S ..."], Float[Array, "S"], Bool[Array, "S"]]
 
 
 class NearestState(struct.PyTreeNode):
@@ -35,19 +41,19 @@ class Nearest(Attack):
 
     step_size: ArrayLike
 
-    def start_radius(self, work):
+    def start_radius(self, work: Work):
         """[S] before the first update."""
         raise NotImplementedError
 
-    def loss(self, outputs, y, target):
+    def loss(self, outputs: Outputs, y: Int[Array, "S"], target: Int[Array, "S"]):
         """[S], up towards the boundary."""
         raise NotImplementedError
 
-    def move(self, work, state, seen, step):
+    def move(self, work: Work, state: NearestState, seen: Seen, step: Int[Array, "S"]):
         """(the next iterate and radius); `seen`: gradient, value and misclassified at this one."""
         raise NotImplementedError
 
-    def init(self, work):
+    def init(self, work: Work):
         """The image itself."""
         count = work.y.shape
         return NearestState(
@@ -58,7 +64,7 @@ class Nearest(Attack):
             radius=self.start_radius(work),
         )
 
-    def update(self, model, work, state, step):
+    def update(self, model: Callable, work: Work, state: NearestState, step: Int[Array, "S"]):
         """Evaluate the iterate, keep it if it is the nearest one, and move."""
         x = state.x
         gradient, value, fooled = climb(model, self.loss, work, x)
@@ -72,7 +78,7 @@ class Nearest(Attack):
         found = jnp.isfinite(state.distance)
         return state.replace(x=moved, radius=radius, fooled=found & (step + 1 >= self.steps))
 
-    def finished(self, state, step):
+    def finished(self, state: NearestState, step: Int[Array, "S"]):
         """After the last step only."""
         return step >= self.steps
 
@@ -93,15 +99,15 @@ class FMN(Nearest):
 
     margin: AttackLoss
 
-    def start_radius(self, work):
+    def start_radius(self, work: Work):
         """No ball before the boundary has been estimated."""
         return jnp.full(work.y.shape, jnp.inf)
 
-    def loss(self, outputs, y, target):
+    def loss(self, outputs: Outputs, y: Int[Array, "S"], target: Int[Array, "S"]):
         """z_c - z_y."""
         return self.margin(outputs, y, target)
 
-    def move(self, work, state, seen, step):
+    def move(self, work: Work, state: NearestState, seen: Seen, step: Int[Array, "S"]):
         """Until a point is found the radius is where the linearised boundary lies; then it moves by gamma.
 
         The former grows by gamma as well, and never shrinks, unlike the paper's: where the model is linear
@@ -125,15 +131,15 @@ class FMN(Nearest):
 class DDN(Nearest):
     """Climbs cross entropy, in the form whose gradient does not vanish (`label_odds`). l2."""
 
-    def start_radius(self, work):
+    def start_radius(self, work: Work):
         """As long as the first step."""
         return jnp.full(work.y.shape, self.step_size)
 
-    def loss(self, outputs, y, target):
+    def loss(self, outputs: Outputs, y: Int[Array, "S"], target: Int[Array, "S"]):
         """log (1 - p_y) / p_y."""
         return label_odds(outputs, y, target)
 
-    def move(self, work, state, seen, step):
+    def move(self, work: Work, state: NearestState, seen: Seen, step: Int[Array, "S"]):
         """Onto the sphere, whose radius is multiplied by 1 - gamma or 1 + gamma."""
         gradient, _, fooled = seen
         step_size = self.step_size * (_DDN_LAST_STEP + (1 - _DDN_LAST_STEP) * self._cosine(step))

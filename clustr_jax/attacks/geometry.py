@@ -1,5 +1,7 @@
 """Balls and boxes: projections, steps and random starts for batches of images, linf and l2."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,7 @@ def l2_norm(delta: Float[Array | np.ndarray, "B ..."]):
     return jnp.sqrt(jnp.sum(jnp.square(delta), axis=_inner(delta), keepdims=True))
 
 
-def length(delta: Float[Array, "B ..."], norm: str):
+def length(delta: Float[Array | np.ndarray, "B ..."], norm: str):
     """[B] norms of [B, ...]."""
     if norm == "linf":
         return jnp.max(jnp.abs(delta), axis=_inner(delta))
@@ -47,7 +49,7 @@ def dual_length(gradient: Float[Array, "B ..."], norm: str):
     return largest * length(gradient / over(jnp.where(largest > 0, largest, 1.0), gradient), norm)
 
 
-def over(values, x):
+def over(values: Array | np.ndarray, x: Array | np.ndarray) -> Any:
     """[B] values as [B, 1, ...], to go with x [B, ...]."""
     return values.reshape(-1, *(1,) * (x.ndim - 1))
 

@@ -4,11 +4,13 @@ Each text names what was given, what was expected and what to do. `gate.admit` a
 """
 
 import warnings
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from clustr_jax.runtime.errors import UserError
 
@@ -19,7 +21,7 @@ _ROUNDING = 1e-6
 _BOUNDED = 2.0 + 1e-4
 
 
-def images_of(x, bounds=(0.0, 1.0)):
+def images_of(x: Any, bounds: tuple[float, float] | None = (0.0, 1.0)):
     """x as a float32 array, on the host or where it is; UserError for what holds no numbers, or levels."""
     if not isinstance(x, jax.Array):
         try:
@@ -42,7 +44,7 @@ def images_of(x, bounds=(0.0, 1.0)):
     return x if x.dtype == np.float32 else x.astype(np.float32)
 
 
-def labels_of(y):
+def labels_of(y: Any):
     """y as an array, whole numbers [B] or probabilities [B, Y]; UserError for one-hot labels."""
     y = y if isinstance(y, jax.Array) else np.asarray(y)
     whole = jnp.issubdtype(y.dtype, jnp.integer) or y.dtype == bool
@@ -57,7 +59,7 @@ def labels_of(y):
     return y
 
 
-def check_sizes(x, y) -> None:
+def check_sizes(x: Array | np.ndarray, y: Array | np.ndarray) -> None:
     """UserError unless x is [B, ...] with an axis of its own for the images, and y has B rows."""
     if y.ndim == 0 and x.ndim:
         raise UserError(
@@ -70,7 +72,7 @@ def check_sizes(x, y) -> None:
         raise UserError(f"x has images without pixels: {x.shape}")
 
 
-def check_pixels(x, bounds) -> None:
+def check_pixels(x: Array | np.ndarray, bounds: tuple[float, float] | None) -> None:
     """UserError for pixels outside the box or not finite; says what they look like."""
     if not x.size:
         return
@@ -87,7 +89,7 @@ def check_pixels(x, bounds) -> None:
     raise UserError(f"{text}give pixels before normalisation, or set bounds")
 
 
-def check_input(x, shape: tuple[int, ...] | None, bounds):
+def check_input(x: Any, shape: tuple[int, ...] | None, bounds: tuple[float, float] | None):
     """x as float32 [B, *shape] (None: any), or UserError; inside jit only its shape is looked at."""
     traced = isinstance(x, jax.core.Tracer)
     if not traced:
@@ -117,7 +119,7 @@ def wrong_shape(got: tuple[int, ...], shape: tuple[int, ...]) -> str:
     return text
 
 
-def check_labels(y, classes: int) -> None:
+def check_labels(y: Array | np.ndarray, classes: int) -> None:
     """UserError unless they are labels in 0..Y-1, or probabilities [B, Y] that are finite."""
     if y.ndim == 2:
         if y.shape[1] != classes:
@@ -134,7 +136,7 @@ def check_labels(y, classes: int) -> None:
         raise UserError(f"{text}; labels from 1 want y - 1" if (low, high) == (1, classes) else text)
 
 
-def check_ids(ids, count: int) -> None:
+def check_ids(ids: Array | np.ndarray, count: int) -> None:
     """UserError unless they are one whole number for each image."""
     if ids.shape != (count,) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise UserError(
@@ -142,7 +144,7 @@ def check_ids(ids, count: int) -> None:
         )
 
 
-def check_logits(logits, y, *, warned: bool = True) -> None:
+def check_logits(logits: Array | np.ndarray, y: Array | np.ndarray, *, warned: bool = True) -> None:
     """UserError for outputs that cannot be attacked as logits; a warning where they are bounded scores.
 
     `y`: labels [B], or probabilities of the shape of the logits. `warned`: False where somebody else says it.
@@ -158,7 +160,7 @@ def check_logits(logits, y, *, warned: bool = True) -> None:
         warnings.warn(text, stacklevel=3)
 
 
-def check_found(x_adv) -> None:
+def check_found(x_adv: Float[Array | np.ndarray, "B ..."]) -> None:
     """UserError where an attack met values that are no number: a NaN is misclassified, and no success."""
     # where the images are: only the count leaves the device
     bad = int(jnp.sum(~jnp.all(jnp.isfinite(x_adv), axis=tuple(range(1, x_adv.ndim)))))
@@ -169,7 +171,7 @@ def check_found(x_adv) -> None:
         )
 
 
-def check_shape(logits, y) -> None:
+def check_shape(logits: Array | np.ndarray, y: Array | np.ndarray) -> None:
     """UserError unless they are [B, Y] for labels [B], or for probabilities of the same shape."""
     if logits.ndim != 2 or logits.shape[0] != len(y):
         raise UserError(f"logits_fn must return [B, Y] for B = {len(y)} images, got shape {logits.shape}")
@@ -180,7 +182,7 @@ def check_shape(logits, y) -> None:
         )
 
 
-def diagnose(logits) -> tuple[bool, str]:
+def diagnose(logits: Array | np.ndarray) -> tuple[bool, str]:
     """(an error?, what is wrong or "") of a batch of clean outputs [B, Y]."""
     logits = np.asarray(logits)
     if not np.all(np.isfinite(logits)):
@@ -198,6 +200,6 @@ def diagnose(logits) -> tuple[bool, str]:
     return False, ""
 
 
-def concrete(*arrays) -> bool:
+def concrete(*arrays: Any) -> bool:
     """Whether all are values, not being traced."""
     return not any(isinstance(a, jax.core.Tracer) for a in arrays)

@@ -156,7 +156,7 @@ def _channels_first(model, x):
     return model(_laid_out(x, "NCHW"))
 
 
-def kind_of(model) -> str:
+def kind_of(model: Any) -> str:
     """The library that a model comes from: "nnx", "equinox", "keras", "linen" or "function"."""
     inner = getattr(model, "__self__", None) or getattr(model, "__wrapped__", model)
     if isinstance(inner, Partial):
@@ -305,7 +305,7 @@ def _works(call, values, images, dimensions=2) -> bool:
         return False
 
 
-def logits_in(outputs):
+def logits_in(outputs: Any):
     """The logits in a model's outputs: an array, a View, or an object's `.logits` (HuggingFace Flax)."""
     if isinstance(outputs, View):
         return outputs

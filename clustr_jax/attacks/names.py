@@ -6,6 +6,7 @@ Two functions with the same name compute the same of their arguments and of what
 import contextlib
 import hashlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,18 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as trace
 
+ClosedJaxpr = trace.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
-def aval(array):
+
+def aval(array: Any):
     """Shape and dtype."""
     return array.shape, array.dtype
 
 
-def output_of(closed) -> Any:
+def output_of(closed: ClosedJaxpr) -> Any:
     """Of a traced model the first output, with its shape and dtype: the logits."""
     return closed.out_avals[0]
 
 
-def coarsest(jaxpr) -> float:
+def coarsest(jaxpr: Any) -> float:
     """The largest unit in the last place, of 1, of the types that a trace computes with (0: no floats)."""
     types, seen, waiting = set(), set(), [jaxpr]
     while waiting:
@@ -43,7 +46,9 @@ def coarsest(jaxpr) -> float:
     return max((float(jnp.finfo(t).eps) for t in floats), default=0.0)
 
 
-def name_of(closed, call, values, images) -> tuple[bytes, bool]:
+def name_of(
+    closed: ClosedJaxpr, call: Callable, values: Any, images: jax.ShapeDtypeStruct
+) -> tuple[bytes, bool]:
     """(the name of the trace of `call(values, x)`, whether a jit inside holds arrays of its own)."""
     writer = Writer()
     writer.closed(closed)
@@ -62,10 +67,10 @@ class Writer:
         self.hash, self.seen, self.jitted, self.ruled = hashlib.sha256(), {}, False, False
         self.kept = []  # what `seen` knows by its id must not go away
 
-    def add(self, *parts):
+    def add(self, *parts: object):
         self.hash.update(repr(parts).encode())
 
-    def closed(self, closed, arguments=None):
+    def closed(self, closed: ClosedJaxpr, arguments: set[int] | None = None):
         """A trace; of its arrays those that are arguments (None: all) have no value yet."""
         self.jaxpr(closed.jaxpr)
         for const in closed.consts:
@@ -74,7 +79,7 @@ class Writer:
             else:
                 self.value(const)
 
-    def jaxpr(self, jaxpr):
+    def jaxpr(self, jaxpr: trace.Jaxpr):
         if id(jaxpr) in self.seen:  # jit gives the same object for the same function and shapes
             return self.add("again", self.seen[id(jaxpr)])
         self.seen[id(jaxpr)] = len(self.seen)
@@ -101,8 +106,8 @@ class Writer:
         self.add("out")
         variables(jaxpr.outvars)
 
-    def value(self, value, within=""):
-        if isinstance(value, trace.ClosedJaxpr):  # pyright: ignore[reportPrivateImportUsage]
+    def value(self, value: Any, within: str = ""):
+        if isinstance(value, ClosedJaxpr):
             self.jaxpr(value.jaxpr)
             self.jitted |= within in ("jit", "pjit") and any(np.ndim(c) for c in value.consts)
             self.value(tuple(value.consts))
@@ -123,7 +128,7 @@ class Writer:
         else:
             self.add(_ADDRESS.sub("", repr(value)))
 
-    def array(self, value):
+    def array(self, value: Any):
         if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             value = jax.random.key_data(value)
         value = np.asarray(value)

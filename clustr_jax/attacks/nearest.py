@@ -235,7 +235,13 @@ def _found(given, plan, right, outcome, slots) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bring_in(
-    model, x_adv, x, y, norm: str, bounds, slots: int
+    model: Callable,
+    x_adv: Float[np.ndarray, "N ..."],
+    x: Float[np.ndarray, "N ..."],
+    y: Int[np.ndarray, "N"],
+    norm: str,
+    bounds: tuple[float, float] | None,
+    slots: int,
 ) -> tuple[Float[np.ndarray, "B ..."], Float[np.ndarray, "B"]]:
     """(the nearest misclassified point on the way from x_adv to x, its distance; x and inf if there is none).
 

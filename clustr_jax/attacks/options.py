@@ -101,7 +101,7 @@ def warn_of_units(eps: Any, step_size: Any, norm: str, bounds: Any, shape: tuple
         warnings.warn(text, UnitWarning, stacklevel=4)
 
 
-def key_of(key):
+def key_of(key: Any) -> Any:
     """A key of the generator that attacks draw with; of another kind its seed is taken."""
     if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
         raise UserError(f"key must be a JAX key, got {key!r}; give jax.random.key({int(key)})")

@@ -5,6 +5,7 @@ to mix what was put on different devices, and attacks know nothing of shardings 
 type (of meshes with explicit axes).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from clustr_jax.runtime import mesh
 
 
-def home(leaves) -> frozenset:
+def home(leaves: Iterable[Any]) -> frozenset:
     """The devices that the current mesh has, or else those that these arrays were put on (empty: any)."""
     try:
         current = jax.sharding.get_mesh()
@@ -38,7 +39,7 @@ def beside(devices: frozenset, array: Any) -> Any:
     return np.asarray(array)
 
 
-def settled(tree: Any, leaves) -> Any:
+def settled(tree: Any, leaves: Iterable[Any]) -> Any:
     """What a program of these arrays has returned, and takes again, where it was before the first time.
 
     JAX compiles a program anew for an argument that was put somewhere: so it is put there from the start, or,

@@ -19,7 +19,7 @@ from clustr_jax.attacks.attack_losses import label_odds, probability_margin, riv
 from clustr_jax.attacks.calls import SLOTS, attack_alone, common_of
 from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
 from clustr_jax.attacks.options import whole
-from clustr_jax.attacks.scheduled_attack import Attack, climb
+from clustr_jax.attacks.scheduled_attack import Attack, Work, climb
 from clustr_jax.attacks.scheduled_pgd import PGDState
 from clustr_jax.runtime.promotion import promoting
 
@@ -30,12 +30,12 @@ ROUNDS, STEPS = 2, 100
 class PMA(Attack):
     """Restarts alternate between the two openings. One gradient per update."""
 
-    def init(self, work):
+    def init(self, work: Work):
         """A uniform point of the ball."""
         x = start_in_ball(work.keys, work.x, start="uniform", **self.ball)
         return PGDState(x, jnp.zeros(work.y.shape, bool))
 
-    def update(self, model, work, state, step):
+    def update(self, model: Callable, work: Work, state: PGDState, step: Int[Array, "S"]):
         """Evaluate the iterate; move it unless it is misclassified."""
         opening = step < self.opening_steps
 
@@ -57,7 +57,7 @@ class PMA(Attack):
         """Steps before the margin: the larger half."""
         return jnp.floor_divide(self.steps + 1, 2)
 
-    def step_size(self, step):
+    def step_size(self, step: Int[Array, "S"]):
         """2 eps (1 + cos) / 2, from 2 eps in both halves; of the first, the first two steps have it.
 
         The authors' code takes the first step up the margin with the last, vanishing size of the opening;

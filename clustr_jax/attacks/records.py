@@ -5,6 +5,7 @@ import time
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from clustr_jax.attacks.scheduler import Outcome
 from clustr_jax.runtime import preemption, processes
@@ -30,7 +31,9 @@ class Records:
         """Where the record of this attack lies."""
         return self.directory / f"{self.identity}-{name}.npz"
 
-    def load(self, name: str, x, restarts: int) -> tuple[Outcome | None, dict[str, np.ndarray]]:
+    def load(
+        self, name: str, x: Float[np.ndarray, "N ..."], restarts: int
+    ) -> tuple[Outcome | None, dict[str, np.ndarray]]:
         """(the outcome to go on from, what was saved with it); (None, {}) where there is none."""
         path = self.path(name)
         if not path.exists():

@@ -9,6 +9,7 @@ targets of a new kind, a function to `targets.CHOOSERS`).
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +92,7 @@ class Entry:
             return f"{self.name} needs a model with clusters (clf.view), got logits alone; leave it out"
         return ""
 
-    def check(self, **where) -> None:
+    def check(self, **where: Any) -> None:
         """UserError where something is `lacking`."""
         text = self.lacking(**where)
         if text:

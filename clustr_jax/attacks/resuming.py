@@ -13,12 +13,13 @@ import pathlib
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from clustr_jax.attacks import scheduler
 from clustr_jax.attacks.gate import Admitted
@@ -71,7 +72,7 @@ def usable(folder: str | os.PathLike | None) -> pathlib.Path | None:
 def begin(
     folder: pathlib.Path | None,
     given: Admitted,
-    logits,
+    logits: np.ndarray,
     planned: Iterable[Planned],
     slots: int,
     door: str,
@@ -97,11 +98,13 @@ class Kept:
         self._records, self._extra = records, {"parts": np.array(json.dumps(parts))}
         self._failed = False
 
-    def load(self, name: str, x, restarts: int) -> scheduler.Outcome:
+    def load(self, name: str, x: Float[np.ndarray, "N ..."], restarts: int) -> scheduler.Outcome:
         """The outcome to go on from, or a fresh one."""
         return self.load_with(name, x, restarts)[0]
 
-    def load_with(self, name: str, x, restarts: int) -> tuple[scheduler.Outcome, dict[str, np.ndarray]]:
+    def load_with(
+        self, name: str, x: Float[np.ndarray, "N ..."], restarts: int
+    ) -> tuple[scheduler.Outcome, dict[str, np.ndarray]]:
         """(the outcome to go on from, what was noted beside it); (a fresh one, {}) where there is none."""
         fresh = scheduler.Outcome.fresh(x, restarts)
         if self._records is None:
@@ -176,7 +179,9 @@ def _warn(text):
     warnings.warn(cut(text), RecordWarning, stacklevel=6)
 
 
-def parts_of(given, logits, planned, slots, door) -> dict[str, str]:
+def parts_of(
+    given: Admitted, logits: np.ndarray, planned: Sequence[Planned], slots: int, door: str
+) -> dict[str, str]:
     """What the outcome depends on, each as a short hash."""
     attacks = [
         [p.name, p.restarts, p.targets is None, type(p.attack).__name__, _numbers(p.attack)] for p in planned
@@ -220,7 +225,7 @@ def _first_steps(planned: Planned, given: Admitted, slots: int) -> list[str]:
 
 
 @jax.jit
-def first_step(attack, model, work):
+def first_step(attack: Attack, model: Callable, work: Work) -> Any:
     """The state after the first update of fresh slots."""
 
     def rows(shared, *fields):

@@ -67,7 +67,7 @@ class Attack(struct.PyTreeNode):
         return state.fooled | (step >= self.steps)
 
 
-def climb(model: Callable, loss: Callable, work: Work, x):
+def climb(model: Callable, loss: Callable, work: Work, x: Float[Array, "S ..."]):
     """(gradient of the loss [S, ...], its value [S], misclassified [S]) at x."""
 
     def total(x):

@@ -1,12 +1,14 @@
 """PGD for the scheduler: one gradient and one step of fixed size per update."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks.attack_losses import AttackLoss
 from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
-from clustr_jax.attacks.scheduled_attack import Attack, climb
+from clustr_jax.attacks.scheduled_attack import Attack, Work, climb
 from clustr_jax.runtime import struct
 
 
@@ -31,12 +33,12 @@ class PGD(Attack):
     start: str = struct.field(pytree_node=False, default="uniform")
     clip_start: bool = struct.field(pytree_node=False, default=True)
 
-    def init(self, work):
+    def init(self, work: Work):
         """A random point of the ball."""
         x_adv = start_in_ball(work.keys, work.x, start=self.start, clip=self.clip_start, **self.ball)
         return PGDState(x_adv, jnp.zeros(work.y.shape, bool))
 
-    def update(self, model, work, state, step):
+    def update(self, model: Callable, work: Work, state: PGDState, step: Int[Array, "S"]):
         """Evaluate the iterate; move it unless it is misclassified."""
 
         def loss(outputs, y, target):

@@ -59,7 +59,7 @@ class Outcome:
     flight: Any = None
 
     @classmethod
-    def fresh(cls, x, restarts: int) -> "Outcome":
+    def fresh(cls, x: Float[np.ndarray, "N ..."], restarts: int) -> "Outcome":
         """Nothing attacked yet."""
         nothing = np.full(len(x), -1, np.int32)
         spent = np.zeros((restarts, len(x)), np.int32)
@@ -85,7 +85,7 @@ class Outcome:
 
 
 @jax.jit
-def judge(model, x, y):
+def judge(model: Callable, x: Float[Array | np.ndarray, "B ..."], y: Int[Array | np.ndarray, "B"]):
     """(misclassified [B], logits finite [B]) of a fresh forward pass; see `misjudged`."""
 
     def rows(model, x, y):
@@ -283,7 +283,13 @@ def _take(attack, model, ended, outcome, best, x, y, *, slots, first, collect):
             outcome.x_adv[e], outcome.step[e] = found[i], step[i] - early[i]
 
 
-def verify_inside(x_adv, x, eps, norm: str, bounds) -> None:
+def verify_inside(
+    x_adv: Float[np.ndarray, "N ..."],
+    x: Float[np.ndarray, "N ..."],
+    eps: float | Array,
+    norm: str,
+    bounds: tuple[float, float] | None,
+) -> None:
     """Raise AssertionError if an adversarial image left the ball or the box: the number would be wrong."""
     delta = (np.asarray(x_adv, np.float64) - x).reshape(len(x), -1)
     size = np.abs(delta).max(axis=1) if norm == "linf" else np.linalg.norm(delta, axis=1)

@@ -5,16 +5,17 @@ window to another) and keeps it if the margin falls. Scale free: only comparison
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
 from clustr_jax.attacks.attack_losses import logits_of, misclassified
 from clustr_jax.attacks.geometry import l2_norm, over
-from clustr_jax.attacks.scheduled_attack import Attack
+from clustr_jax.attacks.scheduled_attack import Attack, Work
 from clustr_jax.runtime import struct
 
 # Share of the pixels of the first squares, halved after these proposals (of 10,000: see `sides`).
@@ -63,7 +64,7 @@ class Square(Attack):
 
     gradients, forwards, images = 0, 1, True
 
-    def init(self, work):
+    def init(self, work: Work):
         """linf: vertical stripes of +-eps; l2: bumps on a grid of 5 x 5, scaled to eps."""
         shape = work.x.shape[1:]
 
@@ -79,7 +80,7 @@ class Square(Attack):
         nothing = jnp.full(work.y.shape, -jnp.inf)
         return SquareState(x, jnp.zeros(work.y.shape, bool), x, nothing)
 
-    def update(self, model, work, state, step):
+    def update(self, model: Callable, work: Work, state: SquareState, step: Int[Array, "S"]):
         """Query the candidate, keep the better image, propose another."""
         outputs = model(state.candidate)
         value, fooled = losses.margin(logits_of(outputs), work.y), misclassified(outputs, work.y)

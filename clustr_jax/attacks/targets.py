@@ -6,7 +6,7 @@ the two logits move together. It costs one gradient per candidate.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from clustr_jax.attacks import scheduler
-from clustr_jax.attacks.attack_losses import View, centroid, logits_of, margin_targeted
+from clustr_jax.attacks.attack_losses import Outputs, View, centroid, logits_of, margin_targeted
 from clustr_jax.attacks.gate import admit
 from clustr_jax.attacks.geometry import dual_length
 from clustr_jax.attacks.input_checks import concrete
@@ -35,17 +35,27 @@ class Chooser(Protocol):
     """Of each image the targets to try, best first; `outputs` are the model's on x [N, ...]."""
 
     def __call__(
-        self, model: Callable, x, y, outputs: Any, norm: str, *, count: int = TARGETS, slots: int = 64
+        self,
+        model: Callable,
+        x: Float[np.ndarray, "N ..."],
+        y: Int[np.ndarray, "N"],
+        outputs: Any,
+        norm: str,
+        *,
+        count: int = TARGETS,
+        slots: int = 64,
     ) -> Int[np.ndarray, "T N"]: ...
 
 
-def check_ranking(targets) -> None:
+def check_ranking(targets: str) -> None:
     """UserError for a word that is no ranking of targets."""
     if targets not in RANKINGS:
         raise UserError(f"targets must be one of {', '.join(RANKINGS)}, got {targets!r}")
 
 
-def likely_targets(logits, y, count: int = TARGETS) -> Int[np.ndarray, "T B"]:
+def likely_targets(
+    logits: Float[Array | np.ndarray, "B Y"], y: Int[np.ndarray, "B"] | Sequence[int], count: int = TARGETS
+) -> Int[np.ndarray, "T B"]:
     """For each image the `count` other classes with the largest clean logits, best first (at most Y - 1).
 
     >>> from clustr_jax.attacks import targets
@@ -60,7 +70,9 @@ def likely_targets(logits, y, count: int = TARGETS) -> Int[np.ndarray, "T B"]:
     return np.ascontiguousarray(order[:, : min(count, logits.shape[1] - 1)].T).astype(np.int32)
 
 
-def nearest_clusters(exponents, y, count: int) -> Int[np.ndarray, "T B"]:
+def nearest_clusters(
+    exponents: Float[Array | np.ndarray, "B Y K"], y: Int[np.ndarray, "B"] | Sequence[int], count: int
+) -> Int[np.ndarray, "T B"]:
     """For each image the `count` clusters of other classes with the largest exponents [B, Y, K], best first.
 
     Clusters are numbered class * K + j; where a class has fewer than K, the best one stands in for the rest.
@@ -128,7 +140,15 @@ def malt_targets(
 
 
 def nearest_by_class(
-    model, x, y, outputs, norm, *, count=TARGETS, candidates=CANDIDATES, slots=64
+    model: Callable,
+    x: Float[np.ndarray, "B ..."],
+    y: Int[np.ndarray, "B"],
+    outputs: Outputs,
+    norm: str,
+    *,
+    count: int = TARGETS,
+    candidates: int = CANDIDATES,
+    slots: int = 64,
 ) -> Int[np.ndarray, "T B"]:
     """`malt_targets` for a model that is known; `outputs` are its clean ones [B, ...]."""
     found = likely_targets(logits_of(outputs), y, candidates)
@@ -137,9 +157,18 @@ def nearest_by_class(
 
 
 def nearest_by_cluster(
-    model, x, y, outputs, norm, *, count=TARGETS, candidates=CANDIDATES, slots=64
+    model: Callable,
+    x: Float[np.ndarray, "B ..."],
+    y: Int[np.ndarray, "B"],
+    outputs: View,
+    norm: str,
+    *,
+    count: int = TARGETS,
+    candidates: int = CANDIDATES,
+    slots: int = 64,
 ) -> Int[np.ndarray, "T B"]:
     """The same with clusters for targets; `outputs` have exponents."""
+    assert outputs.exponents is not None
     found = nearest_clusters(outputs.exponents, y, candidates)
     distance = _distances(model, x, y, found, centroid, norm, slots)
     distance[1:][found[1:] == found[:1]] = np.inf  # it stands in for clusters that there are not

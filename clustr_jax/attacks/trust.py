@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.input_checks import diagnose
@@ -59,7 +60,9 @@ def _look(model, x):
     return mesh.by_rows(rows, model, x)
 
 
-def check(opened: Opened, x, bounds, batch: int) -> Seen:
+def check(
+    opened: Opened, x: Float[Array | np.ndarray, "B ..."], bounds: tuple[float, float] | None, batch: int
+) -> Seen:
     """UserError where the logits on these images [B, ...] cannot be attacked or trusted.
 
     Warns about a model that may be unsteady and is. `batch`: how many the attack will look at at once; here
@@ -93,7 +96,7 @@ def check(opened: Opened, x, bounds, batch: int) -> Seen:
     return Seen(text, own, rows, opened.rounding, opened.steady)
 
 
-def check_sizes(seen: Seen, logits) -> str:
+def check_sizes(seen: Seen, logits: Float[Array | np.ndarray, "B Y"]) -> str:
     """UserError where the attack's own pass over all images [B, Y] says otherwise of the first of them.
 
     Its batch has another size: what branches on it is noticed, and nothing is compiled for that. Returns what

@@ -16,6 +16,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks import device_loop, resuming
 from clustr_jax.attacks.attack_losses import logits_of
@@ -48,7 +49,7 @@ def warn(text: str) -> None:
     warnings.warn(text, UnattackedWarning, stacklevel=2, skip_file_prefixes=(_PACKAGE,))
 
 
-def told(still, fooled, who: str = "") -> str:
+def told(still: Bool[np.ndarray, "S"], fooled: Bool[np.ndarray, "S"], who: str = "") -> str:
     """The sentence on images [S] that no step moves, "" where enough of them move. `who`: "apgd-ce: "."""
     left, still = int(np.sum(~fooled)), int(np.sum(still & ~fooled))
     if not left or still < _NEARLY_ALL * left:
@@ -63,7 +64,17 @@ def told(still, fooled, who: str = "") -> str:
 # attacks.pgd, which has the images of a call in one program
 
 
-def of_pgd(key, model, x, y, ids, x_adv, *, loss_fn: Callable, **settings: Any) -> str:
+def of_pgd(
+    key: Array,
+    model: Callable,
+    x: Float[Array, "B ..."],
+    y: Int[Array, "B"] | Float[Array, "B Y"],
+    ids: Int[Array, "B"],
+    x_adv: Float[Array, "B ..."],
+    *,
+    loss_fn: Callable,
+    **settings: Any,
+) -> str:
     """The sentence on a call of `pgd`, "" where its images moved. `settings`: of its starts, and restarts."""
     index = np.unique(np.linspace(0, len(x) - 1, _LOOKED_AT).astype(np.int32))
     stayed = np.asarray(_at_a_start(key, x, ids, x_adv, index, **settings))
@@ -110,7 +121,13 @@ class Ends:
     def __init__(self, rows: int):
         self.rows, self.example, self.restart, self.x = rows, [], [], []
 
-    def __call__(self, example, restart, x, fooled) -> None:
+    def __call__(
+        self,
+        example: Int[np.ndarray, "Q"],
+        restart: Int[np.ndarray, "Q"],
+        x: Float[np.ndarray, "Q ..."],
+        fooled: Bool[np.ndarray, "Q"],
+    ) -> None:
         """Note as many as there is room for."""
         for i in np.flatnonzero(~np.asarray(fooled))[: self.rows - len(self.example)]:
             self.example.append(int(example[i]))
@@ -118,7 +135,15 @@ class Ends:
             self.x.append(x[i])
 
 
-def of_ends(ends: Ends, plan: resuming.Planned, key, given: Admitted, index, broken, who: str = "") -> str:
+def of_ends(
+    ends: Ends,
+    plan: resuming.Planned,
+    key: Array,
+    given: Admitted,
+    index: Int[np.ndarray, "A"],
+    broken: Bool[np.ndarray, "A"],
+    who: str = "",
+) -> str:
     """The sentence on a scheduled attack on the images of this index, "" where they moved; warns with it.
 
     No step moves an image whose first update leaves it where it was; that is one gradient. `broken` [A]: by

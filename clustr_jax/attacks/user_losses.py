@@ -10,9 +10,11 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from clustr_jax.attacks.attack_losses import AttackLoss, Untargeted
 from clustr_jax.attacks.names import Writer
+from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.runtime.errors import UserError, first_line
 
 _OWN = "clustr_jax."
@@ -25,12 +27,12 @@ class Named:
     name: bytes
     call: Callable = dataclasses.field(compare=False, repr=False)
 
-    def __call__(self, logits, y):
+    def __call__(self, logits: Float[Array, "B Y"], y: Array):
         """The loss of each example [B]."""
         return self.call(logits, y)
 
 
-def current(loss_fn: Callable, rows: int, classes: int | None, y) -> Callable:
+def current(loss_fn: Callable, rows: int, classes: int | None, y: Array | np.ndarray) -> Callable:
     """`loss_fn` as it is now, for logits [rows, classes] and these labels [B] or probabilities [B, Y].
 
     Where it captures something else than at an earlier call it is another setting, and compiled anew.
@@ -64,7 +66,7 @@ def current(loss_fn: Callable, rows: int, classes: int | None, y) -> Callable:
     return Named(writer.hash.digest(), loss_fn)
 
 
-def of_attack(attack, rows: int, classes: int, y):
+def of_attack(attack: Attack, rows: int, classes: int, y: Array | np.ndarray):
     """An attack whose user's losses, if it has any, are those of now."""
     loss = getattr(attack, "loss", None)
     if not isinstance(loss, AttackLoss):

@@ -7,7 +7,7 @@ The script knows the names of the version that printed it; completing starts no 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from clustr_jax.command import COMMANDS
 from clustr_jax.command.guesses import names
@@ -59,7 +59,11 @@ compdef _clustr_jax clustr-jax
 
 
 def script(
-    shell: str, configs: Sequence[str], methods: Sequence[str], variants: Sequence[str], settings
+    shell: str,
+    configs: Sequence[str],
+    methods: Sequence[str],
+    variants: Sequence[str],
+    settings: Collection[str],
 ) -> str:
     """The text to be evaluated by this shell; `settings` are the paths of all, "train.epochs"."""
     flags = ["--config=", *(f"--{flag}" for flag in _FLAGS), *(f"--config.{name}=" for name in settings)]

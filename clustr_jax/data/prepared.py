@@ -34,7 +34,7 @@ def default_data_dir() -> pathlib.Path:
     return local(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "TFDS_DATA_DIR")
 
 
-def read(name, split, data_dir):
+def read(name: str, split: str, data_dir: str | pathlib.Path | None):
     import tensorflow_datasets as tfds
 
     directory = local(data_dir, "data.dir") if data_dir else default_data_dir()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -33,7 +34,7 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
-    def take(self, index, what: str) -> "Split":
+    def take(self, index: slice | Sequence[int] | np.ndarray, what: str) -> "Split":
         """The examples at `index`; `what` is added to the description of the subset.
 
         >>> split.take(slice(0, 10), "first ten").subset
@@ -75,7 +76,7 @@ class Examples:
     def __len__(self):
         return len(self.y)
 
-    def take(self, index) -> "Examples":
+    def take(self, index: slice | Sequence[int] | np.ndarray) -> "Examples":
         """Those at `index`, with the ids they have.
 
         >>> examples.take([7, 3]).ids.tolist()

@@ -6,7 +6,7 @@ from clustr_jax.data.split import Split
 from clustr_jax.runtime.errors import UserError
 
 
-def digits(split):
+def digits(split: str):
     """scikit-learn's 1,797 scans of handwritten digits, 8x8, 0..16; every fifth is a test image."""
     from sklearn.datasets import load_digits
 
@@ -18,7 +18,7 @@ def digits(split):
     return Split(images, scans.target[chosen].astype(np.int32), 10, 16.0, (0.0, 1.0), "")
 
 
-def points(name, split):
+def points(name: str, split: str):
     """Two binary sets in the plane (those of the paper's Fig. 3 are not published).
 
     toy2d / toy2d_moons: two interleaved half circles; toy2d_pairs: two Gaussians per class on the

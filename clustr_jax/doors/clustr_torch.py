@@ -12,6 +12,9 @@ On a GPU set torch.backends.cudnn.allow_tf32 = False: the default keeps ten bits
 digits of the logits are what an attack follows.
 """
 
+import os
+from collections.abc import Sequence
+
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
@@ -23,7 +26,7 @@ OUTPUTS = ("logits", "scores", "deployed")
 class Block(nn.Module):
     """Basic residual block; a 1x1 convolution as its shortcut where the shape changes."""
 
-    def __init__(self, channels, features, stride):
+    def __init__(self, channels: int, features: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, features, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(features)
@@ -34,7 +37,7 @@ class Block(nn.Module):
             conv = nn.Conv2d(channels, features, 1, stride, 0, bias=False)
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(features))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor):
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
@@ -42,7 +45,7 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """Normalised images [B, C, H, W] -> (logits [B, Y], embeddings [B, E]); 3x3 stem, global average pool."""
 
-    def __init__(self, channels, width, stages, num_classes):
+    def __init__(self, channels: int, width: int, stages: Sequence[int], num_classes: int):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -55,7 +58,7 @@ class ResNet(nn.Module):
             self.add_module(f"layer{i + 1}", nn.Sequential(*layers))
         self.linear = nn.Linear(before, num_classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor):
         x = F.relu(self.bn1(self.conv1(x)))
         for i in range(self.stages):
             x = self.get_submodule(f"layer{i + 1}")(x)
@@ -66,7 +69,7 @@ class ResNet(nn.Module):
 class FastNet(nn.Module):
     """Normalised images -> (logits, embeddings): three groups of two convolutions, GELU, max pools."""
 
-    def __init__(self, channels, width, whitened, num_classes):
+    def __init__(self, channels: int, width: int, whitened: bool, num_classes: int):
         super().__init__()
         before = 8 * channels
         if whitened:
@@ -82,7 +85,7 @@ class FastNet(nn.Module):
                 before = features
         self.linear = nn.LazyLinear(num_classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor):
         x = F.gelu(self.first_norm(self.first(x)))
         for i in range(3):
             x = F.max_pool2d(self.get_submodule(f"conv_{i}_0")(x), 2)
@@ -96,7 +99,7 @@ class FastNet(nn.Module):
 class CNN(nn.Module):
     """Two convolutions and a hidden layer: (logits [B, Y], embeddings [B, 4 width])."""
 
-    def __init__(self, shape, width, num_classes):
+    def __init__(self, shape: Sequence[int], width: int, num_classes: int):
         super().__init__()
         height, columns, channels = shape
         self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
@@ -108,7 +111,7 @@ class CNN(nn.Module):
         self.bn3 = nn.BatchNorm1d(4 * width)
         self.linear = nn.Linear(4 * width, num_classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor):
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         embeddings = F.relu(self.bn3(self.fc(x.flatten(1))))
@@ -118,13 +121,13 @@ class CNN(nn.Module):
 class MLP(nn.Module):
     """Points [B, F] -> (logits [B, Y], embeddings [B, width]), the embeddings before their ReLU."""
 
-    def __init__(self, features, width, num_classes):
+    def __init__(self, features: int, width: int, num_classes: int):
         super().__init__()
         self.fc1 = nn.Linear(features, width)
         self.fc2 = nn.Linear(width, width)
         self.linear = nn.Linear(width, num_classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor):
         embeddings = self.fc2(F.relu(self.fc1(x)))
         return self.linear(F.relu(embeddings)), embeddings
 
@@ -132,23 +135,23 @@ class MLP(nn.Module):
 class Residual(nn.Module):
     """x - adjoint(relu(conv(x))): an SLL or CPL layer, its rescaling folded into `adjoint`."""
 
-    def __init__(self, channels, features, size):
+    def __init__(self, channels: int, features: int, size: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, features, size, 1, size // 2)
         self.adjoint = nn.Conv2d(features, channels, size, 1, size // 2, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor):
         return x - self.adjoint(F.relu(self.conv(x)))
 
 
 class Sorted(nn.Module):
     """MaxMin of a convolution: an AOL layer, its rescaling folded into the kernel."""
 
-    def __init__(self, channels, features, size):
+    def __init__(self, channels: int, features: int, size: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, features, size, 1, size // 2)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor):
         x = self.conv(x)
         even = x.shape[1] // 2 * 2
         a, b = x[:, :even:2], x[:, 1:even:2]
@@ -158,7 +161,7 @@ class Sorted(nn.Module):
 class UnitNet(nn.Module):
     """The 1-Lipschitz networks; `plan` lists (kind, channels in, features, kernel size) of each step."""
 
-    def __init__(self, plan, num_classes):
+    def __init__(self, plan: Sequence[Sequence], num_classes: int):
         super().__init__()
         self.plan = [tuple(step) for step in plan]
         for i, (kind, channels, features, size) in enumerate(self.plan):
@@ -170,7 +173,7 @@ class UnitNet(nn.Module):
                 self.add_module(f"layer_{i}", nn.Conv2d(channels, features, size, 1, size // 2))
         self.linear = nn.Linear(self.plan[-1][2], num_classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor):
         for i, (kind, channels, features, _) in enumerate(self.plan):
             if kind == "space_to_depth":
                 batch, _, height, width = x.shape
@@ -199,7 +202,17 @@ class Model(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, net, mean, std, centroids=None, variance=None, valid=None, nearest=0, output="logits"):
+    def __init__(
+        self,
+        net: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        centroids: torch.Tensor | None = None,
+        variance: torch.Tensor | None = None,
+        valid: torch.Tensor | None = None,
+        nearest: int = 0,
+        output: str = "logits",
+    ):
         super().__init__()
         if output not in OUTPUTS:
             raise ValueError(f"output must be {', '.join(OUTPUTS)}, got {output!r}")
@@ -210,11 +223,11 @@ class Model(nn.Module):
         self.register_buffer("variance", variance)
         self.register_buffer("valid", valid)
 
-    def embed(self, x):
+    def embed(self, x: torch.Tensor):
         """Embeddings [B, E]."""
         return self._pass(x)[1]
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor):
         logits, z = self._pass(x)
         if self.centroids is None:
             return logits
@@ -291,7 +304,7 @@ def clusters(saved: dict, num_classes: int) -> tuple[torch.Tensor, torch.Tensor,
     return centroids, variance[0], valid
 
 
-def load(path, output: str = "logits") -> Model:
+def load(path: str | os.PathLike, output: str = "logits") -> Model:
     """The model of a file of `python -m clustr_jax.doors.pytorch`; ValueError if it is another file."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)

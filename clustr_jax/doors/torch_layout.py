@@ -1,5 +1,6 @@
 """Where each array of a network lies in PyTorch, and how it is turned there and back."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def as_jax(value: Any) -> Float[Array, "..."]:
     return jnp.asarray(value if order is None else value.transpose(order))
 
 
-def layout(net) -> list[tuple[str, tuple[str, ...], str]]:
+def layout(net: models.Net) -> list[tuple[str, tuple[str, ...], str]]:
     """(PyTorch's name, path in the JAX parameters, kind of layer) of each layer."""
     module = net.module
     if isinstance(module, models.ResNet):
@@ -64,7 +65,7 @@ def layout(net) -> list[tuple[str, tuple[str, ...], str]]:
     raise UserError(f"{models.name_of(net)} can be exported to PyTorch, but not read back")
 
 
-def at(tree, path):
+def at(tree: dict, path: Iterable[str]):
     """The subtree at this path, {} where there is none."""
     for name in path:
         tree = tree.get(name, {})
@@ -75,7 +76,7 @@ def _conv_out(net, params, stats):
     return {"weight": np.transpose(params["kernel"], (3, 2, 0, 1))}
 
 
-def dense_out(net, params, stats):
+def dense_out(net: models.Net, params: dict, stats: dict):
     """Inputs last."""
     return {"weight": np.transpose(params["kernel"]), "bias": params["bias"]}
 

@@ -1,12 +1,15 @@
 """certified.json: what is certain, and what an l2 attack could not break, of the same classifier."""
 
 import math
+import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import certify, lipschitz, losses
 from clustr_jax.attacks.pgd import run_pgd
@@ -42,14 +45,16 @@ def check_config(settings: CertifySettings, magnet: MagnetSettings, nearest: int
         )
 
 
-def bounds(clf: Classifier, x) -> dict[str, float]:
+def bounds(clf: Classifier, x: Float[np.ndarray, "N ..."]) -> dict[str, float]:
     """Upper bound of the embedding's Lipschitz constant, and the steepest Jacobian met on these inputs."""
     upper = lipschitz.bound(clf.net.describe(clf.variables), clf.net.input_shape)
     lower = lipschitz.jacobian_norm(Partial(type(clf).embed, clf), x[:_PROBES])
     return {"upper": upper, "lower": float(np.max(lower)), "lower_from": min(len(x), _PROBES)}
 
 
-def radii(clf: Classifier, x, y, upper: float) -> dict[str, np.ndarray]:
+def radii(
+    clf: Classifier, x: Float[np.ndarray, "N ..."], y: Int[np.ndarray, "N"], upper: float
+) -> dict[str, np.ndarray]:
     """Radii of each example by each rule; 0 as well where the deployed rule is wrong."""
     assert clf.clusters is not None
     z = np.asarray(clf.embed(x))
@@ -58,7 +63,17 @@ def radii(clf: Classifier, x, y, upper: float) -> dict[str, np.ndarray]:
     return {rule: np.where(correct, r, np.float32(0)) for rule, r in found.items()}
 
 
-def attack(key, clf: Classifier, examples: Examples, alive, *, eps, steps, restarts, lanes):
+def attack(
+    key: Array,
+    clf: Classifier,
+    examples: Examples,
+    alive: Bool[np.ndarray, "N"],
+    *,
+    eps: float,
+    steps: int,
+    restarts: int,
+    lanes: int,
+):
     """Which of `alive` survive l2-PGD on the margin of the log scores, steps of 2.5 eps / steps.
 
     A success is a returned image inside the ball and the box that the logits or the deployed rule
@@ -87,7 +102,15 @@ def _correct(clf, x, y):
 
 
 def run(
-    key, clf: Classifier, x, y, examples: Examples, settings: CertifySettings, report, *, slots: int
+    key: Array,
+    clf: Classifier,
+    x: Float[np.ndarray, "N ..."],
+    y: Int[np.ndarray, "N"],
+    examples: Examples,
+    settings: CertifySettings,
+    report: Callable[[float, str], None],
+    *,
+    slots: int,
 ) -> tuple[dict, dict, float]:
     """(result, per-example outcomes, seconds): certificates of x, attacks on `examples` (some of them).
 
@@ -150,7 +173,7 @@ def run(
     return result, outcomes, time.perf_counter() - started
 
 
-def draw(path, result: dict) -> None:
+def draw(path: pathlib.Path, result: dict) -> None:
     """The certified-accuracy curve of each rule that holds here, and what the attack left, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

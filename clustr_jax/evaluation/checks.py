@@ -10,14 +10,18 @@ import dataclasses
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 
 from clustr_jax.attacks.registry import ATTACKS
+from clustr_jax.classifier import Classifier
+from clustr_jax.data import Examples
 from clustr_jax.evaluation import intervals, wording
 from clustr_jax.evaluation import subject as subjects
 from clustr_jax.evaluation.advice import ADVICE
 from clustr_jax.evaluation.check import FAIL, PASS, SKIP, WARN, Check, at_most, status_of
 from clustr_jax.evaluation.known_answers import compiler, toy
 from clustr_jax.evaluation.probes import IMAGES, POINTS, Probe
+from clustr_jax.evaluation.subject import Subject
 from clustr_jax.runtime import streams
 from clustr_jax.settings import EvalSettings
 
@@ -25,9 +29,17 @@ COUNT = 28  # and an audit's, where one was asked for
 
 
 def run(
-    key, what, examples, settings: EvalSettings, sound: dict, outcomes: dict, paper: dict | None, radius=None
-):
-    """All checks of a classifier or subject and its sound result. Returns a list of `Check`, by number.
+    key: Array,
+    what: Subject | Classifier,
+    examples: Examples,
+    settings: EvalSettings,
+    *,
+    sound: dict,
+    outcomes: dict,
+    paper: dict | None,
+    radius: Float[np.ndarray, "N"] | None = None,
+) -> list[Check]:
+    """All checks of a classifier or subject and its sound result, by number.
 
     `sound` and `paper` are results, `outcomes` the sound one's per-example arrays; `radius` [N] the
     certified l2 radii of the same examples, where there are any.
@@ -67,7 +79,7 @@ def advised(check: Check) -> Check:
     return dataclasses.replace(check, advice=ADVICE[check.number]) if wanted else check
 
 
-def half(what, shape) -> float:
+def half(what: Subject | Classifier, shape: tuple[int, ...]) -> float:
     """The radius within which every image can be made grey: half of the box."""
     subject = subjects.of(what)
     width = 1.0 if subject.bounds is None else subject.bounds[1] - subject.bounds[0]
@@ -210,7 +222,9 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None, half: float = 0
     )
 
 
-def certificates(sound: dict, outcomes: dict, radius, dimensions: int, norm: str = "linf") -> Check:
+def certificates(
+    sound: dict, outcomes: dict, radius: Float[np.ndarray, "N"] | None, dimensions: int, norm: str = "linf"
+) -> Check:
     """18: nothing certified was broken. The linf ball of eps lies in the l2 ball of eps sqrt(dimensions)."""
     name = "nothing certified was broken: images"
     if radius is None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
+from jaxtyping import Array
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -16,7 +17,7 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def fraction(mask) -> float:
+def fraction(mask: Array | np.ndarray) -> float:
     """Mean of a boolean array as a plain float."""
     return float(np.mean(np.asarray(mask, np.float64)))
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from clustr_jax.attacks import calls, resuming
 from clustr_jax.attacks.gate import Admitted
+from clustr_jax.attacks.scheduler import Outcome
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
 from clustr_jax.evaluation import checks, intervals, plans, sound_protocol, witness, wording
@@ -62,14 +64,14 @@ def budget(eps: float, slots: int, curve: tuple[float, ...] = ()) -> EvalSetting
 
 
 def prepare(
-    model,
-    x,
-    y,
+    model: Callable | Classifier,
+    x: Any,
+    y: Any,
     *,
-    eps,
-    norm,
-    bounds,
-    ids,
+    eps: float,
+    norm: str,
+    bounds: tuple[float, float] | None,
+    ids: Any,
     protocol: str,
     settings: EvalSettings | None,
     slots: int,
@@ -148,11 +150,13 @@ class Records:
     def __init__(self, kept: resuming.Kept, prefix: str = ""):
         self._kept, self._prefix = kept, prefix
 
-    def load(self, name: str, x, restarts: int):
+    def load(self, name: str, x: Float[np.ndarray, "N ..."], restarts: int):
         """(the outcome to go on from, what was stored with it)."""
         return self._kept.load_with(self._prefix + name, x, restarts)
 
-    def save(self, name: str, outcome, extra=None, **how: bool) -> None:
+    def save(
+        self, name: str, outcome: Outcome, extra: dict[str, np.ndarray] | None = None, **how: bool
+    ) -> None:
         """Store it, if it is time to."""
         self._kept.note(self._prefix + name, outcome, extra, **how)
 
@@ -171,7 +175,7 @@ def judge(
     outcomes |= {"ids": examples.ids, "y": examples.y}
     report(result["robust"], "checks")
     own = jax.random.fold_in(key, streams.Evaluation.CHECKS)
-    listed = checks.run(own, case.subject, examples, settings, result, outcomes, None)
+    listed = checks.run(own, case.subject, examples, settings, sound=result, outcomes=outcomes, paper=None)
     again = None
     if audit:
         again = _audit(case, kept, report, outcomes["robust"])

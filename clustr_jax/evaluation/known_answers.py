@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Array
 
 from clustr_jax.attacks import attack_losses, scheduler
 from clustr_jax.attacks.scheduled_pgd import PGD
@@ -11,7 +12,7 @@ from clustr_jax.evaluation.check import PASS, Check, status_of
 from clustr_jax.runtime import canary
 
 
-def toy(key) -> Check:
+def toy(key: Array) -> Check:
     """17: nearest centroid on linear features, where the answer is known: the attack has to find it."""
     rng = np.random.default_rng(0)
     mu = rng.normal(size=(5, 1, 12)).astype(np.float32)

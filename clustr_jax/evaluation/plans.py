@@ -102,7 +102,7 @@ def options_of(subject: Subject) -> tuple[Callable, ...]:
     return attack_losses.CLUSTERED if subject.clustered else attack_losses.LINEAR
 
 
-def attack_on(subject: Subject, name: str, *, eps, **spend) -> Attack:
+def attack_on(subject: Subject, name: str, *, eps: float, **spend: Any) -> Attack:
     """An attack on a subject, by its name in the registry: one compilation for all radii, and all of PGD."""
     budget = Budget(eps=eps, norm=subject.norm, bounds=subject.bounds, **spend)
     return registry.build(name, budget, options_of(subject))

@@ -6,20 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import losses
 from clustr_jax.attacks import attack_losses, scheduler
-from clustr_jax.attacks.geometry import l2_norm, length, on_sphere, project, projected_step, start_in_ball
+from clustr_jax.attacks.geometry import length, on_sphere, project, projected_step, start_in_ball
 from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.models import wrap
 from clustr_jax.attacks.pgd import run_pgd
 from clustr_jax.classifier import Classifier
+from clustr_jax.data import Examples
 from clustr_jax.evaluation import intervals
 from clustr_jax.evaluation.check import FAIL, SKIP, WARN, Check, Measure, at_most, decided, status_of
 from clustr_jax.evaluation.plans import attack_on
+from clustr_jax.evaluation.precision import SLOPE, Closed, precision
 from clustr_jax.evaluation.subject import Subject, of
 from clustr_jax.runtime import streams
-from clustr_jax.runtime.errors import first_line
 from clustr_jax.settings import EvalSettings
 
 # Test images that the checks look at themselves; the rest is read off the sound result.
@@ -27,7 +28,6 @@ IMAGES, FEW = 256, 32
 # Points of accuracy by which a stronger or a blind attack may differ: half a point, or one image.
 POINTS = 0.005
 _DRAWS = 50
-_SLOPE = 0.01  # relative error of a derivative in float64, where differences of 1e-6 are good to about 1e-8
 _SCALES = (1e-3, 1e-2, 1e-1, 1e1, 1e2, 1e3)
 # Median margins: below, exponentials of all classes are alike; above, those of all but one are 0.
 _MARGINS = (1e-2, 1e3)
@@ -44,7 +44,14 @@ class Probe:
     `slack` shows that the protocol's figure is too high.
     """
 
-    def __init__(self, key, what: Subject | Classifier, examples, settings: EvalSettings, robust):
+    def __init__(
+        self,
+        key: Array,
+        what: Subject | Classifier,
+        examples: Examples,
+        settings: EvalSettings,
+        robust: Bool[np.ndarray, "N"],
+    ):
         self.key, self.subject, self.examples, self.settings = key, of(what), examples, settings.attack
         self.eps, self.n = settings.attack.eps, max(len(examples), 1)
         self.slack = max(POINTS, 1.0 / self.n)
@@ -186,7 +193,7 @@ class Probe:
             5,
             name,
             Measure(agreement, agreement >= 0.99, ">= 99 %"),
-            Measure(error, error <= _SLOPE, f"<= {_SLOPE:g}", "relative error of a derivative"),
+            Measure(error, error <= SLOPE, f"<= {SLOPE:g}", "relative error of a derivative"),
         )
 
     def scales(self):
@@ -294,7 +301,7 @@ class Probe:
         return np.asarray(project(x + eps * direction, x, eps, self.subject.norm, self.subject.bounds))
 
 
-def margins(logits, y):
+def margins(logits: Float[Array | np.ndarray, "B Y"], y: Int[np.ndarray, "B"]):
     """[B] z_y - max of the others."""
     logits = np.array(logits, np.float64)
     own = logits[np.arange(len(y)), y]
@@ -341,57 +348,3 @@ def _sides(model, x, y):
         return jnp.sum(jnp.where(rival, jnp.max(others, axis=1), own))
 
     return tuple(_useless(jax.grad(score)(x, rival)) for rival in (False, True))
-
-
-class Closed(Exception):
-    """A model that cannot be computed in float64, and why."""
-
-
-def precision(subject: Subject, examples) -> tuple[float, float]:
-    """Of the margin: (share of gradient signs that float32 and float64 agree on, error of a derivative).
-
-    The error is that of the float64 derivative along each image's own gradient against a central
-    difference, relative to it: the median over the images, for some have a kink in between. Raises `Closed`.
-    """
-    if subject.opened is None:
-        raise Closed("the model cannot be opened")
-
-    def total(model, x, y):
-        values = losses.margin(attack_losses.logits_of(model(x)), y)
-        return jnp.sum(values), values
-
-    compute = jax.jit(jax.value_and_grad(total, 1, has_aux=True))
-    single = np.asarray(compute(subject.opened, examples.x, examples.y)[1], np.float64)
-    with jax.enable_x64(True):
-        wide = jax.tree.map(_float64, subject.opened)
-        x, y = jnp.asarray(examples.x, jnp.float64), jnp.asarray(examples.y)
-        try:
-            kind = jax.eval_shape(total, wide, x, y)[1].dtype
-        except Exception as error:  # whatever a model says of arrays that it was not made for
-            raise Closed(f"the model cannot be computed in float64 ({first_line(error, 80)})") from error
-        if kind != jnp.float64:
-            raise Closed(f"the model computes in {kind}, whatever it is given")
-        double = np.asarray(compute(wide, x, y)[1])
-        norm = np.asarray(l2_norm(double))
-        direction = double / np.maximum(norm, 1e-300)
-
-        def slope_by(step):
-            ahead, behind = (np.asarray(compute(wide, x + s * direction, y)[0][1]) for s in (step, -step))
-            return (ahead - behind) / (2 * step)
-
-        difference, finer = slope_by(1e-6), slope_by(3e-7)
-    if _relative(finer, difference) > _SLOPE:  # a derivative does not depend on the step
-        raise Closed("differences of its logits are rounding: it computes in float32 inside")
-    slope = norm.reshape(-1)
-    seen = (double != 0) & np.isfinite(single)
-    agreement = float(np.mean(np.sign(single[seen]) == np.sign(double[seen]))) if seen.any() else 0.0
-    return agreement, _relative(slope, difference)
-
-
-def _relative(found, wanted) -> float:
-    """The median error, relative to what is wanted."""
-    return float(np.median(np.abs(found - wanted) / np.maximum(np.abs(wanted), 1e-12)))
-
-
-def _float64(leaf):
-    return jnp.asarray(leaf, jnp.float64) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf

@@ -9,17 +9,21 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
 from clustr_jax.attacks import attack_losses, scheduler
 from clustr_jax.attacks.options import too_wide
 from clustr_jax.attacks.pgd import as_partial, check_settings
+from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
 from clustr_jax.evaluation import intervals, sound_protocol
 from clustr_jax.evaluation import subject as subjects
+from clustr_jax.evaluation.resume import Store
+from clustr_jax.models import Net
 from clustr_jax.runtime import canary
 from clustr_jax.runtime.errors import UserError, nearest
 from clustr_jax.settings import AdversarySettings, EvalSettings
@@ -31,7 +35,18 @@ _PAPER_BATCH = 64
 
 
 def paper_pgd(
-    key, clf, examples, *, eps, step_size, steps, restarts, slots, report, records=None, name="paper"
+    key: Array,
+    clf: Classifier,
+    examples: Examples,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    restarts: int,
+    slots: int,
+    report: Callable[[float], None],
+    records: Store | None = None,
+    name: str = "paper",
 ) -> dict:
     """PGD exactly as the authors evaluate (docs/attacks.md): Bool outcomes, and what it left outside the box.
 
@@ -50,7 +65,16 @@ def paper_pgd(
 
 
 def largest_loss(
-    key, model, attack, examples, *, restarts, slots, report=lambda unbroken: None, records=None, name=""
+    key: Array,
+    model: Partial,
+    attack: Attack,
+    examples: Examples,
+    *,
+    restarts: int,
+    slots: int,
+    report: Callable[[float], None] = lambda unbroken: None,
+    records: Store | None = None,
+    name: str = "",
 ) -> dict:
     """All restarts to their end, judged by the authors' rule: the one with the largest cross entropy counts.
 
@@ -73,7 +97,8 @@ def largest_loss(
         report(float(np.mean(~ever)))
 
     def collect(index, restart, x_adv, fooled):
-        loss = losses.cross_entropy(jnp.asarray(scheduler.forward(model, x_adv, slots)), examples.y[index])
+        outputs, y = scheduler.forward(model, x_adv, slots), examples.y[index]
+        loss = losses.cross_entropy(jnp.asarray(outputs), jnp.asarray(y))
         for i, r, image, value in zip(index, restart, x_adv, np.asarray(loss), strict=True):
             # of equal losses the later restart's, in whatever order they end
             if value > best_loss[i] or (value == best_loss[i] and r > kept[i]):
@@ -114,7 +139,9 @@ def _argmax(f: Callable, x) -> Int[np.ndarray, "N"]:
     return np.asarray(f(x)).argmax(axis=1)
 
 
-def run_clean(clf, x, y) -> tuple[dict, dict, float]:
+def run_clean(
+    clf: Classifier, x: Float[np.ndarray, "N ..."], y: Int[np.ndarray, "N"]
+) -> tuple[dict, dict, float]:
     """clean.json: the deployed rule on the whole test split.
 
     `predicted` and `labelled` are each class's share of the predictions and of the labels: a network that
@@ -143,7 +170,14 @@ def _shares(classes, num_classes) -> list[float]:
     return (np.bincount(classes, minlength=num_classes) / len(classes)).tolist()
 
 
-def run_paper(key, clf, examples, settings: EvalSettings, report, records=None) -> tuple[dict, dict]:
+def run_paper(
+    key: Array,
+    clf: Classifier,
+    examples: Examples,
+    settings: EvalSettings,
+    report: Callable[[float, str], None],
+    records: Store | None = None,
+) -> tuple[dict, dict]:
     """paper.json: PGD^20 and PGD^100 at the main eps (`robust` = both together), then the other radii."""
     attack = settings.attack
     steps = (20,) if settings.quick else tuple(settings.paper_steps)
@@ -214,7 +248,12 @@ def check_config(settings: EvalSettings) -> None:
         )
 
 
-def wide_radii(train: AdversarySettings, settings: EvalSettings, bounds, shape: tuple[int, ...]) -> list[str]:
+def wide_radii(
+    train: AdversarySettings,
+    settings: EvalSettings,
+    bounds: tuple[float, float] | None,
+    shape: tuple[int, ...],
+) -> list[str]:
     """What to say of radii that are larger than the box of the pixels."""
     radii = {}
     for name, attack in (("train.attack", train), ("eval.attack", settings.attack)):
@@ -224,7 +263,7 @@ def wide_radii(train: AdversarySettings, settings: EvalSettings, bounds, shape: 
     return too_wide(radii, "linf", bounds, shape)
 
 
-def check_transfer(settings: EvalSettings, net) -> None:
+def check_transfer(settings: EvalSettings, net: Net) -> None:
     """UserError for a source of transfer whose images or classes are not those of `net`."""
     own = tuple(net.input_shape), net.num_classes
     for path in settings.transfer:
@@ -236,7 +275,14 @@ def check_transfer(settings: EvalSettings, net) -> None:
             )
 
 
-def run_sound(key, clf, examples, settings: EvalSettings, report, records=None) -> tuple[dict, dict]:
+def run_sound(
+    key: Array,
+    clf: Classifier,
+    examples: Examples,
+    settings: EvalSettings,
+    report: Callable[[float, str], None],
+    records: Store | None = None,
+) -> tuple[dict, dict]:
     """sound.json: of the classifier, attacked from its own linear head and from `eval.transfer` as well."""
     # the whole path: folders can share a name
     sources = {f"transfer-{path}": loading.load(path).logits for path in settings.transfer}
@@ -248,7 +294,13 @@ RUNNERS = {"paper": run_paper, "sound": run_sound, "quick": sound_protocol.run_q
 
 
 def run(
-    name: str, key, clf: Classifier, examples: Examples, settings: EvalSettings, report, records=None
+    name: str,
+    key: Array,
+    clf: Classifier,
+    examples: Examples,
+    settings: EvalSettings,
+    report: Callable[[float, str], None],
+    records: Store | None = None,
 ) -> tuple[dict, dict, float]:
     """(result, per-example outcomes, seconds) of one protocol; `records` lets an interrupted one go on."""
     canary.check()

@@ -13,9 +13,11 @@ import argparse
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +25,8 @@ from clustr_jax import data
 from clustr_jax.attacks import attack_losses, scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.scheduled_pgd import PGD
+from clustr_jax.classifier import Classifier
+from clustr_jax.data import Examples
 from clustr_jax.evaluation import intervals
 from clustr_jax.evaluation.protocols import PAPER_LOSS, largest_loss
 from clustr_jax.runtime import canary, provenance
@@ -47,7 +51,16 @@ _ADAPTIVE = {
 _EXP_LOSS = attack_losses.one(attack_losses.cross_entropy)
 
 
-def evaluate(key, clf, examples, settings: EvalSettings, on: frozenset[str], *, steps: int, restarts: int):
+def evaluate(
+    key: Array,
+    clf: Classifier,
+    examples: Examples,
+    settings: EvalSettings,
+    on: frozenset[str],
+    *,
+    steps: int,
+    restarts: int,
+):
     """Bool [N]: who survives PGD with the departures `on`, all others switched off."""
     budget = settings.attack
     anywhere = clf.replace(bounds=None)  # a start may leave the box
@@ -69,7 +82,14 @@ def evaluate(key, clf, examples, settings: EvalSettings, on: frozenset[str], *, 
 
 
 def table(
-    key, clf, examples, settings: EvalSettings, *, steps: int, restarts: int, report=lambda text: None
+    key: Array,
+    clf: Classifier,
+    examples: Examples,
+    settings: EvalSettings,
+    *,
+    steps: int,
+    restarts: int,
+    report: Callable[[str], None] = lambda text: None,
 ) -> list[dict]:
     """Rows {quirk off, robust, points}: all on, each off in turn, all off."""
     everything = frozenset(QUIRKS)
@@ -86,7 +106,14 @@ def table(
 
 
 def adaptive(
-    key, clf, examples, settings: EvalSettings, *, alpha: float, steps: int, restarts: int
+    key: Array,
+    clf: Classifier,
+    examples: Examples,
+    settings: EvalSettings,
+    *,
+    alpha: float,
+    steps: int,
+    restarts: int,
 ) -> dict[str, float]:
     """Accuracy under PGD on the Magnet loss, {alpha + ...}_+ as in the paper and without the hinge.
 

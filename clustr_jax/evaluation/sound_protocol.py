@@ -10,23 +10,25 @@ attacks are those of `evaluation.plans`; what is attacked is a `Subject`, or the
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.attacks import attack_losses, scheduler
 from clustr_jax.attacks.adaptive import Progress
 from clustr_jax.attacks.adaptive import run as run_adaptively
 from clustr_jax.attacks.pgd import run_pgd
+from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.attacks.targets import CANDIDATES, CHOOSERS
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
 from clustr_jax.evaluation import intervals, plans
 from clustr_jax.evaluation import subject as subjects
 from clustr_jax.evaluation.plans import Plan, attack_on
+from clustr_jax.evaluation.resume import Store
 from clustr_jax.evaluation.subject import Subject
 from clustr_jax.losses import margin
 from clustr_jax.runtime import streams
@@ -55,17 +57,27 @@ class Found:
     restart: np.ndarray
 
     @classmethod
-    def of(cls, x) -> "Found":
+    def of(cls, x: Float[np.ndarray, "N ..."]) -> "Found":
         """Nothing found yet."""
         return cls(np.array(x, np.float32), np.full(len(x), -1, np.int32))
 
-    def take(self, index, x_adv, restart) -> None:
+    def take(
+        self, index: Int[np.ndarray, "M"], x_adv: Float[np.ndarray, "M ..."], restart: Int[np.ndarray, "M"]
+    ) -> None:
         """These examples were broken by these images."""
         self.x_adv[index], self.restart[index] = x_adv, restart
 
 
 def execute(
-    plan: Plan, key, subject: Subject, examples: Examples, alive, settings: EvalSettings, report, records=None
+    plan: Plan,
+    key: Array,
+    subject: Subject,
+    examples: Examples,
+    *,
+    alive: Bool[np.ndarray, "N"],
+    settings: EvalSettings,
+    report: Callable[[float, str], None],
+    records: Store | None = None,
 ) -> tuple[scheduler.Outcome, dict]:
     """Run one attack on the examples that are `alive`. Returns (its outcome for those, what it cost)."""
     started = time.perf_counter()
@@ -121,7 +133,7 @@ def execute(
     return outcome, cost
 
 
-def candidates(targets: str, outputs) -> int:
+def candidates(targets: str, outputs: Any) -> int:
     """Gradients per image that ranking the targets takes: MALT's, one for each candidate."""
     if not targets.startswith("malt"):
         return 0
@@ -129,13 +141,18 @@ def candidates(targets: str, outputs) -> int:
     return min(CANDIDATES, int(np.prod(shape[1:])) - 1)
 
 
-def bound(attack, outcome: scheduler.Outcome, slots: int) -> int:
+def bound(attack: Attack, outcome: scheduler.Outcome, slots: int) -> int:
     """What a good schedule may spend: 1.05 x the evaluations needed, and a tail of slots x steps."""
     return int(1.05 * outcome.needed + slots * np.asarray(attack.steps))
 
 
 def transfer(
-    key, source: Callable, subject: Subject, examples: Examples, alive, settings: EvalSettings
+    key: Array,
+    source: Callable,
+    subject: Subject,
+    examples: Examples,
+    alive: Bool[np.ndarray, "N"],
+    settings: EvalSettings,
 ) -> tuple[Bool[np.ndarray, "N"], Float[np.ndarray, "N ..."]]:
     """(which of `alive` survive images made on another model's logits, those images).
 
@@ -161,12 +178,12 @@ def transfer(
 
 
 def run_sound(
-    key,
+    key: Array,
     what: Subject | Classifier,
-    examples,
+    examples: Examples,
     settings: EvalSettings,
-    report,
-    records=None,
+    report: Callable[[float, str], None],
+    records: Store | None = None,
     *,
     protocol: plans.Protocol = plans.SOUND_2,
     found: Found | None = None,
@@ -201,8 +218,9 @@ def run_sound(
     for plan in protocol.plans(this, settings, eps=attack.eps, shape=shape, classes=classes):
         before = alive if protocol.cascade else right
         outcome, cost = execute(
-            plan, key, this, examples, before, settings, lambda a, what: report(a, f"sound, {what}"), records
-        )
+            plan, key, this, examples, alive=before, settings=settings,
+            report=lambda a, what: report(a, f"sound, {what}"), records=records,
+        )  # fmt: skip
         unconfirmed |= _spread(before, outcome.unconfirmed)
         attacks[plan.name] = cost
         if plan.curved:
@@ -257,7 +275,12 @@ def widest(subject: Subject, eps: float, shape: tuple[int, ...]) -> float:
 
 
 def run_quick(
-    key, what: Subject | Classifier, examples, settings: EvalSettings, report, records=None
+    key: Array,
+    what: Subject | Classifier,
+    examples: Examples,
+    settings: EvalSettings,
+    report: Callable[[float, str], None],
+    records: Store | None = None,
 ) -> tuple[dict, dict]:
     """quick.json: margin PGD, the clusters, then APGD-T, with 20 steps, each on what is left."""
     this, attack = subjects.of(what), settings.attack
@@ -267,8 +290,9 @@ def run_quick(
     for plan in plans.SOUND_2.plans(this, quick, eps=attack.eps, shape=examples.x.shape[1:]):
         if plan.name in ("margin", "centroid", "apgd-t"):
             outcome, cost = execute(
-                plan, key, this, examples, alive, quick, lambda a, what: report(a, f"quick, {what}"), records
-            )
+                plan, key, this, examples, alive=alive, settings=quick,
+                report=lambda a, what: report(a, f"quick, {what}"), records=records,
+            )  # fmt: skip
             broken_by[np.flatnonzero(alive)[outcome.broken]] = plan.name
             alive = broken_by == ""
             attacks[plan.name] = {"unbroken_after": intervals.fraction(alive), **cost}
@@ -287,19 +311,27 @@ def run_quick(
 class Sweep:
     """APGD on the margin at other radii, ascending; what breaks at a smaller one counts at larger ones."""
 
-    def __init__(self, key, subject: Subject, examples, settings, report: Callable, records=None):
+    def __init__(
+        self,
+        key: Array,
+        subject: Subject,
+        examples: Examples,
+        settings: EvalSettings,
+        report: Callable[[float, str], None],
+        records: Store | None = None,
+    ):
         self.key, self.subject, self.examples, self.settings = key, subject, examples, settings
         self.report, self.records = report, records
         self.robust: dict[float, np.ndarray] = {}
 
-    def run(self, alive, radii, found: Found | None = None):
+    def run(self, alive: Bool[np.ndarray, "N"], radii: Iterable[float], found: Found | None = None):
         """Survivors of all `radii`; each radius starts from what the ones before left."""
         for eps in radii:
             attack = plans.attack_on(self.subject, "apgd-margin", eps=eps, steps=self.settings.apgd_steps)
             plan = Plan(f"apgd-margin-{eps:.6f}", attack, number=streams.Evaluation.SWEEP)
             outcome, _ = execute(
-                plan, self.key, self.subject, self.examples, alive, self.settings,
-                lambda a, what: self.report(a, f"sound, {what}"), self.records,
+                plan, self.key, self.subject, self.examples, alive=alive, settings=self.settings,
+                report=lambda a, what: self.report(a, f"sound, {what}"), records=self.records,
             )  # fmt: skip
             if found is not None:
                 index = np.flatnonzero(alive)[outcome.broken]
@@ -317,7 +349,7 @@ def _classes(subject: Subject, examples, settings) -> int:
 def _right(subject: Subject, examples, settings):
     """(right by the deployed rule, right by both it and the logits) of each example."""
     outputs = scheduler.forward(subject.model, examples.x, settings.slots)
-    right = attack_losses.logits_of(outputs).argmax(axis=1) == examples.y
+    right: Any = attack_losses.logits_of(outputs).argmax(axis=1) == examples.y
     deployed = right if subject.predict is None else np.asarray(subject.predict(examples.x)) == examples.y
     return deployed, deployed & right
 

@@ -85,7 +85,7 @@ def of_model(logits_fn: Callable, given: Admitted, rows: int) -> Subject:
     )
 
 
-def digest(tree) -> str:
+def digest(tree: Any) -> str:
     """Short SHA-256 of all arrays in a tree, in their order."""
     found = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):

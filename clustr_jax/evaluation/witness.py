@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from clustr_jax.evaluation import intervals
 from clustr_jax.runtime.errors import UserError, first_line, shown
@@ -49,7 +50,18 @@ class Witness:
         return full
 
 
-def of(x, y, ids, x_adv, attack, restart, *, eps, norm, bounds) -> Witness:
+def of(
+    x: Float[np.ndarray, "N ..."],
+    y: Int[np.ndarray, "N"],
+    ids: Int[np.ndarray, "N"],
+    x_adv: Float[np.ndarray, "N ..."],
+    attack: np.ndarray,
+    restart: Int[np.ndarray, "N"],
+    *,
+    eps: float,
+    norm: str,
+    bounds: tuple[float, float] | None,
+) -> Witness:
     """Of all images [N, ...]: those that an attack broke are kept."""
     attack = np.asarray(attack).astype(str)
     broken = np.flatnonzero((attack != "") & (attack != "clean")).astype(np.int32)
@@ -64,7 +76,7 @@ def hashes(found: Witness) -> dict[str, str]:
     return {name: sha256(getattr(found, name)) for name in ("x", "y", "ids", "x_adv", "attack", "restart")}
 
 
-def sha256(array) -> str:
+def sha256(array: np.ndarray) -> str:
     """Of an array's type, shape and bytes."""
     array = np.ascontiguousarray(array)
     if array.dtype.kind == "U":  # whatever length the longest name has
@@ -115,7 +127,7 @@ class Verification:
         """Whether all of it holds."""
         return all(good for _, good, _ in self.lines)
 
-    def add(self, what: str, good, found: object = "") -> None:
+    def add(self, what: str, good: bool | np.bool_, found: object = "") -> None:
         """One more line."""
         self.lines.append((what, bool(good), str(found)))
 

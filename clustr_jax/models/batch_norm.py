@@ -1,6 +1,7 @@
 """Batch norm as PyTorch counts."""
 
 import flax.linen as nn
+from jaxtyping import Array, Float
 
 from clustr_jax.runtime import mesh
 
@@ -12,7 +13,9 @@ class BatchNorm(nn.BatchNorm):
     """
 
     @nn.compact
-    def __call__(self, x, use_running_average=None, *, mask=None):
+    def __call__(
+        self, x: Float[Array, "B ..."], use_running_average: bool | None = None, *, mask: Array | None = None
+    ):
         before = self.get_variable("batch_stats", "var")
         outputs = super().__call__(x, use_running_average, mask=mask)
         if not (self.use_running_average or use_running_average or self.is_initializing()):

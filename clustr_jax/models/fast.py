@@ -6,6 +6,7 @@ norm without a scale. Its recipe is that of `configs.common.fast`.
 
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -49,7 +50,7 @@ class Whitening(nn.Module):
     """2 x 2 convolution without padding. Its bias is trained, its kernel is not: `FastNet.fitted` sets it."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]):
         channels = x.shape[-1]
         features = 2 * PATCH * PATCH * channels
 
@@ -81,7 +82,7 @@ class DiracConv(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]):
         kernel = self.param("kernel", _dirac_init, (3, 3, x.shape[-1], self.features))
         return conv2d(x, kernel.astype(x.dtype), 1, 1)
 
@@ -146,7 +147,7 @@ class FastNet(nn.Module):
         return self.width, 2 * self.width, 2 * self.width
 
     @nn.compact
-    def __call__(self, x, *, train):
+    def __call__(self, x: Float[Array, "B H W C"], *, train: bool):
         x = parts.normalise(x, self.mean, self.std)
         norm = functools.partial(
             BatchNorm if self.unbiased else nn.BatchNorm,
@@ -170,17 +171,18 @@ class FastNet(nn.Module):
         embeddings = parts.full(x).reshape(x.shape[0], -1) / _SHRINK
         return parts.Outputs(parts.head(self.num_classes)(embeddings), embeddings)
 
-    def fitted(self, variables, images):
+    def fitted(self, variables: dict, images: Float[np.ndarray, "N H W C"]):
         """The variables with the first kernel that whitens these images (pixels in [0, 1])."""
         if not self.whitened:
             return variables
-        x = np.asarray(parts.normalise(np.asarray(images, np.float64), self.mean, self.std))
+        pixels: Any = np.asarray(images, np.float64)
+        x = np.asarray(parts.normalise(pixels, self.mean, self.std))
         stats = variables["batch_stats"]
         kernel = whitening(patches_of(x)).reshape(stats["first"]["kernel"].shape)
         first = {**stats["first"], "kernel": jnp.asarray(kernel, jnp.float32)}
         return {**variables, "batch_stats": {**stats, "first": first}}
 
-    def describe(self, variables, input_shape):
+    def describe(self, variables: dict, input_shape: tuple[int, ...]):
         """See Net.describe."""
         params, stats = variables["params"], variables["batch_stats"]
         gelu, layers = ("scale", np.array([GELU_LIPSCHITZ])), [parts.scale(self.std)]

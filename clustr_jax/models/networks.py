@@ -1,9 +1,11 @@
 """The networks as flax modules: residual, convolutional, the toy in the plane, and 1-Lipschitz ones."""
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from clustr_jax.models import parts, unit
 from clustr_jax.models.convolution import conv2d
@@ -17,7 +19,7 @@ class Conv(nn.Module):
     stride: int = 1
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", parts.kernel_init, shape).astype(x.dtype)
         return conv2d(x, kernel, self.stride, self.size // 2)
@@ -30,7 +32,7 @@ class Block(nn.Module):
     stride: int
 
     @nn.compact
-    def __call__(self, x, norm):
+    def __call__(self, x: Float[Array, "B H W C"], norm: Callable):
         y = nn.relu(norm()(Conv(self.features, stride=self.stride)(x)))
         y = norm()(Conv(self.features)(y))
         if x.shape[-1] != self.features or self.stride != 1:
@@ -66,7 +68,7 @@ class ResNet(nn.Module):
     unbiased: bool = False
 
     @nn.compact
-    def __call__(self, x, *, train):
+    def __call__(self, x: Float[Array, "B H W C"], *, train: bool):
         x = parts.normalise(x, self.mean, self.std)
         x = parts.reduced(x, self.dtype, train)
         norm = parts.batch_norm(train, x.dtype, self.unbiased)
@@ -77,7 +79,7 @@ class ResNet(nn.Module):
         embeddings = jnp.mean(parts.full(x), axis=(1, 2))
         return parts.Outputs(parts.head(self.num_classes)(embeddings), embeddings)
 
-    def describe(self, variables, input_shape):
+    def describe(self, variables: dict, input_shape: tuple[int, ...]):
         """See Net.describe."""
         params, stats = variables["params"], variables["batch_stats"]
         stem = parts.folded(params["Conv_0"]["kernel"], params["BatchNorm_0"], stats["BatchNorm_0"])
@@ -100,7 +102,7 @@ class CNN(nn.Module):
     unbiased: bool = False
 
     @nn.compact
-    def __call__(self, x, *, train):
+    def __call__(self, x: Float[Array, "B H W C"], *, train: bool):
         x = parts.normalise(x, self.mean, self.std)
         x = parts.reduced(x, self.dtype, train)
         norm = parts.batch_norm(train, x.dtype, self.unbiased)
@@ -110,7 +112,7 @@ class CNN(nn.Module):
         embeddings = parts.full(nn.relu(norm()(x)))
         return parts.Outputs(parts.head(self.num_classes)(embeddings), embeddings)
 
-    def describe(self, variables, input_shape):
+    def describe(self, variables: dict, input_shape: tuple[int, ...]):
         """See Net.describe."""
         params, stats = variables["params"], variables["batch_stats"]
 
@@ -138,13 +140,13 @@ class MLP(nn.Module):
     std: tuple[float, ...]
 
     @nn.compact
-    def __call__(self, x, *, train):
+    def __call__(self, x: Float[Array, "B D"], *, train: bool):
         x = parts.normalise(x, self.mean, self.std)
         x = nn.relu(nn.Dense(self.width, kernel_init=parts.linear_init)(x))
         embeddings = nn.Dense(self.width, kernel_init=parts.linear_init)(x)
         return parts.Outputs(parts.head(self.num_classes)(nn.relu(embeddings)), embeddings)
 
-    def describe(self, variables, input_shape):
+    def describe(self, variables: dict, input_shape: tuple[int, ...]):
         """See Net.describe."""
         params = variables["params"]
         return [parts.scale(self.std), parts.dense(params["Dense_0"]), parts.dense(params["Dense_1"])]
@@ -171,7 +173,7 @@ class UnitNet(nn.Module):
     depth: int = 2
 
     @nn.compact
-    def __call__(self, x, *, train):
+    def __call__(self, x: Float[Array, "B ..."], *, train: bool):
         x = parts.normalise(x, self.mean, self.std)
         for i, (kind, features, size) in enumerate(self.plan(x.shape[1:])):
             name = f"layer_{i}"
@@ -191,7 +193,7 @@ class UnitNet(nn.Module):
         embeddings = x.reshape(x.shape[0], -1)
         return parts.Outputs(parts.head(self.num_classes)(embeddings), embeddings)
 
-    def plan(self, shape):
+    def plan(self, shape: tuple[int, ...]):
         """(kind, features, kernel size) of each step; "reduce" is an AOL convolution without MaxMin."""
         steps, channels, cells = [], shape[-1], math.prod(shape[:-1])
         for i in range(UNIT_STAGES if len(shape) == 3 else 0):
@@ -207,7 +209,7 @@ class UnitNet(nn.Module):
             first = [("pad" if channels < features else "reduce", features, 1)]
         return [*first, *[(self.layer, features, size)] * depth]
 
-    def describe(self, variables, input_shape):
+    def describe(self, variables: dict, input_shape: tuple[int, ...]):
         """See Net.describe."""
         params = variables["params"]
         layers: list[tuple] = [parts.scale(self.std)]

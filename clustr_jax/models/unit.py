@@ -6,10 +6,13 @@ per forward pass of a batch. What the estimate and the rounding left open is wha
 `clustr_jax.lipschitz` bounds: a certificate never takes the 1 on trust.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from clustr_jax.models.convolution import conv2d
@@ -38,7 +41,9 @@ def pad_channels(x: Float[Array, "... C"], channels: int) -> Float[Array, "... C
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
 
-def correlation_sums(kernel: Float[Array, "k k C O"], weight=None) -> Float[Array, "O"]:
+def correlation_sums(
+    kernel: Float[Array, "k k C O"], weight: Float[Array, "O"] | None = None
+) -> Float[Array, "O"]:
     """sum over filters j and shifts s of |<filter i, filter j shifted by s>| w_j / w_i.
 
     The row sums of |C C^T| for the convolution C on an infinite grid: by Schur's test C scaled by
@@ -51,7 +56,7 @@ def correlation_sums(kernel: Float[Array, "k k C O"], weight=None) -> Float[Arra
     return jnp.sum(sums if weight is None else sums * weight[None, :] / weight[:, None], axis=1)
 
 
-def orthogonal_centre(key, shape, dtype=jnp.float32):
+def orthogonal_centre(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32):
     """Orthonormal rows or columns at the centre of the kernel, zeros around it: what AOL leaves as it is."""
     k = shape[0]
     matrix = nn.initializers.orthogonal()(key, shape[2:], dtype)
@@ -69,7 +74,7 @@ class AOLConv(nn.Module):
     size: int = 3
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = aol(self.param("kernel", orthogonal_centre, shape))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -95,7 +100,7 @@ class SLLConv(nn.Module):
     size: int = 3
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.xavier_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -124,7 +129,7 @@ class CPLConv(nn.Module):
     size: int = 3
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: Float[Array, "B H W C"], train: bool):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.orthogonal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))

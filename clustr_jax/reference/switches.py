@@ -7,6 +7,7 @@ docs/fidelity.md is this table, with the reasons.
 
 import dataclasses
 import sys
+from typing import Any
 
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.programs import program
@@ -79,7 +80,7 @@ SWITCHES = {
 PRESETS = ("", "paper_code")
 
 
-def resolve(fidelity) -> dict[str, str]:
+def resolve(fidelity: Any) -> dict[str, str]:
     """The value of every switch; UserError for a preset or value that does not exist."""
     if fidelity.preset not in PRESETS:
         raise UserError(f"fidelity.preset must be empty or paper_code, got {fidelity.preset!r}")
@@ -94,7 +95,7 @@ def resolve(fidelity) -> dict[str, str]:
     return values
 
 
-def apply(config, *, fine_tunes: bool):
+def apply(config: Any, *, fine_tunes: bool):
     """Spell out every switch in `config.fidelity`, and the settings that two of them stand for.
 
     `fine_tunes`: whether `train` is what comes after a warm-up, by the Magnet loss; `epochs` is about that.

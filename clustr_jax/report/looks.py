@@ -7,7 +7,7 @@ import dataclasses
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from clustr_jax import clusters, data
 from clustr_jax.attacks import scheduler
@@ -79,7 +79,15 @@ def principal(z: Float[np.ndarray, "N E"]):
     return mean, axes, (float(share[0]), float(share[1])), unit if unit > 1e-12 else 1.0
 
 
-def plane(stage: str, z, labels, centroids, owners, source: str, borders: bool) -> Plane:
+def plane(
+    stage: str,
+    z: Float[np.ndarray, "N E"],
+    labels: Int[np.ndarray, "N"],
+    centroids: Float[np.ndarray, "C E"],
+    owners: Int[np.ndarray, "C"],
+    source: str,
+    borders: bool,
+) -> Plane:
     """Embeddings z [N, E] and centroids [C, E] on the principal axes of z."""
     mean, axes, share, unit = principal(z)
 
@@ -106,7 +114,9 @@ def limits(planes: list[Plane]) -> tuple[float, float, float, float]:
     return float(low[0]), float(high[0]), float(low[1]), float(high[1])
 
 
-def cells(centroids: Float[np.ndarray, "C 2"], box) -> list[Float[np.ndarray, "V 2"]]:
+def cells(
+    centroids: Float[np.ndarray, "C 2"], box: tuple[float, float, float, float]
+) -> list[Float[np.ndarray, "V 2"]]:
     """Voronoi cells in the plane, clipped to (left, right, bottom, top); [0, 2] where nothing is left.
 
     The box is cut by the bisector to every other centroid (Sutherland and Hodgman 1974).
@@ -139,7 +149,7 @@ def _cut(polygon, normal, limit):
 
 
 def embeddings(
-    key, stages: dict[str, Classifier], magnet: MagnetSettings, train: data.Split, test: data.Split
+    key: Array, stages: dict[str, Classifier], magnet: MagnetSettings, train: data.Split, test: data.Split
 ):
     """A `Plane` for each stage's classifier, of the same test images (of the first classes, if many).
 
@@ -188,7 +198,7 @@ def _first_clusters(key, clf, magnet, train):
 
 
 def gallery(
-    key, clf: Classifier, settings: EvalSettings, test: data.Split, ids: Int[np.ndarray, "M"]
+    key: Array, clf: Classifier, settings: EvalSettings, test: data.Split, ids: Int[np.ndarray, "M"]
 ) -> list[Victim]:
     """Of the test images `ids` the first correctly classified one of each class, and PGD on the margin.
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import pathlib
+from typing import Any
 
 import jinja2
 import markupsafe
@@ -67,7 +68,7 @@ def _environment():
     )
 
 
-def render(template: str, **values) -> str:
+def render(template: str, **values: Any) -> str:
     """A filled template."""
     css = markupsafe.Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8"))
     package = provenance.versions()["clustr-jax"]

@@ -5,6 +5,7 @@ import io
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from typing import Any
 
 from markupsafe import Markup
 
@@ -66,7 +67,7 @@ def draw(name: str, title: str, caption: str, alt: str, paint: Callable, height:
     return Drawing(name, title, caption, alt, inline, svg.getvalue(), png.getvalue())
 
 
-def attempt(name: str, title: str, make: Callable[..., Drawing | None], *args) -> Drawing | None:
+def attempt(name: str, title: str, make: Callable[..., Drawing | None], *args: Any) -> Drawing | None:
     """make(*args), or where it raises a place-holder that says why: no picture is worth a result.
 
     >>> drawing = svg.attempt("eps", "Accuracy over the radius", lambda: 1 / 0)

@@ -1,6 +1,7 @@
 """What a report says in sentences: pure functions of a record; every number comes from it."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -168,7 +169,7 @@ def method(record: Record) -> list[str]:
     return lines
 
 
-def first_sentence(function) -> str:
+def first_sentence(function: Callable) -> str:
     """The first line of a docstring."""
     lines = (function.__doc__ or "").strip().splitlines()  # python -OO has none
     return lines[0] if lines else function.__name__

@@ -14,6 +14,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from clustr_jax.runtime.errors import UserError
 
@@ -31,17 +32,17 @@ _REMEDIES = {
 }
 
 
-def concrete(*arrays) -> bool:
+def concrete(*arrays: Any) -> bool:
     """Whether all are values, not being traced."""
     return not any(isinstance(a, jax.core.Tracer) for a in arrays)
 
 
-def is_array(value) -> bool:
+def is_array(value: Any) -> bool:
     """Whether a pytree's leaf is an array or a number, not what stands in for one (a shape, a spec)."""
     return isinstance(value, (np.ndarray, np.generic, jax.Array, float, int, list)) and value is not None
 
 
-def as_array(value, name: str) -> Any:
+def as_array(value: Any, name: str) -> Any:
     """`value` itself if it is an array, else as one; UserError for what is none."""
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         found = value
@@ -59,12 +60,12 @@ def as_array(value, name: str) -> Any:
 
 
 def floats(
-    value,
+    value: Any,
     name: str,
     shape: str,
     sizes: dict[str, int] | None = None,
     *,
-    where=None,
+    where: Array | np.ndarray | None = None,
     infinite: bool = False,
     empty: bool = False,
     squares: str = "",
@@ -94,7 +95,7 @@ def floats(
     return widened
 
 
-def probabilities(value, name: str, shape: str, sizes: dict[str, int]) -> Any:
+def probabilities(value: Any, name: str, shape: str, sizes: dict[str, int]) -> Any:
     """As `floats`, with rows that lie in [0, 1] and add up to 1."""
     found = floats(value, name, shape, sizes, empty=True)
     if concrete(found) and found.size:
@@ -110,7 +111,12 @@ def probabilities(value, name: str, shape: str, sizes: dict[str, int]) -> Any:
 
 
 def labels(
-    value, num_classes: int | None, sizes: dict[str, int], name: str = "y", axis: str = "B", top=""
+    value: Any,
+    num_classes: int | None,
+    sizes: dict[str, int],
+    name: str = "y",
+    axis: str = "B",
+    top: str = "",
 ) -> Any:
     """`value` as int32 labels [B] in 0..num_classes - 1 (any >= 0 where that is None).
 
@@ -137,7 +143,7 @@ def labels(
     return array if array.dtype == jnp.int32 else array.astype(jnp.int32)
 
 
-def mask(value, name: str, shape: str, sizes: dict[str, int], *, some: str = "") -> Any:
+def mask(value: Any, name: str, shape: str, sizes: dict[str, int], *, some: str = "") -> Any:
     """`value` as bools of this shape; whole numbers may be 0 and 1. `some`: of what it must leave any."""
     array = as_array(value, name)
     check_shape(array, name, shape, sizes, empty=True)
@@ -152,7 +158,9 @@ def mask(value, name: str, shape: str, sizes: dict[str, int], *, some: str = "")
     return array if array.dtype == bool else array != 0
 
 
-def check_shape(array, name: str, shape: str, sizes: dict[str, int], *, empty: bool = False) -> None:
+def check_shape(
+    array: Array | np.ndarray, name: str, shape: str, sizes: dict[str, int], *, empty: bool = False
+) -> None:
     """UserError unless the array has these axes; sizes that were not known are noted in `sizes`.
 
     Axes may not be empty, but for the first one if `empty`.
@@ -175,7 +183,7 @@ def check_shape(array, name: str, shape: str, sizes: dict[str, int], *, empty: b
         sizes[axis] = size
 
 
-def whole(value, name: str, *, low: int = 1) -> int:
+def whole(value: Any, name: str, *, low: int = 1) -> int:
     """An int of any type (Python's, NumPy's, a 0-d array), at least `low`; no bool, no 2.0."""
     try:
         if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == np.dtype(bool):
@@ -191,7 +199,7 @@ def whole(value, name: str, *, low: int = 1) -> int:
     return found
 
 
-def number(value, name: str, what: str, fits: Callable[[float], bool]) -> Any:
+def number(value: Any, name: str, what: str, fits: Callable[[float], bool]) -> Any:
     """A number for which `fits` holds, `what` in words; a traced one is let through."""
     if not concrete(value):
         return value
@@ -204,17 +212,17 @@ def number(value, name: str, what: str, fits: Callable[[float], bool]) -> Any:
     return value
 
 
-def positive(value, name: str, what: str = "a positive, finite number") -> Any:
+def positive(value: Any, name: str, what: str = "a positive, finite number") -> Any:
     """A number above 0 that is finite; a traced one is let through."""
     return number(value, name, what, lambda v: 0 < v < np.inf)
 
 
-def not_negative(value, name: str, what: str = "a finite number, 0 or more") -> Any:
+def not_negative(value: Any, name: str, what: str = "a finite number, 0 or more") -> Any:
     """A number of at least 0 that is finite; a traced one is let through."""
     return number(value, name, what, lambda v: 0 <= v < np.inf)
 
 
-def key(value) -> None:
+def key(value: Any) -> None:
     """UserError unless `value` is one PRNG key."""
     typed = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
     raw = getattr(value, "dtype", None) == jnp.uint32 and np.ndim(value) == 1
@@ -223,7 +231,7 @@ def key(value) -> None:
         raise UserError(f"key must be a key of jax.random, got {_word(value)}{many}")
 
 
-def extent(array, where=None) -> tuple[Any, Any]:
+def extent(array: Array | np.ndarray, where: Array | np.ndarray | None = None) -> tuple[Any, Any]:
     """(smallest, largest) of the entries of a concrete array that count, 0 where none does; NaN if one is.
 
     `where` has the first axes of the array. Where the array is the reduction runs, so that only two numbers

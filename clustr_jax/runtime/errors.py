@@ -36,7 +36,7 @@ def cut(message: str, at_most: int = LONGEST - 1) -> str:
     return message if len(message) <= at_most else message[: at_most - len(_ENDING)] + _ENDING
 
 
-def listed(names, most: int = 3, at_most: int = 60) -> str:
+def listed(names: Iterable[object], most: int = 3, at_most: int = 60) -> str:
     """ "a, b, c and 7 more"."""
     names = list(names)
     text = ", ".join(shown(name, at_most) for name in names[:most])

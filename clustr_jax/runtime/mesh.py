@@ -10,7 +10,8 @@ device, they do nothing: the code is the same.
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ SAME, ROWS = PartitionSpec(), PartitionSpec(AXIS)
 
 
 @contextlib.contextmanager
-def over(devices):
+def over(devices: Sequence[Any]):
     """Use these devices in this block; one of them needs no mesh."""
     if len(devices) == 1:
         yield
@@ -39,14 +40,14 @@ def devices() -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get(AXIS, 1)
 
 
-def place(tree):
+def place(tree: Any):
     """Put arrays on every device, once, so that no call has to."""
     if devices() == 1:
         return tree
     return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), SAME))
 
 
-def spread(f: Callable, in_specs, out_specs) -> Callable:
+def spread(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """`f` on every device at once, each with its part of the inputs whose spec is ROWS; `f` without a mesh.
 
     Derivatives in `f` are each device's own: of a loss that all devices compute alike (through `total`), the
@@ -57,7 +58,7 @@ def spread(f: Callable, in_specs, out_specs) -> Callable:
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def by_rows(f: Callable, shared, *arrays):
+def by_rows(f: Callable, shared: Any, *arrays: Array | np.ndarray):
     """`f(shared, *arrays)`, where each row of the result depends on its row of the arrays only.
 
     On a mesh each device does its share of the rows, and has all of the result.
@@ -83,12 +84,12 @@ def _count() -> int:
     return devices() if axis() else 1
 
 
-def total(x):
+def total(x: Array):
     """The sum over devices."""
     return lax.psum(x, AXIS) if axis() else x
 
 
-def average(tree):
+def average(tree: Any):
     """The mean over devices."""
     return lax.pmean(tree, AXIS) if axis() else tree
 
@@ -117,13 +118,13 @@ def whole(size: int) -> int:
     return size * _count()
 
 
-def sent(compiled) -> int:
+def sent(compiled: jax.stages.Compiled) -> int:
     """Numbers that one device receives in the collectives of a compiled program, each counted once.
 
     A train step is the body of one loop, so of `train.run_steps` it is what one step sends.
     """
     found = 0
-    for line in compiled.as_text().splitlines():
+    for line in (compiled.as_text() or "").splitlines():
         match = re.search(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-\w+|reduce-\w+)\(", line)
         if match:
             for shape in re.findall(r"\w\d+\[([\d,]*)\]", match[1]):

@@ -28,7 +28,10 @@ class Lost(Exception):
 
 @contextlib.contextmanager
 def joined(
-    coordinator: str | None, num_processes: int | None = None, process_id: int | None = None, platform=None
+    coordinator: str | None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    platform: str | None = None,
 ):
     """Join the processes of this run, at HOST:PORT or as the cluster says ("auto"); alone without one.
 

@@ -6,11 +6,12 @@ import importlib.metadata
 import json
 import pathlib
 import subprocess
+from typing import Any
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "clustr-jax")
 
 
-def sha(content) -> str:
+def sha(content: Any) -> str:
     """Short hash of a JSON value, independent of the order of keys."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

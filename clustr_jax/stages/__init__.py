@@ -8,6 +8,7 @@ fresh parameters. A finished stage is skipped.
 """
 
 import jax
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from clustr_jax import data
@@ -32,7 +33,7 @@ __all__ = ["CERTIFY", "EVALUATE", "REPORT", "STAGES", "TRAIN", "WARMUP", "Run", 
 
 
 def run(
-    config,
+    config: ConfigDict,
     workdir: str | None = None,
     stages: tuple[str, ...] | None = None,
     *,

@@ -138,7 +138,9 @@ def diagnose(this: Run) -> None:
     if certain is not None and certain.get("network_sha") == network and this.test_split.bounds is not None:
         radius = results.load_outcomes(folder, "certified")[f"radius_{certain['rule']}"][outcomes["ids"]]
     key = jax.random.fold_in(this.key(EVALUATE), streams.Evaluation.CHECKS)
-    found = checks.run(key, clf, examples, this.settings.eval, sound, outcomes, paper, radius)
+    found = checks.run(
+        key, clf, examples, this.settings.eval, sound=sound, outcomes=outcomes, paper=paper, radius=radius
+    )
     shared = ("dataset", "subset", "n", "method", "eps", "clean", "robust", "attack", "seed", "versions")
     content = {name: sound[name] for name in shared} | this.remarks.fields
     constant = float(np.bincount(examples.y).max() / max(len(examples), 1))

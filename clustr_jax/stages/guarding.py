@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from clustr_jax import data
 from clustr_jax.attacks.pgd import run_pgd
@@ -11,6 +12,7 @@ from clustr_jax.classifier import Classifier, correct
 from clustr_jax.evaluation import intervals, protocols
 from clustr_jax.runtime import processes, streams
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.stages.context import Run
 from clustr_jax.storage.files import read_json, write_json
 from clustr_jax.training import guard
 from clustr_jax.training.guard import Health
@@ -26,7 +28,19 @@ class Collapsed(UserError):
     exit_code = 3
 
 
-def health(this, clf: Classifier) -> Health | None:
+# How the reason of a stage begins that went back to its best network.
+COLLAPSED = "collapsed: "
+
+
+def stopped(stage: str, epoch: int, alarms: dict[str, str]) -> Collapsed:
+    """What ends a stage where train.on_collapse=stop."""
+    return Collapsed(
+        f"{stage} is stopped after epoch {epoch} (train.on_collapse=stop): {', '.join(alarms)}; "
+        f"change the setting in another --workdir, or go on with --config.train.on_collapse=warn"
+    )
+
+
+def health(this: Run, clf: Classifier) -> Health | None:
     """Of this network on the held-out images, None where there are none."""
     if not len(this.val_split):
         return None
@@ -34,13 +48,13 @@ def health(this, clf: Classifier) -> Health | None:
     return guard.health(np.asarray(clf.predict(x)), this.val_split.labels, np.asarray(clf.embed(x)))
 
 
-def handed(this, stage: str) -> Health | None:
+def handed(this: Run, stage: str) -> Health | None:
     """What was noted when the stage began, None where it began from random parameters."""
     path = this.workdir.stage(stage) / "handed.json"
     return Health(**read_json(path)) if path.exists() else None
 
 
-def note_handed(this, stage: str, clf: Classifier | None) -> None:
+def note_handed(this: Run, stage: str, clf: Classifier | None) -> None:
     """Write down what the stage is handed (nothing: None), for itself and for whoever resumes it."""
     path = this.workdir.stage(stage) / "handed.json"
     found = None if clf is None else health(this, clf)
@@ -52,7 +66,7 @@ def note_handed(this, stage: str, clf: Classifier | None) -> None:
     processes.wait(f"{path} is written")
 
 
-def monitor(this, clf: Classifier, key) -> dict[str, float]:
+def monitor(this: Run, clf: Classifier, key: Array) -> dict[str, float]:
     """Single-step and multi-step accuracy on held-out images (nothing without any)."""
     if not this.settings.training.train.monitor or not len(this.val_split):
         return {}
@@ -74,7 +88,7 @@ def monitor(this, clf: Classifier, key) -> dict[str, float]:
     return found
 
 
-def probe(this, clf: Classifier, key) -> dict[str, float]:
+def probe(this: Run, clf: Classifier, key: Array) -> dict[str, float]:
     """What `train.probe` held-out images are left with: by the paper's protocol (PGD^20), and by quick-1.
 
     One restart each. Nothing where none are asked for, or none are held out.

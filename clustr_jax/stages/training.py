@@ -61,13 +61,19 @@ def run(this: Run, stage: str) -> None:
     trainer = trainers.Trainer(this.net, METHODS[name], settings.training, recipe, len(this.train_split))
     key = this.key(stage)
     identity = training_sha(config_dict(this.config))
-    checkpoints = Checkpoints(folder / "checkpoints", identity, mend=True, say=progress.line)
+    # that of the network it was handed, and the best of its own
+    keep_best = 2 if settings.training.train.on_collapse == guarding.RESTORE else 1
+    checkpoints = Checkpoints(
+        folder / "checkpoints", identity, keep_best=keep_best, mend=True, say=progress.line
+    )
     state = mesh.place(_start(this, stage, trainer, checkpoints, train_set, key))
     try:
         reason, epochs = _epochs(this, stage, trainer, checkpoints, state, train_set, key)
+        collapsed = reason.startswith(guarding.COLLAPSED)
         checkpoints.wait()
-        best = recipe.select == "best" or reason.startswith("collapsed")
-        step = checkpoints.best if best else checkpoints.latest
+        best = recipe.select == "best" or collapsed
+        # what the stage was handed is at step 0: gone back to, but not what it was trained for
+        step = checkpoints.best_since(0 if collapsed else 1) if best else checkpoints.latest
     finally:
         checkpoints.close()
     if best:
@@ -98,9 +104,9 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
         this.workdir.rewind(stage, int(state.step))
         progress.line(f"{stage}: resuming after {int(state.step)} steps")
         return state
+    this.workdir.rewind(stage, -1)  # records of a run that was killed before its first checkpoint
     first = METHODS[settings.method].warmup is None or stage == WARMUP
     fresh = this.net.init(jax.random.fold_in(key, streams.Training.INITIAL))
-    this.workdir.rewind(stage, -1)  # records of a run that was killed before its first checkpoint
     if first and settings.init_from:
         progress.line(f"{stage}: starting from {settings.init_from}")
         variables = loading.model_variables(settings.init_from, this.net)
@@ -146,6 +152,11 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
     said = {kind for r in records for kind in r.get("alarms", ())}
     if records and target and (records[-1]["val_accuracy"] or 0.0) >= target:
         return "target reached", records[-1]["epoch"]
+    last = dict.fromkeys(records[-1].get("alarms", ()), "") if records else {}
+    if guarding.collapses(last) and answer == guarding.STOP:
+        raise guarding.stopped(stage, records[-1]["epoch"], last)
+    if guarding.collapses(last) and answer == guarding.RESTORE:
+        return guarding.COLLAPSED + ", ".join(last), records[-1]["epoch"]
     while step < recipe.epochs * per_epoch:
         epoch = step // per_epoch
         order = train.epoch_order(key, trainer.size, epoch)
@@ -224,11 +235,8 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
         if guarding.collapses(alarms) and answer != guarding.WARN:
             checkpoints.wait()
             if answer == guarding.RESTORE:
-                return f"collapsed ({', '.join(alarms)})", epoch + 1
-            raise guarding.Collapsed(
-                f"{stage} is stopped after epoch {epoch + 1} (train.on_collapse=stop): {', '.join(alarms)}; "
-                f"change the setting in another --workdir, or go on with --config.train.on_collapse=warn"
-            )
+                return guarding.COLLAPSED + ", ".join(alarms), epoch + 1
+            raise guarding.stopped(stage, epoch + 1, alarms)
         if target and val is not None and val >= target:
             return "target reached", epoch + 1
         if preemption.requested():

@@ -5,6 +5,7 @@ value says what was done all along.
 """
 
 import copy
+from typing import Any
 
 # section, name -> what was done before there was the setting
 ADDED = {
@@ -46,7 +47,7 @@ def plain(content: dict) -> dict:
     return content
 
 
-def fixed(section: str, values):
+def fixed(section: str, values: Any):
     """A section without the settings that may be chosen anew."""
     if not isinstance(values, dict):
         return values

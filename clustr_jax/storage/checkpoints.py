@@ -20,13 +20,14 @@ from clustr_jax.runtime import processes
 from clustr_jax.runtime.errors import UserError, first_line
 from clustr_jax.storage import integrity
 from clustr_jax.training.sampling import Sampler
+from clustr_jax.training.train_state import TrainState
 
 # What orbax's threads log, with tracebacks, is raised as well, and told in one line.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
-    """The checkpoints of one stage, by step: the newest `keep` and the best. Writes in the background.
+    """The checkpoints of one stage, by step: the newest and the best. Writes in the background.
 
     `identity` names the training that they belong to. Whoever trains takes over the folder (`mend`):
     what is damaged or unfinished is set aside with a line to `say`, and work goes on from the newest
@@ -39,6 +40,7 @@ class Checkpoints:
         identity: str,
         *,
         keep: int = 2,
+        keep_best: int = 1,
         mend: bool = False,
         say: Callable[[str], None] = print,
     ):
@@ -49,7 +51,7 @@ class Checkpoints:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._mend(say)
             processes.wait(f"{directory} is mended")
-        self._keep = keep
+        self._keep, self._keep_best = keep, keep_best
         self._sealer = concurrent.futures.ThreadPoolExecutor(1)
         self._sealing: concurrent.futures.Future | None = None
 
@@ -60,7 +62,9 @@ class Checkpoints:
         policy = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(self._keep),
-                policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+                policies.BestN(
+                    get_metric_fn=_score, n=self._keep_best, keep_checkpoints_without_metrics=False
+                ),
             ]
         )
         return ocp.training.Checkpointer(
@@ -103,10 +107,15 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """The step with the best held-out accuracy; of equal ones the newest."""
+        return self.best_since(0)
+
+    def best_since(self, first: int) -> int | None:
+        """The best of the steps from `first` on."""
         scored = [(_score(c.metrics), c.step) for c in self._manager.checkpoints if c.metrics]
+        scored = [(score, step) for score, step in scored if step >= first]
         return max(scored)[1] if scored else self.latest
 
-    def save(self, state, accuracy: float | None = None) -> None:
+    def save(self, state: TrainState, accuracy: float | None = None) -> None:
         """Store a TrainState; returns once the arrays are copied, the files follow (`wait`).
 
         `accuracy` on held-out images is what `best` goes by.
@@ -155,7 +164,7 @@ class Checkpoints:
             f"make room (or the folder writable) and run again"
         )
 
-    def restore(self, template):
+    def restore(self, template: TrainState):
         """The newest TrainState; `template` is one of the same structure and shapes."""
         items = self._load(_items(template))
         training = items["training"]

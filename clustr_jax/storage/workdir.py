@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -65,7 +66,7 @@ class Workdir:
         path = self.stage(name) / "done.json"
         return read_json(path) if path.exists() else None
 
-    def open(self, config, command: str = "", images: dict[str, str] | None = None) -> None:
+    def open(self, config: Any, command: str = "", images: dict[str, str] | None = None) -> None:
         """Write config.json and environment.json, or check that the directory belongs to this training.
 
         environment.json keeps the `commands` that worked on the directory, each once, the newest last, and
@@ -183,7 +184,7 @@ def training_sha(content: dict) -> str:
     return provenance.sha(additions.plain({section: content.get(section) for section in _TRAINING}))
 
 
-def config_dict(config) -> dict:
+def config_dict(config: Any) -> dict:
     """The config as JSON values."""
     return json.loads(json.dumps(config.to_dict()))
 

@@ -6,6 +6,7 @@ statistics), and carries no gradient. `strength` in (0, 1] scales the radius and
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ class Adversarial(struct.PyTreeNode):
     images: Float[Array, "B ..."] | None = None
     make: Callable | None = struct.field(pytree_node=False, default=None)
 
-    def after(self, outputs, statistics: dict) -> tuple[Float[Array, "B ..."], dict]:
+    def after(self, outputs: Outputs, statistics: dict) -> tuple[Float[Array, "B ..."], dict]:
         """(images, batch statistics to go on with), given the clean pass: its outputs and its statistics."""
         if self.make is not None:
             outputs, statistics = jax.lax.stop_gradient((outputs, statistics))
@@ -103,7 +104,7 @@ def towards_clean(
     )
 
 
-def embeddings_of(outputs: Outputs, clusters, settings):
+def embeddings_of(outputs: Outputs, clusters: Clusters | None, settings: TrainingSettings):
     """What `_adversary` moves where it is not the logits."""
     return outputs.embeddings
 
@@ -144,7 +145,7 @@ def _adversary(
     return jax.lax.stop_gradient(x_adv), jax.lax.stop_gradient(stats)
 
 
-def shares_clean(method, settings: TrainingSettings) -> bool:
+def shares_clean(method: Any, settings: TrainingSettings) -> bool:
     """Whether the adversary's target is the clean forward pass that the objective makes anyway.
 
     The adversary then runs inside the objective, from those outputs: on a mesh the compiler does not see
@@ -155,7 +156,7 @@ def shares_clean(method, settings: TrainingSettings) -> bool:
     return method.adversary is towards_clean and (updates or settings.train.attack_bn != "eval")
 
 
-def authors_kl(logits, probs):
+def authors_kl(logits: Float[Array, "B Y"], probs: Float[Array, "B Y"]):
     """F.kl_div given probabilities for log probabilities, element mean (docs/fidelity.md, kl)."""
     per_class = jnp.sum(probs * jax.nn.softmax(logits), axis=1)
     return (losses.negative_entropy(probs) - per_class) / probs.shape[1]

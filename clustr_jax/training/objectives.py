@@ -38,7 +38,7 @@ class Aux(struct.PyTreeNode):
     metrics: dict[str, Float[Array, ""]]
 
 
-def mean(values, mask: Bool[Array, "B"]):
+def mean(values: Float[Array, "B"], mask: Bool[Array, "B"]):
     """Mean over the entries where `mask` is True, of the whole batch."""
     sums = mesh.total(jnp.stack([jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask).astype(values.dtype)]))
     return sums[0] / jnp.maximum(sums[1], 1)

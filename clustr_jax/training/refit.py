@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from clustr_jax import clusters as clusters_lib
@@ -97,10 +98,10 @@ def _of_linear_head(net: Net, variables, train_set: TrainSet, z) -> Clusters:
     return clusters_lib.of_linear_head(kernel, bias, members.T @ z / jnp.sum(members, axis=0)[:, None])
 
 
-def check_linear(net: Net, variables: dict, x) -> None:
+def check_linear(net: Net, variables: dict, x: Float[Array | np.ndarray, "B ..."]) -> None:
     """UserError if the logits of these images are not linear in their embeddings by the head's weights."""
     kernel, bias = (variables["params"][models.HEAD][name] for name in ("kernel", "bias"))
-    outputs = net.eval(variables, x)
+    outputs = net.eval(variables, jnp.asarray(x))
     if not jnp.allclose(outputs.embeddings @ kernel + bias[None], outputs.logits, rtol=1e-3, atol=1e-3):
         raise UserError(
             "magnet.fit=linear_head needs a network whose logits are linear in its embeddings, and this "
@@ -114,7 +115,7 @@ def _sharpened(clusters, magnet):
 
 
 @jax.jit(static_argnums=(0, 3))
-def pass_in_train_mode(net: Net, variables: dict, pixels, batch: int) -> dict:
+def pass_in_train_mode(net: Net, variables: dict, pixels: Float[Array, "N ..."], batch: int) -> dict:
     """Batch statistics after a pass over `pixels` in batches: the authors' leak (docs/fidelity.md)."""
     whole = len(pixels) // batch * batch
 

@@ -32,7 +32,14 @@ class MagnetBatch(struct.PyTreeNode):
     rows: Int[Array, "M"]
 
 
-def init(losses, assignments, num_clusters: int, *, initial: float, stale: bool = False) -> Sampler:
+def init(
+    losses: Float[Array, "N"] | None,
+    assignments: Int[Array, "N"],
+    num_clusters: int,
+    *,
+    initial: float,
+    stale: bool = False,
+) -> Sampler:
     """A sampler for these assignments [N]. Unseen examples (`losses` None) start at `initial`.
 
     `initial` should be high (the margin alpha), so that clusters that were never seen are drawn. `stale` does
@@ -51,7 +58,7 @@ def init(losses, assignments, num_clusters: int, *, initial: float, stale: bool 
     return sampler.replace(seen=jnp.zeros(assignments.shape[0], bool), means=jnp.zeros(num_clusters))
 
 
-def refit(sampler: Sampler, assignments) -> Sampler:
+def refit(sampler: Sampler, assignments: Int[Array, "N"]) -> Sampler:
     """New clusters, the same examples: each keeps its loss, and the authors' means stay as they are."""
     new = init(sampler.losses, assignments, sampler.offsets.shape[0] - 1, initial=0.0)
     return new.replace(seen=sampler.seen, means=sampler.means)
@@ -135,7 +142,9 @@ def _choose(key, size, samples):
     return jnp.where((size < samples)[:, None], jnp.arange(samples)[None, :], chosen)
 
 
-def update(sampler: Sampler, ids, losses, mask) -> Sampler:
+def update(
+    sampler: Sampler, ids: Int[Array, "*batch"], losses: Float[Array, "*batch"], mask: Bool[Array, "*batch"]
+) -> Sampler:
     """Remember the losses of the examples just seen; masked entries change nothing."""
     index = jnp.where(mask, ids, sampler.losses.shape[0]).reshape(-1)  # out of range = dropped
     sampler = sampler.replace(losses=sampler.losses.at[index].set(losses.reshape(-1), mode="drop"))

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import data
 from clustr_jax.clusters import Clusters
@@ -51,7 +51,7 @@ class TrainSet(struct.PyTreeNode):
     # images of a pass in train mode, as the authors make them (reference.switches)
     authors_batch: int = struct.field(pytree_node=False, default=125)
 
-    def batch(self, ids, key=None, flips=None):
+    def batch(self, ids: Int[Array, "B"], key: Array | None = None, flips: Bool[Array, "B"] | None = None):
         """(pixels in [0, 1], labels) of these examples; augmented where there is a key.
 
         `flips` [B]: the images that "translate_alternate" turns, chance where there is none.
