@@ -20,7 +20,7 @@ _TIES = 0.01
 _BATCH = 64
 
 
-def check(done, found, model: Callable | Any) -> None:
+def check(done: Any, found: Any, model: Callable | Any) -> None:
     """Lines of whether the model says of every image what the witness does."""
     rules = model.view if is_classifier(model) else model
     clean, attacked = _scores(rules, found.x), _scores(rules, found.x_adv)
@@ -80,7 +80,7 @@ def _without_number(scores) -> int:
     return int(lost.sum())
 
 
-def is_classifier(model) -> bool:
+def is_classifier(model: Any) -> bool:
     """Whether it is a `Classifier`, without importing what classifiers are made of."""
     known = sys.modules.get("clustr_jax.classifier")
     return known is not None and isinstance(model, known.Classifier)

@@ -6,6 +6,7 @@ whether the attacks have come to rest; that a net count agrees would hide as man
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,9 @@ NAME, PREFIX = "audit", "audit-"
 _SHARE = 0.005
 
 
-def run(case, records, report, outcomes: dict[str, Any], found: sound_protocol.Found) -> dict[str, Any]:
+def run(
+    case: Any, records: Any, report: Callable, outcomes: dict[str, Any], found: sound_protocol.Found
+) -> dict[str, Any]:
     """What the audit of `case` came to, and its check; `outcomes` and `found` become the union's."""
     x, n = case.examples.x, len(case.examples)
     key = jax.random.fold_in(jax.random.key(case.seed), streams.Evaluation.AUDIT)

@@ -10,7 +10,7 @@ import numpy as np
 OF_RADIUS, OF_PIXEL = 1e-6, 2.0**-21
 
 
-def outside(x_adv, x, eps: float, norm: str) -> np.ndarray:
+def outside(x_adv: np.ndarray, x: np.ndarray, eps: float, norm: str) -> np.ndarray:
     """[B] how far beyond the ball of eps and rounding each image [B, ...] lies; at most 0 inside it."""
     x_adv, x = (np.asarray(a, np.float64).reshape(len(a), int(np.prod(np.shape(a)[1:]))) for a in (x_adv, x))
     delta = np.abs(x_adv - x)
