@@ -5,8 +5,8 @@
                        eps, norm, bounds
 
 `attack` names what broke each image first, "clean" where it was misclassified before, "" where nothing did.
-`check` needs no trust in whoever wrote it, and no JAX (nor jaxtyping, which brings it): it measures distances,
-compares hashes, and counts.
+`check` needs no trust in whoever wrote it, and no JAX (nor jaxtyping, which brings it): it measures
+distances, compares hashes, and counts.
 """
 
 import dataclasses
