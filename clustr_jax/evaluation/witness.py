@@ -15,7 +15,6 @@ import pathlib
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from clustr_jax.evaluation import intervals
 from clustr_jax.runtime.errors import UserError, first_line, shown
@@ -51,12 +50,12 @@ class Witness:
 
 
 def of(
-    x: Float[np.ndarray, "N ..."],
-    y: Int[np.ndarray, "N"],
-    ids: Int[np.ndarray, "N"],
-    x_adv: Float[np.ndarray, "N ..."],
+    x: np.ndarray,
+    y: np.ndarray,
+    ids: np.ndarray,
+    x_adv: np.ndarray,
     attack: np.ndarray,
-    restart: Int[np.ndarray, "N"],
+    restart: np.ndarray,
     *,
     eps: float,
     norm: str,
