@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from clustr_jax.evaluation import answers, intervals, wording
 from clustr_jax.runtime import rounding
@@ -48,12 +47,12 @@ class Witness:
 
 
 def of(
-    x: Float[np.ndarray, "N ..."],
-    y: Int[np.ndarray, "N"],
-    ids: Int[np.ndarray, "N"],
-    x_adv: Float[np.ndarray, "N ..."],
+    x: np.ndarray,
+    y: np.ndarray,
+    ids: np.ndarray,
+    x_adv: np.ndarray,
     attack: np.ndarray,
-    restart: Int[np.ndarray, "N"],
+    restart: np.ndarray,
     *,
     eps: float,
     norm: str,
