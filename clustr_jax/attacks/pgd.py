@@ -146,7 +146,7 @@ def run_pgd(
         check_logits(logits, y, warned=warned)
     if concrete(x_adv):
         check_found(x_adv)
-        if warned and looked_at and steps and float(eps) and float(step_size):
+        if warned and looked_at and steps and bool(np.any(eps)) and bool(np.any(step_size)):
             told = unattacked.of_pgd(
                 given.key, given.model, x, y, jnp.asarray(given.ids), x_adv, loss_fn=loss_fn,
                 eps=jnp.float32(eps), restarts=restarts, start=start, norm=given.norm, bounds=given.bounds,

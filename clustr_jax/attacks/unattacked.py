@@ -51,11 +51,11 @@ def warn(text: str) -> None:
 
 def told(still: Bool[np.ndarray, "S"], fooled: Bool[np.ndarray, "S"], who: str = "") -> str:
     """The sentence on images [S] that no step moves, "" where enough of them move. `who`: "apgd-ce: "."""
-    left, still = int(np.sum(~fooled)), int(np.sum(still & ~fooled))
-    if not left or still < _NEARLY_ALL * left:
+    left, stuck = int(np.sum(~fooled)), int(np.sum(still & ~fooled))
+    if not left or stuck < _NEARLY_ALL * left:
         return ""
     return (
-        f"{who}nothing could be attacked: the gradient of the loss by the input is exactly 0 for {still} of "
+        f"{who}nothing could be attacked: the gradient of the loss by the input is exactly 0 for {stuck} of "
         f"the {left} unbroken images that were looked at, and no step moves them (rounding, an argmax, a "
         f"saturated softmax?); attacks.square needs no gradient"
     )
@@ -150,7 +150,7 @@ def of_ends(
     any restart.
     """
     count, attack = len(ends.example), plan.attack
-    if not count or not float(attack.eps):
+    if not count or not np.any(attack.eps):
         return ""
     place = np.resize(np.arange(count), ends.rows)
     e, r = (np.asarray(a, np.int32)[place] for a in (ends.example, ends.restart))

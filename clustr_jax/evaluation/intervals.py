@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -17,7 +17,7 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def fraction(mask: Any) -> float:
+def fraction(mask: ArrayLike) -> float:
     """Mean of a boolean array as a plain float."""
     return float(np.mean(np.asarray(mask, np.float64)))
 
