@@ -11,10 +11,11 @@ import importlib
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from clustr_jax.evaluation import witness
+from clustr_jax.evaluation import answers, witness
 from clustr_jax.evaluation.witness import Verification
 from clustr_jax.runtime import callable_module
 from clustr_jax.runtime.errors import UserError, first_line, shown
@@ -23,17 +24,18 @@ from clustr_jax.runtime.programs import program
 __all__ = ["Verification", "verify"]
 
 
-def verify(folder: str | pathlib.Path, model: Callable | None = None) -> Verification:
+def verify(folder: str | pathlib.Path, model: Callable | Any = None) -> Verification:
     """What the files of a judgement say, measured again. `.ok`, and printed line by line.
 
-    With `model`, a function of images [B, ...] (as they were judged) -> logits [B, Y], every image that
-    counts as right has to be classified correctly, and every adversarial one misclassified. Margins within
-    rounding are counted as ties. UserError where the folder has no judgement.
+    With `model`, a function of images [B, ...] (as they were judged) -> logits [B, Y] (or a View, with the
+    deployed rule), or a Classifier, every image that counts as right has to be classified correctly, and
+    every adversarial one misclassified. Logits have to be finite. Of each kind one image, or 1 %, may be a
+    tie: its two best scores differ by less than 1e-5 of them. UserError where the folder has no judgement.
     """
     return witness.check(*witness.read(folder), model)
 
 
-def model_of(spec: str, layout: str = "NCHW") -> Callable:
+def model_of(spec: str, layout: str = "NCHW") -> Callable | Any:
     """The model of "module:function" (of a folder that Python looks in, or this one), .pt2 or .ts."""
     path = pathlib.Path(spec)
     if path.suffix in (".pt2", ".ts"):
@@ -41,7 +43,7 @@ def model_of(spec: str, layout: str = "NCHW") -> Callable:
     return named(spec)
 
 
-def named(spec: str) -> Callable:
+def named(spec: str) -> Callable | Any:
     """The object that "module:name" names, dots in it allowed; UserError where there is none."""
     module, colon, name = spec.partition(":")
     if not colon or not module or not name:
@@ -54,7 +56,7 @@ def named(spec: str) -> Callable:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise UserError(f"model {shown(spec, 100)}: {first_line(error, 200)}") from error
-    if not callable(found):
+    if not callable(found) and not answers.is_classifier(found):
         raise UserError(f"model {shown(spec, 100)} is {type(found).__name__}; expected a function of images")
     return found
 

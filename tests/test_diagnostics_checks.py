@@ -14,10 +14,11 @@ from jax.tree_util import Partial
 
 from centroid_classifiers import eval_settings, silent
 from checked_classifiers import EPS, N, by_number, fits, linear, outputs_of, probe, problem
+from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.evaluation import checks, known_answers, sound_protocol
 from clustr_jax.evaluation.checks import FAIL, PASS, SKIP, WARN, Probe
-from clustr_jax.evaluation.subject import of_classifier
+from clustr_jax.evaluation.subject import Subject, of_classifier
 
 
 def test_the_problem_has_both_kinds():
@@ -92,6 +93,42 @@ def test_logits_that_depend_on_the_batch_fail():
     assert size.status == FAIL
     fine, *_ = outputs_of(linear)
     assert fine.status == PASS and fine.value == 0.0
+
+
+def test_a_class_that_is_ruled_out_excuses_nothing():
+    """2: its score at the end of float32 is no measure of the others' differences."""
+    lowest = float(np.finfo(np.float32).min)
+
+    def masked(x):
+        z = linear(x) * (1 + 1e-3 * len(x))
+        return np.where(np.arange(5) == 4, lowest, z)
+
+    same, *_ = outputs_of(masked)
+    assert (same.number, same.status) == (2, FAIL) and fits(same)
+    fine, *_ = outputs_of(lambda x: np.where(np.arange(5) == 4, lowest, linear(x)))
+    assert fine.status == PASS
+
+
+def test_logits_that_overflow_when_scaled_are_a_warning():
+    """6: of a class that is ruled out; what the other scales break still decides."""
+    masked = masked_probe()
+    (check,) = masked.scales()
+    assert (check.number, check.status, check.value) == (6, WARN, None) and "not finite" in check.note
+    masked.robust = np.ones(N, bool)
+    (check,) = masked.scales()
+    assert check.status == FAIL and fits(check)
+
+
+def masked_probe():
+    """The healthy classifier's logits, with a sixth class at the end of float32."""
+    clf, examples, config, exact = problem()
+
+    def masked(x):
+        z = clf.view(x).logits
+        return jnp.pad(z, ((0, 0), (0, 1)), constant_values=float(np.finfo(np.float32).min))
+
+    subject = Subject(as_partial(masked), masked, lambda: "", None)
+    return Probe(jax.random.key(1), subject, examples, config, exact)
 
 
 def test_probabilities_fail_and_bounded_scores_warn():
@@ -211,7 +248,7 @@ def test_the_images_looked_at_are_of_every_class(monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checks, "Probe", Spy)
-    outcomes = {"clean": np.ones(N, bool), "robust": exact[order]}
+    outcomes = {"broken_by": np.where(exact[order], "", "margin"), "robust": exact[order]}
     with pytest.raises(KeyboardInterrupt):
         checks.run(
             jax.random.key(0), clf, examples.take(order), config, sound={}, outcomes=outcomes, paper=None
@@ -219,10 +256,28 @@ def test_the_images_looked_at_are_of_every_class(monkeypatch):
     assert len(seen[0]) == 16 and set(seen[0]) == set(range(5))
 
 
+def test_images_that_the_logits_have_wrong_are_not_looked_at(monkeypatch):
+    """Those that only the deployed rule has right: no attack ran on them."""
+    clf, examples, config, exact = problem()
+    seen = []
+
+    class Spy(Probe):
+        def __init__(self, key, clf, examples, config, robust):
+            seen.append(set(examples.ids.tolist()))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checks, "Probe", Spy)
+    by = np.where(np.arange(N) < 3, "clean", "")
+    outcomes = {"clean": np.ones(N, bool), "robust": exact, "broken_by": by}
+    with pytest.raises(KeyboardInterrupt):
+        checks.run(jax.random.key(0), clf, examples, config, sound={}, outcomes=outcomes, paper=None)
+    assert seen[0] == set(examples.ids[3:].tolist())
+
+
 def test_no_image_is_right():
     """A classifier that is always wrong has nothing to attack, and so nothing to check."""
     clf, examples, config, _ = problem()
-    outcomes = {"clean": np.zeros(N, bool), "robust": np.zeros(N, bool)}
+    outcomes = {"broken_by": np.full(N, "clean"), "robust": np.zeros(N, bool)}
     listed = checks.run(jax.random.key(0), clf, examples, config, sound={}, outcomes=outcomes, paper=None)
     assert [check.number for check in listed] == list(range(1, 29))
     assert all(check.status == SKIP for check in listed)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from checked_classifiers import linear, outputs_of
-from clustr_jax.evaluation import checks
+from clustr_jax.evaluation import checks, sound_protocol
+from clustr_jax.evaluation import subject as subjects
 from clustr_jax.evaluation.checks import FAIL, PASS, SKIP, WARN, Check
+from test_golden import fixed
 
 # From a result
 
@@ -63,6 +65,26 @@ def test_a_healthy_result():
 )
 def test_what_a_result_gives_away(change, number, status):
     assert statuses(*result(**change))[number] == status
+
+
+def test_without_a_box_there_is_no_half_of_it():
+    """Radii of 0.5 and more that leave something are no reason to distrust: pixels may be of any scale."""
+    clf = fixed()[0]
+    assert checks.half(clf.replace(bounds=None), (6, 6, 2)) is None and checks.half(clf, (6, 6, 2)) == 0.5
+    found, outcomes = result(**{"curves/eps": [[0.0, 0.9], [0.1, 0.5], [0.5, 0.4], [1.0, 0.3]]})
+    got = {c.number: c.status for c in checks.from_result(found, outcomes, None, half=None)}
+    assert got[23] == SKIP and statuses(found, outcomes)[23] == FAIL
+
+
+@pytest.mark.parametrize(("norm", "wanted"), [("linf", 240.0), ("l2", 240 * np.sqrt(12))])
+def test_an_unbounded_attack_reaches_all_images(norm, wanted):
+    """Without a box: their spread, however small eps is."""
+    x = np.linspace(-120, 120, 5 * 12, dtype=np.float32).reshape(5, 12)
+    subject = dataclasses.replace(subjects.of(fixed()[0]), bounds=None, norm=norm)
+    assert sound_protocol.widest(subject, 0.01, x) == pytest.approx(wanted)
+    assert sound_protocol.widest(subject, 100.0, x) == 1e4
+    boxed = dataclasses.replace(subject, bounds=(0.0, 1.0))
+    assert sound_protocol.widest(boxed, 0.01, x) == pytest.approx(wanted / 240)
 
 
 def test_black_boxes_and_adaptive_attacks():

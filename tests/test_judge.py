@@ -12,9 +12,10 @@ import clustr_jax
 from checked_classifiers import fits
 from clustr_jax import attacks
 from clustr_jax.attacks import scheduler
-from clustr_jax.evaluation import sound_protocol
+from clustr_jax.evaluation import auditing, budgets, robustbench, sound_protocol, witness
 from clustr_jax.evaluation.check import Check
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.settings import AttackSettings
 from judged import EPS, N, curved, images, judged, small, statuses, timeless
 from test_golden import fixed
 
@@ -85,15 +86,43 @@ def test_the_bundle(judgement, tmp_path):
     np.testing.assert_array_equal(again.x_adv, judgement.x_adv)
 
 
+def entry_of(judgement, changes, **about):
+    """The entry of a judgement whose budget is the protocol's own, and which differs in this."""
+    changed = judgement.content | {"protocol": "sound-3"} | changes
+    return json.loads(json.dumps(robustbench.model_info(changed, **about)))
+
+
 def test_the_entry_for_robustbench(judgement):
-    entry = json.loads(json.dumps(judgement.robustbench(name="toy", authors="us")))
+    entry = entry_of(judgement, {}, name="toy", authors="us")
     assert entry["clean_acc"] == f"{100 * judgement.clean:.2f}" and entry["unreliable"] is False
     assert set(entry) == {
         "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue",
         "architecture", "eps", "clean_acc", "reported", "autoattack_acc", "unreliable", "footnote",
     }  # fmt: skip
+    assert entry["reported"] is None  # the authors' claim is not ours to make
+    assert entry_of(judgement, {}, reported="41.00")["reported"] == "41.00"
     with pytest.raises(UserError, match="did you mean authors"):
-        judgement.robustbench(author="us")
+        entry_of(judgement, {}, author="us")
+
+
+@pytest.mark.parametrize(
+    ("eps", "norm", "bounds", "wanted"),
+    [
+        (8 / 255, "linf", [0.0, 1.0], "8/255"),
+        (8.0, "linf", [0.0, 255.0], "8/255"),
+        (16 / 255, "linf", [-1.0, 1.0], "8/255"),
+        (1.0, "l2", [-1.0, 1.0], "0.5"),
+    ],
+)
+def test_the_radius_for_robustbench_is_of_pixels_from_0_to_1(judgement, eps, norm, bounds, wanted):
+    assert entry_of(judgement, {"eps": eps, "norm": norm, "bounds": bounds})["eps"] == wanted
+
+
+def test_what_robustbench_cannot_take(judgement):
+    with pytest.raises(UserError, match="bounds of the pixels"):
+        entry_of(judgement, {"bounds": None})
+    with pytest.raises(UserError, match=r"this is sound-3-custom; judge without settings="):
+        judgement.robustbench()
 
 
 @pytest.mark.parametrize("stop", [1, 4, 9])
@@ -146,6 +175,61 @@ def test_mistakes_are_refused(settings, text):
     x, y = images()
     with pytest.raises(UserError, match=text):
         clustr_jax.judge(curved, **dict(x=x, y=y, eps=EPS) | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (lambda: small(targets=0), "settings.targets must be at least 1, got 0"),
+        (lambda: small(queries=0), "settings.queries must be at least 1, got 0"),
+        (lambda: small(apgd_steps=0), "settings.apgd_steps must be at least 1, got 0"),
+        (lambda: small(apgd_steps=2.5), r"settings.apgd_steps must be a whole number, got 2\.5"),
+        (lambda: small(attack=AttackSettings(EPS, EPS / 4, 8, 0)), "settings.attack.restarts must be at"),
+        (lambda: small(attack=AttackSettings(EPS, EPS / 4, 0, 2)), "settings.attack.steps must be at least"),
+        (lambda: small(attack=AttackSettings(EPS, -1.0, 8, 2)), "step_size must be >= 0"),
+        (lambda: small(attack=AttackSettings(0.0, EPS, 8, 2)), "settings.attack.eps must be above 0"),
+        (lambda: small(curve=(-1.0,)), "eps must be >= 0"),
+        (lambda: {"steps": 3}, "settings must be EvalSettings"),
+    ],
+)
+def test_budgets_that_attack_nothing_are_refused(settings, text):
+    with pytest.raises(UserError, match=text):
+        clustr_jax.judge(curved, *images(), eps=EPS, settings=settings())
+
+
+def test_a_step_is_a_part_of_the_radius():
+    """Settings of another radius: the step is scaled with it, and that of their own is left as it is."""
+    for eps in (EPS, 4 * EPS):
+        found = budgets.at_radius(small(EPS), eps, 3)
+        assert (found.attack.eps, found.attack.step_size, found.slots) == (eps, eps / 4, 3)
+
+
+@pytest.mark.parametrize(("missed", "status"), [(1, "PASS"), (3, "FAIL")])
+def test_what_an_audit_breaks_is_broken(judgement, missed, status, monkeypatch):
+    """A first run that misses some, and an interval that would be wide enough to hide them."""
+    real, runs = sound_protocol.run_sound, []
+
+    def careless(*arguments, found, **more):
+        result, outcomes = real(*arguments, found=found, **more)
+        if not runs:
+            index = np.flatnonzero(~outcomes["robust"] & (outcomes["broken_by"] != "clean"))[:missed]
+            outcomes["robust"][index], outcomes["broken_by"][index] = True, ""
+            found.take(index, arguments[2].x[index], -1)
+            result["robust"] = float(np.mean(outcomes["robust"]))
+        runs.append(result["robust"])
+        return result, outcomes
+
+    monkeypatch.setattr(sound_protocol, "run_sound", careless)
+    found = judged(audit=True)
+    assert runs[0] == judgement.robust + missed / N
+    assert found.robust == judgement.robust and found.content["counts"]["broken_by"]["audit"] == missed
+    assert statuses(found)[29] == status and found.content["audit"]["broken_there_only"] == missed
+    assert witness.check(found.content, found.witness, curved).ok
+    assert found.believable == (status == "PASS")
+
+
+def test_how_many_an_audit_may_break():
+    assert [auditing.allowed(n) for n in (1, 32, 200, 201, 1000)] == [1, 1, 1, 2, 5]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import clustr_jax
 from clustr_jax.attacks import calls
 from clustr_jax.data import Examples
-from clustr_jax.evaluation import subject
+from clustr_jax.evaluation import robustbench, subject
 from clustr_jax.evaluation.probes import Probe
 from clustr_jax.runtime.errors import UserError
 from judged import small
@@ -69,7 +69,8 @@ def test_an_honest_model_passes_those_checks(number):
 def test_what_hides_is_not_believed(name):
     found = judged(SABOTAGES[name]())
     assert not found.believable and TOLD[name] in found.content["failed"]
-    assert found.verdict.startswith(("No verdict", "Not robust")) and found.robustbench()["unreliable"]
+    assert found.verdict.startswith(("No verdict", "Not robust"))
+    assert robustbench.model_info(found.content | {"protocol": "sound-3"})["unreliable"]
 
 
 @pytest.mark.slow

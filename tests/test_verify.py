@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import clustr_jax
-from clustr_jax.evaluation import intervals, witness
+from clustr_jax.evaluation import intervals, witness, wording
 from clustr_jax.runtime.errors import UserError
 
 N, EPS = 12, 0.1
@@ -25,6 +25,7 @@ def bundle():
     """(judgement.json, witness) of 12 images: 2 wrong, 4 broken by two attacks, 6 left."""
     means = np.r_[0.4, 0.3, [0.55] * 4, [0.9] * 6]
     x = np.broadcast_to(means[:, None, None, None], (N, 4, 4, 1)).astype(np.float32).copy()
+    x += np.arange(N, dtype=np.float32)[:, None, None, None] / 4096  # no two are alike
     attack = np.array(["clean"] * 2 + ["pgd"] * 3 + ["square"] + [""] * 6)
     found = witness.of(
         x, np.zeros(N, int), np.arange(N) + 5, x - np.float32(EPS), attack, np.zeros(N, int), eps=EPS,
@@ -38,11 +39,26 @@ def content_of(found):
     kept = int(np.sum(found.attack == ""))
     names, counts = np.unique(found.attack, return_counts=True)
     by = {str(n): int(c) for n, c in zip(names, counts, strict=True) if n not in ("", "clean")}
-    return {
+    right = int(np.sum(found.attack != "clean"))
+    content = {
+        "n": N, "clean": right / N, "clean_interval": list(intervals.wilson(right, N)),
+        "constant": float(np.unique(found.y, return_counts=True)[1].max() / N),
+        "checks": [{"number": 1, "status": "PASS"}, {"number": 7, "status": "FAIL"}],
         "eps": found.eps, "norm": found.norm, "bounds": [0.0, 1.0], "classes": 2, "robust": kept / N,
         "robust_interval": list(intervals.wilson(kept, N)), "sha256": witness.hashes(found),
-        "counts": {"clean_wrong": int(np.sum(found.attack == "clean")), "broken_by": by},
+        "counts": {"clean_wrong": N - right, "robust": kept, "broken_by": by},
     }  # fmt: skip
+    told = {name: getattr(wording, name)(content) for name in ("failed", "status", "verdict")}
+    return content | told
+
+
+def test_checks_that_are_none_are_noticed():
+    content, found = bundle()
+    for checks in (None, 3, [{"number": 1}]):
+        told = failed(witness.check(content | {"checks": checks}, found))
+        assert "verdict is that of the checks" in told
+    del content["checks"]
+    assert "status is that of the checks" in failed(witness.check(content, found))
 
 
 def failed(done):
@@ -52,6 +68,19 @@ def failed(done):
 def test_what_is_right_is_verified():
     done = witness.check(*bundle(), bright)
     assert done.ok and str(done).endswith("\nverified"), done
+
+
+@pytest.mark.parametrize("attack", ["clean", ""])
+def test_where_nothing_was_broken_there_is_nothing_to_measure(attack):
+    """Every image was wrong before, or withstood everything."""
+    x = np.random.default_rng(0).uniform(size=(N, 4, 4, 1)).astype(np.float32)
+    y = np.asarray(bright(x)).argmax(axis=1)
+    y = 1 - y if attack == "clean" else y
+    found = witness.of(
+        x, y, np.arange(N), x, np.full(N, attack), np.zeros(N), eps=EPS, norm="l2", bounds=(0.0, 1.0)
+    )
+    done = witness.check(content_of(found), found, bright)
+    assert done.ok, done
 
 
 def changed(**arrays):
@@ -76,6 +105,8 @@ def pushed(x_adv):
         ({"broken": lambda b: b + 1}, "each image that was broken has its adversarial one"),
         ({"broken": lambda b: b + 100}, "adversarial images belong to images"),
         ({"ids": lambda i: i[1:]}, "arrays are of one length"),
+        ({"ids": lambda i: i // 2}, "ids are distinct"),
+        ({"x": lambda x: np.concatenate([x[:6], x[:1].repeat(6, 0)])}, "images are distinct"),
     ],
 )
 def test_arrays_that_do_not_fit_are_noticed(arrays, what):
@@ -101,8 +132,21 @@ def test_an_array_that_was_changed_is_noticed(name):
         ("eps", 0.2, "eps is that of the judgement"),
         ("norm", "l2", "norm is that of the judgement"),
         ("bounds", None, "box is that of the judgement"),
-        ("counts", {"clean_wrong": 2, "broken_by": {"pgd": 4}}, "what each attack broke first"),
-        ("counts", {"clean_wrong": 0, "broken_by": {"pgd": 3, "square": 1}}, "misclassified before"),
+        ("counts", {"clean_wrong": 2, "robust": 6, "broken_by": {"pgd": 4}}, "what each attack broke first"),
+        (
+            "counts",
+            {"clean_wrong": 0, "robust": 6, "broken_by": {"pgd": 3, "square": 1}},
+            "misclassified before",
+        ),
+        ("counts", {"clean_wrong": 2, "robust": 7, "broken_by": {"pgd": 3, "square": 1}}, "images left"),
+        ("n", 120, "n is counted from the arrays"),
+        ("clean", 1.0, "clean is counted from the arrays"),
+        ("clean_interval", [0.9, 1.0], "clean_interval is counted from the arrays"),
+        ("clean_interval", "none", "clean_interval is counted from the arrays"),
+        ("constant", 0.1, "constant is counted from the arrays"),
+        ("status", "NO CHECK FAILED", "status is that of the checks"),
+        ("failed", [], "failed is that of the checks"),
+        ("verdict", "Robust against all that was tried.", "verdict is that of the checks"),
     ],
 )
 def test_figures_that_were_changed_are_noticed(path, value, what):
@@ -127,10 +171,39 @@ def test_another_model_is_noticed(model, what):
 
 
 def test_ties_within_rounding_are_no_lie():
-    done = witness.check(*bundle(), lambda x: bright(x) * np.where(np.arange(2), 1.0, 1.0))
-    assert done.ok
-    flat = witness.check(*bundle(), lambda x: np.ones((len(x), 2)))
-    assert flat.ok and "ties within rounding" in str(flat)
+    """One image of four: the label and its rival are equal to six digits."""
+
+    def rounded(x):
+        z = np.array(bright(x))
+        z[np.isclose(x[:, 0, 0, 0], 0.3, atol=0.01)] = 5.0, 5.0 - 1e-6
+        return z
+
+    done = witness.check(*bundle(), rounded)
+    assert done.ok and "1 ties within rounding" in str(done)
+
+
+def outlier(x):
+    """Equal scores everywhere, and a class of one image that is far below."""
+    z = np.tile([1.0, 0.9, 0.0], (len(x), 1))
+    z[0, 2] = -1e6
+    return z
+
+
+@pytest.mark.parametrize("model", [lambda x: np.ones((len(x), 2)), outlier])
+def test_more_ties_than_rounding_makes_are_another_model(model):
+    done = failed(witness.check(*bundle(), model))
+    assert {"images that count as wrong are misclassified", "adversarial images are misclassified"} <= done
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_not_misclassified(value):
+    """NaN for adversarial images, say: argmax would name a class."""
+
+    def broken(x):
+        low = x.min(axis=(1, 2, 3))[:, None] < 0.5
+        return np.where(low & (x.mean(axis=(1, 2, 3))[:, None] > 0.42), value, bright(x))
+
+    assert "logits are numbers" in failed(witness.check(*bundle(), broken))
 
 
 def written(folder):
@@ -197,3 +270,27 @@ def test_a_pytorch_module_verifies(kind, tmp_path):
     from clustr_jax.verify import model_of
 
     assert clustr_jax.verify(tmp_path, model_of(str(path))).ok
+
+
+def test_a_deployed_rule_counts_as_in_the_attacks():
+    """What the logits have right and the nearest clusters wrong is wrong, of a Classifier and of its view."""
+    from test_golden import fixed
+
+    clf, *_ = fixed()
+    clf = clf.replace(nearest=1)
+    x = np.random.default_rng(0).uniform(size=(200, 6, 6, 2)).astype(np.float32)
+    logits, deployed = np.asarray(clf.logits(x)).argmax(axis=1), np.asarray(clf.predict(x))
+    apart = np.flatnonzero(logits != deployed)[:5]
+    same = np.flatnonzero(logits == deployed)[:5]
+    assert len(apart) and len(same)
+    index = np.r_[apart, same]
+    y = logits[index]
+    attack = np.where(np.arange(len(index)) < len(apart), "clean", "")
+    found = witness.of(
+        x[index], y, index, x[index], attack, np.zeros(len(index)), eps=EPS, norm="linf", bounds=(0.0, 1.0)
+    )
+    content = content_of(found)
+    about = {"images that count as wrong are misclassified", "logits are numbers"}
+    for model in (clf, clf.view):
+        assert not failed(witness.check(content, found, model)) & about
+    assert "images that count as wrong are misclassified" in failed(witness.check(content, found, clf.logits))

@@ -20,7 +20,7 @@ from clustr_jax.attacks.attack_losses import logits_of, misclassified
 from clustr_jax.attacks.input_checks import check_found
 from clustr_jax.attacks.options import key_of
 from clustr_jax.attacks.scheduled_attack import Attack
-from clustr_jax.runtime import mesh
+from clustr_jax.runtime import mesh, rounding
 from clustr_jax.runtime.errors import UserError
 
 # Pairs that the device gets to work on before it asks for more, in slots.
@@ -291,11 +291,9 @@ def verify_inside(
     bounds: tuple[float, float] | None,
 ) -> None:
     """Raise AssertionError if an adversarial image left the ball or the box: the number would be wrong."""
-    delta = (np.asarray(x_adv, np.float64) - x).reshape(len(x), -1)
-    size = np.abs(delta).max(axis=1) if norm == "linf" else np.linalg.norm(delta, axis=1)
-    rounding = TOLERANCE * max(1.0, float(np.max(np.abs(x), initial=0.0)))  # of x + delta in float32
-    if not np.all(size <= float(eps) * (1 + TOLERANCE) + rounding):
-        raise AssertionError(f"attack left the {norm} ball: {size.max()} > eps = {float(eps)}")
+    beyond = rounding.outside(x_adv, x, float(eps), norm)
+    if not np.all(beyond <= 0):
+        raise AssertionError(f"attack left the {norm} ball by {beyond.max()}: eps = {float(eps)}")
     if bounds is not None and (np.min(x_adv) < bounds[0] or np.max(x_adv) > bounds[1]):
         raise AssertionError(f"attack left the box {bounds}")
 

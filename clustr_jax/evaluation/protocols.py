@@ -15,12 +15,12 @@ from jaxtyping import Array, Float, Int
 from clustr_jax import losses
 from clustr_jax.attacks import attack_losses, scheduler
 from clustr_jax.attacks.options import too_wide
-from clustr_jax.attacks.pgd import as_partial, check_settings
+from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.attacks.scheduled_pgd import PGD
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
-from clustr_jax.evaluation import intervals, sound_protocol
+from clustr_jax.evaluation import budgets, intervals, sound_protocol
 from clustr_jax.evaluation import subject as subjects
 from clustr_jax.evaluation.resume import Store
 from clustr_jax.models import Net
@@ -222,24 +222,7 @@ def run_paper(
 
 def check_config(settings: EvalSettings) -> None:
     """UserError for evaluation settings that cannot be run, before hours have gone into training."""
-    attack = settings.attack
-    check_settings(eps=attack.eps, step_size=attack.step_size)
-    for name, value, low in (
-        ("eval.attack.steps", attack.steps, 1),
-        ("eval.attack.restarts", attack.restarts, 1),
-        ("eval.n", settings.n, 0),
-        ("eval.slots", settings.slots, 1),
-        ("eval.nearest", settings.nearest, 0),
-        ("eval.targets", settings.targets, 1),
-        ("eval.apgd_steps", settings.apgd_steps, 1),
-        ("eval.queries", settings.queries, 1),
-    ):
-        if value < low:
-            raise UserError(f"{name} must be at least {low}, got {value}")
-    if not settings.paper_steps or min(settings.paper_steps) < 1:
-        raise UserError(f"eval.paper_steps must be one or more numbers >= 1, got {settings.paper_steps}")
-    for eps in (*settings.sweep, *settings.curve):
-        check_settings(eps=eps, step_size=attack.step_size)
+    budgets.check(settings)
     unknown = [name for name in settings.protocols if name not in RUNNERS]
     if unknown:
         raise UserError(

@@ -40,7 +40,7 @@ __all__ = [
 
 # Restarts at which the curve over restarts is read off.
 _RESTARTS = (1, 2, 5, 10, 20, 50)
-# An unbounded attack: the whole box, or this many times the main radius where there is none.
+# An unbounded attack: the whole box; without one at least this many times the main radius.
 _UNBOUNDED = 100.0
 # What broke an image at a smaller radius than the main one.
 SMALLER = "smaller-eps"
@@ -244,7 +244,7 @@ def run_sound(
         attacks[name] = {"robust": intervals.fraction(survived), **kills, **attacks[name]}
     unbounded = None
     if not quick:
-        left = sweep.run(alive, [*larger, widest(this, attack.eps, examples.x.shape[1:])])
+        left = sweep.run(alive, [*larger, widest(this, attack.eps, examples.x)])
         unbounded = intervals.fraction(left)
         radii = {0.0: right, attack.eps: alive, **sweep.robust}
         curves["eps"] = [[eps, intervals.fraction(radii[eps])] for eps in sorted(radii)]
@@ -266,12 +266,17 @@ def run_sound(
     return result, outcomes
 
 
-def widest(subject: Subject, eps: float, shape: tuple[int, ...]) -> float:
-    """The radius of an unbounded attack: the whole box."""
-    if subject.bounds is None:
-        return _UNBOUNDED * eps
-    width = subject.bounds[1] - subject.bounds[0]
-    return width if subject.norm == "linf" else width * float(np.sqrt(np.prod(shape)))
+def widest(subject: Subject, eps: float, x: np.ndarray) -> float:
+    """The radius of an unbounded attack: the whole box, or the spread of x [N, ...] where there is none.
+
+    However small eps is, every image of x is then in reach of every other one.
+    """
+    box = subject.bounds
+    if box is None:
+        box = (float(np.min(x)), float(np.max(x))) if np.size(x) else (0.0, 0.0)
+    width = box[1] - box[0]
+    radius = width if subject.norm == "linf" else width * float(np.sqrt(np.prod(np.shape(x)[1:])))
+    return radius if subject.bounds is not None else max(radius, _UNBOUNDED * eps)
 
 
 def run_quick(

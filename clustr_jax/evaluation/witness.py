@@ -13,19 +13,16 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from clustr_jax.evaluation import intervals
+from clustr_jax.evaluation import answers, intervals, wording
+from clustr_jax.runtime import rounding
 from clustr_jax.runtime.errors import UserError, first_line, shown
 
 JSON, NPZ = "judgement.json", "witness.npz"
-# What the attacks allow for rounding of x + delta in float32, as attacks.scheduler has it.
-TOLERANCE = 1e-6
-# Two frameworks add up in other orders: below this part of the largest logit a margin is a tie.
-_TIE = 1e-4
-_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +133,7 @@ class Verification:
         return "\n".join([*rows, "verified" if self.ok else "NOT verified"])
 
 
-def check(content: dict, found: Witness, model: Callable | None = None) -> Verification:
+def check(content: dict, found: Witness, model: Callable | Any = None) -> Verification:
     """All that the files say, measured again; with `model` (images -> logits [B, Y]) its answers too."""
     done = Verification()
     n = len(found.y)
@@ -159,22 +156,23 @@ def check(content: dict, found: Witness, model: Callable | None = None) -> Verif
     box = None if content.get("bounds") is None else tuple(content["bounds"])
     done.add("box is that of the judgement", found.bounds == box, found.bounds)
     _inside(done, found)
+    _distinct(done, found)
     _counts(done, content, found)
+    _figures(done, content, found)
     if model is not None:
-        _answers(done, found, model)
+        answers.check(done, found, model)
     return done
 
 
 def _inside(done, found):
     finite = bool(np.isfinite(found.x).all() and np.isfinite(found.x_adv).all())
     done.add("pixels are finite", finite, finite)
-    delta = (found.x_adv.astype(np.float64) - found.x[found.broken]).reshape(len(found.broken), -1)
+    pixels = int(np.prod(found.x.shape[1:]))  # where nothing was broken -1 has no answer
+    delta = (found.x_adv.astype(np.float64) - found.x[found.broken]).reshape(len(found.broken), pixels)
     size = np.abs(delta).max(axis=1, initial=0.0) if found.norm == "linf" else np.linalg.norm(delta, axis=1)
-    largest, rounding = (
-        float(size.max(initial=0.0)),
-        TOLERANCE * max(1.0, float(np.abs(found.x).max(initial=0.0))),
-    )
-    good = found.norm in ("linf", "l2") and largest <= found.eps * (1 + TOLERANCE) + rounding
+    largest = float(size.max(initial=0.0))
+    inside = bool(np.all(rounding.outside(found.x_adv, found.x[found.broken], found.eps, found.norm) <= 0))
+    good = found.norm in ("linf", "l2") and inside
     done.add(f"changes are inside the {found.norm} ball", good, f"{largest:.8g} of {found.eps:.8g}")
     if found.bounds is not None:
         low, high = (
@@ -183,6 +181,55 @@ def _inside(done, found):
         )
         good = not found.x.size or (low >= found.bounds[0] and high <= found.bounds[1])
         done.add("images are inside the box", good, f"{low:.6g} to {high:.6g}")
+
+
+def _distinct(done, found):
+    """Nothing is counted twice; a data set may have a few copies of an image."""
+    copies = [
+        len(a) - len(np.unique(a.reshape(len(a), -1), axis=0)) if a.size else 0 for a in (found.ids, found.x)
+    ]
+    done.add("ids are distinct", not copies[0], f"{copies[0]} copies")
+    most = answers.most_ties(len(found.x))
+    done.add("images are distinct", copies[1] <= most, f"{copies[1]} copies (at most {most})")
+
+
+def _figures(done, content, found):
+    """What follows from the arrays and the checks: counted, and worded, again."""
+    n, kept = len(found.y), int(np.sum(found.attack == ""))
+    right = n - int(np.sum(found.attack == "clean"))
+    constant = float(np.unique(found.y, return_counts=True)[1].max() / n) if n else None
+    own = {"n": n, "clean": right / n if n else 0.0, "clean_interval": intervals.wilson(right, n)}
+    own["constant"] = constant
+    for name, value in own.items():
+        shown_value = value if name == "n" or value is None else np.round(value, 4)
+        done.add(f"{name} is counted from the arrays", _close(content.get(name), value), shown_value)
+    done.add("images left", _member(content, "counts", "robust") == kept, f"{kept} of {n}")
+    counted = content | own | {"robust": kept / n if n else 0.0, "eps": found.eps, "norm": found.norm}
+    for name, make in (("failed", wording.failed), ("status", wording.status), ("verdict", wording.verdict)):
+        try:
+            wanted = make(counted)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # checks that are none
+            done.add(f"{name} is that of the checks", False, first_line(error, 80))
+            continue
+        done.add(f"{name} is that of the checks", content.get(name) == wanted, wanted)
+
+
+def _close(given, wanted) -> bool:
+    """Equal numbers, or lists of them, but for rounding; False for what is none."""
+    if wanted is None or given is None:
+        return given is wanted
+    try:
+        given, wanted = np.asarray(given, np.float64), np.asarray(wanted, np.float64)
+    except (TypeError, ValueError):
+        return False
+    return given.shape == wanted.shape and bool(np.all(np.abs(given - wanted) < 1e-9))
+
+
+def _member(content, *names):
+    """content[a][b]..., None where there is none."""
+    for name in names:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
 
 
 def _counts(done, content, found):
@@ -216,43 +263,3 @@ def _counts(done, content, found):
     given = content.get("robust_interval", (-1, -1))
     good = abs(given[0] - low) < 1e-9 and abs(given[1] - high) < 1e-9
     done.add("95 % interval is Wilson's", good, f"{100 * low:.1f} to {100 * high:.1f} %")
-
-
-def _answers(done, found, model):
-    clean = _logits(model, found.x)
-    right = found.attack != "clean"
-    _agree(done, "images that count as right are classified correctly", clean[right], found.y[right], True)
-    _agree(done, "images that count as wrong are misclassified", clean[~right], found.y[~right], False)
-    attacked = _logits(model, found.x_adv)
-    _agree(done, "adversarial images are misclassified", attacked, found.y[found.broken], False)
-
-
-def _agree(done, what, logits, y, right):
-    """Whether the model says so of all of them, but for ties within rounding."""
-    if not len(y):
-        return done.add(what, True, "none")
-    margin = logits[np.arange(len(y)), y]
-    rest = np.array(logits)
-    rest[np.arange(len(y)), y] = -np.inf
-    margin = margin - rest.max(axis=1)
-    said = logits.argmax(axis=1) == y
-    off = said != right
-    tie = np.abs(margin) <= _TIE * np.abs(logits).max(initial=1e-30)
-    bad, ties = int(np.sum(off & ~tie)), int(np.sum(off & tie))
-    done.add(
-        what,
-        bad == 0,
-        f"{len(y) - bad - ties} of {len(y)}" + (f", {ties} ties within rounding" if ties else ""),
-    )
-
-
-def _logits(model, x):
-    if not len(x):
-        return np.zeros((0, 2))
-    parts = []
-    for start in range(0, len(x), _BATCH):
-        logits = np.asarray(model(x[start : start + _BATCH]), np.float64)
-        if logits.ndim != 2 or len(logits) != len(x[start : start + _BATCH]):
-            raise UserError(f"the model must return logits [B, Y], got shape {logits.shape}")
-        parts.append(logits)
-    return np.concatenate(parts)

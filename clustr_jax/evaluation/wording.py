@@ -11,8 +11,18 @@ def words(content: dict) -> str:
 
     `content`: robust, clean, n, constant (the accuracy of the best constant answer, or None), checks.
     """
-    failed = sorted({c["number"] for c in content["checks"] if c["status"] == "FAIL"})
-    return f"{_robustness(content, failed)} {_trust(content, failed)}"
+    wrong = failed(content)
+    return f"{_robustness(content, wrong)} {_trust(content, wrong)}"
+
+
+def failed(content: dict) -> list[int]:
+    """The numbers of the checks that failed."""
+    return sorted({c["number"] for c in content["checks"] if c["status"] == "FAIL"})
+
+
+def verdict(content: dict) -> str:
+    """The words, then the figure."""
+    return f"{words(content)} {figure(content)}"
 
 
 def answer(content: dict) -> tuple[str, str]:
@@ -24,8 +34,7 @@ def answer(content: dict) -> tuple[str, str]:
     >>> wording.answer({"robust": 0.8, "clean": 0.85, "n": 99, "constant": 0.1, "checks": [nothing]})
     ('ROBUST SO FAR', 'pass')
     """
-    failed = [c for c in content["checks"] if c["status"] == "FAIL"]
-    said = _robustness(content, failed)
+    said = _robustness(content, failed(content))
     if said.startswith("Not robust"):
         return "NOT ROBUST", "fail"
     if said.startswith("No verdict") or all(c["status"] == "SKIP" for c in content["checks"]):
@@ -39,8 +48,9 @@ def _robustness(content, failed) -> str:
         return "No verdict: there was no image."
     if robust == 0.0:
         return "Not robust: no image withstood the attacks."
-    if constant is not None and robust <= constant:
-        return "Not robust: worse than always guessing one class."
+    # of images of one class a constant answer is always right: it says nothing of a model
+    if constant is not None and robust <= constant < 1:
+        return "Not robust: no better than always guessing one class."
     if failed:
         return "No verdict: the figure is an upper bound only."
     if robust >= _MOST * content["clean"]:

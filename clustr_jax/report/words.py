@@ -96,7 +96,7 @@ def in_pixels(record: Record) -> bool:
 def _no_better(record):
     """A sentence where answering one class only would do as well."""
     constant, sound = constant_share(record), record.results["sound"]
-    if constant is None or sound["robust"] > constant:
+    if constant is None or constant == 1 or sound["robust"] > constant:
         return ""
     return f" Always answering the commonest class would score no less: {intervals.percent(constant)} %."
 
