@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def margins(logits, y):
+def margins(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
     """[B] z_y - max of the others."""
     logits = np.array(logits, np.float64)
     own = logits[np.arange(len(y)), y]
@@ -11,7 +11,7 @@ def margins(logits, y):
     return own - logits.max(axis=1)
 
 
-def scale(logits) -> float:
+def scale(logits: np.ndarray) -> float:
     """What a difference of logits [B, Y] is large against: the spread of the two best scores of all images.
 
     Scores of classes that are ruled out, at the end of float32 say, would excuse any difference. A hundredth
