@@ -39,7 +39,6 @@ WITHOUT = {
     "Interrupted",
     "NearestResult",
     "RecordWarning",
-    "UnattackedWarning",
     "UnitWarning",
     "UnsteadyWarning",
     "KMeans",

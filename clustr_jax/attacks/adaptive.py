@@ -15,7 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax.attacks import resuming, scheduler, unattacked
+from clustr_jax.attacks import resuming, scheduler
 from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.calls import SLOTS, STOPPED, common_of, planned, prepare
 from clustr_jax.attacks.options import whole
@@ -87,23 +87,19 @@ def run(
     slots: int = SLOTS,
     progress: Progress | None = None,
     report: Callable[[Progress, scheduler.Outcome], None] | None = None,
-    collect: Callable | None = None,
 ) -> Progress:
     """`scheduler.run` with at most `most` restarts (of each target), round by round as said above.
 
     It ends when `patience` rounds in a row broke nothing, when nothing is left, or after `most` rounds.
     Restart r of an example is the one that `scheduler.run(..., restarts=most)` gives it, with its randomness.
     `progress` goes on from an earlier one, in which everything is noted as it ends, also where this call is
-    interrupted; `report(progress, outcome of the round)` is called between device calls, `collect` as in
-    `scheduler.run`.
+    interrupted; `report(progress, outcome of the round)` is called between device calls.
     """
     count = 1 if targets is None else len(targets)
     progress = Progress.fresh(x, most, count) if progress is None else progress
     progress.attacked, progress.broken = [], []
 
-    def note(example, restart, found, fooled):
-        if collect is not None:
-            collect(example, restart, found, fooled)
+    def collect(example, restart, found, fooled):
         logits = logits_of(scheduler.forward(model, found, slots))
         own = logits[np.arange(len(found)), y[example]]
         others = np.where(np.arange(logits.shape[1])[None, :] == y[example][:, None], -np.inf, logits)
@@ -116,7 +112,7 @@ def run(
         pairs = (progress.rounds_of_rows == number)[:, None] & chosen[None, :]
         _run_pairs(
             pairs, progress, report, attack, key, model, x, y, ids=ids, targets=targets, restarts=most,
-            slots=slots, collect=note,
+            slots=slots, collect=collect,
         )  # fmt: skip
         progress.attacked.append(int(chosen.sum()))
         progress.broken.append(progress.gained(number))
@@ -196,8 +192,6 @@ def adaptive_restarts(
     given, logits = prepare(
         key, logits_fn, x, y, eps=float(eps), norm=norm, bounds=bounds, ids=ids, slots=slots
     )
-    if len(given.x):
-        unattacked.warn_of_settings(eps=eps)
     entry = ATTACKS[attack]
     entry.check(shape=given.x.shape, classes=logits.shape[1], norm=given.norm)
     budget = Budget(eps=eps, norm=given.norm, bounds=given.bounds, steps=steps, queries=steps, restarts=most)
@@ -209,7 +203,6 @@ def adaptive_restarts(
         return x_adv
     kept = resuming.begin(place, given, logits, [plan], slots, "adaptive restarts")
     so_far = _loaded(kept, given.x[right], most, 1 if plan.targets is None else len(plan.targets))
-    ends = unattacked.Ends(slots)
     try:
         with bar(progress, attack) as draw:
 
@@ -221,7 +214,7 @@ def adaptive_restarts(
             run(
                 made, given.key, given.model, given.x[right], given.y[right], ids=given.ids[right],
                 targets=None if plan.targets is None else plan.targets[:, right], most=most, share=share,
-                patience=patience, slots=slots, progress=so_far, report=report, collect=ends,
+                patience=patience, slots=slots, progress=so_far, report=report,
             )  # fmt: skip
     except KeyboardInterrupt:
         said = kept.leave(_RECORD, so_far.outcome, {"margins": so_far.margins})
@@ -231,7 +224,6 @@ def adaptive_restarts(
     broken = so_far.outcome.broken
     x_adv[right[broken]] = so_far.outcome.x_adv[broken]
     kept.clear()
-    unattacked.of_ends(ends, plan, given.key, given, right, broken)
     return x_adv
 
 

@@ -1,13 +1,13 @@
 """One call of a scheduled attack, on the host: what its door has in common with every other one."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from clustr_jax.attacks import resuming, scheduler, trust, unattacked, user_losses
+from clustr_jax.attacks import resuming, scheduler, user_losses
 from clustr_jax.attacks.gate import Admitted, admit
 from clustr_jax.attacks.input_checks import check_logits, concrete
 from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
@@ -20,14 +20,6 @@ from clustr_jax.runtime.errors import UserError
 # Images that the device works on at once.
 SLOTS = 64
 STOPPED = "interrupted; .found has what was found, and other images were not attacked to the end"
-
-
-class Ran(NamedTuple):
-    """What came of one attack; where it was interrupted, what to say of its records; if it was blind, so."""
-
-    outcome: scheduler.Outcome
-    stopped: str | None = None
-    note: str = ""
 
 
 def common_of(eps: Any, norm: Any, bounds: Any) -> dict[str, Any]:
@@ -68,15 +60,13 @@ def attack_alone(
     x_adv, alive = given.x.copy(), np.flatnonzero(logits.argmax(axis=1) == given.y)
     if len(alive):
         kept = resuming.begin(place, given, logits, [plan], slots, "one attack")
-        ran = run_plan(
+        outcome, stopped = run_plan(
             given.key, plan, given, alive, slots=slots, progress=progress, kept=kept, record=plan.name
         )
-        x_adv[alive] = ran.outcome.x_adv
-        if ran.stopped is not None:
-            raise Interrupted(x_adv, STOPPED + ran.stopped)
+        x_adv[alive] = outcome.x_adv
+        if stopped is not None:
+            raise Interrupted(x_adv, STOPPED + stopped)
         kept.clear()
-    if len(x_adv):
-        unattacked.warn_of_settings(eps=attack.eps)
     return x_adv
 
 
@@ -111,25 +101,23 @@ def run_plan(
     progress: bool | None,
     kept: resuming.Kept,
     record: str,
-    who: str = "",
-) -> Ran:
-    """One attack on the images of this index. An UnattackedWarning, with `who`, where no step moved them."""
+) -> tuple[scheduler.Outcome, str | None]:
+    """(the outcome on the images of this index; where it was interrupted, what to say of its records)."""
     x, y, ids = given.x[index], given.y[index], given.ids[index]
     targets = None if plan.targets is None else plan.targets[:, index]
     outcome = kept.load(record, x, plan.restarts * (1 if targets is None else len(targets)))
-    ends = unattacked.Ends(slots)
     try:
         with bar(progress, plan.name) as report:
             scheduler.run(
                 plan.attack, key, given.model, x, y, ids=ids, targets=targets, restarts=plan.restarts,
-                slots=slots, outcome=outcome, report=kept.noting(record, report), collect=ends,
+                slots=slots, outcome=outcome, report=kept.noting(record, report),
             )  # fmt: skip
         kept.note(record, outcome, now=True)
     except KeyboardInterrupt:
         said = kept.leave(record, outcome)
         outcome.x_adv[~outcome.broken] = x[~outcome.broken]  # of a call that was not noted to its end
-        return Ran(outcome, said)
-    return Ran(outcome, None, unattacked.of_ends(ends, plan, key, given, index, outcome.broken, who))
+        return outcome, said
+    return outcome, None
 
 
 def prepare(
@@ -146,6 +134,5 @@ def prepare(
     x, y = np.asarray(given.x), np.asarray(given.y).astype(np.int32)
     x = x if given.bounds is None else np.clip(x, *given.bounds)
     logits = scheduler.forward(given.model, x, slots)
-    note = given.note or trust.check_sizes(given.seen, logits)
     check_logits(logits, y)
-    return given._replace(x=x, y=y, ids=np.asarray(given.ids).astype(np.int32), note=note), logits
+    return given._replace(x=x, y=y, ids=np.asarray(given.ids).astype(np.int32)), logits

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import attack_losses, resuming, unattacked
+from clustr_jax.attacks import attack_losses, resuming
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.calls import SLOTS, STOPPED, attack_alone, common_of, planned, prepare, run_plan
 from clustr_jax.attacks.fab import FAB
@@ -32,8 +32,8 @@ from clustr_jax.runtime.promotion import promoting
 @dataclasses.dataclass
 class AutoAttackResult:
     """x_adv [B, ...] (x where nothing succeeded), robust [B], and the attack that broke each ("": none, or
-    "clean": misclassified before). `notes`: what makes these numbers doubtful, of a model that was wrapped
-    with steady=False, and of attacks whose steps moved nothing."""
+    "clean": misclassified before). `notes`: what makes these numbers doubtful, for a model that was wrapped
+    with steady=False."""
 
     x_adv: Float[np.ndarray, "B ..."]
     robust: Bool[np.ndarray, "B"]
@@ -116,20 +116,16 @@ def autoattack(
         if not len(index):
             break
         own, record = jax.random.fold_in(given.key, number), f"{number}-{plan.name}"
-        ran = run_plan(
-            own, plan, given, index, slots=slots, progress=progress, kept=kept, record=record,
-            who=f"{plan.name}: ",
-        )  # fmt: skip
-        x_adv[index] = ran.outcome.x_adv
-        broken_by[index[ran.outcome.broken]] = plan.name
-        alive[index] = ~ran.outcome.broken
-        notes = (*notes, ran.note) if ran.note else notes
-        if ran.stopped is not None:
+        outcome, stopped = run_plan(
+            own, plan, given, index, slots=slots, progress=progress, kept=kept, record=record
+        )
+        x_adv[index] = outcome.x_adv
+        broken_by[index[outcome.broken]] = plan.name
+        alive[index] = ~outcome.broken
+        if stopped is not None:
             found = AutoAttackResult(x_adv, alive, broken_by, (*notes, f"interrupted in {plan.name}"))
-            raise Interrupted(found, STOPPED + ran.stopped)
+            raise Interrupted(found, STOPPED + stopped)
     kept.clear()
-    if len(x):
-        unattacked.warn_of_settings(eps=eps)
     return AutoAttackResult(x_adv, alive, broken_by, notes)
 
 

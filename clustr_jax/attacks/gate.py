@@ -26,7 +26,6 @@ class Admitted(NamedTuple):
     bounds: tuple[float, float] | None
     note: str  # what is wrong with a model that may be unsteady
     classes: int | None = None  # None: it was not looked at
-    seen: trust.Seen = trust.Seen()  # logits of the first images, in a batch of another size
 
 
 def admit(
@@ -68,10 +67,10 @@ def admit(
     opened = _open(logits_fn, rows or count, x.shape)
     if opened.classes is not None:
         input_checks.check_labels(y, opened.classes)
-    seen = trust.check(opened, x, bounds, rows or count)
+    note = trust.check(opened, x, bounds)
     home = placement.home(jax.tree.leaves(opened.model)) or placement.home((x,))
     key, x, y, ids = (placement.beside(home, a) for a in (key, x, y, ids))
-    return Admitted(key, opened.model, x, y, ids, norm, bounds, seen.note, opened.classes, seen)
+    return Admitted(key, opened.model, x, y, ids, norm, bounds, note, opened.classes)
 
 
 def _open(logits_fn, rows, shape):

@@ -176,11 +176,9 @@ def _nearest(key, attack, logits_fn, x, y, *, ranking, ids, slots, progress, fol
         if "distance" in done:  # a call that was interrupted had come as far
             found.x_adv[right], found.distance[right] = done["x_adv"], done["distance"]
             continue
-        outcome, stopped, note = run_plan(
+        outcome, stopped = run_plan(
             given.key, one_plan, given, right, slots=slots, progress=progress, kept=kept, record=record
         )
-        notes = tuple(dict.fromkeys((*notes, note))) if note else notes
-        found.notes = notes
         try:
             if stopped is None:
                 index, candidates = _found(given, one_plan, right, outcome, slots)

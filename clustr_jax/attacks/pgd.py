@@ -27,7 +27,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import trust, unattacked, user_losses
+from clustr_jax.attacks import user_losses
 from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.gate import admit
 from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
@@ -73,8 +73,7 @@ def pgd(
     indices, default 0..B-1): it depends neither on the order nor on the other examples. `eps` and
     `step_size` are traced, everything else is compiled in. Raises UserError for bad settings and shapes,
     and (outside jit, where values can be looked at) for pixels outside the box, labels out of range,
-    probabilities instead of logits and logits that are not finite; bounded scores are warned about, and what
-    attacks nothing: a radius, a step or steps of 0, or a gradient that is 0 for nearly all images.
+    probabilities instead of logits and logits that are not finite; bounded scores are warned about.
 
     One pixel, two classes: the first image can be fooled within 0.1, the second cannot.
 
@@ -87,35 +86,6 @@ def pgd(
     >>> print((jnp.abs(x_adv - x) <= 0.1 + 1e-6).all())
     True
     """
-    x_adv = run_pgd(
-        key, logits_fn, x, y, eps=eps, step_size=step_size, steps=steps, restarts=restarts, loss_fn=loss_fn,
-        start=start, norm=norm, bounds=bounds, select=select, clip_start=clip_start, ids=ids, warned=True,
-    )  # fmt: skip
-    if concrete(x_adv) and len(x_adv):
-        unattacked.warn_of_settings(start=start, eps=eps, steps=steps, step_size=step_size)
-    return x_adv
-
-
-def run_pgd(
-    key: Array,
-    logits_fn: Callable,
-    x: Float[Array | np.ndarray, "B ..."],
-    y: Int[Array | np.ndarray, "B"] | Float[Array | np.ndarray, "B Y"],
-    *,
-    eps: ArrayLike,
-    step_size: ArrayLike,
-    steps: int,
-    restarts: int = 1,
-    loss_fn: Callable = losses.cross_entropy,
-    start: str = "uniform",
-    norm: str = "linf",
-    bounds: tuple[float, float] | None = (0.0, 1.0),
-    select: str = "success",
-    clip_start: bool = True,
-    ids: Int[Array | np.ndarray, "B"] | None = None,
-    warned: bool = False,
-) -> Float[Array, "B ..."]:
-    """`pgd`, and unless `warned` no word on bounded scores and blind gradients: protocols have checks."""
     check_words(start=start, select=select)
     steps, restarts = whole("steps", steps, 0), whole("restarts", restarts, 1)
     given = admit(key, logits_fn, x, y, eps=eps, step_size=step_size, norm=norm, bounds=bounds, ids=ids)
@@ -142,18 +112,9 @@ def run_pgd(
         clip_start=clip_start,
     )
     if looked_at and concrete(logits):
-        trust.check_sizes(given.seen, logits)
-        check_logits(logits, y, warned=warned)
+        check_logits(logits, y)
     if concrete(x_adv):
         check_found(x_adv)
-        if warned and looked_at and steps and bool(np.any(eps)) and bool(np.any(step_size)):
-            told = unattacked.of_pgd(
-                given.key, given.model, x, y, jnp.asarray(given.ids), x_adv, loss_fn=loss_fn,
-                eps=jnp.float32(eps), restarts=restarts, start=start, norm=given.norm, bounds=given.bounds,
-                clip=clip_start,
-            )  # fmt: skip
-            if told:
-                unattacked.warn(told)
     return x_adv
 
 
@@ -245,7 +206,7 @@ def noise(
     if kind not in ("uniform", "gaussian"):
         raise UserError(f"kind must be uniform or gaussian, got {kind!r}")
     draws = whole("draws", draws, 1)
-    x_adv = run_pgd(
+    return pgd(
         key,
         logits_fn,
         x,
@@ -258,11 +219,7 @@ def noise(
         norm=norm,
         bounds=bounds,
         ids=ids,
-        warned=True,
     )
-    if concrete(x_adv) and len(x_adv):
-        unattacked.warn_of_settings(eps=eps)
-    return x_adv
 
 
 def check_settings(

@@ -14,7 +14,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -216,8 +216,8 @@ def _first_steps(planned: Planned, given: Admitted, slots: int) -> list[str]:
     target = nothing - 1 if planned.targets is None else planned.targets[0, index]
     random = np.repeat(np.asarray(jax.random.key_data(given.key))[None], slots, 0)
     work = Work(nothing, nothing, random, given.x[index], given.y[index], target)  # pyright: ignore[reportArgumentType]
-    program = str(first_step.trace(planned.attack, given.model, work).jaxpr)
-    state = first_step(planned.attack, given.model, work)
+    program = str(_step.trace(planned.attack, given.model, work).jaxpr)
+    state = _step(planned.attack, given.model, work)
     return [
         _digest(np.frombuffer(_ADDRESS.sub("", program).encode(), np.uint8)),
         _digest(*jax.tree.leaves(state)),
@@ -225,9 +225,7 @@ def _first_steps(planned: Planned, given: Admitted, slots: int) -> list[str]:
 
 
 @jax.jit
-def first_step(attack: Attack, model: Callable, work: Work) -> Any:
-    """The state after the first update of fresh slots."""
-
+def _step(attack, model, work):
     def rows(shared, *fields):
         attack, model = shared
         work = Work(*fields)

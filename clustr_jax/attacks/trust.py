@@ -5,7 +5,6 @@ of the batch (batch norm in training mode), the images that broke a model may no
 """
 
 import warnings
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,32 +23,12 @@ _ROWS = 8
 # units in the last of float32's seven digits: 1e-5 of the largest logit. What batch norm and dropout do is of
 # the size of the differences between logits; a ten-thousandth of them is far below and far above either.
 _OF_SPREAD, _OF_SIZE = 1e-4, 1e-5
-# Narrower types round by so many units in their last place, through all layers.
-_UNITS = 8
-# Between a compiled program and one that is run operation by operation, sums are ordered otherwise; so they
-# are in one for another number of rows, where a rounding inside the model may turn out another way as well.
-_COMPILED, _OTHER_SIZE = 10.0, 500.0
-# However coarse: a difference like those between logits, and of their own size, is none of rounding.
-_MOST_OF_SPREAD, _MOST_OF_SIZE = 0.5, 0.25
-# What a product of float32s may go through by default.
-_PRODUCTS = {"cpu": 0.0, "gpu": 2.0**-10, "tpu": 2.0**-7}  # TF32, bfloat16
+# Between a compiled program and one that is run operation by operation, sums are ordered otherwise.
+_COMPILED = 10.0
 
 
 class UnsteadyWarning(UserWarning):
     """Logits depend on chance or on the batch, and the user has said that this is meant."""
-
-
-class Seen(NamedTuple):
-    """What the gate saw: what is wrong with a model that may be unsteady ("": nothing), and how it answers.
-
-    `logits` [b, Y] of the first images, of a batch of `rows` (None where they were not looked at).
-    """
-
-    note: str = ""
-    logits: Any = None
-    rows: int = 0
-    rounding: float = 0.0
-    steady: bool = True
 
 
 @jax.jit
@@ -60,19 +39,15 @@ def _look(model, x):
     return mesh.by_rows(rows, model, x)
 
 
-def check(
-    opened: Opened, x: Float[Array | np.ndarray, "B ..."], bounds: tuple[float, float] | None, batch: int
-) -> Seen:
+def check(opened: Opened, x: Float[Array | np.ndarray, "B ..."], bounds: tuple[float, float] | None) -> str:
     """UserError where the logits on these images [B, ...] cannot be attacked or trusted.
 
-    Warns about a model that may be unsteady and is. `batch`: how many the attack will look at at once; here
-    it is another number.
+    Returns what is wrong with a model that may be unsteady ("" otherwise), and warns about it.
     """
     count = len(x)
     if not count or opened.classes is None:
-        return Seen()
-    rows = _ROWS - (batch == _ROWS)
-    first, others = _compositions(x, bounds, rows)
+        return ""
+    first, others = _compositions(x, bounds)
     try:
         logits = np.asarray(_look(opened.model, first))
     except (TypeError, ValueError) as error:  # it took all of them
@@ -82,43 +57,20 @@ def check(
                 f"the same: jax.device_put(arrays, sharding)"
             ) from error
         raise UserError(
-            f"logits_fn takes the {count} images of the batch, not {rows} of them ({first_line(error)}); "
+            f"logits_fn takes the {count} images of the batch, not {_ROWS} of them ({first_line(error)}); "
             f"let it treat every image alike, whatever the batch"
         ) from error
-    own = logits[: min(count, rows)]
-    problem, text = diagnose(own)
+    problem, text = diagnose(logits[: min(count, _ROWS)])
     if problem:
         raise UserError(text)
     _check_own_jit(opened, first, logits)
     text = _unsteady(opened, first, others, logits)
-    if text:
-        _refuse(text, opened.steady)
-    return Seen(text, own, rows, opened.rounding, opened.steady)
-
-
-def check_sizes(seen: Seen, logits: Float[Array | np.ndarray, "B Y"]) -> str:
-    """UserError where the attack's own pass over all images [B, Y] says otherwise of the first of them.
-
-    Its batch has another size: what branches on it is noticed, and nothing is compiled for that. Returns what
-    is wrong with a model that may be unsteady.
-    """
-    if seen.logits is None or seen.note:
+    if not text:
         return ""
-    found = np.asarray(logits[: len(seen.logits)])
-    if not _differ(found, seen.logits, _wider(seen.rounding), _OTHER_SIZE):
-        return ""
-    text = (
-        f"logits_fn gives the same images other logits in a batch of another size than {seen.rows} "
-        f"({_size(found, seen.logits)}); let it treat every image alike, whatever the batch"
-    )
-    _refuse(text, seen.steady)
-    return text
-
-
-def _refuse(text, steady):
-    if steady:
+    if opened.steady:
         raise UserError(f"{text}; if it is meant: attacks.wrap(logits_fn, steady=False)")
-    warnings.warn(f"{text}: every number depends on it", UnsteadyWarning, stacklevel=5)
+    warnings.warn(f"{text}: every number depends on it", UnsteadyWarning, stacklevel=4)
+    return text
 
 
 def _unsteady(opened, first, others, logits) -> str:
@@ -129,14 +81,14 @@ def _unsteady(opened, first, others, logits) -> str:
             "clock?); let it depend on its images and on arrays only"
         )
     again = np.asarray(_look(opened.model, first))
-    if _differ(again, logits, opened.rounding):
+    if _differ(again, logits):
         return (
             f"logits_fn gives other logits for the same images a second time ({_size(again, logits)}), as "
             f"with dropout or noise; {remedy}"
         )
     for batch, own, places in others:
         mixed = np.asarray(_look(opened.model, batch))[places]
-        if _differ(mixed, logits[own], opened.rounding):
+        if _differ(mixed, logits[own]):
             return (
                 f"logits_fn gives an image other logits when it is in another batch "
                 f"({_size(mixed, logits[own])}), as batch norm does in training mode, or noise; {remedy}"
@@ -144,21 +96,21 @@ def _unsteady(opened, first, others, logits) -> str:
     return ""
 
 
-def _compositions(x, bounds, size):
+def _compositions(x, bounds):
     """(a batch, [(another one, rows of the batch, their places in that)]): a quarter of the rows in common.
 
     The company in the others is darker and mirrored, for there may be no other images. Two others, with other
     rows: where one image decides (the largest of the batch, the first) it is not in both.
     """
-    count = min(len(x), size // 2)
-    rows = np.resize(np.arange(min(len(x), size)), size)
-    few = np.asarray(x[: min(len(x), size)], np.float32)
+    count = min(len(x), _ROWS // 2)
+    rows = np.resize(np.arange(min(len(x), _ROWS)), _ROWS)
+    few = np.asarray(x[: min(len(x), _ROWS)], np.float32)
     first = few[rows]
     low = 0.0 if bounds is None else bounds[0]
-    others = low + (first.reshape(size, -1)[:, ::-1].reshape(first.shape) - low) / 2
+    others = low + (first.reshape(_ROWS, -1)[:, ::-1].reshape(first.shape) - low) / 2
     found = []
     for own in filter(len, (np.arange(0, count, 2), np.arange(1, count, 2))):
-        batch, places = others.copy(), size - 1 - own
+        batch, places = others.copy(), _ROWS - 1 - own
         batch[places] = first[own]
         found.append((batch, own, places))
     return first, found
@@ -172,7 +124,7 @@ def _check_own_jit(opened, x, logits):
         plain = np.asarray(logits_of(opened.eager(x)))
     except Exception:  # what cannot be run without jit cannot be compared
         return
-    if _differ(plain, logits, _wider(opened.rounding), _COMPILED):
+    if _differ(plain, logits, _COMPILED):
         raise UserError(
             f"logits_fn has a jax.jit inside that holds arrays, and answers with old ones "
             f"({_size(plain, logits)}); pass them to that jit as arguments, or call "
@@ -180,20 +132,13 @@ def _check_own_jit(opened, x, logits):
         )
 
 
-def _wider(rounding: float) -> float:
-    """That of a model whose products of float32s may go through a narrower type."""
-    return max(rounding, _PRODUCTS.get(jax.default_backend(), max(_PRODUCTS.values())))
-
-
-def _differ(a, b, rounding: float, times: float = 1.0) -> bool:
-    """Whether logits [B, Y] differ by more than rounding; `rounding`: a unit in the layers' last place."""
-    unit = _UNITS * max(rounding, float(jnp.finfo(b.dtype).eps))
-    of_spread = min(times * max(_OF_SPREAD, unit), _MOST_OF_SPREAD)
-    of_size = min(times * max(_OF_SIZE, unit), _MOST_OF_SIZE)
+def _differ(a, b, times=1.0) -> bool:
+    """Whether logits [B, Y] differ by more than rounding."""
+    coarse = max(1.0, 8 * float(jnp.finfo(b.dtype).eps) / _OF_SPREAD)  # bfloat16 and float16
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    limit = of_spread * float(np.ptp(b, axis=1).max()) + of_size * float(np.abs(b).max())
+    limit = _OF_SPREAD * float(np.ptp(b, axis=1).max()) + _OF_SIZE * float(np.abs(b).max())
     # a NaN on one side only is a difference
-    return not np.all(np.abs(a - b) <= limit)
+    return not np.all(np.abs(a - b) <= times * coarse * limit)
 
 
 def _size(a, b) -> str:

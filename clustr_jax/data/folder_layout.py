@@ -51,7 +51,7 @@ def look(path: pathlib.Path) -> Layout:
         found.files[split] = _classes(place, found.faults, hidden)
     for split in ("test", "val"):
         for name in sorted(set(found.files.get(split, ())) - set(found.files["train"])):
-            alike = [other for other in found.names if reading(other) == reading(name)]
+            alike = [other for other in found.names if visible(other).casefold() == visible(name).casefold()]
             hint = (
                 f", but {ascii(alike[0])}: rename one" if alike else "; take it out, or train on it as well"
             )
@@ -62,21 +62,8 @@ def look(path: pathlib.Path) -> Layout:
                     f"{shown(places['train'])}{hint}",
                 )
             )
-    found.notes += [*hidden.notes(), *_alike(found.names)]
+    found.notes += hidden.notes()
     return found
-
-
-def _alike(names):
-    """Notes on classes that a reader takes for one: Cat and cat, full-width letters."""
-    read = {}
-    for name in names:
-        read.setdefault(reading(name), []).append(name)
-    return [
-        f"classes that read alike, and are told apart: {listed(map(ascii, same), most=4)}; merge their "
-        f"folders if they are one"
-        for same in read.values()
-        if len(same) > 1
-    ]
 
 
 # Splits
@@ -233,11 +220,6 @@ def visible(name: str) -> str:
     """What is to be seen of a name: one Unicode form, no spaces at its ends, no characters without width."""
     text = "".join(c for c in same_name(name) if unicodedata.category(c) not in ("Cf", "Cc"))
     return " ".join(text.split())
-
-
-def reading(name: str) -> str:
-    """What a name reads as, whatever the case and width of its letters (NFKC)."""
-    return visible(unicodedata.normalize("NFKC", visible(name)).casefold())
 
 
 class _Hidden:
