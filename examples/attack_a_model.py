@@ -98,10 +98,8 @@ stuck, x_stuck = survivors(clf.scores, 0.2, select="loss")
 scores = clf.scores(x_stuck)
 print(f"images on which the attack on exp scores gave up: {stuck.sum()}; medians there:")
 print(f"    largest of the ten scores  {np.median(scores.max(axis=1)[stuck]):.2g}")
-print(
-    f"    loss, exp scores           {np.median(losses.cross_entropy(scores, y)[stuck]):.3f}"
-    f" (log 10 is {np.log(10):.3f})"
-)
+print(f"    loss, exp scores           {np.median(losses.cross_entropy(scores, y)[stuck]):.3f}"
+      f" (log 10 is {np.log(10):.3f})")  # fmt: skip
 print(f"    steepness, exp scores      {np.median(steepness(clf.scores, x_stuck)[stuck]):.2g}")
 print(f"    steepness, log scores      {np.median(steepness(clf.logits, x_stuck)[stuck]):.2g}")
 
