@@ -23,6 +23,7 @@ from clustr_jax.attacks import resuming
 from clustr_jax.attacks.options import whole
 from clustr_jax.attacks.watching import Interrupted
 from clustr_jax.evaluation import card, judging, robustbench, witness, wording
+from clustr_jax.evaluation import distances as nearest_images
 from clustr_jax.evaluation.witness import Witness
 from clustr_jax.runtime import callable_module, extras
 from clustr_jax.runtime.errors import UserError, shown
@@ -81,6 +82,15 @@ class Judgement:
         return self.content["attacks"]
 
     @property
+    def distances(self) -> Float[np.ndarray, "N"]:
+        """How far the nearest adversarial image that is known lies from each image, in the norm.
+
+        0 where it was wrong before, inf where none is known. Each one is an upper bound. Beyond eps only a
+        protocol that looks for minimum norms ("sound-3") knows any.
+        """
+        return nearest_images.of(self.witness)
+
+    @property
     def x_adv(self) -> Float[np.ndarray, "N ..."]:
         """The adversarial image of each image that was broken, and the image itself elsewhere."""
         return self.witness.all_images()
@@ -97,6 +107,7 @@ class Judgement:
         lines += textwrap.wrap(
             f"{wording.figure(content)} ({content['n']} images, {content['protocol']})", _WIDTH
         )
+        lines += filter(None, [wording.distance(content)])
         kills = self.content["counts"]["broken_by"]
         named = ", ".join(f"{name} {count}" for name, count in kills.items())
         lines += textwrap.wrap(f"broken, attack by attack: {named}", _WIDTH, subsequent_indent="  ")[:3]
@@ -177,6 +188,7 @@ def judge(
     saved there, and once it is done the same call reads them. `audit` runs the protocol once more with
     another seed, order and number of slots. `progress` None tells a terminal what is going on, True any
     stderr, and a function gets the lines. `slots` images are attacked side by side: they decide the memory.
+    What it takes is said in one line before it starts, and there are fewer slots where they would not fit.
     `settings` are other budgets, and the protocol is then called ...-custom. Raises UserError for bad input
     and for models whose logits are no function of the image, attacks.Interrupted on Ctrl-C.
 
@@ -207,9 +219,12 @@ def judge(
     else:
         parts = judging.parts(case, audit)
         if (place / witness.JSON).exists():
-            return _of_before(place, parts)
+            found = _of_before(place, parts)
+            resuming.forget(place, parts)
+            return found
         kept = resuming.kept_in(place, parts)
     try:
+        say.line(str(case.footprint))
         content, evidence = judging.judge(case, kept, say, audit=audit)
     except KeyboardInterrupt as stopped:
         told = "" if place is None else f"; the same call with folder={shown(place, 200)} goes on"
@@ -247,6 +262,13 @@ class _Teller:
         elif progress or (progress is None and sys.stderr.isatty()):
             self._line = True
         self._started = time.monotonic()
+
+    def line(self, text: str) -> None:
+        """A line of its own, that stays."""
+        if self._tell:
+            self._tell(text)
+        elif self._line:
+            print(text, file=sys.stderr, flush=True)
 
     def __call__(self, left: float, what: str) -> None:
         """At most twice a second."""

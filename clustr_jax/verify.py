@@ -70,12 +70,26 @@ def _torch_model(path, layout) -> Callable:
         raise UserError(
             f"model {shown(path, 100)} needs torch, which is not installed: pip install torch"
         ) from error
-    load = torch.jit.load(str(path)).eval() if path.suffix == ".ts" else torch.export.load(str(path)).module()
+    try:
+        load = (
+            torch.jit.load(str(path)).eval() if path.suffix == ".ts" else torch.export.load(str(path)).module()
+        )
+    except Exception as error:  # PyTorch raises many types for damaged files
+        what = "torch.jit.save" if path.suffix == ".ts" else "torch.export.save"
+        raise UserError(
+            f"model {shown(path, 150)} cannot be read ({first_line(error, 150)}); give a file of {what}"
+        ) from error
 
     def call(x):
         x = np.ascontiguousarray(np.moveaxis(x, -1, 1) if layout == "NCHW" and x.ndim == 4 else x)
-        with torch.no_grad():
-            return load(torch.from_numpy(x)).numpy()
+        try:
+            with torch.no_grad():
+                return load(torch.from_numpy(x)).numpy()
+        except Exception as error:  # of the module: shapes, types
+            raise UserError(
+                f"model {shown(path, 100)} does not take images {x.shape} ({first_line(error, 150)}); export it "
+                f"for a batch of any size, and say --layout=NHWC if it takes channels last"
+            ) from error
 
     return call
 

@@ -166,3 +166,18 @@ def test_the_result_is_json():
     assert found["verdict"] == checks.verdict(result()[0], listed)
     assert found["checks"][0] == dataclasses.asdict(listed[0])
     assert checks.as_result(result()[0], listed, None)["masking_gap"] is None
+
+
+def test_attacks_that_had_nothing_to_look_at_do_not_count():
+    """14, 12, 15: by what they spent, and not by their names; but where nothing was left for them."""
+    found, outcomes = result()
+    assert statuses(found, outcomes)[14] == PASS
+    found["attacks"]["fab-t"]["evaluations_needed"] = 0
+    assert statuses(found, outcomes)[14] == FAIL
+    found["attacks"]["square"]["evaluations_needed"] = 0
+    got = statuses(found, outcomes)
+    assert got[12] == got[15] == SKIP
+    assert statuses({**found, "robust": 0.0}, outcomes)[14] == SKIP
+    found, outcomes = result()
+    found["attacks"]["apgd-t"]["targets"] = 0  # run without any, whatever it is called
+    assert statuses(found, outcomes)[14] == FAIL

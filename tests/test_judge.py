@@ -133,7 +133,8 @@ def test_interrupted_it_goes_on_bit_for_bit(judgement, stop, tmp_path, monkeypat
     calls = []
 
     def interrupt(text):
-        calls.append(text)
+        if text.startswith("judge "):
+            calls.append(text)
         if len(calls) == stop:
             raise KeyboardInterrupt
 
@@ -215,7 +216,7 @@ def test_what_an_audit_breaks_is_broken(judgement, missed, status, monkeypatch):
         if not runs:
             index = np.flatnonzero(~outcomes["robust"] & (outcomes["broken_by"] != "clean"))[:missed]
             outcomes["robust"][index], outcomes["broken_by"][index] = True, ""
-            found.take(index, arguments[2].x[index], np.full(len(index), -1, np.int32))
+            found.x_adv[index], found.restart[index] = arguments[2].x[index], -1
             result["robust"] = float(np.mean(outcomes["robust"]))
         runs.append(result["robust"])
         return result, outcomes

@@ -39,8 +39,10 @@ def place(tmp_path, monkeypatch):
 
 def test_a_model_and_its_images_by_name(place, capsys):
     code = main(["judge", "own_model:make", "--data=images.npz", "--eps=1/50", "--n=0", "--slots=32"])
-    told = capsys.readouterr().out
+    told, said = capsys.readouterr()
     assert code == 0 and "robust accuracy" in told and "at linf eps 0.02" in told
+    assert said.startswith("memory: about 0.00 GB of ") and said.count("\n") == 1
+    assert ": 32 images of 6x6x1, 4 classes, 32 side by side\n" in said
     content = json.loads((place / "judgement" / "judgement.json").read_text())
     assert content["eps"] == 0.02 and content["n"] == 32
     assert clustr_jax.verify(place / "judgement", curved).ok

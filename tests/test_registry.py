@@ -145,13 +145,14 @@ def test_it_reads_the_settings_that_it_names_and_no_others(entry):
     assert set(entry.settings) <= {*changed, "restarts"}
 
 
-FITS = dict(shape=(8, 6, 6, 1), classes=4, norm="linf", clusters=True)
+FITS = dict(shape=(8, 6, 6, 1), classes=4, clusters=True)
 
 
 @pytest.mark.parametrize("entry", each())
 def test_what_it_needs(entry):
     """Where something is lacking it is said, and only there."""
-    assert entry.lacking(**FITS) == ""
+    fits = FITS | {"norm": entry.norms[0]}
+    assert entry.lacking(**fits) == ""
     without = {
         "images": dict(shape=(8, 36)),
         "classes": dict(classes=2),
@@ -165,7 +166,7 @@ def test_what_it_needs(entry):
         "clusters": entry.clusters,
     }
     for name, change in without.items():
-        text = entry.lacking(**FITS | change)
+        text = entry.lacking(**fits | change)
         assert bool(text) == needed[name]
         assert not text or (text.startswith(entry.name) and "leave it out" in text)
 
@@ -192,9 +193,13 @@ def test_autoattack_takes_those_without_a_step_size(monkeypatch):
     names = registry.PARAMETER_FREE
     assert set(registry.STANDARD) <= set(names)
     assert set(names) == {e.name for e in ENTRIES if "step_size" not in e.settings and not e.clusters}
+    both = [name for name in names if "linf" in ATTACKS[name].norms]
     result = attacks.autoattack(
-        jax.random.key(0), model, x, y, eps=EPS["linf"], attacks=names, slots=SLOTS, progress=False
+        jax.random.key(0), model, x, y, eps=EPS["linf"], attacks=both, slots=SLOTS, progress=False
     )
+    for name in set(names) - set(both):
+        with pytest.raises(UserError, match=f"{name} works in l2, got norm='linf'; leave it out"):
+            attacks.autoattack(jax.random.key(0), model, x, y, eps=0.1, attacks=(name,))
     assert set(result.broken_by) <= {"", "clean", *names} and 0 < result.robust.sum() < N - 1
     for name in (*(set(ATTACKS) - set(names)), "apgd"):
         with pytest.raises(UserError, match=f"unknown '{name}'; known: {', '.join(names)}"):

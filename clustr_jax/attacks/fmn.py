@@ -1,8 +1,9 @@
 """Minimum-norm attacks: FMN (Pintor et al. 2021, linf and l2) and DDN (Rony et al. 2019, l2).
 
 Both look for the nearest misclassified point instead of any within eps: a step up the loss, then back into a
-ball whose radius shrinks where the point is misclassified and grows where it is not. They need no radius and
-go on to their last step; `nearest.py` has the doors.
+ball whose radius shrinks where the point is misclassified and grows where it is not. With an infinite `eps`
+they go on to their last step, for the minimum; with a finite one they end at the first point within it, as
+FAB does. `nearest.py` has the doors.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from clustr_jax.runtime import struct
 
 # FMN: the last step, as a share of the first one; how far a radius moves, at first and at last (section 3).
 _LAST_STEP, _FIRST_GAMMA, _LAST_GAMMA = 0.01, 0.05, 0.001
+# FMN's first step in units of the box's width, an l2 length in both norms (the authors tune it per model).
+_FIRST_STEP = {"linf": 10.0, "l2": 1.0}
 # DDN: the last step, as a share of the first one, and how far a radius moves (algorithm 1).
 _DDN_LAST_STEP, _DDN_GAMMA = 0.01, 0.05
 
@@ -27,17 +30,17 @@ Seen = tuple[Float[Array, "S ..."], Float[Array, "S"], Bool[Array, "S"]]
 
 
 class NearestState(struct.PyTreeNode):
-    """The nearest misclassified point so far (x where there is none yet), and the iterate."""
+    """The nearest misclassified point within eps so far (x where there is none yet), and the iterate."""
 
     candidate: Float[Array, "S ..."]
-    fooled: Bool[Array, "S"]  # at the end only: there is no success before it
-    distance: Float[Array, "S"]  # of the candidate; inf where there is none yet
+    fooled: Bool[Array, "S"]  # where eps is infinite at the end only: there is no success before it
+    distance: Float[Array, "S"]  # of the nearest misclassified point at all; inf where there is none yet
     x: Float[Array, "S ..."]
     radius: Float[Array, "S"]
 
 
 class Nearest(Attack):
-    """What both share; `eps` is infinite. `step_size` is the first one, in l2 whatever the norm."""
+    """What both share. `step_size` is the first one, in l2 whatever the norm."""
 
     step_size: ArrayLike
 
@@ -71,16 +74,13 @@ class Nearest(Attack):
         size = length(x - work.x, self.norm)
         nearer = fooled & (size < state.distance)
         state = state.replace(
-            candidate=jnp.where(over(nearer, x), x, state.candidate),
+            candidate=jnp.where(over(nearer & (size <= self.eps), x), x, state.candidate),
             distance=jnp.where(nearer, size, state.distance),
         )
         moved, radius = self.move(work, state, (gradient, value, fooled), step)
-        found = jnp.isfinite(state.distance)
-        return state.replace(x=moved, radius=radius, fooled=found & (step + 1 >= self.steps))
-
-    def finished(self, state: NearestState, step: Int[Array, "S"]):
-        """After the last step only."""
-        return step >= self.steps
+        found = jnp.isfinite(state.distance) & (state.distance <= self.eps)
+        enough = jnp.isfinite(self.eps) | (step + 1 >= self.steps)
+        return state.replace(x=moved, radius=radius, fooled=found & enough)
 
     def _cosine(self, step):
         """From 1 before the first step to 0 after the last one."""
@@ -92,6 +92,12 @@ class Nearest(Attack):
             return jnp.full(work.y.shape, jnp.inf)
         low, high = self.bounds
         return length(jnp.maximum(work.x - low, high - work.x), self.norm)
+
+
+def first_step(kind: type[Nearest], norm: str, bounds: tuple[float, float] | None) -> float:
+    """The step size that a user does not give: a part of the box's width, or of 1 where there is no box."""
+    width = 1.0 if bounds is None else bounds[1] - bounds[0]
+    return width * (_FIRST_STEP[norm] if kind is FMN else 1.0)
 
 
 class FMN(Nearest):

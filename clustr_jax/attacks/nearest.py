@@ -16,22 +16,22 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from clustr_jax.attacks import resuming, scheduler
 from clustr_jax.attacks.attack_losses import margin, margin_targeted, one
 from clustr_jax.attacks.calls import SLOTS, STOPPED, planned, prepare, run_plan
-from clustr_jax.attacks.fmn import DDN, FMN
+from clustr_jax.attacks.fmn import DDN, FMN, Nearest, first_step
 from clustr_jax.attacks.geometry import length, over, project
 from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
 from clustr_jax.attacks.targets import check_ranking
 from clustr_jax.attacks.watching import Interrupted
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.promotion import promoting
+from clustr_jax.runtime.rounding import lengths
 
 STEPS = 100
-# FMN's first step in units of the box's width, an l2 length in both norms (the authors tune it per model).
-_STEP_SIZE = {"linf": 10.0, "l2": 1.0}
 # Halvings of the radius, and how far beyond the boundary an image is left for other programs' rounding.
 _HALVINGS, _BEYOND = 12, 2e-4
 # Where rounding made the found point no success when it was judged: so much farther along its line.
@@ -89,13 +89,12 @@ def fmn(
     """
     check_ranking(targets)
     norm, bounds = norm_of(norm), bounds_of(bounds)
-    first = _first_step(step_size, _STEP_SIZE[norm], bounds)
     attack = FMN(
         eps=jnp.float32(jnp.inf),
         steps=np.int32(whole("steps", steps, 1)),
         norm=norm,
         bounds=bounds,
-        step_size=first,
+        step_size=_first_step(step_size, FMN, norm, bounds),
         margin=one(margin_targeted if targeted else margin),
     )
     ranking = targets if targeted else None
@@ -138,16 +137,16 @@ def ddn(
         steps=np.int32(whole("steps", steps, 1)),
         norm="l2",
         bounds=bounds,
-        step_size=_first_step(step_size, 1.0, bounds),
+        step_size=_first_step(step_size, DDN, "l2", bounds),
     )
     return _nearest(
         key, attack, logits_fn, x, y, ranking=None, ids=ids, slots=slots, progress=progress, folder=folder
     )
 
 
-def _first_step(step_size, usual, bounds):
+def _first_step(step_size, kind, norm, bounds):
     if step_size is None:
-        return jnp.float32(usual * (1.0 if bounds is None else bounds[1] - bounds[0]))
+        return jnp.float32(first_step(kind, norm, bounds))
     check_radius("step_size", step_size)
     if not step_size > 0:
         raise UserError(f"step_size must be above 0, got {step_size}")
@@ -181,7 +180,11 @@ def _nearest(key, attack, logits_fn, x, y, *, ranking, ids, slots, progress, fol
         )
         try:
             if stopped is None:
-                index, candidates = _found(given, one_plan, right, outcome, slots)
+                place, candidates = images_found(
+                    attack, given.key, given.model, x[right], y[right], outcome, ids=given.ids[right],
+                    targets=None if one_plan.targets is None else one_plan.targets[:, right], slots=slots,
+                )  # fmt: skip
+                index = right[place]
                 brought = bring_in(
                     given.model, candidates, x[index], y[index], attack.norm, attack.bounds, slots
                 )
@@ -192,7 +195,7 @@ def _nearest(key, attack, logits_fn, x, y, *, ranking, ids, slots, progress, fol
             stopped = kept.leave(record, outcome)
         if stopped is not None:
             index, candidates = right[outcome.broken], outcome.x_adv[outcome.broken]
-            _keep_nearer(found, index, candidates, _distances(candidates, x[index], attack.norm))
+            _keep_nearer(found, index, candidates, lengths(candidates, x[index], attack.norm))
             found.notes = (*notes, f"interrupted in run {number + 1} of {len(plans)}")
             raise Interrupted(found, STOPPED + stopped)
     kept.clear()
@@ -205,31 +208,36 @@ def _keep_nearer(found: NearestResult, index, x_adv, distance) -> None:
     found.x_adv[index[nearer]], found.distance[index[nearer]] = x_adv[nearer], distance[nearer]
 
 
-def _distances(x_adv, x, norm) -> Float[np.ndarray, "B"]:
-    """In float64."""
-    delta = (x_adv.astype(np.float64) - x).reshape(len(x), int(np.prod(x.shape[1:])))
-    return np.abs(delta).max(axis=1, initial=0.0) if norm == "linf" else np.linalg.norm(delta, axis=1)
-
-
-def _found(given, plan, right, outcome, slots) -> tuple[np.ndarray, np.ndarray]:
-    """(places, images) of what a run found, judged to be a success or not.
+def images_found(
+    attack: Nearest,
+    key: Array,
+    model: Partial,
+    x: Float[np.ndarray, "N ..."],
+    y: Int[np.ndarray, "N"],
+    outcome: scheduler.Outcome,
+    *,
+    ids: Int[np.ndarray, "N"],
+    targets: Int[np.ndarray, "T N"] | None = None,
+    slots: int = SLOTS,
+) -> tuple[Int[np.ndarray, "M"], Float[np.ndarray, "M ..."]]:
+    """(places in x, images) of what a run found, judged to be a success or not; its `outcome` is on x.
 
     A nearest point lies on the boundary, where rounding can make it none in another program. An outcome has
     no image of these, so they are attacked once more, alone.
     """
-    images = {int(right[i]): outcome.x_adv[i] for i in np.flatnonzero(outcome.broken)}
-    unsure = right[outcome.unconfirmed & ~outcome.broken]
+    images = {int(i): outcome.x_adv[i] for i in np.flatnonzero(outcome.broken)}
+    unsure = np.flatnonzero(outcome.unconfirmed & ~outcome.broken)
 
     def collect(example, restart, found, fooled):
         images.update({int(unsure[e]): image for e, image in zip(example, found, strict=True)})
 
     if len(unsure):
         scheduler.run(
-            plan.attack, given.key, given.model, given.x[unsure], given.y[unsure], ids=given.ids[unsure],
-            targets=None if plan.targets is None else plan.targets[:, unsure], slots=slots, collect=collect,
+            attack, key, model, x[unsure], y[unsure], ids=ids[unsure],
+            targets=None if targets is None else targets[:, unsure], slots=slots, collect=collect,
         )  # fmt: skip
     index = np.array(sorted(images), np.int64)
-    return index, np.array([images[i] for i in index], np.float32).reshape(-1, *given.x.shape[1:])
+    return index, np.array([images[i] for i in index], np.float32).reshape(-1, *x.shape[1:])
 
 
 def bring_in(
@@ -251,7 +259,7 @@ def bring_in(
         kept = place[: min(slots, len(x) - start)]
         part, confirmed = _bring_in(model, x_adv[place], x[place], y[place], norm, bounds)
         part, confirmed = part[: len(kept)], confirmed[: len(kept)]
-        size = _distances(part, x[kept], norm)
+        size = lengths(part, x[kept], norm)
         found[kept[confirmed]], distance[kept[confirmed]] = part[confirmed], size[confirmed]
     return found, distance
 

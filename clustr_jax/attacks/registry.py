@@ -17,6 +17,7 @@ import numpy as np
 from clustr_jax.attacks import attack_losses
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.fab import FAB
+from clustr_jax.attacks.fmn import DDN, FMN, first_step
 from clustr_jax.attacks.pma import PMA, ROUNDS
 from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.attacks.scheduled_pgd import PGD
@@ -142,6 +143,17 @@ def _fab(budget: Budget, options: Options) -> FAB:
     return FAB(steps=budget.steps, restarts=budget.restarts, **_ball(budget))
 
 
+def _fmn(budget: Budget, options: Options) -> FMN:
+    step_size = jnp.float32(first_step(FMN, budget.norm, budget.bounds))
+    margin = _chosen(attack_losses.margin, options)
+    return FMN(steps=np.int32(budget.steps), step_size=step_size, margin=margin, **_ball(budget))
+
+
+def _ddn(budget: Budget, options: Options) -> DDN:
+    step_size = jnp.float32(first_step(DDN, budget.norm, budget.bounds))
+    return DDN(steps=np.int32(budget.steps), step_size=step_size, **_ball(budget))
+
+
 def _square(budget: Budget, options: Options) -> Square:
     return Square(steps=budget.queries, rescale=budget.rescale_schedule, **_ball(budget))
 
@@ -263,6 +275,23 @@ _ENTRIES = (
         source=_CROCE,
         settings=("steps", "restarts"),
         targets="likely",
+    ),
+    Entry(
+        name="fmn",
+        kind=FMN,
+        make=_fmn,
+        what="the nearest adversarial image; ends at the first one within eps, if that is finite",
+        source="Pintor et al. 2021",
+        settings=("steps", "restarts"),
+    ),
+    Entry(
+        name="ddn",
+        kind=DDN,
+        make=_ddn,
+        what="the same on spheres that grow and shrink",
+        source="Rony et al. 2019",
+        settings=("steps", "restarts"),
+        norms=("l2",),
     ),
     Entry(
         name="square",

@@ -91,6 +91,11 @@ def kept_in(folder: pathlib.Path, parts: dict[str, str]) -> "Kept":
     return Kept(records, parts)
 
 
+def forget(folder: pathlib.Path, parts: dict[str, str]) -> None:
+    """Remove the records of the call that depends on these parts: it had ended when it was killed."""
+    Kept(Records(folder, _PREFIX + provenance.sha(parts), images=True), parts).clear()
+
+
 class Kept:
     """Records of one call, attack by attack; without `records` all of it does nothing."""
 

@@ -13,6 +13,7 @@ interrupted. The exit code is 0 where no check failed, 1 where one did, 2 for a 
 import argparse
 import inspect
 import pathlib
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -79,6 +80,12 @@ def _of_file(path):
     return (x.astype(np.float32) / 255 if x.dtype == np.uint8 else x), np.asarray(y)
 
 
+def _say_memory(line: str) -> None:
+    """Of the progress what a log keeps: how much memory it takes."""
+    if line.startswith("memory: "):
+        print(line, file=sys.stderr, flush=True)
+
+
 @program
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 believable, 1 not; see `program` for the others."""
@@ -104,6 +111,7 @@ def main(argv: list[str]) -> int:
     found = judge(
         model, x, y, eps=eps, norm=args.norm, protocol=args.protocol, ids=ids, folder=args.folder,
         seed=args.seed, slots=args.slots, audit=args.audit,
+        progress=None if sys.stderr.isatty() else _say_memory,
     )  # fmt: skip
     print(found)
     print(f"judgement: {pathlib.Path(args.folder)} (python -m clustr_jax.verify {args.folder})")

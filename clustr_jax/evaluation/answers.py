@@ -31,6 +31,10 @@ def check(done: Any, found: Any, model: Callable | Any) -> None:
     _agree(done, "images that count as wrong are misclassified", clean, found.y, ~right, False)
     every = np.ones(len(found.x_adv), bool)
     _agree(done, "adversarial images are misclassified", attacked, found.y[found.broken], every, False)
+    if len(found.near):  # on the boundary: each may be a tie
+        near, y = _scores(rules, found.x_near), found.y[found.near]
+        every = np.ones(len(y), bool)
+        _agree(done, "nearest images are misclassified", near, y, every, False, most=len(y))
 
 
 def most_ties(n: int) -> int:
@@ -38,9 +42,10 @@ def most_ties(n: int) -> int:
     return max(1, int(_TIES * n))
 
 
-def _agree(done, what, scores, y, chosen, right):
-    """Whether the model says so of the chosen ones, but for a few ties."""
+def _agree(done, what, scores, y, chosen, right, most=None):
+    """Whether the model says so of the chosen ones, but for a few ties (`most` of them)."""
     y = y[chosen]
+    most = most_ties(len(y)) if most is None else most
     if not len(y):
         return done.add(what, True, "none")
     wrong, close = zip(*(_decided(rule[chosen], y) for rule in scores), strict=True)
@@ -53,8 +58,8 @@ def _agree(done, what, scores, y, chosen, right):
     told = f"{len(y) - bad - ties} of {len(y)}"
     done.add(
         what,
-        bad == 0 and ties <= most_ties(len(y)),
-        told + (f", {ties} ties within rounding (at most {most_ties(len(y))})" if ties else ""),
+        bad == 0 and ties <= most,
+        told + (f", {ties} ties within rounding (at most {most})" if ties else ""),
     )
 
 

@@ -32,8 +32,9 @@ def run(
     own = sound_protocol.Found.of(x[order])
     settings = dataclasses.replace(case.settings, slots=slots, curve=())
     _, there = sound_protocol.run_sound(
-        key, case.subject, case.examples.take(order), settings,
-        lambda left, what: report(left, f"audit, {what}"), records, protocol=case.protocol, found=own,
+        key, case.subject, case.examples.take(order), settings,  # minimum norms have no randomness
+        lambda left, what: report(left, f"audit, {what}"), records, protocol=case.protocol.within(),
+        found=own,
     )  # fmt: skip
     again = np.zeros(n, bool)
     again[order] = there["robust"]

@@ -27,6 +27,7 @@ def html(content: dict) -> str:
         f'<p style="margin:.2em 0"><span style="font-size:2em;font-weight:700">{share}'
         f"</span> % robust [{100 * low:.1f}, {100 * high:.1f}] at {where}; "
         f"clean {100 * content['clean']:.2f} %; {content['n']} images; {_e(content['protocol'])}</p>"
+        f'<p style="margin:.2em 0">{_e(wording.distance(content))}</p>'
         f"<ul style='margin:.4em 0;padding-left:1.2em;font-size:.9em'>{rows}</ul></div>"
     )
 
@@ -50,6 +51,7 @@ def markdown(content: dict) -> str:
         if audit is None
         else f"\nAn audit (other seed, order and slots) left {100 * audit['robust']:.2f} %.\n"
     )
+    told += _over_the_radius(content)
     return f"""# Judgement
 
 {wording.words(content)}
@@ -71,6 +73,17 @@ The figure is an upper bound: a stronger attack can lower it, and none can raise
 
 Check it again: `python -m clustr_jax.verify FOLDER [--model=module:function]`.
 """
+
+
+def _over_the_radius(content):
+    """The curve of minimum norms, where there is one."""
+    found = content.get("distances")
+    if not found:
+        return ""
+    rows = "\n".join(f"| {intervals.radius(r)} | {100 * value:.2f} |" for r, value in found["curve"])
+    median = wording.distance(content)
+    said = f"{median[0].upper()}{median[1:]}.\n" if median else ""
+    return f"\n{said}\n| {content['norm']} radius | accuracy in %, at most |\n|---:|---:|\n{rows}\n"
 
 
 def _e(text) -> str:

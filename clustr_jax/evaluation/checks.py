@@ -109,6 +109,11 @@ def _having(checks: list[Check], status: str) -> list[int]:
     return sorted({check.number for check in checks if check.status == status})
 
 
+def _ran(attack: dict) -> bool:
+    """Whether it looked at any image: in a cascade nothing may have been left for it."""
+    return attack.get("evaluations_needed", 1) > 0
+
+
 def _is_black_box(name: str) -> bool:
     """Whether the attack looks at no gradient of the model that is judged."""
     entry = ATTACKS.get(name)
@@ -158,8 +163,8 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None, half: float | N
         left = sound["unbounded"]
         yield Check(11, "an unbounded attack leaves nothing", status_of(left <= 0.01), left, "<= 1 %")
 
-    black = [name for name in attacks if _is_black_box(name)]
-    white = [name for name in attacks if name not in black]
+    black = [name for name in attacks if _is_black_box(name) and _ran(attacks[name])]
+    white = [name for name in attacks if not _is_black_box(name)]
     survivors = {name: outcomes[f"robust_{name}"] for name in attacks}
     by_white = np.all([survivors[name] for name in white], axis=0)
     if black:
@@ -197,19 +202,8 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None, half: float | N
         )
     else:
         yield Check(13, _CLUSTERS, SKIP, None, "", "a linear head")
-    kinds = {"targeted": 0, "untargeted": 0}
-    for entry in filter(None, map(ATTACKS.get, attacks)):
-        if entry.gradients and not entry.clusters:
-            kinds["untargeted" if entry.targets is None else "targeted"] += 1
-    yield Check(
-        14,
-        "targeted and untargeted gradients attacked: the fewer",
-        status_of(min(kinds.values()) >= 2),
-        min(kinds.values()),
-        ">= 2",
-        ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
-    )
-    if "square" in attacks:
+    yield _kinds(sound)
+    if "square" in black:
         gain = intervals.fraction(by_white) - intervals.fraction(by_white & survivors["square"])
         yield Check(
             15,
@@ -220,7 +214,7 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None, half: float | N
         )
     else:
         yield Check(
-            15, "Square does not improve on gradients (AutoAttack's flag)", SKIP, None, "", "no images"
+            15, "Square does not improve on gradients (AutoAttack's flag)", SKIP, None, "", "it did not run"
         )
     low, high = intervals.wilson(round(sound["robust"] * n), n)
     yield Check(
@@ -231,6 +225,22 @@ def from_result(sound: dict, outcomes: dict, paper: dict | None, half: float | N
         "<= 7 points",
         f"n = {n}",
     )
+
+
+def _kinds(sound):
+    """14: how many attacks with and without targets spent gradients on images, whatever their names."""
+    kinds = {"targeted": 0, "untargeted": 0}
+    for name, attack in sound["attacks"].items():
+        entry = ATTACKS.get(name)
+        if entry is None or entry.clusters or not entry.gradients:
+            continue
+        targeted = attack.get("targets", 0 if entry.targets is None else 1)
+        kinds["targeted" if targeted else "untargeted"] += _ran(attack)
+    fewest, name = min(kinds.values()), "targeted and untargeted gradients attacked: the fewer"
+    told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    if fewest < 2 and sound["robust"] == 0:
+        return Check(14, name, SKIP, None, "", f"no image was left for more ({told})")
+    return Check(14, name, status_of(fewest >= 2), fewest, ">= 2", told)
 
 
 def certificates(

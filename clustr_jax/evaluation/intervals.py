@@ -39,6 +39,15 @@ def radius(eps: float) -> str:
     return f"{scaled:.3g}/255" if abs(scaled - round(scaled)) < 1e-3 and scaled < 33 else f"{eps:.4g}"
 
 
+def length(value: float) -> str:
+    """A distance that was measured, to three digits.
+
+    >>> print(intervals.length(0.0212345), intervals.length(1.5))
+    0.0212 1.5
+    """
+    return f"{value:.3g}"
+
+
 def other_radii(radii: Iterable[float], eps: float) -> list[float]:
     """Those that are not `eps`, each once, to the six digits that a radius has in a result's keys.
 

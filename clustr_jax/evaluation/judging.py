@@ -23,6 +23,8 @@ from clustr_jax.evaluation import (
     auditing,
     budgets,
     checks,
+    distances,
+    footprint,
     intervals,
     plans,
     sound_protocol,
@@ -55,6 +57,7 @@ class Case:
     logits: np.ndarray  # clean ones
     seed: int
     own_budget: bool  # the settings are not the protocol's
+    footprint: footprint.Footprint
 
     @property
     def label(self) -> str:
@@ -94,11 +97,14 @@ def prepare(
     classifier = _classifier_of(model)
     function: Any = model if classifier is None else classifier.logits
     key = jax.random.key(seed)
-    given, logits = calls.prepare(
-        key, function, x, y, eps=eps, norm=norm, bounds=bounds, ids=ids, slots=slots
-    )
+    ball: Any = dict(eps=eps, norm=norm, bounds=bounds, ids=ids)
+    given, logits = calls.prepare(key, function, x, y, **ball, slots=slots)
     if not len(given.x):
         raise UserError("x has no images: there is nothing to judge")
+    size = footprint.of(given.model, given.x, logits.shape[1], slots)
+    if size.slots < slots:  # the model is opened for as many images as it will see at once
+        slots = size.slots
+        given, logits = calls.prepare(key, function, x, y, **ball, slots=slots)
     if classifier is None:
         subject = subjects.of_model(function, given, slots)
     else:
@@ -112,8 +118,9 @@ def prepare(
     own = budget(float(eps), slots, tuple(sorted(c for c in curve if float(eps) < c < widest)))
     used = own if settings is None else budgets.at_radius(settings, float(eps), slots)
     return Case(
-        subject, examples, logits.shape[1], used, plans.PROTOCOLS[protocol], given, logits, seed, used != own
-    )
+        subject, examples, logits.shape[1], used, plans.PROTOCOLS[protocol], given, logits, seed, used != own,
+        size,
+    )  # fmt: skip
 
 
 def _classifier_of(model) -> Classifier | None:
@@ -185,9 +192,15 @@ def judge(
         listed.append(checks.advised(again.pop("check")))
     evidence = witness.of(
         examples.x, examples.y, examples.ids, found.x_adv, outcomes["broken_by"], found.restart,
-        eps=settings.attack.eps, norm=case.subject.norm, bounds=case.subject.bounds,
+        eps=settings.attack.eps, norm=case.subject.norm, bounds=case.subject.bounds, near=found.near,
     )  # fmt: skip
     return _content(case, result, listed, again, evidence, time.perf_counter() - started), evidence
+
+
+def _distances(case, evidence) -> dict:
+    """Of the nearest adversarial images: median, and accuracy over the radius."""
+    at = distances.radii(evidence.eps, case.settings.curve)
+    return distances.summary(distances.of(evidence), at)
 
 
 def _content(case, result, listed, again, evidence, seconds) -> dict:
@@ -196,8 +209,11 @@ def _content(case, result, listed, again, evidence, seconds) -> dict:
     names, counts = np.unique(evidence.attack, return_counts=True)
     told = dict(zip(names.tolist(), counts.tolist(), strict=True))
     by = {name: told.get(name, 0) for name in result["attacks"]}
-    by |= {name: told[name] for name in (sound_protocol.SMALLER, auditing.NAME) if told.get(name)}
+    others = (sound_protocol.SMALLER, sound_protocol.LARGER, auditing.NAME)
+    by |= {name: told[name] for name in others if told.get(name)}
     notes = [case.subject.unsteady] if case.subject.unsteady else []
+    if case.footprint.slots < case.footprint.asked:
+        notes.append(f"{case.footprint.asked} images side by side would not have fitted into the memory")
     if by.get(auditing.NAME):
         notes.append("what the audit broke counts as broken; attacks and curves are of the first run")
     content = {
@@ -208,6 +224,7 @@ def _content(case, result, listed, again, evidence, seconds) -> dict:
         "robust": intervals.fraction(evidence.attack == ""),
         "clean_deployed": result["clean"], "constant": float(np.bincount(y).max() / n),
         "attack": result["attack"], "attacks": result["attacks"], "curves": result["curves"],
+        "distances": _distances(case, evidence) if case.protocol.nearest else None,
         "unbounded": result["unbounded"], "unconfirmed": result["unconfirmed"], "sweep": result["sweep"],
         "checks": [dataclasses.asdict(check) for check in listed],
         "audit": again,

@@ -3,7 +3,8 @@
 sound-2     every attack on all images that are right: an accuracy of its own and unique kills for each
 sound-3     in cascade: cheap attacks first, each on what the ones before left; PMA, APGD towards the classes
             whose boundaries are nearest (MALT), restarts for the images nearest to breaking, and the parts
-            of AutoAttack. linf and l2.
+            of AutoAttack. linf and l2. Beside it, on all images that are right, minimum norms: how far the
+            nearest adversarial image lies (one within eps counts).
 
 Attacks go by their names in attacks.registry.
 """
@@ -11,6 +12,8 @@ Attacks go by their names in attacks.registry.
 import dataclasses
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from clustr_jax.attacks import attack_losses, registry
 from clustr_jax.attacks.registry import Budget
@@ -32,10 +35,16 @@ class Plan:
     curved: bool = False  # its successes over restarts and steps are a curve of the result
     adaptive: bool = False  # restarts go to the images that came nearest to breaking (attacks.adaptive)
 
+    @property
+    def nearest(self) -> bool:
+        """Whether it looks for the nearest adversarial image, within eps or not."""
+        return bool(np.isposinf(self.attack.eps))
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a protocol. `budget`: "pgd" (with the settings' restarts), "once", or "others"."""
+    """One line of a protocol. `budget`: "pgd" (with the settings' restarts), "once", "others", or "nearest"
+    (a minimum norm: the same without a radius)."""
 
     attack: str
     budget: str
@@ -53,6 +62,16 @@ class Protocol:
     name: str
     rows: tuple[Row, ...]
     cascade: bool = False
+
+    @property
+    def nearest(self) -> bool:
+        """Whether it has attacks that look for minimum norms."""
+        return any(row.budget == "nearest" for row in self.rows)
+
+    def within(self) -> "Protocol":
+        """The same without them."""
+        rows = tuple(row for row in self.rows if row.budget != "nearest")
+        return dataclasses.replace(self, rows=rows)
 
     def plans(
         self,
@@ -94,7 +113,10 @@ def _budgets(subject, settings, eps) -> dict[str, Budget]:
     others = dataclasses.replace(
         once, steps=20 if quick else settings.apgd_steps, queries=200 if quick else settings.queries
     )
-    return {"once": once, "pgd": dataclasses.replace(once, restarts=attack.restarts), "others": others}
+    return {
+        "once": once, "pgd": dataclasses.replace(once, restarts=attack.restarts), "others": others,
+        "nearest": dataclasses.replace(others, eps=float("inf")),
+    }  # fmt: skip
 
 
 def options_of(subject: Subject) -> tuple[Callable, ...]:
@@ -118,5 +140,6 @@ SOUND_3 = Protocol("sound-3", (
     Row("centroid", "once", count=3, targets="malt-clusters"), Row("away", "once", restarts=1),
     Row("apgd-malt", "others", count=6),
     Row("apgd-ce", "others"), Row("fab-t", "others", count=2, targets="malt"), Row("square", "others"),
+    Row("fmn", "nearest"), Row("ddn", "nearest"),
 ), cascade=True)  # fmt: skip
 PROTOCOLS = {protocol.name: protocol for protocol in (SOUND_2, SOUND_3)}

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from clustr_jax.attacks import attack_losses, scheduler
 from clustr_jax.attacks.adaptive import Progress
@@ -27,6 +27,7 @@ from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
 from clustr_jax.evaluation import intervals, plans
 from clustr_jax.evaluation import subject as subjects
+from clustr_jax.evaluation.found import Found, Near
 from clustr_jax.evaluation.plans import Plan, attack_on
 from clustr_jax.evaluation.resume import Store
 from clustr_jax.evaluation.subject import Subject
@@ -42,30 +43,8 @@ __all__ = [
 _RESTARTS = (1, 2, 5, 10, 20, 50)
 # An unbounded attack: the whole box; without one at least this many times the main radius.
 _UNBOUNDED = 100.0
-# What broke an image at a smaller radius than the main one.
-SMALLER = "smaller-eps"
-
-
-@dataclasses.dataclass
-class Found:
-    """The first adversarial image of each example in the order of the protocol (x where there is none).
-
-    `restart` counts (target, restart) pairs of the attack; -1 where nothing broke it, or a transfer did.
-    """
-
-    x_adv: np.ndarray
-    restart: np.ndarray
-
-    @classmethod
-    def of(cls, x: Float[np.ndarray, "N ..."]) -> "Found":
-        """Nothing found yet."""
-        return cls(np.array(x, np.float32), np.full(len(x), -1, np.int32))
-
-    def take(
-        self, index: Int[np.ndarray, "M"], x_adv: Float[np.ndarray, "M ..."], restart: Int[np.ndarray, "M"]
-    ) -> None:
-        """These examples were broken by these images."""
-        self.x_adv[index], self.restart[index] = x_adv, restart
+# What broke an image at a smaller radius than the main one; or at a larger one, and was then brought in.
+SMALLER, LARGER = "smaller-eps", "larger-eps"
 
 
 def execute(
@@ -124,6 +103,7 @@ def execute(
         save(now=True)
     outcome = so_far.outcome
     cost = {
+        "targets": 0 if targets is None else len(targets),
         "gradient_evaluations": plan.attack.gradients * outcome.evaluations + ranking,
         "forward_evaluations": plan.attack.forwards * outcome.evaluations,
         "evaluations_needed": outcome.needed,
@@ -190,7 +170,8 @@ def run_sound(
 ) -> tuple[dict, dict]:
     """sound.json: the attacks on all correct examples, the union, curves, and other radii.
 
-    `found` is told the adversarial images; `records` must then keep images as well.
+    `found` is told the adversarial images; `records` must then keep images as well, as they must where the
+    protocol looks for minimum norms.
     """
     this, attack, quick = subjects.of(what), settings.attack, settings.quick
     deployed, right = _right(this, examples, settings)
@@ -200,6 +181,10 @@ def run_sound(
     smaller = [eps for eps in others if eps < attack.eps]
     larger = [eps for eps in others if eps > attack.eps]
     sweep = Sweep(key, this, examples, settings, report, records)
+    near = None
+    if protocol.nearest:
+        found = Found.of(examples.x) if found is None else found
+        near = found.near = Near.of(examples.x, this.norm)
     alive = sweep.run(right, smaller, found)
     broken_by[right & ~alive] = SMALLER
 
@@ -216,13 +201,20 @@ def run_sound(
 
     shape, classes = examples.x.shape[1:], _classes(this, examples, settings)
     for plan in protocol.plans(this, settings, eps=attack.eps, shape=shape, classes=classes):
-        before = alive if protocol.cascade else right
+        before = alive if protocol.cascade and not plan.nearest else right
         outcome, cost = execute(
             plan, key, this, examples, alive=before, settings=settings,
             report=lambda a, what: report(a, f"sound, {what}"), records=records,
         )  # fmt: skip
-        unconfirmed |= _spread(before, outcome.unconfirmed)
         attacks[plan.name] = cost
+        if plan.nearest:  # on the boundary rounding decides: all of it is looked at again
+            assert near is not None
+            near.look(plan, key, this, examples, np.flatnonzero(before), outcome, settings.slots)
+            index = np.flatnonzero(alive)
+            within, nothing = near.distance[index] <= attack.eps, np.zeros(len(index), np.int32)
+            note(plan.name, index, within, near.images[index], nothing)
+            continue
+        unconfirmed |= _spread(before, outcome.unconfirmed)
         if plan.curved:
             curves[plan.name] = _curves(outcome, before, plan)
         note(plan.name, np.flatnonzero(before), outcome.broken, outcome.x_adv, outcome.restart)
@@ -234,6 +226,17 @@ def run_sound(
         attacks[name] = {"wall_seconds": time.perf_counter() - started}
         index = np.flatnonzero(before)
         note(name, index, ~survived[index], x_adv[index], np.full(len(index), -1, np.int32))
+    unbounded = None
+    if not quick:
+        left = sweep.run(alive, [*larger, widest(this, attack.eps, examples.x)], near)
+    if near is not None:
+        assert found is not None
+        near.bring_in(this, examples.y, settings.slots)
+        index = np.flatnonzero(alive & (near.distance <= attack.eps))
+        found.take(index, near.images[index], np.full(len(index), -1, np.int32))
+        broken_by[index], alive[index] = LARGER, False
+        for eps in sweep.robust:
+            sweep.robust[eps][index] &= eps < attack.eps
 
     for name, survived in survivors.items():
         if protocol.cascade:
@@ -242,9 +245,7 @@ def run_sound(
             rest = np.all([s for n, s in survivors.items() if n != name], axis=0)
             kills = {"unique_kills": int(np.sum(rest & right & ~survived))}
         attacks[name] = {"robust": intervals.fraction(survived), **kills, **attacks[name]}
-    unbounded = None
     if not quick:
-        left = sweep.run(alive, [*larger, widest(this, attack.eps, examples.x)])
         unbounded = intervals.fraction(left)
         radii = {0.0: right, attack.eps: alive, **sweep.robust}
         curves["eps"] = [[eps, intervals.fraction(radii[eps])] for eps in sorted(radii)]
@@ -329,7 +330,7 @@ class Sweep:
         self.report, self.records = report, records
         self.robust: dict[float, np.ndarray] = {}
 
-    def run(self, alive: Bool[np.ndarray, "N"], radii: Iterable[float], found: Found | None = None):
+    def run(self, alive: Bool[np.ndarray, "N"], radii: Iterable[float], found: Found | Near | None = None):
         """Survivors of all `radii`; each radius starts from what the ones before left."""
         for eps in radii:
             attack = plans.attack_on(self.subject, "apgd-margin", eps=eps, steps=self.settings.apgd_steps)

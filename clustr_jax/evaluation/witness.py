@@ -2,7 +2,7 @@
 
     judgement.json     the figure, and the hashes of the arrays below
     witness.npz        x [N, ...], y, ids; broken [M] (places in x), x_adv [M, ...]; attack [N], restart [N];
-                       eps, norm, bounds
+                       eps, norm, bounds; near [K], x_near [K, ...]: nearer ones, or beyond eps
 
 `attack` names what broke each image first, "clean" where it was misclassified before, "" where nothing did.
 `check` needs no trust in whoever wrote it, and no JAX (nor jaxtyping, which brings it): it measures
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from clustr_jax.evaluation import answers, intervals, wording
+from clustr_jax.evaluation import answers, distances, intervals, wording
 from clustr_jax.runtime import rounding
 from clustr_jax.runtime.errors import UserError, first_line, shown
 
@@ -39,6 +39,8 @@ class Witness:
     eps: float
     norm: str
     bounds: tuple[float, float] | None
+    near: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    x_near: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 1), np.float32))
 
     def all_images(self) -> np.ndarray:
         """[N, ...] the adversarial image of each one, x where there is none."""
@@ -58,19 +60,25 @@ def of(
     eps: float,
     norm: str,
     bounds: tuple[float, float] | None,
+    near: Any = None,
 ) -> Witness:
-    """Of all images [N, ...]: those that an attack broke are kept."""
+    """Of all images [N, ...]: those that an attack broke are kept; of `near` (found.Near) what is nearer."""
     attack = np.asarray(attack).astype(str)
     broken = np.flatnonzero((attack != "") & (attack != "clean")).astype(np.int32)
     x, x_adv = np.asarray(x, np.float32), np.asarray(x_adv, np.float32)
     ids, restart = np.asarray(ids, np.int32), np.asarray(restart, np.int32)
     y = np.asarray(y, np.int32)
-    return Witness(x, y, ids, broken, x_adv[broken], attack, restart, float(eps), norm, bounds)
+    found = Witness(x, y, ids, broken, x_adv[broken], attack, restart, float(eps), norm, bounds)
+    if near is None:
+        return found
+    place = np.flatnonzero(near.distance < distances.of(found)).astype(np.int32)
+    return dataclasses.replace(found, near=place, x_near=near.images[place])
 
 
 def hashes(found: Witness) -> dict[str, str]:
     """SHA-256 of each array that a judgement is about, with its type and shape."""
-    return {name: sha256(getattr(found, name)) for name in ("x", "y", "ids", "x_adv", "attack", "restart")}
+    names = ("x", "y", "ids", "x_adv", "attack", "restart", *(("near", "x_near") if len(found.near) else ()))
+    return {name: sha256(getattr(found, name)) for name in names}
 
 
 def sha256(array: np.ndarray) -> str:
@@ -104,7 +112,8 @@ def read(folder: str | pathlib.Path) -> tuple[dict, Witness]:
         content = json.loads((folder / JSON).read_text(encoding="utf-8"))
         with np.load(folder / NPZ, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        names = [f.name for f in dataclasses.fields(Witness)]
+        optional = {"near", "x_near"} - arrays.keys()  # which earlier ones do not have
+        names = [f.name for f in dataclasses.fields(Witness) if f.name not in optional]
         box = arrays["bounds"]
         arrays["bounds"] = (float(box[0]), float(box[1])) if box.size else None
         arrays |= {"eps": float(arrays["eps"]), "norm": str(arrays["norm"])}
@@ -156,6 +165,8 @@ def check(content: dict, found: Witness, model: Callable | Any = None) -> Verifi
     box = None if content.get("bounds") is None else tuple(content["bounds"])
     done.add("box is that of the judgement", found.bounds == box, found.bounds)
     _inside(done, found)
+    if (content.get("distances") is not None or len(found.near)) and not _near(done, content, found):
+        found = dataclasses.replace(found, near=found.near[:0])  # nothing to ask the model
     _distinct(done, found)
     _counts(done, content, found)
     _figures(done, content, found)
@@ -181,6 +192,34 @@ def _inside(done, found):
         )
         good = not found.x.size or (low >= found.bounds[0] and high <= found.bounds[1])
         done.add("images are inside the box", good, f"{low:.6g} to {high:.6g}")
+
+
+def _near(done, content, found):
+    """The nearest images, and the curve over the radius that they make; returns whether they can be shown."""
+    n, pixels = len(found.y), found.x_near
+    good = len(found.near) == len(pixels) and len(np.unique(found.near)) == len(found.near)
+    good = good and (not len(pixels) or pixels.shape[1:] == found.x.shape[1:])
+    good = good and (not len(pixels) or (found.near.min() >= 0 and found.near.max() < n))
+    done.add("nearest images belong to images that are right", good, f"{len(found.near)} of {n}")
+    if not good:
+        return False
+    if len(pixels):
+        box = found.bounds or (-np.inf, np.inf)
+        finite = bool(np.isfinite(pixels).all() and pixels.min() >= box[0] and pixels.max() <= box[1])
+        done.add("nearest images are finite and inside the box", finite, finite)
+    distance = distances.of(found)
+    kept = found.attack == ""
+    nearest = float(distance[kept].min(initial=np.inf))
+    done.add("of an image that is left none is within eps", nearest > found.eps, f"{nearest:.6g}")
+    told = content.get("distances") if isinstance(content.get("distances"), dict) else {}
+    try:
+        own = distances.summary(distance, [float(radius) for radius, _ in told.get("curve", ())])
+    except (TypeError, ValueError):
+        own = {"curve": [], "median": -1.0, "known": -1.0}
+    for name in ("median", "known", "curve"):
+        what = own[name] if name != "curve" else f"{len(own[name])} radii"
+        done.add(f"distances: {name} is that of the images", _close(told.get(name), own[name]), what)
+    return True
 
 
 def _distinct(done, found):

@@ -81,6 +81,14 @@ def figure(content: dict) -> str:
     return f"robust accuracy {robust} at {radius}, clean {100 * content['clean']:.2f} %"
 
 
+def distance(content: dict) -> str:
+    """ "half of the images that are right break within l2 0.513, or less"; "" where that is not known."""
+    found = (content.get("distances") or {}).get("median")
+    if found is None:
+        return ""
+    return f"half of the images that are right break within {content['norm']} {intervals.length(found)}"
+
+
 def status(content: dict) -> str:
     """One word for how far the figure can be trusted, as a report has it."""
     statuses = [c["status"] for c in content["checks"]]

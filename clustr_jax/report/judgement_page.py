@@ -30,7 +30,9 @@ def page(content: dict, found: Witness) -> str:
         }
         for name, attack in content["attacks"].items()
     ]
-    radii = [(intervals.radius(eps), cell(value, n)) for eps, value in content["curves"].get("eps", ())]
+    distances = content.get("distances") or {}
+    curve = distances.get("curve") or content["curves"].get("eps", ())
+    radii = [(intervals.radius(eps), cell(value, n)) for eps, value in curve]
     audit = content["audit"]
     answer, answer_tone = wording.answer(content)
     return pages.render(
@@ -42,6 +44,7 @@ def page(content: dict, found: Witness) -> str:
         constant=cell(content["constant"]), audit=cell(audit["robust"]) if audit else None,
         radius=intervals.radius(content["eps"]), check_value=tables.check_value,
         check_limit=tables.check_limit, attacks=attacks, radii=radii,
+        nearest=bool(distances), median=distances.get("median"), length=intervals.length,
         cascade=any("added_kills" in attack for attack in content["attacks"].values()),
         victims=_victims(found) if pictures else [],
         no_gallery="No image was broken." if pictures else "These are no grey or colour images in a box.",

@@ -21,6 +21,12 @@ def available() -> int | None:
     return min(known) if known else None
 
 
+def total() -> int | None:
+    """Bytes that this process may ever take, whatever is in use now; None where the system does not say."""
+    known = [found for found in (_whole_machine(), _groups(limits=True), _limit(left=False)) if found]
+    return min(known) if known else None
+
+
 def check(needed: int, what: str, remedy: str) -> None:
     """UserError where `needed` bytes are more than there are; `what` needs them, `remedy` is what to do."""
     found = available()
@@ -38,13 +44,17 @@ def _machine():
         for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
+    return _whole_machine()
+
+
+def _whole_machine():
     with contextlib.suppress(AttributeError, OSError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None
 
 
-def _groups():
-    """The least that the control groups of this process leave."""
+def _groups(limits=False):
+    """The least that the control groups of this process leave; or that they allow in all (`limits`)."""
     left = []
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/self/cgroup").read_text().splitlines():
@@ -54,16 +64,18 @@ def _groups():
             root = _CGROUPS / controllers
             place = root / path.lstrip("/")
             for group in (place, *place.parents):
-                left += _left(group)
+                left += _left(group, limits)
                 if group == root:
                     break
     return min(left) if left else None
 
 
-def _left(group):
+def _left(group, limits):
     for limit, usage in _FILES:
         with contextlib.suppress(OSError, ValueError):  # "max": no limit
             most = int((group / limit).read_text())
+            if limits:
+                return [most]
             return [max(0, most - int((group / usage).read_text()) + _reclaimable(group))]
     return []
 
@@ -78,13 +90,13 @@ def _reclaimable(group):
     return 0
 
 
-def _limit():
-    """What a limit on the address space (ulimit -v) leaves."""
+def _limit(left=True):
+    """What a limit on the address space (ulimit -v) leaves, or allows in all."""
     with contextlib.suppress(ImportError, OSError, ValueError, IndexError):
         import resource
 
         most, _ = resource.getrlimit(resource.RLIMIT_AS)
         if most != resource.RLIM_INFINITY:
-            pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+            pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) if left else 0
             return max(0, most - pages * os.sysconf("SC_PAGE_SIZE"))
     return None

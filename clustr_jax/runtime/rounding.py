@@ -10,6 +10,12 @@ import numpy as np
 OF_RADIUS, OF_PIXEL = 1e-6, 2.0**-21
 
 
+def lengths(x_adv: np.ndarray, x: np.ndarray, norm: str) -> np.ndarray:
+    """[B] how far each image [B, ...] was moved, linf or l2, in float64."""
+    delta = (np.asarray(x_adv, np.float64) - x).reshape(len(x), int(np.prod(np.shape(x)[1:])))
+    return np.abs(delta).max(axis=1, initial=0.0) if norm == "linf" else np.linalg.norm(delta, axis=1)
+
+
 def outside(x_adv: np.ndarray, x: np.ndarray, eps: float, norm: str) -> np.ndarray:
     """[B] how far beyond the ball of eps and rounding each image [B, ...] lies; at most 0 inside it."""
     x_adv, x = (np.asarray(a, np.float64).reshape(len(a), int(np.prod(np.shape(a)[1:]))) for a in (x_adv, x))
