@@ -38,12 +38,12 @@ _WIDTH = 80
 _SECONDS = 0.5  # between two lines about what is going on
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Judgement:
     """What `judge` found. `content` is judgement.json; `witness` holds the images."""
 
     content: dict[str, Any]
-    witness: Witness = dataclasses.field(repr=False)
+    witness: Witness
 
     @property
     def robust(self) -> float:
@@ -124,6 +124,8 @@ class Judgement:
         if len(troubled) > 3:
             lines.append(f"and {len(troubled) - 3} more; .checks has all, with what to do")
         return "\n".join(lines)
+
+    __repr__ = __str__  # at a prompt as well
 
     def _repr_html_(self) -> str:
         """The verdict card of a notebook."""

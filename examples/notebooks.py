@@ -15,7 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = pathlib.Path(__file__).resolve().parent
-NAMES = ("attack_a_model", "train_clustr", "certify", "bring_your_own_model")
+NAMES = ("attack_a_model", "train_clustr", "certify", "bring_your_own_model", "judge_any_model")
 # For one cell: none takes a minute on a free core.
 _TIMEOUT = 900
 

@@ -50,11 +50,8 @@ MOMENTS = (
     "attacks.records:Records.save:after:1",  # the first record is there
     "attacks.records:np.savez:after:3",  # another one is written, and has not its name yet
     "attacks.adaptive:_run_pairs:after:2",  # between two rounds of restarts
-    "evaluation.sound_protocol:execute:before:3",  # between two attacks
     "attacks.records:Records.save:after:40",  # somewhere in one of the later ones
-    "evaluation.checks:run:before:1",  # all attacks have ended
     "evaluation.probes:Probe.effort:before:1",  # in the checks
-    "evaluation.auditing:run:before:1",
     "attacks.records:Records.save:after:25",  # in the audit
     "evaluation.witness:write:after:1",  # the images are there, what is said of them is not
     "judge:write_json:after:1",  # all is there, and the records as well

@@ -24,6 +24,7 @@ SAYS = {
     "train_clustr": "sound-",
     "certify": "median radius",
     "bring_your_own_model": "rows: made for",
+    "judge_any_model": "No verdict: the figure is an upper bound only",
 }
 
 

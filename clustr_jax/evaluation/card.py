@@ -80,7 +80,7 @@ def _over_the_radius(content):
     found = content.get("distances")
     if not found:
         return ""
-    rows = "\n".join(f"| {intervals.radius(r)} | {100 * value:.2f} |" for r, value in found["curve"])
+    rows = "\n".join(f"| {intervals.radius(r) if r else 0} | {100 * value:.2f} |" for r, value in found["curve"])
     median = wording.distance(content)
     said = f"{median[0].upper()}{median[1:]}.\n" if median else ""
     return f"\n{said}\n| {content['norm']} radius | accuracy in %, at most |\n|---:|---:|\n{rows}\n"

@@ -32,7 +32,7 @@ def page(content: dict, found: Witness) -> str:
     ]
     distances = content.get("distances") or {}
     curve = distances.get("curve") or content["curves"].get("eps", ())
-    radii = [(intervals.radius(eps), cell(value, n)) for eps, value in curve]
+    radii = [(intervals.radius(eps) if eps else "0", cell(value, n)) for eps, value in curve]
     audit = content["audit"]
     answer, answer_tone = wording.answer(content)
     return pages.render(
