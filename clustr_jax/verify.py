@@ -71,9 +71,8 @@ def _torch_model(path, layout) -> Callable:
             f"model {shown(path, 100)} needs torch, which is not installed: pip install torch"
         ) from error
     try:
-        load = (
-            torch.jit.load(str(path)).eval() if path.suffix == ".ts" else torch.export.load(str(path)).module()
-        )
+        scripted, file = path.suffix == ".ts", str(path)
+        load = torch.jit.load(file).eval() if scripted else torch.export.load(file).module()
     except Exception as error:  # PyTorch raises many types for damaged files
         what = "torch.jit.save" if path.suffix == ".ts" else "torch.export.save"
         raise UserError(
@@ -87,8 +86,8 @@ def _torch_model(path, layout) -> Callable:
                 return load(torch.from_numpy(x)).numpy()
         except Exception as error:  # of the module: shapes, types
             raise UserError(
-                f"model {shown(path, 100)} does not take images {x.shape} ({first_line(error, 150)}); export it "
-                f"for a batch of any size, and say --layout=NHWC if it takes channels last"
+                f"model {shown(path, 100)} does not take images {x.shape} ({first_line(error, 150)}); export "
+                f"it for a batch of any size, and say --layout=NHWC if it takes channels last"
             ) from error
 
     return call

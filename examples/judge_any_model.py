@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from IPython.display import display
 
 import clustr_jax
 from clustr_jax import data
@@ -71,13 +72,13 @@ model.eval()
 # %% [markdown]
 # ## One call
 #
-# The model as it is, images, labels and a radius. Nothing is configured: the protocol attacks every image that is
-# right, twenty-eight checks look for reasons to distrust it, and the verdict says both. Most of the time here is
-# compilation. A folder would make it resumable.
+# The model as it is, images, labels and a radius. Nothing is configured: the protocol attacks every image
+# that is right, twenty-eight checks look for reasons to distrust it, and the verdict says both. Most of the
+# time here is compilation. A folder would make it resumable.
 
 # %%
 j = clustr_jax.judge(model, x[:64], y[:64], eps=0.1, progress=False)
-j
+display(j)
 
 # %% [markdown]
 # The same in text, and its parts. `broken_by` names what broke each image first; `x_adv` has the images.
@@ -91,8 +92,8 @@ for name, found in j.attacks.items():
 # %% [markdown]
 # ## How far?
 #
-# The figure is of one radius. The nearest adversarial image that any attack has found gives the others: an upper
-# bound at each.
+# The figure is of one radius. The nearest adversarial image that any attack has found gives the others: an
+# upper bound at each.
 
 # %%
 print("radius    accuracy, at most")
@@ -103,8 +104,8 @@ print(f"an image that is right breaks within {np.median(j.distances[j.distances 
 # %% [markdown]
 # ## What a check says
 #
-# Each has a number, what it looked at, and its limit; one that warns or fails says what to do. With 64 images the
-# interval is wide, and a check says so.
+# Each has a number, what it looked at, and its limit; one that warns or fails says what to do. With 64 images
+# the interval is wide, and a check says so.
 
 # %%
 for check in j.checks:
@@ -115,8 +116,8 @@ for check in j.checks:
 # %% [markdown]
 # ## A bundle that anyone can check
 #
-# The figure, the page and every adversarial image. `python -m clustr_jax.verify FOLDER` measures them again with
-# NumPy alone; with the model it asks for its answers as well.
+# The figure, the page and every adversarial image. `python -m clustr_jax.verify FOLDER` measures them again
+# with NumPy alone; with the model it asks for its answers as well.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:

@@ -6,9 +6,10 @@ import pytest
 from clustr_jax.evaluation import witness
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.verify import main, model_of
-from judged import CLASSES, N, SHAPE, judged, weights
+from judged import CLASSES, SHAPE, N, judged, weights
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
 class Curved(torch.nn.Module):
@@ -22,7 +23,7 @@ class Curved(torch.nn.Module):
 
     def forward(self, x):
         x = x if self.channels_last else x.movedim(1, -1)
-        z = 4 * torch.tanh((x.reshape(len(x), -1) - 0.5) @ self.a) @ self.b
+        z = 4 * torch.tanh((x.flatten(1) - 0.5) @ self.a) @ self.b
         return z + self.shift * torch.arange(CLASSES)
 
 

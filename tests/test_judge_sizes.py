@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 import clustr_jax
 from clustr_jax.evaluation import footprint
 from clustr_jax.runtime import memory
-from judged import EPS, N, SHAPE, curved, images, judged, small
+from judged import EPS, SHAPE, N, curved, images, judged, small
 
 SIDE, CLASSES, COUNT, RADIUS = 224, 1000, 4, 1 / 255
 

@@ -251,27 +251,6 @@ def test_a_damaged_bundle_is_refused(tmp_path):
         clustr_jax.verify(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["ts", "pt2"])
-def test_a_pytorch_module_verifies(kind, tmp_path):
-    torch = pytest.importorskip("torch")
-
-    class Bright(torch.nn.Module):
-        def forward(self, x):
-            z = 10 * (x.mean(dim=(1, 2, 3))[:, None] - 0.5)
-            return torch.cat([z, -z], dim=1)
-
-    path = written(tmp_path) / f"model.{kind}"
-    images = torch.zeros(4, 1, 4, 4)
-    if kind == "ts":
-        torch.jit.trace(Bright(), images).save(str(path))
-    else:
-        batch = {0: torch.export.Dim("batch")}
-        torch.export.save(torch.export.export(Bright(), (images,), dynamic_shapes=(batch,)), str(path))
-    from clustr_jax.verify import model_of
-
-    assert clustr_jax.verify(tmp_path, model_of(str(path))).ok
-
-
 def test_a_deployed_rule_counts_as_in_the_attacks():
     """What the logits have right and the nearest clusters wrong is wrong, of a Classifier and of its view."""
     from test_golden import fixed

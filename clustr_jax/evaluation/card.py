@@ -80,7 +80,8 @@ def _over_the_radius(content):
     found = content.get("distances")
     if not found:
         return ""
-    rows = "\n".join(f"| {intervals.radius(r) if r else 0} | {100 * value:.2f} |" for r, value in found["curve"])
+    curve = [(intervals.radius(radius) if radius else "0", 100 * left) for radius, left in found["curve"]]
+    rows = "\n".join(f"| {radius} | {left:.2f} |" for radius, left in curve)
     median = wording.distance(content)
     said = f"{median[0].upper()}{median[1:]}.\n" if median else ""
     return f"\n{said}\n| {content['norm']} radius | accuracy in %, at most |\n|---:|---:|\n{rows}\n"
