@@ -50,12 +50,19 @@ def test_distances_of_a_linear_model(norm):
 def test_the_nearest_counts_where_it_lies_within_eps(monkeypatch):
     """By FMN alone; or by an attack at a larger radius whose image is brought in."""
     whole = judged()
+
+    def nothing(near, plan, key, subject, examples, index, outcome, slots):
+        return np.full(len(index), np.inf), examples.x[index]
+
     for row, name in ((Row("fmn", "nearest"), "fmn"), (None, sound_protocol.LARGER)):
         rows = tuple(filter(None, (Row("square", "others"), row or Row("fmn", "nearest"))))
         monkeypatch.setitem(plans.PROTOCOLS, "sound-3", Protocol("sound-3", rows, cascade=True))
         if row is None:  # FMN finds nothing
-            monkeypatch.setattr(sound_protocol.Near, "look", lambda *given: None)
+            monkeypatch.setattr(sound_protocol.Near, "look", nothing)
         j = judged()
+        square = j.content["counts"]["broken_by"]["square"]
+        assert square > 1 and j.attacks["fmn"]["robust"] == (j.clean if row is None else j.robust)
+        assert (12 in j.content["failed"]) == (row is None)  # a black box breaks what gradients do not
         assert j.content["counts"]["broken_by"][name] > 0
         assert whole.robust <= j.robust < j.clean
         assert witness.check(j.content, j.witness, curved).ok, witness.check(j.content, j.witness, curved)

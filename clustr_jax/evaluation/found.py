@@ -43,7 +43,10 @@ class Near:
     def bring_in(self, subject: Subject, y: Int[np.ndarray, "N"], slots: int) -> None:
         """Each image to where its own line crosses the boundary."""
         index = np.flatnonzero(np.isfinite(self.distance))
-        self._take_brought(subject, index, self.images[index], y, slots)
+        brought, distance = nearest.bring_in(
+            subject.model, self.images[index], self.x[index], y[index], self.norm, subject.bounds, slots
+        )
+        self.take(index[np.isfinite(distance)], brought[np.isfinite(distance)])
 
     def look(
         self,
@@ -54,21 +57,23 @@ class Near:
         index: Int[np.ndarray, "M"],
         outcome: Outcome,
         slots: int,
-    ) -> None:
-        """Take what an attack of minimum norm found; its `outcome` is on the examples at `index`."""
+    ) -> tuple[Float[np.ndarray, "M"], Float[np.ndarray, "M ..."]]:
+        """(distances, images) that an attack of minimum norm found on the examples at `index`; it takes them.
+
+        inf, and the image itself, where it found none.
+        """
         attack: Any = plan.attack
         part = examples.take(index)
         place, images = nearest.images_found(
             attack, key, subject.model, part.x, part.y, outcome, ids=part.ids, slots=slots
         )
-        self._take_brought(subject, index[place], images, examples.y, slots)
-
-    def _take_brought(self, subject, index, images, y, slots):
-        brought, distance = nearest.bring_in(
-            subject.model, images, self.x[index], y[index], self.norm, subject.bounds, slots
+        own, distance = np.array(part.x, np.float32), np.full(len(index), np.inf)
+        own[place], distance[place] = nearest.bring_in(
+            subject.model, images, part.x[place], part.y[place], self.norm, subject.bounds, slots
         )
         known = np.isfinite(distance)
-        self.take(index[known], brought[known])
+        self.take(index[known], own[known])
+        return distance, own
 
 
 @dataclasses.dataclass

@@ -38,7 +38,7 @@ class Plan:
     @property
     def nearest(self) -> bool:
         """Whether it looks for the nearest adversarial image, within eps or not."""
-        return bool(np.isposinf(self.attack.eps))
+        return bool(np.asarray(self.attack.eps) == np.inf)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -207,17 +207,16 @@ def run_sound(
             report=lambda a, what: report(a, f"sound, {what}"), records=records,
         )  # fmt: skip
         attacks[plan.name] = cost
+        index = np.flatnonzero(before)
         if plan.nearest:  # on the boundary rounding decides: all of it is looked at again
             assert near is not None
-            near.look(plan, key, this, examples, np.flatnonzero(before), outcome, settings.slots)
-            index = np.flatnonzero(alive)
-            within, nothing = near.distance[index] <= attack.eps, np.zeros(len(index), np.int32)
-            note(plan.name, index, within, near.images[index], nothing)
+            distance, images = near.look(plan, key, this, examples, index, outcome, settings.slots)
+            note(plan.name, index, distance <= attack.eps, images, np.zeros(len(index), np.int32))
             continue
         unconfirmed |= _spread(before, outcome.unconfirmed)
         if plan.curved:
             curves[plan.name] = _curves(outcome, before, plan)
-        note(plan.name, np.flatnonzero(before), outcome.broken, outcome.x_adv, outcome.restart)
+        note(plan.name, index, outcome.broken, outcome.x_adv, outcome.restart)
     for name, source in this.transfer.items():
         started, before = time.perf_counter(), alive if protocol.cascade else right
         survived, x_adv = transfer(
