@@ -70,7 +70,7 @@ def _groups(limits=False):
     return min(left) if left else None
 
 
-def _left(group, limits):
+def _left(group, limits=False):
     for limit, usage in _FILES:
         with contextlib.suppress(OSError, ValueError):  # "max": no limit
             most = int((group / limit).read_text())
