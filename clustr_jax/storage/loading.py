@@ -81,7 +81,7 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
     stage = find_stage(path)
     config = read_config(stage.parent)
     done = read_json(stage / "done.json")
-    method = METHODS[config["method"]]
+    method = _method(config["method"], stage.parent)
     if stage.name != TRAIN:
         assert method.warmup is not None  # else there is no such stage
         method = METHODS[method.warmup]
@@ -112,6 +112,16 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
         nearest=config["eval"]["nearest"] if clusters is not None else 0,
         bounds=DataSettings.of(config["data"]).bounds,
     )
+
+
+def _method(name, workdir):
+    """UserError for one that this process does not know: a user's own is known where its file was read."""
+    if name not in METHODS:
+        raise UserError(
+            f"{workdir} was trained by the method {str(name)[:100]!r}, which is not known here; import the file "
+            f"that enters it into METHODS first (docs/own_method.md)"
+        )
+    return METHODS[name]
 
 
 def model_variables(path: str | pathlib.Path, net: Net, *, body: bool = False) -> dict:
