@@ -2,7 +2,8 @@
 
 Pages are the Markdown files of this folder, which GitHub shows as well, so their links are those that work
 there. Two things are made before: docstrings, which use Markdown's backticks, are turned into
-reStructuredText, and the notebooks of examples/ into pages.
+reStructuredText (napoleon then makes lists of their Args, Returns and Raises), and the notebooks of examples/
+into pages.
 """
 
 import base64
@@ -19,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import clustr_jax  # noqa: E402
 
 project, release = "clustr_jax", clustr_jax.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 html_theme, html_title = "furo", f"clustr_jax {release}"
 html_static_path = ["_static"]
@@ -33,6 +34,8 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 # what dataclasses and pytrees add to every class
 autodoc_default_options = {"members": True, "exclude-members": "replace"}
+napoleon_numpy_docstring = False
+napoleon_use_param = napoleon_use_rtype = False  # one entry may name several parameters
 smartquotes = False
 python_maximum_signature_line_length = 80
 default_role = "code"
@@ -45,12 +48,22 @@ SOURCE = os.environ.get("DOCS_SOURCE", "")
 # Docstrings
 
 
+SECTIONS = ("Args:", "Returns:", "Raises:")
+
+
 def restructured(lines: list[str]) -> list[str]:
-    """A docstring with Markdown's `code`, as reStructuredText: everything else in it is plain text."""
-    found, previous = [], ""
+    """A docstring with Markdown's `code`, as reStructuredText: everything else in it is plain text.
+
+    Sections keep their form, for napoleon to read: what is indented there is text and no code.
+    """
+    found, previous, section = [], "", ""
     for line in lines:
         indented, example = line.startswith("    "), line.lstrip().startswith((">>>", "..."))
-        if example or indented or found_example(found):
+        if line and not indented:
+            section = line if line in SECTIONS else ""
+        if section:
+            found.append(entry(line) if section != "Returns:" else plain(line))
+        elif example or indented or found_example(found):
             if indented and not example and previous == "" and not in_literal(found):
                 found[-1:] = ["", "::", ""]
             found.append(line)
@@ -58,6 +71,13 @@ def restructured(lines: list[str]) -> list[str]:
             found.append(plain(line))
         previous = line
     return found
+
+
+def entry(line):
+    """A line of a section: the names before its colon are left as they are."""
+    names = re.match(r"    [\w, ]+:", line)
+    end = names.end() if names else 0
+    return line[:end] + plain(line[end:])
 
 
 def found_example(found):
@@ -186,4 +206,4 @@ def setup(app):
     app.connect("builder-inited", _tutorials)
     app.connect("source-read", _source)
     app.connect("autodoc-process-signature", _signature)
-    app.connect("autodoc-process-docstring", _docstring)
+    app.connect("autodoc-process-docstring", _docstring, priority=400)  # before napoleon

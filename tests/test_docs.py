@@ -76,6 +76,14 @@ def test_docstrings_become_restructured_text(conf):
     ]  # fmt: skip
 
 
+def test_sections_of_docstrings_keep_their_form(conf):
+    lines = ["Text.", "", "Args:", "    step_size: of `x_y` and a_b,", "        2 * a.", "", "Returns:", "    [B] x_adv", ""]
+    assert conf.restructured([*lines, "More:", "", ">>> f(*x)"]) == [
+        "Text.", "", "Args:", r"    step_size: of ``x_y`` and a\_b,", r"        2 \* a.", "", "Returns:",
+        r"    [B] x\_adv", "", "More:", "", ">>> f(*x)",
+    ]  # fmt: skip
+
+
 def test_links_out_of_docs(conf, monkeypatch):
     place = conf.pathlib.PurePath("")
     assert conf.links("[README.md](../README.md)", place) == "`README.md`"

@@ -58,17 +58,38 @@ def autoattack(
     progress: bool | None = None,
     folder: str | os.PathLike | None = None,
 ) -> AutoAttackResult:
-    """The standard ensemble: 100 steps, 9 targets, 5,000 queries; the union of what succeeds, per image.
+    """The standard ensemble (Croce & Hein 2020): each attack on what the ones before left.
 
-    `rescale_schedule` is of Square, as in `square`; False is AutoAttack's "standard" (`resc_schedule`).
-    Two and three classes are handled: targets are all other classes, and the targeted loss is the plain
-    margin where DLR has too few logits. `logits_fn` as in `pgd`. `progress` None draws a bar on a
-    terminal or in a notebook. Raises UserError for bad input, and on Ctrl-C Interrupted with what was found.
+    100 steps, 9 targets, 5,000 queries. Two and three classes are handled: targets are all other classes, and
+    the targeted loss is the plain margin where DLR has too few logits.
 
-    With a `folder` the same call goes on where it was interrupted or killed, and its result is bit for bit
-    that of an uninterrupted one. Its records lie in `folder`/partial: of the moment itself after Ctrl-C,
-    every 20 seconds otherwise. They go when the attack ends. Records of other images, labels, ids, keys,
-    settings, versions, devices or models are left alone, with a RecordWarning.
+    With a `folder` the result is bit for bit that of an uninterrupted call. Its records lie in
+    `folder`/partial: of the moment itself after Ctrl-C, every 20 seconds otherwise. They go when the attack
+    ends. Records of other images, labels, ids, keys, settings, versions, devices or models are left alone,
+    with a RecordWarning.
+
+    Args:
+        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        y: labels [B].
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        norm: "linf" or "l2".
+        bounds: box of the pixels, (low, high); None for no box.
+        attacks: names in order, of `registry.PARAMETER_FREE`.
+        rescale_schedule: of Square, as in `square`; False is AutoAttack's "standard" (`resc_schedule`).
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+        slots: images that the device works on at once: they decide the memory.
+        progress: a bar; None draws one on a terminal or in a notebook.
+        folder: keeps records here, so that the same call goes on where it was interrupted.
+
+    Returns:
+        an `AutoAttackResult`.
+
+    Raises:
+        UserError: for bad settings, shapes, pixels and labels, and for models whose logits are no function of
+            the image.
+        Interrupted: on Ctrl-C; `.found` has what was found.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -149,11 +170,34 @@ def apgd(
     progress: bool | None = None,
     folder: str | os.PathLike | None = None,
 ) -> Float[np.ndarray, "B ..."]:
-    """Auto-PGD on `loss_fn`; targeted=True is APGD-T: DLR towards 9 other classes, no `loss_fn`.
+    """Auto-PGD on `loss_fn` (Croce & Hein 2020): momentum, and a step that halves where it stops to help.
 
-    These are the likeliest ones, or with targets="malt" the nearest by `malt_targets` (one gradient per
-    class before the attack, 100 at most). `folder` as in `autoattack`: the same call goes on where it was
-    interrupted.
+    Args:
+        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        y: labels [B].
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        steps: gradients of each restart (and target).
+        restarts: random starts of each image (and target).
+        loss_fn: (logits [B, Y], y) -> [B].
+        targeted: True is APGD-T: DLR towards 9 other classes, and `loss_fn` is not used.
+        targets: which ones. "likely", or "malt": the nearest by `malt_targets` (one gradient per class before
+            the attack, 100 at most).
+        norm: "linf" or "l2".
+        bounds: box of the pixels, (low, high); None for no box.
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+        slots: images that the device works on at once: they decide the memory.
+        progress: a bar; None draws one on a terminal or in a notebook.
+        folder: keeps records here, so that the same call goes on where it was interrupted.
+
+    Returns:
+        x_adv [B, ...], inside ball and box; x where nothing was broken.
+
+    Raises:
+        UserError: for bad settings, shapes, pixels and labels, and for models whose logits are no function of
+            the image.
+        Interrupted: on Ctrl-C; `.found` has what was found.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -200,10 +244,32 @@ def fab(
     progress: bool | None = None,
     folder: str | os.PathLike | None = None,
 ) -> Float[np.ndarray, "B ..."]:
-    """FAB-T: looks for the nearest adversarial point towards the 9 likeliest classes; ends within eps.
+    """FAB-T (Croce & Hein 2020): looks for the nearest adversarial point towards the 9 likeliest classes.
 
-    What is returned is the first one found within eps, and not always the nearest: no measure of distance.
-    `folder` as in `autoattack`: the same call goes on where it was interrupted.
+    It ends at the first one within eps, which is not always the nearest: no measure of distance (`fmn` is).
+
+    Args:
+        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        y: labels [B].
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        steps: gradients of each restart and target.
+        restarts: starts of each image and target.
+        norm: "linf" or "l2".
+        bounds: box of the pixels, (low, high); None for no box.
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+        slots: images that the device works on at once: they decide the memory.
+        progress: a bar; None draws one on a terminal or in a notebook.
+        folder: keeps records here, so that the same call goes on where it was interrupted.
+
+    Returns:
+        x_adv [B, ...], inside ball and box; x where nothing was broken.
+
+    Raises:
+        UserError: for bad settings, shapes, pixels and labels, and for models whose logits are no function of
+            the image.
+        Interrupted: on Ctrl-C; `.found` has what was found.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -249,13 +315,36 @@ def square(
     progress: bool | None = None,
     folder: str | os.PathLike | None = None,
 ) -> Float[np.ndarray, "B H W C"]:
-    """Square: random search without gradients; `queries` forward passes per image and restart at most.
+    """Square (Andriushchenko et al. 2020): random search without gradients.
 
-    The squares shrink by a schedule for 10,000 queries. `rescale_schedule` stretches it over `queries`, as
-    the authors of Square and the `sound` protocol do; without it 5,000 queries end at squares of 3 x 3
-    pixels on 32 x 32 images, not of one, and none reaches the last row or column: AutoAttack's "standard"
-    (its `resc_schedule=False`), which breaks a little less. `folder` as in `autoattack`:
-    the same call goes on where it was interrupted.
+    The squares shrink by a schedule for 10,000 queries. Stretched over `queries`, as the authors of Square
+    and the `sound` protocol have it, it breaks a little more than AutoAttack's "standard"
+    (`resc_schedule=False`): there 5,000 queries end at squares of 3 x 3 pixels on 32 x 32 images, not of one,
+    and none reaches the last row or column.
+
+    Args:
+        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, H, W, C], pixels in `bounds`.
+        y: labels [B].
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        queries: forward passes per image and restart, at most.
+        rescale_schedule: whether the schedule is stretched over `queries`.
+        restarts: of each image.
+        norm: "linf" or "l2".
+        bounds: box of the pixels, (low, high); None for no box.
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+        slots: images that the device works on at once: they decide the memory.
+        progress: a bar; None draws one on a terminal or in a notebook.
+        folder: keeps records here, so that the same call goes on where it was interrupted.
+
+    Returns:
+        x_adv [B, ...], inside ball and box; x where nothing was broken.
+
+    Raises:
+        UserError: for bad settings, shapes, pixels and labels, and for models whose logits are no function of
+            the image.
+        Interrupted: on Ctrl-C; `.found` has what was found.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)

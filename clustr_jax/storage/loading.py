@@ -51,10 +51,17 @@ def digest(clf: Classifier) -> str:
 
 
 def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
-    """The classifier of a work directory (its newest finished stage), of a stage, or of a .safetensors file.
+    """The classifier that a run left behind.
 
-    `head` "clusters" or "linear" chooses what predicts; None takes the method's own. Raises UserError
-    where there is nothing to load.
+    Args:
+        path: a work directory (its newest finished stage), a stage's folder, or a .safetensors file.
+        head: what predicts, "clusters" or "linear"; None for the method's own.
+
+    Returns:
+        a `Classifier`.
+
+    Raises:
+        UserError: where there is nothing to load, or no such head.
 
     >>> import contextlib, io, tempfile
     >>> from clustr_jax import stages
