@@ -41,7 +41,7 @@ python_maximum_signature_line_length = 80
 default_role = "code"
 toc_object_entries_show_parents = "hide"
 
-# A repository's address, for links to files that are no pages; without one they are shown as their paths.
+# A repository's address, for links to files that are no pages; without one they lead to copies of the files.
 SOURCE = os.environ.get("DOCS_SOURCE", "")
 
 
@@ -172,7 +172,7 @@ def _tutorials(app):
 
 
 def links(text: str, place: pathlib.PurePath) -> str:
-    """Relative links of a page in `place` that leave docs/: to the repository, or their path as code.
+    """Relative links of a page in `place` that leave docs/: to the repository, or to a copy of the file.
 
     Those to notebooks go to the pages that are made of them.
     """
@@ -190,13 +190,31 @@ def links(text: str, place: pathlib.PurePath) -> str:
         name = file.relative_to(ROOT).as_posix()
         if SOURCE:
             return f"[{label}]({SOURCE}/{name}{'#' + anchor if anchor else ''})"
+        if file.is_file():
+            return f"{{download}}`{label.replace('`', '')} </../{name}>`"
         return f"{label} (`{name}`)" if label.strip("`") != name else f"`{name}`"
 
     return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", outside, text)
 
 
+NOTEBOOKS = "<!-- notebooks -->"  # in a page: the pictures of their outputs, which are files of the site alone
+
+
+def pictures(folder: pathlib.Path) -> str:
+    """The pictures of the notebooks' pages, each a link to its page."""
+    found = []
+    for page in sorted(folder.glob("*.md")):
+        title = page.read_text(encoding="utf-8").splitlines()[0].strip("# ")
+        for alt, name in re.findall(r"!\[([^\]]*)\]\(([\w-]+\.png)\)", page.read_text(encoding="utf-8")):
+            place = f"/{folder.relative_to(DOCS).as_posix()}"
+            found.append(f"![{alt}]({place}/{name})\n\n[{title}]({place}/{page.name})")
+    return "\n\n".join(found)
+
+
 def _source(app, docname, source):
     source[0] = links(source[0], pathlib.PurePath(docname).parent)
+    if NOTEBOOKS in source[0]:
+        source[0] = source[0].replace(NOTEBOOKS, pictures(DOCS / "tutorials"))
 
 
 def setup(app):

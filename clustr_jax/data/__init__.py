@@ -119,6 +119,7 @@ def _own(data_dir):
             found.class_names,
             found.sha,
             found.notes,
+            part.files,
         )
 
     train = split(found.train)

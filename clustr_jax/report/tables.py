@@ -13,11 +13,12 @@ PROTOCOLS = {"paper": "paper's protocol", "sound": "sound protocol"}
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A percentage with its 95 % interval, "" where it has none; `span` columns wide."""
+    """A percentage with its 95 % interval, "" where it has none; `span` columns wide; `mark` is a word on it."""
 
     value: str
     interval: str = ""
     span: int = 1
+    mark: str = ""
 
 
 def cell(value: float | None, n: int | None = None) -> Cell | None:
