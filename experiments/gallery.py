@@ -34,4 +34,4 @@ def drawings() -> dict[str, Drawing]:
 if __name__ == "__main__":
     for name, drawing in drawings().items():
         (OUT / name).write_bytes(drawing.svg)
-        print(f"![{drawing.title}. {drawing.alt}](figures/{name})")
+        print(f"{name}: {drawing.alt}")
