@@ -26,7 +26,7 @@ html_theme, html_title = "furo", f"clustr_jax {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_copyright = False
-pygments_style, pygments_dark_style = "tango", "monokai"
+pygments_style, pygments_dark_style = "a11y-high-contrast-light", "monokai"  # at least 4.5 to 1
 
 myst_heading_anchors = 3  # links to #headings, as on GitHub
 autodoc_member_order = "bysource"
