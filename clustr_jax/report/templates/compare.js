@@ -11,9 +11,10 @@ for (const table of document.querySelectorAll(".sortable table")) {
     button.append(...head.childNodes);
     head.append(button);
     button.addEventListener("click", () => {
-      const down = head.getAttribute("aria-sort") !== "descending";
-      const filled = [], empty = [];
+      const sorted = head.getAttribute("aria-sort"), filled = [], empty = [];
       for (const row of body.rows) (row.cells[i].textContent.trim() === "\u2013" ? empty : filled).push(row);
+      const words = filled.every(row => typeof key(row, i) === "string");
+      const down = sorted ? sorted === "ascending" : !words;  // numbers from the largest, words from A
       filled.sort((a, b) => (down ? -1 : 1) * before(key(a, i), key(b, i)));
       body.append(...filled, ...empty);
       for (const other of heads) other.removeAttribute("aria-sort");
