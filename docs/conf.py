@@ -197,7 +197,8 @@ def links(text: str, place: pathlib.PurePath) -> str:
     return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", outside, text)
 
 
-NOTEBOOKS = "<!-- notebooks -->"  # in a page: the pictures of their outputs, which are files of the site alone
+# In a page: the pictures of the notebooks' outputs, which are files of the site alone.
+NOTEBOOKS = "<!-- notebooks -->"
 
 
 def pictures(folder: pathlib.Path) -> str:

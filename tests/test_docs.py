@@ -76,8 +76,9 @@ def test_pictures_of_the_gallery(monkeypatch):
     for alt, name, said in pictures:
         assert (ROOT / "docs" / name).is_file() and len(alt) > 20 and "](" in said
         for page, anchor in re.findall(r"\]\((\w+\.md)(?:#([\w-]+))?\)", said):
-            headings = re.findall(r"^#+ (.*)$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE)
-            assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+            headings = re.findall(r"^#+ (.*)$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+            assert not anchor or anchor in anchors
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     drawn = importlib.import_module("gallery").drawings()
     shown = {name.removeprefix("figures/"): alt for alt, name, _ in pictures}
@@ -91,7 +92,8 @@ def test_pictures_of_the_gallery(monkeypatch):
 
 def points(svg):
     """What a drawing says, and where its marks are, to a tenth of a pixel."""
-    return re.findall(rb"<text[^>]*>([^<]*)", svg), re.findall(rb'<use [^>]*x="(\d+\.?\d?)\d*" y="(\d+\.?\d?)', svg)
+    said = re.findall(rb"<text[^>]*>([^<]*)", svg)
+    return said, re.findall(rb'<use [^>]*x="(\d+\.?\d?)\d*" y="(\d+\.?\d?)', svg)
 
 
 def test_docstrings_become_restructured_text(conf):
@@ -103,8 +105,9 @@ def test_docstrings_become_restructured_text(conf):
 
 
 def test_sections_of_docstrings_keep_their_form(conf):
-    lines = ["Text.", "", "Args:", "    step_size: of `x_y` and a_b,", "        2 * a.", "", "Returns:", "    [B] x_adv", ""]
-    assert conf.restructured([*lines, "More:", "", ">>> f(*x)"]) == [
+    args = ["Args:", "    step_size: of `x_y` and a_b,", "        2 * a.", ""]
+    lines = ["Text.", "", *args, "Returns:", "    [B] x_adv", "", "More:", "", ">>> f(*x)"]
+    assert conf.restructured(lines) == [
         "Text.", "", "Args:", r"    step_size: of ``x_y`` and a\_b,", r"        2 \* a.", "", "Returns:",
         r"    [B] x\_adv", "", "More:", "", ">>> f(*x)",
     ]  # fmt: skip

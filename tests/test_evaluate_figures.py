@@ -86,7 +86,9 @@ def test_paired_of_nothing_knows_nothing():
     assert intervals.paired([], []) == (0.0, -1.0, 1.0)
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.0123, "+1.2"), (-0.2, "-20.0"), (0.0001, "0.0"), (-1e-9, "0.0")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0123, "+1.2"), (-0.2, "-20.0"), (0.0001, "0.0"), (-1e-9, "0.0")]
+)
 def test_points(value, text):
     assert intervals.points(value) == text
 

@@ -100,8 +100,9 @@ def test_a_quick_figure_beside_a_full_one_has_a_mark(tmp_path):
         assert document.row("full")[:5] == [shown(0.15), "–", shown(0.95), "–", "–"]
         assert document.row("short")[:5] == [shown(0.15) + " quick", "–", shown(0.95), "–", shown(0.4)]
         assert "sound protocol (sound-2)" in document.text and "quick attacks (quick-1)" in document.text
-        assert "the full one finds less" in document.text and "Differences" not in document.text
-    alone, _ = assert_sound_page(compare.compare([report.read(root), report.read(shutil.copytree(root, tmp_path / "b"))]), scripts=1)
+        assert "the full finds less" in document.text and "Differences" not in document.text
+    both = [report.read(root), report.read(shutil.copytree(root, tmp_path / "b"))]
+    alone, _ = assert_sound_page(compare.compare(both), scripts=1)
     assert "sound protocol (sound-2-quick)" in alone.text and alone.row("short")[0] == shown(0.15)
 
 
@@ -135,7 +136,8 @@ def test_differences_are_of_the_same_images(tmp_path, rng):
 
 def test_many_runs_are_held_against_the_best(tmp_path):
     records = [
-        kept(make(tmp_path / str(i), ("clean", "sound")), np.arange(N), np.arange(N) < 3 * i) for i in range(7)
+        kept(make(tmp_path / str(i), ("clean", "sound")), np.arange(N), np.arange(N) < 3 * i)
+        for i in range(7)
     ]
     rows = paired.rows(records, [f"run {i}" for i in range(7)])
     assert [row["runs"] for row in rows] == [f"run 6 minus run {i}" for i in range(6)]

@@ -20,8 +20,8 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 def paired(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float]:
     """(difference of two fractions of the same N examples, low, high): 95 %, Newcombe 1998, method 10.
 
-    `first` and `second` are bool [N], example by example. The ends are those of Wilson's intervals, put together
-    with the correlation that the pairs have; of N examples that agree everywhere an interval is left as well.
+    `first` and `second` are bool [N], example by example. The ends are those of Wilson's intervals, put
+    together with the correlation that the pairs have. Where all examples agree an interval is left as well.
 
     >>> intervals.paired([True, True, True, False], [True, False, False, False])[0]
     0.5

@@ -35,8 +35,8 @@ def compare(records: list[Record]) -> str:
     for name, record in zip(names, records, strict=True):
         said = words.verdict(record)
         rows.append({
-            "name": name, "data": record.data, "cells": _cells(record, radius, by_name), "answer": said.answer,
-            "answer_tone": said.answer_tone, "tone": said.tone, "status": _status(record),
+            "name": name, "data": record.data, "cells": _cells(record, radius, by_name),
+            "answer": said.answer, "answer_tone": said.answer_tone, "tone": said.tone, "status": _status(record),
         })  # fmt: skip
     title = f"{len(records)} runs compared"
     return page.render(
@@ -128,7 +128,7 @@ def _compare_notes(records, names, drawing):
             notes.append(f"The {tables.PROTOCOLS[name]} was not run in {', '.join(without)}.")
     if any(len(_versions(records, name)) > 1 for name in ("paper", "sound")):
         notes.append(
-            "A figure marked quick is of the same protocol with few steps and queries: the full one finds less."
+            "A figure marked quick is of the same protocol with few steps and queries: the full finds less."
         )
     sets = {(r.data, r.config["data"].get("sha")) for r in records}
     if len(sets) > 1 or len({words.subset(r) for r in records if r.results}) > 1:

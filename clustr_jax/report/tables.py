@@ -13,7 +13,7 @@ PROTOCOLS = {"paper": "paper's protocol", "sound": "sound protocol"}
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A percentage with its 95 % interval, "" where it has none; `span` columns wide; `mark` is a word on it."""
+    """A percentage with its 95 % interval ("": none), `span` columns wide; `mark` is a word on it."""
 
     value: str
     interval: str = ""

@@ -125,8 +125,8 @@ def _method(name, workdir):
     """UserError for one that this process does not know: a user's own is known where its file was read."""
     if name not in METHODS:
         raise UserError(
-            f"{workdir} was trained by the method {str(name)[:100]!r}, which is not known here; import the file "
-            f"that enters it into METHODS first (docs/own_method.md)"
+            f"{workdir} was trained by the method {str(name)[:100]!r}, which is not known here; import the "
+            f"file that enters it into METHODS first (docs/own_method.md)"
         )
     return METHODS[name]
 
