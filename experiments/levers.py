@@ -184,9 +184,12 @@ def main() -> int:
         return 2
     for name in names:
         target = ROOT / RESULTS / f"{name}-{args.seed}.json"
-        commands = [warm_command(warm(name), args.seed), command(name, args.seed)]
+        commands = [command(name, args.seed)]
+        start = ROOT / RUNS / f"{warm(name)}-{args.seed}"
+        if Workdir(start).finished("2_train") is None:
+            commands.insert(0, warm_command(warm(name), args.seed))
         if name in _FIRST:
-            commands.insert(1, command(_FIRST[name], args.seed))
+            commands.insert(-1, command(_FIRST[name], args.seed))
         if args.list:
             print(*("python " + " ".join(words) for words in commands), sep="\n")
             continue
