@@ -36,7 +36,8 @@ def compare(records: list[Record]) -> str:
         said = words.verdict(record)
         rows.append({
             "name": name, "data": record.data, "cells": _cells(record, radius, by_name),
-            "answer": said.answer, "answer_tone": said.answer_tone, "tone": said.tone, "status": _status(record),
+            "answer": said.answer, "answer_tone": said.answer_tone, "tone": said.tone,
+            "status": _status(record),
         })  # fmt: skip
     title = f"{len(records)} runs compared"
     return page.render(
