@@ -50,7 +50,7 @@ def accuracy_table(record: Record) -> dict | None:
     parts = []
     for row in terminal.comparison(found) if found else ():
         cells = [cell(row.claim), cell(row.paper, row.n), cell(row.sound, row.n)]
-        if row.kind == "all" and cells[1]:  # of no protocol
+        if row.kind == "all" and cells[1]:  # clean accuracy of all images belongs to no protocol
             cells[1:] = [dataclasses.replace(cells[1], span=2)]
         if row.kind == "part":
             parts.append(row)

@@ -62,7 +62,7 @@ def _groups():
 
 def _left(group):
     for limit, usage in _FILES:
-        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        with contextlib.suppress(OSError, ValueError):  # the file says "max" where there is no limit
             most = int((group / limit).read_text())
             return [max(0, most - int((group / usage).read_text()) + _reclaimable(group))]
     return []
