@@ -4,14 +4,18 @@ The attack is then held to what every attack of the registry is held to, the met
 file of the method is trained from the command line.
 """
 
+import dataclasses
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 import test_objectives
 import test_registry
+from clustr_jax import attacks
+from clustr_jax.attacks import scheduler
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.storage import loading
 from clustr_jax.training.objectives import METHODS
@@ -50,6 +54,21 @@ def test_the_entry_is_what_every_entry_is(attack):
     test_registry.test_gradients_are_taken_where_the_entry_says_so(entry)
     test_registry.test_it_reads_the_settings_that_it_names_and_no_others(entry)
     test_registry.test_what_it_needs(entry)
+
+
+def test_an_entry_runs_beside_the_names(attack):
+    """And what it broke bears its name, however long; one that wants a step size is refused."""
+    result, entry = attack["result"], attack["entry"]
+    assert set(result.broken_by) == {"", "clean", "apgd-ce", "momentum"}
+    key, model, x, y = jax.random.key(0), attack["model"], attack["x"], attack["y"]
+    scheduler.verify_inside(result.x_adv, x, 0.1, "linf", (0.0, 1.0))
+    assert ((np.asarray(model(result.x_adv)).argmax(axis=1) == y) == result.robust).all()
+    named = dataclasses.replace(entry, name="momentum-with-a-long-name")
+    alone = attacks.autoattack(key, model, x, y, eps=0.1, attacks=(named,))
+    assert set(alone.broken_by) == {"", "clean", "momentum-with-a-long-name"}
+    with pytest.raises(UserError, match="'momentum' reads a step size"):
+        wanting = dataclasses.replace(entry, settings=("steps", "step_size"))
+        attacks.autoattack(key, model, x, y, eps=0.1, attacks=(wanting,))
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import attack_losses, resuming
+from clustr_jax.attacks import attack_losses, resuming, user_losses
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.calls import SLOTS, STOPPED, attack_alone, common_of, planned, prepare, run_plan
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.options import whole
-from clustr_jax.attacks.registry import ATTACKS, PARAMETER_FREE, QUERIES, STANDARD, STEPS, Budget
+from clustr_jax.attacks.registry import ATTACKS, PARAMETER_FREE, QUERIES, STANDARD, STEPS, Budget, Entry
 from clustr_jax.attacks.square import Square
 from clustr_jax.attacks.targets import check_ranking
 from clustr_jax.attacks.watching import Interrupted
@@ -51,7 +51,7 @@ def autoattack(
     eps: float,
     norm: str = "linf",
     bounds: tuple[float, float] | None = (0.0, 1.0),
-    attacks: tuple[str, ...] = STANDARD,
+    attacks: tuple[str | Entry, ...] = STANDARD,
     rescale_schedule: bool = False,
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
@@ -76,7 +76,7 @@ def autoattack(
         eps: radius of the ball, in the units of the pixels: 8/255, not 8.
         norm: "linf" or "l2".
         bounds: box of the pixels, (low, high); None for no box.
-        attacks: names in order, of `registry.PARAMETER_FREE`.
+        attacks: names in order, of `registry.PARAMETER_FREE`; a `registry.Entry` is an attack of your own.
         rescale_schedule: of Square, as in `square`; False is AutoAttack's "standard" (`resc_schedule`).
         ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
         slots: images that the device works on at once: they decide the memory.
@@ -108,7 +108,7 @@ def autoattack(
             f"attacks must name one or more of {known}, got {attacks!r}; without any, nothing is "
             f"attacked and every image counts as robust"
         )
-    unknown = [name for name in attacks if name not in PARAMETER_FREE]
+    unknown = [name for name in attacks if not isinstance(name, Entry) and name not in PARAMETER_FREE]
     if unknown:
         raise UserError(f"attacks: unknown {unknown[0]!r}; known: {known}")
     place = resuming.usable(folder)
@@ -123,13 +123,13 @@ def autoattack(
         queries=QUERIES,
         rescale_schedule=bool(rescale_schedule),
     )
-    plans = []
-    for entry in (ATTACKS[name] for name in attacks):
+    plans, entries = [], [ATTACKS[a] if isinstance(a, str) else a for a in attacks]
+    for entry in entries:
         entry.check(shape=x.shape, classes=logits.shape[1], norm=given.norm)
-        attack = entry.make(budget, None)
+        attack = user_losses.of_attack(_made(entry, budget), slots, logits.shape[1], y)
         plans.append(planned(entry.name, attack, given, logits, entry.targets, entry.restarts, slots))
     kept = resuming.begin(place, given, logits, plans, slots, "autoattack")
-    broken_by = np.where(alive, "", "clean").astype("U16")
+    broken_by = np.where(alive, "", "clean").astype(f"U{max(16, *(len(e.name) for e in entries))}")
     notes = (given.note,) if given.note else ()
     x_adv = x.copy()
     for number, plan in enumerate(plans):
@@ -148,6 +148,15 @@ def autoattack(
             raise Interrupted(found, STOPPED + stopped)
     kept.clear()
     return AutoAttackResult(x_adv, alive, broken_by, notes)
+
+
+def _made(entry, budget):
+    if "step_size" in entry.settings:
+        raise UserError(
+            f"attack {entry.name!r} reads a step size, and autoattack has none to give; choose it in the "
+            f"entry's `make`, by the budget's eps, and leave it out of `settings`"
+        )
+    return entry.make(budget, None)
 
 
 @promoting
