@@ -3,7 +3,7 @@
 # ARGS=... is passed on: make run ARGS="--config=configs/cifar10.py:trades", make test ARGS="-k pgd -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow test-long test-doors test-wheel faults lint format docs notebooks prepare-tf clean
+.PHONY: help setup run demo test test-slow test-long test-doors test-wheel faults lint format docs notebooks prepare-tf clean
 
 ifndef ACCEL
 ACCEL := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda12 || echo cpu)
@@ -85,6 +85,9 @@ $(INSTALLED_DOCS): requirements-docs.txt $(INSTALLED)
 
 run: $(INSTALLED)  ##1 train and evaluate digits, ClusTR + QTRADES: a few minutes
 	$(PY) run.py $(ARGS)
+
+demo: $(INSTALLED)  ##1 the paper's recipe at the paper's number of updates, attacked twice: two minutes
+	$(PY) examples/demo.py $(ARGS)
 
 # Most of their time is compilation: they do without XLA's optimiser, which the slow tests have.
 test test-doors: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0

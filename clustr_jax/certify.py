@@ -34,11 +34,18 @@ _BISECTIONS = 30
 
 
 def sound_rules(k: int, nearest: int) -> tuple[str, ...]:
-    """The rules whose radii hold for K clusters per class of which the D = `nearest` are deployed (0: all).
+    """The rules whose radii hold for K clusters per class of which the D = `nearest` are deployed.
 
     They must hold for its log scores too, which are Eq. 4 with all clusters. With K = 1 every rule decides by
     the nearest centroid. Otherwise `hard` is about another rule than any that is asked here, and `soft` about
     another than the one deployed, unless that is Eq. 4 with all.
+
+    Args:
+        k: clusters of each class.
+        nearest: D; 0 for all.
+
+    Returns:
+        names of RULES.
 
     >>> certify.sound_rules(1, 20), certify.sound_rules(2, 0), certify.sound_rules(2, 20)
     (('hard', 'soft', 'any_d'), ('soft', 'any_d'), ('any_d',))
@@ -59,13 +66,24 @@ def radius(
 ) -> Float[np.ndarray, "B"]:
     """l2 radius (units of x) within which every input is still classified as y; 0 where none is certain.
 
-    z are the embeddings f(x), `lipschitz` an upper bound of |f(x) - f(x')| / |x - x'| (see
-    `clustr_jax.lipschitz`). `rule` says which classifier is certified (RULES); "paper" is kept for
-    comparison and is not sound. `rounding` allows for float32: features are taken to be off by
-    `rounding` x the largest norm of a feature or centroid, squared distances by that share of
-    themselves, and sums over clusters by some units in the last place of 1; 0 certifies exact
-    arithmetic. Ties and misclassified examples get 0. Radii are rounded down. Raises UserError for a
-    bound that is not positive and finite, an unknown rule, and shapes that do not fit.
+    Ties and misclassified examples get 0. Radii are rounded down. Proofs: docs/certificates.md.
+
+    Args:
+        clusters: the head.
+        z: embeddings f(x) [B, E].
+        y: labels [B].
+        lipschitz: upper bound of |f(x) - f(x')| / |x - x'| in l2 (see `clustr_jax.lipschitz`); it has no
+            default.
+        rule: which classifier is certified (RULES); "paper" is kept for comparison and is not sound.
+        rounding: allows for float32. Features are taken to be off by `rounding` x the largest norm of a
+            feature or centroid, squared distances by that share of themselves, and sums over clusters by some
+            units in the last place of 1; 0 certifies exact arithmetic.
+
+    Returns:
+        radii [B], float32.
+
+    Raises:
+        UserError: for a bound that is not positive and finite, an unknown rule, and shapes that do not fit.
 
     >>> c = Clusters(jnp.array([[[0.0, 0.0]], [[4.0, 0.0]]]), jnp.float32(1.0))  # bisector at z_0 = 2
     >>> z, y = np.array([[0.5, 0.0], [1.0, 7.0], [3.0, 0.0]]), np.array([0, 0, 0])
@@ -87,6 +105,16 @@ def radius(
 
 def accuracy(radii: Float[np.ndarray, "B"], r: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R"]:
     """Certified accuracy at each radius: the fraction of examples certified beyond it (r = 0: at all).
+
+    Args:
+        radii: [B], of `radius`.
+        r: [R], in the same units.
+
+    Returns:
+        fractions [R].
+
+    Raises:
+        UserError: for negative radii and for NaN.
 
     >>> print(certify.accuracy(np.array([0.0, 0.1, 0.3, 0.4]), np.array([0.0, 0.2, 0.3])))
     [0.75 0.5  0.25]

@@ -196,12 +196,26 @@ def fit(
     n_init: int = 1,
     max_iter: int = 20,
 ) -> Clusters:
-    """k-means++ of each class's embeddings -> Clusters.
+    """k-means++ of each class's embeddings.
 
-    sigma^2 is the sum of the squared distances to the nearest own-class centroids, divided by N - 1
-    (paper Eq. 3). Raises UserError where a class has fewer than k members, for embeddings that are not finite
-    and for labels that are no classes; a class with fewer than k *distinct* embeddings gets fewer clusters
-    (`mask`). Not inside jit: the labels decide the shapes.
+    sigma^2 is the sum of the squared distances to the nearest own-class centroids, divided by N - 1 (paper
+    Eq. 3). A class with fewer than k *distinct* embeddings gets fewer clusters (`mask`).
+
+    Args:
+        key: of `jax.random.key`.
+        z: embeddings [N, E].
+        y: labels [N].
+        num_classes: Y.
+        k: clusters of each class; one number, or one for each class.
+        n_init: seedings, of which the best wins.
+        max_iter: Lloyd iterations, at most.
+
+    Returns:
+        `Clusters` of centroids [Y, K, E].
+
+    Raises:
+        UserError: where a class has fewer than k members, for embeddings that are not finite, for labels that
+            are no classes, and inside jit (the labels decide the shapes).
 
     >>> z = jnp.array([[0.0, 0.0], [0.0, 1.0], [5.0, 0.0], [5.0, 1.0]])  # [N=4, E=2]
     >>> c = clusters.fit(jax.random.key(0), z, jnp.array([0, 0, 1, 1]), num_classes=2, k=1)
@@ -221,7 +235,13 @@ def fit_assign(
     n_init: int = 1,
     max_iter: int = 20,
 ) -> tuple[Clusters, Int[Array, "N"]]:
-    """As `fit`, with the cluster of each example: class * K + the nearest of its own class.
+    """As `fit`, with the cluster of each example.
+
+    Args:
+        key, z, y, num_classes, k, n_init, max_iter: as in `fit`.
+
+    Returns:
+        `Clusters`, and class * K + the nearest of its own class [N].
 
     >>> z = jnp.array([[0.0, 0.0], [5.0, 1.0], [0.0, 1.0], [5.0, 0.0]])
     >>> y = jnp.array([0, 1, 0, 1])
@@ -295,10 +315,20 @@ def of_linear_head(
 
     -|z - mu_c|^2 / 2 s = z.mu_c / s - |mu_c|^2 / 2 s + a term of z alone, so with mu_c = s (w_c + u) it is
     the linear head's logit wherever s |w_c + u|^2 / 2 + b_c is the same for all classes: Y - 1 linear
-    equations in u for every s > 0. Of their solutions this is the one that minimises
-    sum_c |mu_c - means_c|^2, in closed form and float64. `means` are those of the classes' embeddings; the
-    variance is s and not that of Eq. 3. Raises UserError where the differences of the classes' weights
-    do not span Y - 1 dimensions (as with E < Y - 1), or do not point to the classes' means.
+    equations in u for every s > 0. Of their solutions this is the one that minimises sum_c |mu_c -
+    means_c|^2, in closed form and float64. The variance is s and not that of Eq. 3.
+
+    Args:
+        kernel: weights [E, Y] of the linear head.
+        bias: its [Y].
+        means: of the classes' embeddings [Y, E].
+
+    Returns:
+        `Clusters` of centroids [Y, 1, E].
+
+    Raises:
+        UserError: where the differences of the classes' weights do not span Y - 1 dimensions (as with E < Y -
+            1), or do not point to the classes' means.
 
     >>> kernel, bias = jnp.array([[1.0, -1.0], [0.0, 2.0]]), jnp.array([[0.5, 0.0]])  # [E=2, Y=2]
     >>> c = clusters.of_linear_head(kernel, bias[0], means=jnp.array([[3.0, 0.0], [0.0, 4.0]]))
@@ -337,7 +367,7 @@ def of_linear_head(
 
 
 def with_variance(clusters: Clusters, z: Float[Array, "N E"], y: Int[Array, "N"]) -> Clusters:
-    """The same centroids with the variance of these embeddings (paper Eq. 3).
+    """The same centroids with the variance of these embeddings z [N, E], labels y [N] (paper Eq. 3).
 
     >>> c = Clusters(jnp.array([[[0.0]], [[5.0]]]), jnp.float32(1.0))
     >>> z, y = jnp.array([[1.0], [4.0], [7.0]]), jnp.array([0, 1, 1])

@@ -181,18 +181,36 @@ def judge(
     audit: bool = False,
     settings: EvalSettings | None = None,
 ) -> Judgement:
-    """The robust accuracy of a model on images x [N, ...] and labels y [N], and whether it can be believed.
+    """The robust accuracy of a model on these images, and whether it can be believed.
 
-    `model` is a function of images -> logits [B, Y], a model of nnx, linen (bound), equinox, haiku, Keras 3
-    or HuggingFace Flax (`attacks.wrap` says what it takes), or a `Classifier`. A protocol of many attacks
-    runs on all images, then the checks look for reasons to distrust it; what cannot be looked at says SKIP
-    and why. With a `folder` the same call goes on where it was interrupted, bit for bit, its results are
-    saved there, and once it is done the same call reads them. `audit` runs the protocol once more with
-    another seed, order and number of slots. `progress` None tells a terminal what is going on, True any
-    stderr, and a function gets the lines. `slots` images are attacked side by side: they decide the memory.
-    What it takes is said in one line before it starts, and there are fewer slots where they would not fit.
-    `settings` are other budgets, and the protocol is then called ...-custom. Raises UserError for bad input
-    and for models whose logits are no function of the image, attacks.Interrupted on Ctrl-C.
+    A protocol of many attacks runs on all images, then the checks look for reasons to distrust it; what
+    cannot be looked at says SKIP and why.
+
+    Args:
+        model: a function of images -> logits [B, Y], a model of nnx, linen (bound), equinox, haiku, Keras 3
+            or HuggingFace Flax (`attacks.wrap` says what it takes), or a `Classifier`.
+        x: images [N, ...], pixels in `bounds`.
+        y: labels [N].
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        norm: "linf" or "l2".
+        protocol: "sound-3" (docs/attacks.md).
+        bounds: box of the pixels, (low, high); None for no box.
+        ids: numbers of the images in their data set [N], which randomness goes by; default 0 to N - 1.
+        folder: saves the results here, and records on the way. The same call goes on where it was
+            interrupted, bit for bit, and reads the results once it is done.
+        progress: None tells a terminal what is going on, True any stderr; a function gets the lines.
+        seed: of all draws.
+        slots: images that are attacked side by side: they decide the memory. What it takes is said in one
+            line before it starts, and there are fewer where they would not fit.
+        audit: runs the protocol once more with another seed, order and number of slots.
+        settings: other budgets; the protocol is then called ...-custom.
+
+    Returns:
+        a `Judgement`.
+
+    Raises:
+        UserError: for bad input, and for models whose logits are no function of the image.
+        Interrupted: on Ctrl-C (`attacks.Interrupted`).
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)

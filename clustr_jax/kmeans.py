@@ -35,15 +35,27 @@ def kmeans(
     max_iter: int = 20,
     limit: Int[Array, ""] | None = None,
 ) -> KMeans:
-    """Cluster the points where `mask` is True; the best inertia of `n_init` seedings wins.
+    """Greedy k-means++ and Lloyd's algorithm on the points where `mask` is True.
 
-    `limit` (traced) uses only the first so many of the k clusters: classes with different numbers
-    of clusters share one compilation.
+    Inertia is the sum of squared distances to the assigned centroid. A cluster that loses all its members
+    moves to the point that is farthest from its centroid. float16, bfloat16 and whole numbers are computed in
+    float32.
 
-    Inertia is the sum of squared distances to the assigned centroid. A cluster that loses all its
-    members moves to the point that is farthest from its centroid. Masked-out points get
-    assignment -1 and count for nothing. float16, bfloat16 and whole numbers are computed in float32. Raises
-    UserError for points that are not [N, E] or not finite, and for a k that is no whole number above 0.
+    Args:
+        key: of `jax.random.key`.
+        points: [N, E].
+        k: clusters.
+        mask: [N]; a point where it is False gets assignment -1 and counts for nothing.
+        n_init: seedings, of which the best inertia wins.
+        max_iter: Lloyd iterations, at most.
+        limit: (traced) uses only the first so many of the k clusters: classes with different numbers of
+            clusters share one compilation.
+
+    Returns:
+        a `KMeans`: centroids [k, E], assignments [N], inertia [], valid [k].
+
+    Raises:
+        UserError: for points that are not [N, E] or not finite, and for a k that is no whole number above 0.
 
     >>> points = jnp.array([[0.0, 0.0], [0.0, 1.0], [9.0, 0.0], [9.0, 1.0]])  # [N=4, E=2]
     >>> km = kmeans(jax.random.key(0), points, 2)

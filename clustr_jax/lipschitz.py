@@ -24,7 +24,14 @@ _UP = 1 + 1e-6
 
 
 def bound(layers: list[tuple], input_shape: tuple[int, ...]) -> float:
-    """Upper bound of the constant of the composed layers, for inputs of this shape ([H, W, C] or [E]).
+    """Upper bound of the l2 Lipschitz constant of composed layers, from float64 singular values.
+
+    Args:
+        layers: tuples of a kind and its arrays; LAYERS has the kinds.
+        input_shape: [H, W, C] or [E].
+
+    Returns:
+        the bound, rounded up.
 
     >>> layers = [("dense", np.diag([3.0, 1.0])), ("dense", np.diag([0.5, 2.0]))]
     >>> print(round(lipschitz.bound(layers, (2,)), 3))  # 3 x 2; the product of the matrices has norm 2
@@ -132,11 +139,20 @@ def conv(
 ) -> float:
     """Upper bound of the norm of a zero-padded convolution of [H, W] images.
 
-    On a torus of at least size + padding (and of a multiple of the stride) the zero-padded convolution
-    is a part of the circular one: its input is embedded in zeros, some outputs are dropped. The
-    circular one decomposes over frequencies: with stride 1 its norm is the largest of the O x C
-    matrices K(w), with stride s the largest of the matrices [K(w + 2 pi m / s)]_m / s, whose s^2
-    frequencies fall together in the output.
+    On a torus of at least size + padding (and of a multiple of the stride) the zero-padded convolution is a
+    part of the circular one: its input is embedded in zeros, some outputs are dropped. The circular one
+    decomposes over frequencies: with stride 1 its norm is the largest of the O x C matrices K(w), with stride
+    s the largest of the matrices [K(w + 2 pi m / s)]_m / s, whose s^2 frequencies fall together in the
+    output.
+
+    Args:
+        kernel: [k, k, C, O].
+        size: (H, W) of the input.
+        stride: of the convolution.
+        padding: zeros on each side.
+
+    Returns:
+        the bound.
 
     >>> blur = np.full((3, 3, 1, 1), 1 / 9)  # [k, k, C, O]: the mean of 3 x 3 pixels never lengthens
     >>> print(round(lipschitz.conv(blur, (8, 8), padding=1), 6))
@@ -165,12 +181,19 @@ def _largest(matrices: np.ndarray) -> float:
 def jacobian_norm(
     f: Callable, x: Float[Array | np.ndarray, "B ..."], *, steps: int = 20, seed: int = 0
 ) -> Float[np.ndarray, "B"]:
-    """Lower bounds of the Lipschitz constant of f: |J u| / |u| at each x, u from `steps` power iterations.
+    """Lower bounds of the Lipschitz constant of f: |J u| / |u| at each x, u from power iterations.
 
-    f maps [B, ...] to [B, E], each example on its own. Of a jax.tree_util.Partial the arrays are traced;
-    any other function is compiled at each call, for what it holds may have changed.
-    Any u gives a lower bound; more steps only raise it. float32, 1e-5 of the value taken off for its
-    rounding.
+    Any u gives a lower bound; more steps only raise it.
+
+    Args:
+        f: maps [B, ...] to [B, E], each example on its own. Of a jax.tree_util.Partial the arrays are traced;
+            any other function is compiled at each call, for what it holds may have changed.
+        x: [B, ...].
+        steps: power iterations.
+        seed: of the first u.
+
+    Returns:
+        [B] float32, 1e-5 of the value taken off for its rounding.
 
     >>> matrix = jnp.diag(jnp.array([3.0, 1.0]))
     >>> print(lipschitz.jacobian_norm(lambda x: x @ matrix, jnp.ones((2, 2))))
@@ -215,8 +238,18 @@ def planar(
 ) -> float:
     """The Lipschitz constant of a ReLU network with one hidden layer on the plane, or on a ball of it.
 
-    The largest norm of W2 diag(s) W1 over the linear regions s that exist, or that meet the ball: exact
-    (up to float64 in telling apart lines that meet in one point).
+    The largest norm of W2 diag(s) W1 over the linear regions s that exist, or that meet the ball: exact (up
+    to float64 in telling apart lines that meet in one point).
+
+    Args:
+        first: W1 [2, H].
+        bias: [H], of the hidden layer.
+        second: W2 [H, E].
+        centre: of the ball [2]; None for the origin.
+        radius: of the ball; infinite for the plane.
+
+    Returns:
+        the constant.
 
     >>> first, second = np.array([[1.0, -1.0], [0.0, 0.0]]), np.ones((2, 1))  # relu(x) + relu(-x) = |x|
     >>> print(lipschitz.planar(first, np.zeros(2), second))

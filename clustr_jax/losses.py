@@ -22,7 +22,14 @@ MIN_VARIANCE = 1e-12
 
 
 def cross_entropy(logits: Float[Array, "B Y"], y: Int[Array, "B"] | Float[Array, "B Y"]) -> Float[Array, "B"]:
-    """Cross entropy in nats; `y` holds labels [B] or target probabilities [B, Y].
+    """Cross entropy in nats.
+
+    Args:
+        logits: [B, Y].
+        y: labels [B], or target probabilities [B, Y].
+
+    Returns:
+        the loss of each example [B].
 
     >>> z = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])  # [B=2, Y=3]
     >>> print(losses.cross_entropy(z, jnp.array([0, 1])))  # one value per example
@@ -49,6 +56,14 @@ def smoothed_cross_entropy(
 
     (1 - smoothing) times the cross entropy to the label, plus smoothing times the mean over the classes.
 
+    Args:
+        logits: [B, Y].
+        y: labels [B].
+        smoothing: the share, in [0, 1].
+
+    Returns:
+        the loss of each example [B], in nats.
+
     >>> z = jnp.array([[2.0, 0.0, 0.0]])
     >>> print(losses.smoothed_cross_entropy(z, jnp.array([0]), 0.3))  # 0.7 x 0.24 + 0.3 x 1.573
     [0.64]
@@ -60,6 +75,13 @@ def smoothed_cross_entropy(
 def kl(logits: Float[Array, "B Y"], probs: Float[Array, "B Y"]) -> Float[Array, "B"]:
     """KL(probs || softmax(logits)) in nats, with 0 log 0 = 0.
 
+    Args:
+        logits: [B, Y].
+        probs: [B, Y].
+
+    Returns:
+        the divergence of each example [B].
+
     >>> z = jnp.log(jnp.array([[0.25, 0.75]]))  # log probabilities are logits as well
     >>> print(losses.kl(z, jnp.array([[0.5, 0.5]])))
     [0.144]
@@ -70,6 +92,12 @@ def kl(logits: Float[Array, "B Y"], probs: Float[Array, "B Y"]) -> Float[Array, 
 
 def negative_entropy(probs: Float[Array, "B Y"]) -> Float[Array, "B"]:
     """sum_c p_c log p_c in nats, with 0 log 0 = 0 and gradient 0 there.
+
+    Args:
+        probs: [B, Y].
+
+    Returns:
+        of each example [B].
 
     >>> print(losses.negative_entropy(jnp.array([[0.5, 0.5], [1.0, 0.0]])))
     [-0.693  0.   ]
@@ -83,8 +111,15 @@ def negative_entropy(probs: Float[Array, "B Y"]) -> Float[Array, "B"]:
 def margin(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]:
     """max_{c != y} z_c - z_y: positive where the example is misclassified, but for ties (CW loss).
 
-    For a nearest-centroid head its gradient has no factor that vanishes for confident examples,
-    which cross entropy has (docs/fidelity.md, "why the paper's attack is blind").
+    For a nearest-centroid head its gradient has no factor that vanishes for confident examples, which cross
+    entropy has (docs/fidelity.md, "why the paper's attack is blind").
+
+    Args:
+        logits: [B, Y].
+        y: labels [B].
+
+    Returns:
+        the margin of each example [B].
 
     >>> z = jnp.array([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
     >>> print(losses.margin(z, jnp.array([0, 0])))  # the first is right by 1, the second wrong by 3
@@ -97,7 +132,14 @@ def margin(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]
 
 
 def dlr(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]:
-    """Difference of logits ratio (Croce & Hein 2020, eq. 6): scale-free margin; needs Y >= 3.
+    """Difference of logits ratio (Croce & Hein 2020, eq. 6): a margin without a scale.
+
+    Args:
+        logits: [B, Y], of three classes or more.
+        y: labels [B].
+
+    Returns:
+        of each example [B].
 
     >>> z = jnp.array([[4.0, 3.0, 0.0]])
     >>> print(losses.dlr(z, jnp.array([0])), losses.dlr(100 * z, jnp.array([0])))  # no scale
@@ -110,12 +152,19 @@ def dlr(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]:
 
 
 def probability_margin(logits: Float[Array, "B Y"], y: Int[Array, "B"]) -> Float[Array, "B"]:
-    """2 artanh(p_c - p_y): the margin of the probabilities p = softmax(logits), c the likeliest other class.
+    """2 artanh(p_c - p_y), p = softmax(logits), c the likeliest other class: the margin of probabilities.
 
     What the probability margin attack (Xie et al. 2025) climbs: positive where `margin` is, and with the
     direction of the gradient of p_c - p_y. That difference itself is -1 in float32, with gradient 0, beyond a
     logit margin of 17. This is log(1 + p_c - p_y) - log(1 - p_c + p_y), each a logsumexp in which nothing
     cancels. Of two classes it is `margin`; dividing p_c - p_y by p_c + p_y would make it so for all.
+
+    Args:
+        logits: [B, Y].
+        y: labels [B].
+
+    Returns:
+        of each example [B].
 
     >>> z = jnp.array([[2.0, 0.0, 1.0], [300.0, 0.0, 0.0]])
     >>> print(losses.probability_margin(z, jnp.array([0, 0])))
@@ -158,6 +207,13 @@ def _without(logits, y):
 def distances(a: Float[Array, "N E"], b: Float[Array, "M E"]) -> Float[Array, "N M"]:
     """Euclidean distances of all pairs, with gradient 0 instead of NaN where two points coincide.
 
+    Args:
+        a: [N, E].
+        b: [M, E].
+
+    Returns:
+        [N, M].
+
     >>> print(losses.distances(jnp.zeros((1, 2)), jnp.array([[3.0, 4.0], [0.0, 0.0]])))
     [[5. 0.]]
     """
@@ -184,19 +240,28 @@ def magnet_loss(
     """Magnet loss (paper Eq. 3) of a batch of M clusters x S samples, in the log domain.
 
     Means and variance are those of the batch (Rippel et al. 2016), and gradients flow through both:
-    loss = relu(alpha + d_own^2 / 2 sigma^2 + log sum_{clusters of other classes} exp(-d^2 / 2 sigma^2)),
-    sigma^2 = sum d_own^2 / (count - 1), the trace of the within-cluster covariance.
-    Masked entries have loss 0 and take no part in means and variance; a row without members takes
-    none at all; without a cluster of another class the loss is 0. `eps` > 0 is the authors' form
-    relu(-log(numerator / (denominator + eps) + eps)), whose gradient dies for hard examples
-    (docs/fidelity.md, hinge). `surplus` adds so many terms exp(0) to the sum; what the authors log has both.
 
-    `radius` > 0 (of the features, l2) adds radius |mu - mu_own| / sigma^2 to each exponent: a bound of
-    the loss over all shifts of z within it, means and variance held (docs/certificates.md).
-    `sharpness` divides the variance of the loss: sigma^2 is a trace over E dimensions, so that the
-    features of a 1-Lipschitz network would hardly tell clusters apart at 1.
+        loss = relu(alpha + d_own^2 / 2 sigma^2 + log sum_{clusters of other classes} exp(-d^2 / 2 sigma^2))
+        sigma^2 = sum d_own^2 / (count - 1), the trace of the within-cluster covariance
 
-    Returns (loss [M, S], variance []).
+    Without a cluster of another class the loss is 0.
+
+    Args:
+        z: embeddings [M, S, E].
+        classes: of the clusters [M].
+        alpha: the margin, in nats.
+        mask: [M, S]; entries where it is False have loss 0 and take no part in means and variance, and a row
+            without members takes none at all.
+        eps: above 0 the authors' form relu(-log(numerator / (denominator + eps) + eps)), whose gradient dies
+            for hard examples (docs/fidelity.md, hinge).
+        surplus: adds so many terms exp(0) to the sum; what the authors log has both.
+        radius: (of the features, l2) adds radius |mu - mu_own| / sigma^2 to each exponent: a bound of the
+            loss over all shifts of z within it, means and variance held (docs/certificates.md).
+        sharpness: divides the variance of the loss. sigma^2 is a trace over E dimensions, so that the
+            features of a 1-Lipschitz network would hardly tell clusters apart at 1.
+
+    Returns:
+        the loss of each example [M, S], and sigma^2 [].
 
     Two clusters of two samples with one feature: what is 12.5 nats nearer to its own mean costs nothing.
 
@@ -242,10 +307,19 @@ def magnet_loss_of_rows(
     sharpness: float = 1.0,
     total: Callable = lambda x: x,
 ) -> tuple[Float[Array, "B"], Float[Array, ""]]:
-    """`magnet_loss` of examples in any order, `row` saying which of the M clusters each belongs to.
+    """`magnet_loss` of examples in any order, or of a part of the batch.
 
-    They may be a part of the batch, if `total` adds up over all parts: means and variance are then those
-    of the whole batch, for the price of M (E + 1) + 1 numbers.
+    Args:
+        z: embeddings [B, E].
+        row: which of the M clusters each belongs to [B].
+        classes: of the clusters [M].
+        mask: [B].
+        alpha, eps, surplus, radius, sharpness: as in `magnet_loss`.
+        total: adds up over all parts of the batch: means and variance are then those of the whole, for the
+            price of M (E + 1) + 1 numbers.
+
+    Returns:
+        the loss of each example [B], and sigma^2 [].
 
     >>> z, row = jnp.array([[5.0], [0.0], [7.0], [2.0]]), jnp.array([1, 0, 1, 0])  # [B=4, E=1]
     >>> loss, variance = losses.magnet_loss_of_rows(

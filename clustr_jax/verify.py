@@ -25,12 +25,22 @@ __all__ = ["Verification", "verify"]
 
 
 def verify(folder: str | pathlib.Path, model: Callable | Any = None) -> Verification:
-    """What the files of a judgement say, measured again. `.ok`, and printed line by line.
+    """What the files of a judgement say, measured again: ball, box, labels, hashes, counts.
 
-    With `model`, a function of images [B, ...] (as they were judged) -> logits [B, Y] (or a View, with the
-    deployed rule), or a Classifier, every image that counts as right has to be classified correctly, and
-    every adversarial one misclassified. Logits have to be finite. Of each kind one image, or 1 %, may be a
-    tie: its two best scores differ by less than 1e-5 of them. UserError where the folder has no judgement.
+    NumPy alone, but for what the model needs. Of images that count as right and of adversarial ones one, or 1
+    %, may be a tie: its two best scores differ by less than 1e-5 of them.
+
+    Args:
+        folder: what `judge(..., folder=)` or `Judgement.save` wrote.
+        model: a function of images [B, ...] (as they were judged) -> logits [B, Y] (or a View, with the
+            deployed rule), or a Classifier. Every image that counts as right then has to be classified
+            correctly, every adversarial one misclassified, and logits have to be finite.
+
+    Returns:
+        a `Verification`, whose `.ok` says whether all of it holds; printed line by line.
+
+    Raises:
+        UserError: where the folder has no judgement.
     """
     return witness.check(*witness.read(folder), model)
 

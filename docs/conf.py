@@ -2,7 +2,8 @@
 
 Pages are the Markdown files of this folder, which GitHub shows as well, so their links are those that work
 there. Two things are made before: docstrings, which use Markdown's backticks, are turned into
-reStructuredText, and the notebooks of examples/ into pages.
+reStructuredText (napoleon then makes lists of their Args, Returns and Raises), and the notebooks of examples/
+into pages.
 """
 
 import base64
@@ -19,13 +20,13 @@ sys.path.insert(0, str(ROOT))
 import clustr_jax  # noqa: E402
 
 project, release = "clustr_jax", clustr_jax.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 html_theme, html_title = "furo", f"clustr_jax {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_copyright = False
-pygments_style, pygments_dark_style = "tango", "monokai"
+pygments_style, pygments_dark_style = "a11y-high-contrast-light", "monokai"  # at least 4.5 to 1
 
 myst_heading_anchors = 3  # links to #headings, as on GitHub
 autodoc_member_order = "bysource"
@@ -33,24 +34,36 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 # what dataclasses and pytrees add to every class
 autodoc_default_options = {"members": True, "exclude-members": "replace"}
+napoleon_numpy_docstring = False
+napoleon_use_param = napoleon_use_rtype = False  # one entry may name several parameters
 smartquotes = False
 python_maximum_signature_line_length = 80
 default_role = "code"
 toc_object_entries_show_parents = "hide"
 
-# A repository's address, for links to files that are no pages; without one they are shown as their paths.
+# A repository's address, for links to files that are no pages; without one they lead to copies of the files.
 SOURCE = os.environ.get("DOCS_SOURCE", "")
 
 
 # Docstrings
 
 
+SECTIONS = ("Args:", "Returns:", "Raises:")
+
+
 def restructured(lines: list[str]) -> list[str]:
-    """A docstring with Markdown's `code`, as reStructuredText: everything else in it is plain text."""
-    found, previous = [], ""
+    """A docstring with Markdown's `code`, as reStructuredText: everything else in it is plain text.
+
+    Sections keep their form, for napoleon to read: what is indented there is text and no code.
+    """
+    found, previous, section = [], "", ""
     for line in lines:
         indented, example = line.startswith("    "), line.lstrip().startswith((">>>", "..."))
-        if example or indented or found_example(found):
+        if line and not indented:
+            section = line if line in SECTIONS else ""
+        if section:
+            found.append(entry(line) if section != "Returns:" else plain(line))
+        elif example or indented or found_example(found):
             if indented and not example and previous == "" and not in_literal(found):
                 found[-1:] = ["", "::", ""]
             found.append(line)
@@ -58,6 +71,13 @@ def restructured(lines: list[str]) -> list[str]:
             found.append(plain(line))
         previous = line
     return found
+
+
+def entry(line):
+    """A line of a section: the names before its colon are left as they are."""
+    names = re.match(r"    [\w, ]+:", line)
+    end = names.end() if names else 0
+    return line[:end] + plain(line[end:])
 
 
 def found_example(found):
@@ -152,7 +172,7 @@ def _tutorials(app):
 
 
 def links(text: str, place: pathlib.PurePath) -> str:
-    """Relative links of a page in `place` that leave docs/: to the repository, or their path as code.
+    """Relative links of a page in `place` that leave docs/: to the repository, or to a copy of the file.
 
     Those to notebooks go to the pages that are made of them.
     """
@@ -170,13 +190,32 @@ def links(text: str, place: pathlib.PurePath) -> str:
         name = file.relative_to(ROOT).as_posix()
         if SOURCE:
             return f"[{label}]({SOURCE}/{name}{'#' + anchor if anchor else ''})"
+        if file.is_file():
+            return f"{{download}}`{label.replace('`', '')} </../{name}>`"
         return f"{label} (`{name}`)" if label.strip("`") != name else f"`{name}`"
 
     return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", outside, text)
 
 
+# In a page: the pictures of the notebooks' outputs, which are files of the site alone.
+NOTEBOOKS = "<!-- notebooks -->"
+
+
+def pictures(folder: pathlib.Path) -> str:
+    """The pictures of the notebooks' pages, each a link to its page."""
+    found = []
+    for page in sorted(folder.glob("*.md")):
+        title = page.read_text(encoding="utf-8").splitlines()[0].strip("# ")
+        for alt, name in re.findall(r"!\[([^\]]*)\]\(([\w-]+\.png)\)", page.read_text(encoding="utf-8")):
+            place = f"/{folder.relative_to(DOCS).as_posix()}"
+            found.append(f"![{alt}]({place}/{name})\n\n[{title}]({place}/{page.name})")
+    return "\n\n".join(found)
+
+
 def _source(app, docname, source):
     source[0] = links(source[0], pathlib.PurePath(docname).parent)
+    if NOTEBOOKS in source[0]:
+        source[0] = source[0].replace(NOTEBOOKS, pictures(DOCS / "tutorials"))
 
 
 def setup(app):
@@ -186,4 +225,4 @@ def setup(app):
     app.connect("builder-inited", _tutorials)
     app.connect("source-read", _source)
     app.connect("autodoc-process-signature", _signature)
-    app.connect("autodoc-process-docstring", _docstring)
+    app.connect("autodoc-process-docstring", _docstring, priority=400)  # before napoleon

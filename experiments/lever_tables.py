@@ -18,6 +18,9 @@ def share(value: float, n: int) -> str:
 def levers() -> str:
     """What each finished row is worth: attacked are the same test images in every row."""
     rows = []
+    for path in sorted(FOLDER.glob("*.start.json")):
+        found = json.loads(path.read_text())
+        rows.append(["the start", str(found["seed"]), "0", f"{100 * found['clean']:.1f}", *[""] * 6])
     for path in sorted(FOLDER.glob("*-[0-9].json"), key=lambda p: json.loads(p.read_text())["updates"]):
         row = json.loads(path.read_text())
         last = row["curve"][-1]

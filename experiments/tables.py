@@ -185,6 +185,14 @@ def digits() -> str:
         [f"strongest single attack ({best})", "", percent(sound["attacks"][best]["robust"])],
         ["worst case", percent(paper["robust"]), f"**{percent(sound['robust'])}**"],
     ]
+    larger = read("levers/exp-510-0.json")
+    rows += [
+        [
+            f"CIFAR-10, clean {100 * larger['clean']:.1f}: worst case",
+            percent(larger["paper"]),
+            f"**{percent(larger['sound'])}**",
+        ]
+    ]
     return markdown(["digits, ClusTR + QTRADES", "paper's protocol", "sound protocol"], rows)
 
 

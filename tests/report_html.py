@@ -1,5 +1,7 @@
 """A page of the report as a browser and a screen reader see it."""
 
+import base64
+import hashlib
 import html.parser
 import re
 
@@ -60,8 +62,8 @@ class Document(html.parser.HTMLParser):
         return [" ".join(cell.split()) for cell in found[1:]]
 
 
-def assert_sound_page(text):
-    """Well formed, nothing from outside, and usable without eyes or a mouse."""
+def assert_sound_page(text, scripts=0):
+    """Well formed, nothing from outside, and usable without eyes or a mouse; `scripts` of its own."""
     document = Document(text)
     assert document.faults == []
     assert len(set(document.ids)) == len(document.ids)
@@ -73,7 +75,11 @@ def assert_sound_page(text):
                 assert target[1:] in document.ids, target
     style = re.search(r"<style>(.*?)</style>", text, re.S)
     assert style and "http" not in style[1] and "@import" not in style[1] and "url(" not in style[1]
-    assert text.count("<style") == 1 and "<script" not in text
+    assert text.count("<style") == 1 and text.count("<script") == scripts
+    for script in re.findall(r"<script>(.*?)</script>", text, re.S):  # runs by its hash, and no other does
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}'\">" in text and "http" not in script
+    assert ("script-src" in text) == bool(scripts)
     for image in document.all("img"):
         assert len(image["alt"]) > 5
     drawings = document.all("svg")

@@ -68,6 +68,34 @@ def test_links_of_pages():
             assert (page.parent / link).resolve().exists(), f"{page.name}: {link}"
 
 
+def test_pictures_of_the_gallery(monkeypatch):
+    """Each has a sentence with a link to the page that explains it; those of results are drawn from them."""
+    text = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"^!\[([^\]]+)\]\((figures/[^)]+)\)\n\n([^\n]*(?:\n[^\n]+)*)", text, re.MULTILINE)
+    assert len(pictures) == text.count("![") >= 7
+    for alt, name, said in pictures:
+        assert (ROOT / "docs" / name).is_file() and len(alt) > 20 and "](" in said
+        for page, anchor in re.findall(r"\]\((\w+\.md)(?:#([\w-]+))?\)", said):
+            headings = re.findall(r"^#+ (.*)$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+            assert not anchor or anchor in anchors
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    drawn = importlib.import_module("gallery").drawings()
+    shown = {name.removeprefix("figures/"): alt for alt, name, _ in pictures}
+    assert {name for name in shown if name.startswith("digits-")} == set(drawn)
+    for name, drawing in drawn.items():
+        alt = re.findall(r"[\d.]+(?= %)", shown[name])
+        assert set(alt) <= set(re.findall(r"[\d.]+(?= %)", drawing.alt)), name
+        there = (ROOT / "docs/figures" / name).read_bytes()
+        assert points(there) == points(drawing.svg), f"{name}: python experiments/gallery.py"
+
+
+def points(svg):
+    """What a drawing says, and where its marks are, to a tenth of a pixel."""
+    said = re.findall(rb"<text[^>]*>([^<]*)", svg)
+    return said, re.findall(rb'<use [^>]*x="(\d+\.?\d?)\d*" y="(\d+\.?\d?)', svg)
+
+
 def test_docstrings_become_restructured_text(conf):
     lines = ["|a|^2 of `x` and y_", "", "    code = 1 * 2", "    more", "", ">>> f(*x)", "[1 *]", "", "End."]
     assert conf.restructured(lines) == [
@@ -76,9 +104,20 @@ def test_docstrings_become_restructured_text(conf):
     ]  # fmt: skip
 
 
+def test_sections_of_docstrings_keep_their_form(conf):
+    args = ["Args:", "    step_size: of `x_y` and a_b,", "        2 * a.", ""]
+    lines = ["Text.", "", *args, "Returns:", "    [B] x_adv", "", "More:", "", ">>> f(*x)"]
+    assert conf.restructured(lines) == [
+        "Text.", "", "Args:", r"    step_size: of ``x_y`` and a\_b,", r"        2 \* a.", "", "Returns:",
+        r"    [B] x\_adv", "", "More:", "", ">>> f(*x)",
+    ]  # fmt: skip
+
+
 def test_links_out_of_docs(conf, monkeypatch):
     place = conf.pathlib.PurePath("")
-    assert conf.links("[README.md](../README.md)", place) == "`README.md`"
+    assert conf.links("[README.md](../README.md)", place) == "{download}`README.md </../README.md>`"
+    assert conf.links("[`a` b](../run.py#c)", place) == "{download}`a b </../run.py>`"
+    assert conf.links("[tests](../tests)", place) == "`tests`"  # a folder
     assert conf.links("[the glossary](glossary.md)", place) == "[the glossary](glossary.md)"
     assert conf.links("[n](../examples/certify.ipynb)", place) == "[n](/tutorials/certify.md)"
     monkeypatch.setattr(conf, "SOURCE", "https://example.org/blob/main")

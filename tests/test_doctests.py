@@ -7,6 +7,7 @@ method's example goes on from that of its class.
 import doctest
 import importlib
 import inspect
+import re
 import tempfile
 import types
 
@@ -125,6 +126,40 @@ def test_example(name, monkeypatch, tmp_path):
     count, report = run(item, namespace)
     assert count, f"{name} has no example: add one with >>> to its docstring"
     assert not report, report
+
+
+# Doors that are looked up: each has a table of its arguments.
+DOORS = {
+    "judge", "verify", "load", "data.load", "kmeans.kmeans", "clusters.fit", "clusters.fit_assign",
+    "clusters.of_linear_head", "certify.radius", "certify.accuracy",
+    "certify.sound_rules", "lipschitz.bound", "lipschitz.jacobian_norm", "losses.cross_entropy",
+    "losses.smoothed_cross_entropy", "losses.kl", "losses.margin", "losses.dlr", "losses.probability_margin",
+    "losses.magnet_loss", "losses.magnet_loss_of_rows",
+    *(f"attacks.{name}" for name in attacks.__all__ if not name[0].isupper()),
+}  # fmt: skip
+
+
+def arguments(item):
+    """The names that the section Args of a docstring has, in order; None without one."""
+    section = re.search(r"^Args:\n((?:    .*\n)+)", f"{inspect.getdoc(item)}\n", re.MULTILINE)
+    if section is None:
+        return None
+    names = re.findall(r"^    (\w[\w, ]*): ", section[1], re.MULTILINE)
+    return [name for entry in names for name in entry.split(", ")]
+
+
+@pytest.mark.parametrize("name", sorted(DOORS))
+def test_the_arguments_of_a_door_are_told(name):
+    """All of them, in the order of the signature."""
+    item = importlib.import_module("clustr_jax.verify").verify if name == "verify" else PUBLIC[name][0]
+    told = arguments(item)
+    assert told == list(inspect.signature(item).parameters)
+
+
+def test_whoever_tells_arguments_tells_the_right_ones():
+    for name, (item, _) in PUBLIC.items():
+        told = None if inspect.isclass(item) else arguments(item)
+        assert told is None or told == [n for n in inspect.signature(item).parameters if n != "self"], name
 
 
 def test_a_wrong_example_fails():

@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.layout_pb2 import Layout
+
+from clustr_jax.report import figures
 
 # Two processes: the first is killed after three epochs, of which the second takes the last one again.
 SCRIPT = """
@@ -26,17 +29,23 @@ def run(folder, *arguments):
     return subprocess.run([sys.executable, "-c", SCRIPT, str(folder), *arguments], env=environment).returncode
 
 
-def scalars(folder):
-    """(tag, step, value) of every scalar in the folder's event files (TFRecord: length, crc, data, crc)."""
+def values(folder):
+    """(step, value) of the folder's event files (TFRecord: length, crc, data, crc)."""
     found = []
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         while content:
             (length,) = struct.unpack("<Q", content[:8])
             event = Event.FromString(content[12 : 12 + length])
-            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+            found += [(event.step, value) for value in event.summary.value]
             content = content[16 + length :]
     return found
+
+
+def scalars(folder):
+    """(tag, step, value) of every scalar."""
+    found = [(v.tag, step, v.simple_value) for step, v in values(folder)]
+    return [scalar for scalar in found if scalar[0] != "custom_scalars__config__"]
 
 
 def test_event_files_say_what_metrics_say(tmp_path):
@@ -47,3 +56,15 @@ def test_event_files_say_what_metrics_say(tmp_path):
     assert [record["loss"] for record in records] == [1.0, 2.0, 3.5, 4.5]
     expected = [(name, r["step"], r[name]) for r in records for name in ("epoch", "loss")]
     assert scalars(tmp_path / "tensorboard" / "2_train") == expected
+
+
+def test_curves_that_belong_together_are_in_one_chart(tmp_path):
+    """Of names that the trainings write: those that the report's curves are made of."""
+    (tmp_path / "metrics.jsonl").touch()
+    assert run(tmp_path, "-1", "1", "0.0", "ends") == 0
+    (told,) = [v for _, v in values(tmp_path / "tensorboard" / "2_train") if v.tag.startswith("custom")]
+    layout = Layout.FromString(told.tensor.string_val[0])
+    charts = [list(chart.multiline.tag) for category in layout.category for chart in category.chart]
+    assert ["^val_accuracy$", "^paper_accuracy$", "^quick_accuracy$"] in charts
+    named = {tag.strip("^$") for chart in charts for tag in chart}
+    assert named == figures._ACCURACIES.keys() | figures._LOSSES.keys()

@@ -33,6 +33,24 @@ def test_a_folder_of_colour_images(tmp_path, rng):
     assert (test.scale, test.bounds, test.subset) == (255.0, (0.0, 1.0), "")
 
 
+def test_images_keep_the_names_of_their_files(tmp_path, rng):
+    """Through subsets, too, and where a fifth of train is the test; an .npz has none."""
+    flowers(tmp_path, rng)
+    test = data.load_split("folder", "test", str(tmp_path))
+    for i, name in enumerate(test.files):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / name)), test.images[i])
+    assert test.take([2, 0], "").files == (test.files[2], test.files[0])
+    assert test.take(slice(1, 3), "").files == test.files[1:3]
+    shutil.rmtree(tmp_path / "test")
+    for split in data.splits(DataSettings("folder", str(tmp_path), train_size=8)):
+        assert len(split.files) == len(split)
+        for name, image, label in zip(split.files, split.images, split.labels, strict=True):
+            np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / name)), image)
+            assert name.split("/")[1] == split.class_names[label]
+    np.savez(tmp_path / "set.npz", **arrays(rng))
+    assert data.load_split("folder", "test", str(tmp_path / "set.npz")).files == ()
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG"])
 def test_grey_images_have_one_channel(suffix, tmp_path, rng):
     """Flat ones, which survive JPEG; a palette and a bitmap are spelled out."""

@@ -17,7 +17,7 @@ from clustr_jax.report import compare, page
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.storage import results
 from marks import in_ci
-from report_directories import full_report  # noqa: F401  fixture `full`
+from report_directories import full_report, make  # noqa: F401  fixture `full`
 from report_html import assert_sound_page
 from runs import DIGITS, TOY, read
 
@@ -212,6 +212,28 @@ def test_pages_in_a_browser(width, dark, full, tmp_path):
             assert told and all(scrolls for scrolls, says in told if says)
             assert width > 640 or all(says for _, says in told)
             assert len(tab.screenshot()) > 20_000
+
+
+@pytest.mark.slow
+@WITHOUT
+def test_a_comparison_is_sorted_by_a_column(tmp_path):
+    """Numbers from the largest, words from A, again the other way round; what is empty stays last."""
+    shares = {"b": 0.1, "c": 0.9, "a": 0.2}
+    roots = [make(tmp_path / n, changes={"sound": {"robust": share}}) for n, share in shares.items()]
+    roots.append(make(tmp_path / "d", ("clean",)))
+    path = tmp_path / "compare.html"
+    path.write_text(compare.compare([report.read(root) for root in roots]))
+    order = "[...document.querySelectorAll('#accuracy tbody tr')].map(r => r.cells[0].textContent).join('')"
+    click = "document.querySelectorAll('#accuracy th button')[{}].click()"
+    with browser.page(tmp_path / "profile") as tab:
+        tab.show(path.as_uri(), width=1400)
+        assert tab.run(order) == "bcad"
+        for column, wanted in ((1, "cabd"), (1, "bacd"), (0, "abcd"), (0, "dcba"), (1, "cabd")):
+            tab.run(click.format(column))
+            assert tab.run(order) == wanted
+            sorts = tab.run("[...document.querySelectorAll('#accuracy th')].filter(h => h.ariaSort).length")
+            assert sorts == 1
+        assert tab.complaints() == []
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The report's page and card: sound HTML, the numbers of the results, and what is missing is said."""
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -100,6 +101,21 @@ def test_what_users_write_is_escaped(tmp_path):
     assert document.text.count(nasty) >= 4 and "<script" not in made.html
     assert document.row(name)[0].startswith("50.00")
     assert "a <b> & c" in document.text
+
+
+def test_names_of_files_and_classes_may_be_anything(full):
+    """Neither HTML nor formulas of the drawings; long ones lose their middle in a picture."""
+    record, _ = full
+    nasty = ["<b>$x_1$</b>", "a" * 60, *map(str, range(8))]
+    clean = record.results["clean"] | {"class_names": nasty}
+    record = dataclasses.replace(record, results=record.results | {"clean": clean})
+    shown = [dataclasses.replace(v, label=0, before=0, after=1, file="test/<i> $a$.png") for v in victims()]
+    made = page.report(record, page.Looks(planes(), shown, 1234))
+    assert made.failures == {}
+    document, _ = assert_sound_page(made.html)
+    assert "test/<i> $a$.png" in document.text and "<b>$x_1$</b>" in document.text
+    (gallery,) = [d for d in made.drawings if d.name == "gallery"]
+    assert b"&lt;b&gt;$x_1$&lt;/b&gt;" in gallery.svg and b"a" * 60 not in gallery.svg
 
 
 def _leak(count):

@@ -104,6 +104,9 @@ def test_own_images_are_called_after_their_folder(tmp_path):
     assert [record.title for record in records] == ["clustr_qtrades on birds", "clustr_qtrades on cars"]
     made = page.report(records[0], page.Looks(planes(), victims()))
     assert "- Set: birds" in made.card and "clustr_qtrades on birds" in made.html and "bird 3" in made.html
+    called = {d.name: d for d in made.drawings}
+    assert "2 bird 2, 3 bird 3" in called["embeddings-2_train"].caption
+    assert b">bird 3<" in called["gallery"].svg and b">bird 5<" in called["gallery"].svg
     different = "The runs are on different data"
     assert different in compare.compare(records) and different not in compare.compare(records[:1])
     part = make(tmp_path / "part", ("clean",), changes={"clean": {"subset": "400 train"}}, data=sets["birds"])

@@ -167,11 +167,36 @@ def adaptive_restarts(
 ) -> Float[np.ndarray, "B ..."]:
     """Restarts of one attack, on the images that came nearest to breaking, until nothing new breaks.
 
-    Every image has one restart of `steps` steps. Of those left the `share` with the largest margins has
-    another one, and so on, until `patience` rounds in a row break nothing, or `most` restarts are through.
-    `attack`: one of `registry.PARAMETER_FREE`: pma, apgd-ce, apgd-t (a restart is one towards each target),
-    square (`steps` are its queries) and others. `folder` as in `autoattack`: the same call goes on where it
-    was interrupted. Images that are not broken come back unchanged.
+    Every image has one restart. Of those left the `share` with the largest margins has another one, and so
+    on, until `patience` rounds in a row break nothing, or `most` restarts are through (after Liu et al.
+    2022).
+
+    Args:
+        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        y: labels [B].
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        attack: one of `registry.PARAMETER_FREE`: pma, apgd-ce, apgd-t (a restart is one towards each target),
+            square and others.
+        steps: gradients of each restart; of square its queries.
+        most: restarts of an image, at most.
+        share: of the unbroken images, above 0 and at most 1.
+        patience: rounds in a row that may break nothing.
+        norm: "linf" or "l2".
+        bounds: box of the pixels, (low, high); None for no box.
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+        slots: images that the device works on at once: they decide the memory.
+        progress: a bar; None draws one on a terminal or in a notebook.
+        folder: keeps records here, so that the same call goes on where it was interrupted.
+
+    Returns:
+        x_adv [B, ...], inside ball and box; x where nothing was broken.
+
+    Raises:
+        UserError: for bad settings, shapes, pixels and labels, and for models whose logits are no function of
+            the image.
+        Interrupted: on Ctrl-C; `.found` has what was found.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)

@@ -31,7 +31,7 @@ class APGDState(struct.PyTreeNode):
     best_value: Float[Array, "S"]
     last_value: Float[Array, "S"]
     step_size: Float[Array, "S"]
-    rises: Int[Array, "S"]  # in this window
+    rises: Int[Array, "S"]  # of the loss, since the step size was last looked at
     checked_value: Float[Array, "S"]  # the best value at the last checkpoint
     halved: Bool[Array, "S"]  # at the last checkpoint
 

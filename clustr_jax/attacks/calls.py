@@ -35,14 +35,17 @@ def attack_alone(
     x: Any,
     y: Any,
     *,
-    ranking: str | None,
-    ids: Any,
-    restarts: int,
-    slots: int,
-    progress: bool | None,
-    folder: Any,
+    ranking: str | None = None,
+    ids: Any = None,
+    restarts: int = 1,
+    slots: int = SLOTS,
+    progress: bool | None = None,
+    folder: Any = None,
 ) -> Float[np.ndarray, "B ..."]:
-    """One attack at its door: x_adv [B, ...], x where nothing was broken. `ranking` of targets, or None."""
+    """One attack at its door: x_adv [B, ...], x where nothing was broken. `ranking` of targets, or None.
+
+    For attacks of your own as well (docs/own_attack.md).
+    """
     restarts, place = whole("restarts", restarts, 1), resuming.usable(folder)
     given, logits = prepare(
         key,

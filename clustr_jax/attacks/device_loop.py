@@ -41,7 +41,7 @@ class Ended(struct.PyTreeNode):
 class Orders(struct.PyTreeNode):
     """What the host says for one call: when to come back, and whether it has pairs beyond this queue."""
 
-    limit: ArrayLike  # iterations
+    limit: ArrayLike  # iterations until the device comes back
     small: ArrayLike  # come back when nothing waits and no more slots than this are busy
     more: ArrayLike  # [devices]
 

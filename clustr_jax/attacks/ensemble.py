@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import attack_losses, resuming
+from clustr_jax.attacks import attack_losses, resuming, user_losses
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.calls import SLOTS, STOPPED, attack_alone, common_of, planned, prepare, run_plan
 from clustr_jax.attacks.fab import FAB
 from clustr_jax.attacks.options import whole
-from clustr_jax.attacks.registry import ATTACKS, PARAMETER_FREE, QUERIES, STANDARD, STEPS, Budget
+from clustr_jax.attacks.registry import ATTACKS, PARAMETER_FREE, QUERIES, STANDARD, STEPS, Budget, Entry
 from clustr_jax.attacks.square import Square
 from clustr_jax.attacks.targets import check_ranking
 from clustr_jax.attacks.watching import Interrupted
@@ -51,24 +51,45 @@ def autoattack(
     eps: float,
     norm: str = "linf",
     bounds: tuple[float, float] | None = (0.0, 1.0),
-    attacks: tuple[str, ...] = STANDARD,
+    attacks: tuple[str | Entry, ...] = STANDARD,
     rescale_schedule: bool = False,
     ids: Int[np.ndarray, "B"] | None = None,
     slots: int = SLOTS,
     progress: bool | None = None,
     folder: str | os.PathLike | None = None,
 ) -> AutoAttackResult:
-    """The standard ensemble: 100 steps, 9 targets, 5,000 queries; the union of what succeeds, per image.
+    """The standard ensemble (Croce & Hein 2020): each attack on what the ones before left.
 
-    `rescale_schedule` is of Square, as in `square`; False is AutoAttack's "standard" (`resc_schedule`).
-    Two and three classes are handled: targets are all other classes, and the targeted loss is the plain
-    margin where DLR has too few logits. `logits_fn` as in `pgd`. `progress` None draws a bar on a
-    terminal or in a notebook. Raises UserError for bad input, and on Ctrl-C Interrupted with what was found.
+    100 steps, 9 targets, 5,000 queries. Two and three classes are handled: targets are all other classes, and
+    the targeted loss is the plain margin where DLR has too few logits.
 
-    With a `folder` the same call goes on where it was interrupted or killed, and its result is bit for bit
-    that of an uninterrupted one. Its records lie in `folder`/partial: of the moment itself after Ctrl-C,
-    every 20 seconds otherwise. They go when the attack ends. Records of other images, labels, ids, keys,
-    settings, versions, devices or models are left alone, with a RecordWarning.
+    With a `folder` the result is bit for bit that of an uninterrupted call. Its records lie in
+    `folder`/partial: of the moment itself after Ctrl-C, every 20 seconds otherwise. They go when the attack
+    ends. Records of other images, labels, ids, keys, settings, versions, devices or models are left alone,
+    with a RecordWarning.
+
+    Args:
+        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        y: labels [B].
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        norm: "linf" or "l2".
+        bounds: box of the pixels, (low, high); None for no box.
+        attacks: names in order, of `registry.PARAMETER_FREE`; a `registry.Entry` is an attack of your own.
+        rescale_schedule: of Square, as in `square`; False is AutoAttack's "standard" (`resc_schedule`).
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+        slots: images that the device works on at once: they decide the memory.
+        progress: a bar; None draws one on a terminal or in a notebook.
+        folder: keeps records here, so that the same call goes on where it was interrupted.
+
+    Returns:
+        an `AutoAttackResult`.
+
+    Raises:
+        UserError: for bad settings, shapes, pixels and labels, and for models whose logits are no function of
+            the image.
+        Interrupted: on Ctrl-C; `.found` has what was found.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -87,7 +108,7 @@ def autoattack(
             f"attacks must name one or more of {known}, got {attacks!r}; without any, nothing is "
             f"attacked and every image counts as robust"
         )
-    unknown = [name for name in attacks if name not in PARAMETER_FREE]
+    unknown = [name for name in attacks if not isinstance(name, Entry) and name not in PARAMETER_FREE]
     if unknown:
         raise UserError(f"attacks: unknown {unknown[0]!r}; known: {known}")
     place = resuming.usable(folder)
@@ -102,13 +123,13 @@ def autoattack(
         queries=QUERIES,
         rescale_schedule=bool(rescale_schedule),
     )
-    plans = []
-    for entry in (ATTACKS[name] for name in attacks):
+    plans, entries = [], [ATTACKS[a] if isinstance(a, str) else a for a in attacks]
+    for entry in entries:
         entry.check(shape=x.shape, classes=logits.shape[1], norm=given.norm)
-        attack = entry.make(budget, None)
+        attack = user_losses.of_attack(_made(entry, budget), slots, logits.shape[1], y)
         plans.append(planned(entry.name, attack, given, logits, entry.targets, entry.restarts, slots))
     kept = resuming.begin(place, given, logits, plans, slots, "autoattack")
-    broken_by = np.where(alive, "", "clean").astype("U16")
+    broken_by = np.where(alive, "", "clean").astype(f"U{max(16, *(len(e.name) for e in entries))}")
     notes = (given.note,) if given.note else ()
     x_adv = x.copy()
     for number, plan in enumerate(plans):
@@ -127,6 +148,15 @@ def autoattack(
             raise Interrupted(found, STOPPED + stopped)
     kept.clear()
     return AutoAttackResult(x_adv, alive, broken_by, notes)
+
+
+def _made(entry, budget):
+    if "step_size" in entry.settings:
+        raise UserError(
+            f"attack {entry.name!r} reads a step size, and autoattack has none to give; choose it in the "
+            f"entry's `make`, by the budget's eps, and leave it out of `settings`"
+        )
+    return entry.make(budget, None)
 
 
 @promoting
@@ -149,11 +179,34 @@ def apgd(
     progress: bool | None = None,
     folder: str | os.PathLike | None = None,
 ) -> Float[np.ndarray, "B ..."]:
-    """Auto-PGD on `loss_fn`; targeted=True is APGD-T: DLR towards 9 other classes, no `loss_fn`.
+    """Auto-PGD on `loss_fn` (Croce & Hein 2020): momentum, and a step that halves where it stops to help.
 
-    These are the likeliest ones, or with targets="malt" the nearest by `malt_targets` (one gradient per
-    class before the attack, 100 at most). `folder` as in `autoattack`: the same call goes on where it was
-    interrupted.
+    Args:
+        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        y: labels [B].
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        steps: gradients of each restart (and target).
+        restarts: random starts of each image (and target).
+        loss_fn: (logits [B, Y], y) -> [B].
+        targeted: True is APGD-T: DLR towards 9 other classes, and `loss_fn` is not used.
+        targets: which ones. "likely", or "malt": the nearest by `malt_targets` (one gradient per class before
+            the attack, 100 at most).
+        norm: "linf" or "l2".
+        bounds: box of the pixels, (low, high); None for no box.
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+        slots: images that the device works on at once: they decide the memory.
+        progress: a bar; None draws one on a terminal or in a notebook.
+        folder: keeps records here, so that the same call goes on where it was interrupted.
+
+    Returns:
+        x_adv [B, ...], inside ball and box; x where nothing was broken.
+
+    Raises:
+        UserError: for bad settings, shapes, pixels and labels, and for models whose logits are no function of
+            the image.
+        Interrupted: on Ctrl-C; `.found` has what was found.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -200,10 +253,32 @@ def fab(
     progress: bool | None = None,
     folder: str | os.PathLike | None = None,
 ) -> Float[np.ndarray, "B ..."]:
-    """FAB-T: looks for the nearest adversarial point towards the 9 likeliest classes; ends within eps.
+    """FAB-T (Croce & Hein 2020): looks for the nearest adversarial point towards the 9 likeliest classes.
 
-    What is returned is the first one found within eps, and not always the nearest: no measure of distance.
-    `folder` as in `autoattack`: the same call goes on where it was interrupted.
+    It ends at the first one within eps, which is not always the nearest: no measure of distance (`fmn` is).
+
+    Args:
+        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        y: labels [B].
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        steps: gradients of each restart and target.
+        restarts: starts of each image and target.
+        norm: "linf" or "l2".
+        bounds: box of the pixels, (low, high); None for no box.
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+        slots: images that the device works on at once: they decide the memory.
+        progress: a bar; None draws one on a terminal or in a notebook.
+        folder: keeps records here, so that the same call goes on where it was interrupted.
+
+    Returns:
+        x_adv [B, ...], inside ball and box; x where nothing was broken.
+
+    Raises:
+        UserError: for bad settings, shapes, pixels and labels, and for models whose logits are no function of
+            the image.
+        Interrupted: on Ctrl-C; `.found` has what was found.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)
@@ -249,13 +324,36 @@ def square(
     progress: bool | None = None,
     folder: str | os.PathLike | None = None,
 ) -> Float[np.ndarray, "B H W C"]:
-    """Square: random search without gradients; `queries` forward passes per image and restart at most.
+    """Square (Andriushchenko et al. 2020): random search without gradients.
 
-    The squares shrink by a schedule for 10,000 queries. `rescale_schedule` stretches it over `queries`, as
-    the authors of Square and the `sound` protocol do; without it 5,000 queries end at squares of 3 x 3
-    pixels on 32 x 32 images, not of one, and none reaches the last row or column: AutoAttack's "standard"
-    (its `resc_schedule=False`), which breaks a little less. `folder` as in `autoattack`:
-    the same call goes on where it was interrupted.
+    The squares shrink by a schedule for 10,000 queries. Stretched over `queries`, as the authors of Square
+    and the `sound` protocol have it, it breaks a little more than AutoAttack's "standard"
+    (`resc_schedule=False`): there 5,000 queries end at squares of 3 x 3 pixels on 32 x 32 images, not of one,
+    and none reaches the last row or column.
+
+    Args:
+        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, H, W, C], pixels in `bounds`.
+        y: labels [B].
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        queries: forward passes per image and restart, at most.
+        rescale_schedule: whether the schedule is stretched over `queries`.
+        restarts: of each image.
+        norm: "linf" or "l2".
+        bounds: box of the pixels, (low, high); None for no box.
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+        slots: images that the device works on at once: they decide the memory.
+        progress: a bar; None draws one on a terminal or in a notebook.
+        folder: keeps records here, so that the same call goes on where it was interrupted.
+
+    Returns:
+        x_adv [B, ...], inside ball and box; x where nothing was broken.
+
+    Raises:
+        UserError: for bad settings, shapes, pixels and labels, and for models whose logits are no function of
+            the image.
+        Interrupted: on Ctrl-C; `.found` has what was found.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)

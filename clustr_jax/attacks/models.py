@@ -125,12 +125,22 @@ def open_model(logits_fn: Callable, shape: tuple[int, ...]) -> Opened:
 def wrap(model: Callable, *, steady: bool = True, layout: str = "NHWC") -> Model:
     """A model as a pytree that attacks take, and a word on whether its logits may be unsteady.
 
-    `model` is a function `x [B, H, W, C] -> [B, Y]`, a method of a pytree, a `Partial`, or a module
-    of flax.nnx, bound flax.linen, equinox (`jax.vmap(model)`), haiku, Keras 3 on JAX, HuggingFace Flax (its
-    `.logits` are taken). All attacks do this themselves, at every call, so that they never attack old
-    weights; by hand it is needed for steady=False: the logits depend on chance or on the batch, and this is
-    meant (a randomised defence). Attacks then warn instead of refusing, and AutoAttack's result says so.
-    layout="NCHW" is for a model that takes [B, C, H, W]: it gets the images [B, H, W, C] in its own layout.
+    All attacks do this themselves, at every call, so that they never attack old weights. By hand it is needed
+    for the two settings.
+
+    Args:
+        model: a function of images [B, H, W, C] -> logits [B, Y], a method of a pytree, a `Partial`, or a
+            module of flax.nnx, bound flax.linen, equinox (`jax.vmap(model)`), haiku, Keras 3 on JAX,
+            HuggingFace Flax (its `.logits` are taken).
+        steady: False for a model whose logits are meant to depend on chance or on the batch (a randomised
+            defence). Attacks then warn instead of refusing, and AutoAttack's result says so.
+        layout: "NCHW" for a model that takes [B, C, H, W]: it gets the images [B, H, W, C] in its own layout.
+
+    Returns:
+        a `Model`, callable on images.
+
+    Raises:
+        UserError: for another layout.
 
     >>> weights = jnp.array([[1.0, -1.0]])
     >>> model = attacks.wrap(lambda x: x @ weights)

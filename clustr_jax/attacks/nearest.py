@@ -72,10 +72,32 @@ def fmn(
     """Fast minimum norm (Pintor et al. 2021): the nearest misclassified image in `norm`, without a radius.
 
     `steps` gradients from the image itself, then some 12 forward passes. It follows the likeliest other
-    class; targeted=True makes a run towards each of 9, ranked as `targets` says (see `malt_targets`), and
-    takes the nearest of what they find. `step_size` is the length of the first step, in l2 for both norms
-    (default: 1 for l2, 10 for linf, times the width of the box). It starts at x: the key changes nothing.
-    `folder` as in `autoattack`: the same call goes on where it was interrupted.
+    class.
+
+    Args:
+        key: changes nothing, for it starts at x.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        y: labels [B].
+        steps: gradients of each image (and target).
+        norm: "linf" or "l2".
+        step_size: length of the first step, in l2 for both norms (default: 1 for l2, 10 for linf, times the
+            width of the box).
+        targeted: True makes a run towards each of 9 classes and takes the nearest of what they find.
+        targets: which ones, "malt" (by `malt_targets`) or "likely".
+        bounds: box of the pixels, (low, high); None for no box.
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+        slots: images that the device works on at once: they decide the memory.
+        progress: a bar; None draws one on a terminal or in a notebook.
+        folder: keeps records here, so that the same call goes on where it was interrupted.
+
+    Returns:
+        a `NearestResult`.
+
+    Raises:
+        UserError: for bad settings, shapes, pixels and labels, and for models whose logits are no function of
+            the image.
+        Interrupted: on Ctrl-C; `.found` has what was found.
 
     Two pixels, class 0 where their sum is above 1: the boundary is 0.2 away in linf, 0.283 in l2.
 
@@ -121,8 +143,28 @@ def ddn(
     """Decoupled direction and norm (Rony et al. 2019): the nearest misclassified image in l2.
 
     Steps up cross entropy, each onto a sphere about x that shrinks by 5 % where the point is misclassified
-    and grows by 5 % where it is not. `step_size` is the length of the first step and the first radius
-    (default: the width of the box). Otherwise as `fmn`.
+    and grows by 5 % where it is not.
+
+    Args:
+        key: changes nothing, for it starts at x.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        y: labels [B].
+        steps: gradients of each image.
+        step_size: length of the first step and the first radius (default: the width of the box).
+        bounds: box of the pixels, (low, high); None for no box.
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+        slots: images that the device works on at once: they decide the memory.
+        progress: a bar; None draws one on a terminal or in a notebook.
+        folder: keeps records here, so that the same call goes on where it was interrupted.
+
+    Returns:
+        a `NearestResult`.
+
+    Raises:
+        UserError: for bad settings, shapes, pixels and labels, and for models whose logits are no function of
+            the image.
+        Interrupted: on Ctrl-C; `.found` has what was found.
 
     >>> def logits(x):  # class 0 where the sum of two pixels is above 1
     ...     z = x.sum(axis=1, keepdims=True) - 1

@@ -59,21 +59,39 @@ def pgd(
     clip_start: bool = True,
     ids: Int[Array | np.ndarray, "B"] | None = None,
 ) -> Float[Array, "B ..."]:
-    """Maximise `loss_fn(logits, y)` within `eps` of x (pixels in [0, 1] units) by `steps` steps.
+    """Maximise `loss_fn(logits, y)` within `eps` of x by projected gradient steps (Madry et al. 2018).
 
-    select="success": the first misclassified iterate of any restart (the start included); where
-    there is none, the iterate with the largest loss. select="loss": the authors' rule, an example
-    stops moving once it is fooled and the restart with the largest final loss is returned, fooled
-    or not. select="last": the last iterate of that restart, without stopping (adversarial training).
-    With probabilities for `y` there is no success: always "last". start="normal" is N(0, 0.001) as
-    in TRADES. `bounds` None means no box; clip_start=False leaves the start outside it, as the
-    authors' code does.
+    `eps` and `step_size` are traced, so that a sweep compiles once; everything else is compiled in. With
+    probabilities for `y` there is no success, and `select` is "last".
 
-    The randomness of (example, restart) is fold_in(fold_in(key, id), restart) with `ids` (data set
-    indices, default 0..B-1): it depends neither on the order nor on the other examples. `eps` and
-    `step_size` are traced, everything else is compiled in. Raises UserError for bad settings and shapes,
-    and (outside jit, where values can be looked at) for pixels outside the box, labels out of range,
-    probabilities instead of logits and logits that are not finite; bounded scores are warned about.
+    Args:
+        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        y: labels [B], or probabilities [B, Y].
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        step_size: length of a step, in the same units and norm.
+        steps: gradients of each restart.
+        restarts: random starts of each image.
+        loss_fn: (logits [B, Y], y) -> [B]; see `clustr_jax.losses`.
+        start: "uniform" in the ball; "normal", N(0, 0.001), as in TRADES; "gaussian", N(0, (eps / 2)^2); or
+            "zero", x itself.
+        norm: "linf" or "l2".
+        bounds: box of the pixels, (low, high); None for no box.
+        select: what is returned. "success": the first misclassified iterate of any restart, the start
+            included, or else the one with the largest loss. "loss", the authors' rule: an example stops once
+            it is fooled, and the restart with the largest final loss is returned, fooled or not. "last": the
+            last iterate of that restart, without stopping (adversarial training).
+        clip_start: False leaves the start outside the box, as the authors' code does.
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+
+    Returns:
+        x_adv [B, ...], inside ball and box.
+
+    Raises:
+        UserError: for bad settings and shapes, and (outside jit, where values can be looked at) for pixels
+            outside the box, labels out of range, probabilities instead of logits and logits that are not
+            finite. Bounded scores are warned about.
 
     One pixel, two classes: the first image can be fooled within 0.1, the second cannot.
 
@@ -131,6 +149,22 @@ def qtrades(
 ) -> Float[Array, "B ..."]:
     """The adversary of paper Eq. 5: uniform start, one sign step on the cross entropy to `probs`.
 
+    Args:
+        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        probs: the clean predictions [B, Y], which the step leads away from.
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        step_size: length of the step; the paper's is 1.25 eps.
+        bounds: box of the pixels, (low, high); None for no box.
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+
+    Returns:
+        x_adv [B, ...], inside ball and box.
+
+    Raises:
+        UserError: as in `pgd`.
+
     >>> def logits(x):
     ...     return 8 * jnp.concatenate([x - 0.5, 0.5 - x], axis=1)
     >>> x = jnp.array([[0.55], [0.9]])
@@ -154,9 +188,23 @@ def fgsm(
     norm: str = "linf",
     bounds: tuple[float, float] | None = (0.0, 1.0),
 ) -> Float[Array, "B ..."]:
-    """One step of length eps from x (Goodfellow et al. 2015); the key changes nothing.
+    """One step of length eps from x (Goodfellow et al. 2015).
 
-    Of x and that point the misclassified one, or else the one with the larger loss.
+    Args:
+        key: changes nothing.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        y: labels [B].
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        loss_fn: (logits [B, Y], y) -> [B].
+        norm: "linf" or "l2".
+        bounds: box of the pixels, (low, high); None for no box.
+
+    Returns:
+        of x and that point the misclassified one, or else the one with the larger loss [B, ...].
+
+    Raises:
+        UserError: as in `pgd`.
 
     >>> def logits(x):  # class 0 above one half, class 1 below
     ...     return jnp.concatenate([x - 0.5, 0.5 - x], axis=1)
@@ -192,9 +240,25 @@ def noise(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     ids: Int[Array | np.ndarray, "B"] | None = None,
 ) -> Float[Array, "B ..."]:
-    """The first of `draws` random points that is misclassified, else the one with the largest cross entropy.
+    """Random points of the ball: no gradients.
 
-    kind "uniform" is uniform in the ball, "gaussian" is N(0, (eps / 2)^2) projected onto it.
+    Args:
+        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        y: labels [B].
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        draws: points of each image.
+        kind: "uniform" in the ball, or "gaussian": N(0, (eps / 2)^2) projected onto it.
+        norm: "linf" or "l2".
+        bounds: box of the pixels, (low, high); None for no box.
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+
+    Returns:
+        the first point that is misclassified, else the one with the largest cross entropy [B, ...].
+
+    Raises:
+        UserError: as in `pgd`.
 
     >>> def logits(x):  # class 0 above one half, class 1 below
     ...     return jnp.concatenate([x - 0.5, 0.5 - x], axis=1)

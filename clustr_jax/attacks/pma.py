@@ -86,10 +86,30 @@ def pma(
     progress: bool | None = None,
     folder: str | os.PathLike | None = None,
 ) -> Float[np.ndarray, "B ..."]:
-    """PMA, the probability margin attack: `steps` gradients in each restart, of two kinds that take turns.
+    """PMA, the probability margin attack (Xie et al. 2025): no step size to tune.
 
-    The authors' budget is 50 steps in each of two restarts. Settings, errors and `folder` as in `autoattack`:
-    the same call goes on where it was interrupted. Images that are not broken come back unchanged.
+    Args:
+        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        y: labels [B].
+        eps: radius of the ball, in the units of the pixels: 8/255, not 8.
+        steps: gradients of each restart.
+        restarts: of two kinds that take turns. The authors' budget is 50 steps in each of two.
+        norm: "linf" or "l2".
+        bounds: box of the pixels, (low, high); None for no box.
+        ids: numbers of the images in their data set [B], which randomness goes by; default 0 to B - 1.
+        slots: images that the device works on at once: they decide the memory.
+        progress: a bar; None draws one on a terminal or in a notebook.
+        folder: keeps records here, so that the same call goes on where it was interrupted.
+
+    Returns:
+        x_adv [B, ...], inside ball and box; x where nothing was broken.
+
+    Raises:
+        UserError: for bad settings, shapes, pixels and labels, and for models whose logits are no function of
+            the image.
+        Interrupted: on Ctrl-C; `.found` has what was found.
 
     >>> def logits(x):  # class 0 for bright images, 1 for dark ones; [B, H, W, C] -> [B, Y]
     ...     z = 10 * (x.mean(axis=(1, 2, 3))[:, None] - 0.5)

@@ -264,7 +264,7 @@ def _warn_of_others(directory: pathlib.Path, parts: dict[str, str]) -> None:
             with np.load(path, allow_pickle=False) as file:
                 theirs = json.loads(str(file["extra_parts"]))
             others[path.name] = [name for name in parts if theirs.get(name) != parts[name]]
-        except Exception:  # damaged: nobody's
+        except Exception:  # a damaged record belongs to no call
             continue
     if not others or not processes.leader():
         return

@@ -46,7 +46,7 @@ class Attack(struct.PyTreeNode):
     bounds: tuple[float, float] | None = struct.field(pytree_node=False)
 
     gradients = 1  # of the model, per slot and update
-    forwards = 0  # passes beside them
+    forwards = 0  # forward passes without a gradient, likewise
     images = False  # takes [B, H, W, C] only
 
     @property

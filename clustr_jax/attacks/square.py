@@ -96,7 +96,7 @@ class Square(Attack):
     def _corner(self, key, side, height, width):
         """(row, column) where a square of this side begins."""
         row_key, column_key = jax.random.split(key)
-        rows, columns = height - side + 1, width - side + 1  # that there are
+        rows, columns = height - side + 1, width - side + 1  # places where it fits
         if not self.rescale:
             rows, columns = jnp.maximum(rows - 1, 1), jnp.maximum(columns - 1, 1)
         return jax.random.randint(row_key, (), 0, rows), jax.random.randint(column_key, (), 0, columns)

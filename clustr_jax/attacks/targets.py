@@ -104,13 +104,30 @@ def malt_targets(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     slots: int = 64,
 ) -> Int[np.ndarray, "T B"]:
-    """The `count` nearest of the `candidates` likeliest other classes, by MALT's linear distance, best first.
+    """The nearest other classes by MALT's linear distance (Melamed et al. 2024), best first.
 
-    With `clusters`, for a model that returns its clusters (`clf.view`), targets are clusters of other
-    classes, numbered class * K + j: the exponent u_c of cluster c takes the place of its logit, the largest
-    one of the label's clusters that of z_y. A class without a gradient comes last.
-    `slots` images are looked at together, one candidate after the other: the memory is that of one gradient,
-    whatever the number of classes.
+    Of class c it is (z_y - z_c) / |grad (z_y - z_c)|, in the dual norm; a class without a gradient comes
+    last. One candidate is looked at after the other: the memory is that of one gradient, whatever the number
+    of classes.
+
+    Args:
+        logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
+        x: images [B, ...], pixels in `bounds`.
+        y: labels [B].
+        norm: "linf" or "l2".
+        count: targets of each image.
+        candidates: likeliest other classes that are ranked.
+        clusters: for a model that returns its clusters (`clf.view`). Targets are then clusters of other
+            classes, numbered class * K + j: the exponent u_c of cluster c takes the place of its logit, the
+            largest one of the label's clusters that of z_y.
+        bounds: box of the pixels, (low, high); None for no box.
+        slots: images that the device works on at once: they decide the memory.
+
+    Returns:
+        classes (or clusters) [T, B].
+
+    Raises:
+        UserError: for bad input, and inside jit.
 
     Class 2 is the likelier one, and class 1 the nearer: its logit moves ten times as fast.
 

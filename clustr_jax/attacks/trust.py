@@ -134,7 +134,7 @@ def _check_own_jit(opened, x, logits):
 
 def _differ(a, b, times=1.0) -> bool:
     """Whether logits [B, Y] differ by more than rounding."""
-    coarse = max(1.0, 8 * float(jnp.finfo(b.dtype).eps) / _OF_SPREAD)  # bfloat16 and float16
+    coarse = max(1.0, 8 * float(jnp.finfo(b.dtype).eps) / _OF_SPREAD)  # above 1 for bfloat16 and float16
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     limit = _OF_SPREAD * float(np.ptp(b, axis=1).max()) + _OF_SIZE * float(np.abs(b).max())
     # a NaN on one side only is a difference

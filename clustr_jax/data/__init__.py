@@ -34,12 +34,21 @@ _LEAST = 4  # images of each class that a smoke run trains on
 def load(
     name: str, split: str, data_dir: str | None = None
 ) -> tuple[Float[np.ndarray, "N ..."], Int[np.ndarray, "N"]]:
-    """x float32 [N, H, W, C] in [0, 1] and y int32 [N] of the whole split, "train" or "test".
+    """A whole split as arrays.
 
-    Names: cifar10, cifar100, svhn_cropped (= svhn), digits, toy2d (x [N, 2], no box), and folder, for
-    which `data_dir` is a folder of images or an .npz file (clustr_jax.data.folder). Otherwise it is where
-    TFDS keeps its prepared sets ($TFDS_DATA_DIR or ~/tensorflow_datasets). What is there of own images and
-    not read is a warning.
+    Args:
+        name: cifar10, cifar100, svhn_cropped (= svhn), digits, toy2d (x [N, 2], no box), or folder: your own
+            images.
+        split: "train" or "test".
+        data_dir: of folder, a folder of images or an .npz file (clustr_jax.data.folder). Otherwise where TFDS
+            keeps its prepared sets; default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+    Returns:
+        x float32 [N, H, W, C] in [0, 1], and y int32 [N]. What is there of own images and not read is a
+        warning.
+
+    Raises:
+        UserError: for unknown names, and where the set is not there.
 
     >>> x, y = data.load("digits", "test")
     >>> x.shape, x.dtype, float(x.min()), float(x.max())
@@ -110,6 +119,7 @@ def _own(data_dir):
             found.class_names,
             found.sha,
             found.notes,
+            part.files,
         )
 
     train = split(found.train)

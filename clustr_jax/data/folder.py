@@ -25,10 +25,11 @@ from clustr_jax.runtime.paths import local
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Images of one split, as stored, and their labels."""
+    """Images of one split, as stored, their labels and their files."""
 
     images: UInt8[np.ndarray, "N H W C"]
     labels: Int[np.ndarray, "N"]
+    files: tuple[str, ...] = ()  # their names in the folder; none of an .npz
 
 
 @dataclasses.dataclass(frozen=True)

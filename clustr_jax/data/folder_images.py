@@ -22,12 +22,12 @@ _MODES = {"1": "L", "P": "RGB", "L": "L", "RGB": "RGB"}  # as stored -> as read
 COPIES = 2
 _COMMAND = 230  # characters of a message that the command that mends may take
 
-# {split: (images [N, H, W, C], labels [N])}
-Parts = dict[str, tuple[UInt8[np.ndarray, "N H W C"], Int[np.ndarray, "N"]]]
+# {split: (images [N, H, W, C], labels [N], their files' names in the folder)}
+Parts = dict[str, tuple[UInt8[np.ndarray, "N H W C"], Int[np.ndarray, "N"], tuple[str, ...]]]
 
 
 def read(path: pathlib.Path) -> tuple[Parts, tuple[str, ...], tuple[str, ...]]:
-    """(images and labels of each split, class names, notes); UserError with all that is amiss."""
+    """(images, labels and files of each split, class names, notes); UserError with all that is amiss."""
     layout = look(path)
     files = [f for classes in layout.files.values() for inside in classes.values() for f in inside]
     heads = [_head(file) for file in files]
@@ -65,7 +65,8 @@ def read(path: pathlib.Path) -> tuple[Parts, tuple[str, ...], tuple[str, ...]]:
                 images[i] = pixels
             else:  # a header that lies
                 faults.append(Fault("damaged images", f"cannot read the image {shown(file)}: not {common}"))
-        parts[split] = images, np.asarray(labels, np.int32)
+        names = tuple(file.relative_to(path).as_posix() for file in ordered)
+        parts[split] = images, np.asarray(labels, np.int32), names
     _raise(faults, path)
     return parts, tuple(layout.names), tuple(layout.notes)
 

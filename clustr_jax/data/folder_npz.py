@@ -67,7 +67,7 @@ def read(path: pathlib.Path) -> tuple[Parts, tuple[str, ...], tuple[str, ...]]:
                 faults.append(f"y_{split} has class {labels[split].max()}, y_train only 0 to {known}")
     faults.tell(path)
     # narrowed only now, when all labels are known to fit
-    parts = {split: (images[split], labels[split].astype(np.int32)) for split in splits}
+    parts: Parts = {split: (images[split], labels[split].astype(np.int32), ()) for split in splits}
     notes = (f"not read: {'array' if len(unused) == 1 else 'arrays'} {listed(unused)}",) if unused else ()
     return parts, (), notes
 

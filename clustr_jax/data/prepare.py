@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     try:
         import tensorflow_datasets as tfds
 
-        # array_record: random access
+        # array_record files can be read in any order, as data.prepared does
         tfds.builder(name, data_dir=directory, file_format="array_record").download_and_prepare()
     except Exception as error:  # TFDS passes on whatever the network and TensorFlow have to say
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -30,6 +30,7 @@ class Split:
     class_names: tuple[str, ...] = ()  # of an image folder; others have numbers
     sha: str = ""  # of an own data set: names the content of both splits
     notes: tuple[str, ...] = ()  # of an own data set: what is there and was not read, or not as it seems
+    files: tuple[str, ...] = ()  # of an image folder: the name of each image
 
     def __len__(self):
         return len(self.labels)
@@ -41,7 +42,10 @@ class Split:
         'first ten'
         """
         subset = f"{self.subset}, {what}" if self.subset else what
-        return dataclasses.replace(self, images=self.images[index], labels=self.labels[index], subset=subset)
+        files = tuple(np.asarray(self.files, object)[index]) if self.files else ()
+        return dataclasses.replace(
+            self, images=self.images[index], labels=self.labels[index], subset=subset, files=files
+        )
 
     def who(self, label: int) -> str:
         """What a class is called in a message: its name in quotes, or its number.

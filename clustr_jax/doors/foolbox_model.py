@@ -18,14 +18,23 @@ _OUTPUTS = ("logits", "scores", "deployed")
 
 
 def to_foolbox(clf: Classifier, output: str = "logits") -> Any:
-    """A foolbox.JAXModel of `clf.logits` (log-domain scores of all clusters, or the linear head).
+    """A foolbox.JAXModel of a classifier.
 
-    `output` "scores" gives Foolbox the exp scores that the paper attacks, "deployed" the log scores of
-    the deployed rule. Judge success by `clf.predict`: Foolbox looks at the argmax of what it attacks.
-    Raises UserError without Foolbox, and for points, whose pixels have no bounds.
+    Judge success by `clf.predict`: Foolbox looks at the argmax of what it attacks.
 
         fmodel = to_foolbox(clustr_jax.load("runs/digits-clustr_qtrades"))
         foolbox.accuracy(fmodel, jnp.asarray(x), jnp.asarray(y))
+
+    Args:
+        clf: of images.
+        output: "logits" (log-domain scores of all clusters, or the linear head), "scores" (the exp scores
+            that the paper attacks) or "deployed" (log scores of the deployed rule).
+
+    Returns:
+        a foolbox.JAXModel.
+
+    Raises:
+        UserError: without Foolbox, and for points, whose pixels have no bounds.
     """
     if output not in _OUTPUTS:
         raise UserError(f"output must be one of {', '.join(_OUTPUTS)}, got {output!r}")

@@ -53,15 +53,22 @@ def _nets() -> Any:
 
 
 def to_torch(clf: Classifier, output: str = "logits") -> "torch.nn.Module":
-    """The same function in PyTorch, on the CPU in eval mode: pixels NCHW in [0, 1] (points [B, F]) -> [B, Y].
+    """The same function in PyTorch, on the CPU in eval mode.
 
-    `output` "logits" gives `clf.logits`, "scores" the exp scores that the paper attacks, "deployed" what
-    `clf.predict` takes the argmax of. Every network can be exported; of the lip_* ones the rescaling
-    is folded into plain kernels, so that these are not read back by `from_torch`. `.net` is the
-    network alone, `.net.state_dict()` its parameters and statistics (ResNets: as kuangliu's).
+    Every network can be exported; of the lip_* ones the rescaling is folded into plain kernels, so that these
+    are not read back by `from_torch`.
 
         model = to_torch(clustr_jax.load("runs/digits-clustr_qtrades"))
         z = model(torch.tensor(x).permute(0, 3, 1, 2))
+
+    Args:
+        clf: any classifier.
+        output: "logits" gives `clf.logits`, "scores" the exp scores that the paper attacks, "deployed" what
+            `clf.predict` takes the argmax of.
+
+    Returns:
+        a module of pixels NCHW in [0, 1] (points [B, F]) -> [B, Y]. Its `.net` is the network alone,
+        `.net.state_dict()` its parameters and statistics (ResNets as kuangliu's).
     """
     nets = _nets()
     if output not in nets.OUTPUTS:
@@ -114,16 +121,26 @@ def from_torch(
 ) -> Classifier:
     """A Classifier with the parameters of a PyTorch ResNet-18 (or of a file that was exported here).
 
-    `source` is a file, a state_dict in the layout of kuangliu's pytorch-cifar (conv1, bn1,
-    layer1.0.conv1, ..., linear; any width; resnet8 alike), or a dict with such a "state_dict" and, as
-    the ClusTR authors save them, "cluster_centers", "cluster_classes", "variance" and "L". `mean` and
-    `std` of the normalisation, in [0, 1] units, are not in such files and have to be given (0 and 1
-    where the network takes pixels as they are). `clusters` is a head to use instead; `head` "linear"
-    or "clusters" chooses; `nearest` the D of the deployed rule (0 = all; None = the file's L). Raises
-    UserError with the first parameter that is missing, too much, or of another shape.
-
         clf = from_torch("CIFAR10_resnet18.pth", mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
         result = attacks.autoattack(jax.random.key(0), clf.logits, x, y, eps=8 / 255)
+
+    Args:
+        source: a file, a state_dict in the layout of kuangliu's pytorch-cifar (conv1, bn1, layer1.0.conv1,
+            ..., linear; any width; resnet8 alike), or a dict with such a "state_dict" and, as the ClusTR
+            authors save them, "cluster_centers", "cluster_classes", "variance" and "L".
+        mean: of the normalisation, in [0, 1] units: no such file has it (0 where the network takes pixels as
+            they are).
+        std: likewise (1 there).
+        input_shape: (H, W, C).
+        clusters: a head to use instead.
+        nearest: the D of the deployed rule (0 for all; None for the file's L).
+        head: "linear" or "clusters".
+
+    Returns:
+        a `Classifier`.
+
+    Raises:
+        UserError: with the first parameter that is missing, too much, or of another shape.
     """
     if head not in (None, "linear", "clusters"):
         raise UserError(f"head must be linear, clusters or None, got {head!r}")

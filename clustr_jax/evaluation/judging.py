@@ -54,7 +54,7 @@ class Case:
     settings: EvalSettings
     protocol: plans.Protocol
     given: Admitted
-    logits: np.ndarray  # clean ones
+    logits: np.ndarray  # of the clean images
     seed: int
     own_budget: bool  # the settings are not the protocol's
     footprint: footprint.Footprint

@@ -58,6 +58,7 @@ class Victim:
     l2: float
     own: tuple[float, float]  # distance to the nearest centroid of its class: before, after
     other: tuple[float, float]  # ... of another class
+    file: str = ""  # of own images: its name
 
 
 def principal(z: Float[np.ndarray, "N E"]):
@@ -242,6 +243,7 @@ def gallery(
             float(np.linalg.norm(delta[i])),
             (float(own[0, i]), float(own[1, i])),
             (float(other[0, i]), float(other[1, i])),
+            test.files[index[i]] if test.files else "",
         )
         for i in range(len(x))
     ]

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import math
@@ -75,6 +76,20 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(css=css, version=VERSION, package=package, **values)
 
 
+class Script(markupsafe.Markup):
+    """A script of templates/ as it stands in a page; `sha` is what the page's policy lets run."""
+
+    @property
+    def sha(self) -> str:
+        """SHA-256 in base64."""
+        return base64.b64encode(hashlib.sha256(self.encode()).digest()).decode()
+
+
+def script(name: str) -> Script:
+    """The script of this name."""
+    return Script((_TEMPLATES / name).read_text(encoding="utf-8"))
+
+
 def report(record: Record, looks: Looks) -> Report:
     """The page, the card and the figures of one work directory."""
     curves = [attempt("eps", "Accuracy over the radius", figures.over_eps, record)]
@@ -84,9 +99,10 @@ def report(record: Record, looks: Looks) -> Report:
         "attacks": attempt("attacks", "Each attack alone", figures.attacks, record),
         "certified": attempt("certified", "Certified accuracy", figures.certified, record),
     }
-    training, planes = figures.training(record), pictures.planes(looks.planes)
+    name = functools.partial(class_name, record)
+    training, planes = figures.training(record), pictures.planes(looks.planes, name)
     eps = record.config["eval"]["attack"]["eps"]
-    gallery = attempt("gallery", "Adversarial images", pictures.gallery, looks.victims, eps)
+    gallery = attempt("gallery", "Adversarial images", pictures.gallery, looks.victims, eps, name)
     drawings = [d for d in (*curves, *single.values(), *training, *planes, gallery) if d]
     failures = looks.failures | {d.title: f"could not be drawn ({d.failed})" for d in drawings if d.failed}
     victims, no_gallery = [], looks.reasons.get("gallery", "no image is classified correctly")
@@ -232,6 +248,7 @@ def _shown(record, victims, eps):
     return [
         {
             "index": v.index,
+            "file": v.file,
             "fooled": v.after != v.label,
             "linf": v.linf,
             "l2": v.l2,

@@ -1,21 +1,33 @@
 """The pictures of the network itself: its embeddings in the plane, and adversarial images."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from clustr_jax.report.looks import Plane, Victim, cells, limits
 from clustr_jax.report.svg import INK, MUTED, SERIES, Drawing, attempt, draw
+from clustr_jax.runtime.errors import cut, shown
 from clustr_jax.runtime.stage_names import TRAIN, WARMUP
 
 _WHEN = {WARMUP: "Before: after the warm-up", TRAIN: "After: the trained network"}
 
 
-def planes(found: list[Plane]) -> list[Drawing]:
-    """Embeddings with centroids and the borders between their cells, one drawing per stage, same limits."""
-    made = [attempt(f"embeddings-{p.stage}", _WHEN.get(p.stage, p.stage), _plane, p, found) for p in found]
+# Letters of a class's name in a picture, and of all names under one.
+_NAME, _NAMES = 22, 160
+
+
+def planes(found: list[Plane], name: Callable[[int], str] = str) -> list[Drawing]:
+    """Embeddings with centroids and the borders between their cells, one drawing per stage, same limits.
+
+    `name`: what a class is called.
+    """
+    made = [
+        attempt(f"embeddings-{p.stage}", _WHEN.get(p.stage, p.stage), _plane, p, found, name) for p in found
+    ]
     return [drawing for drawing in made if drawing]
 
 
-def _plane(plane: Plane, found: list[Plane]) -> Drawing:
+def _plane(plane: Plane, found: list[Plane], name: Callable[[int], str]) -> Drawing:
     box = limits(found)
     classes = np.unique(np.concatenate([plane.labels, plane.owners]))
 
@@ -70,32 +82,40 @@ def _plane(plane: Plane, found: list[Plane]) -> Drawing:
         f"variance of {plane.dimensions} dimensions. The classes' means lie {spread.min():.2f} to "
         f"{spread.max():.2f} units from the centre."
     )
+    named = ", ".join(f"{c} {shown(name(c), _NAME)}" for c in classes if name(c) != str(c))
+    told = f"Circles: {plane.source}." + (f" Classes: {cut(named, _NAMES)}." if named else "")
     ratio = (box[3] - box[2]) / (box[1] - box[0])
     return draw(
         f"embeddings-{plane.stage}",
         _WHEN.get(plane.stage, plane.stage),
-        f"Circles: {plane.source}.",
+        told,
         alt,
         paint,
         float(np.clip(0.5 + 3.72 * ratio, 2.6, 6.0)),
     )
 
 
-def gallery(victims: list[Victim], eps: float) -> Drawing | None:
-    """The gallery as one picture, for the figures' folder: clean, perturbation, adversarial."""
+def gallery(victims: list[Victim], eps: float, name: Callable[[int], str] = str) -> Drawing | None:
+    """The gallery as one picture, for the figures' folder: clean, perturbation, adversarial.
+
+    `name`: what a class is called.
+    """
     if not victims:
         return None
     gain = magnification(eps)
+
+    def called(label):
+        return f"class {label}" if name(label) == str(label) else shown(name(label), _NAME)
 
     def paint(figure):
         grid = figure.subplots(len(victims), 3, squeeze=False)
         for row, victim in zip(grid, victims, strict=True):
             images = (victim.x, magnified(victim, eps), victim.x_adv)
-            words = (f"class {victim.before}", f"change x {gain:.3g}", f"class {victim.after}")
+            words = (called(victim.before), f"change x {gain:.3g}", called(victim.after))
             for axes, image, text in zip(row, images, words, strict=True):
-                shown = image[..., 0] if image.shape[-1] == 1 else image
-                axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-                axes.set_title(text, fontsize=8)
+                pixels = image[..., 0] if image.shape[-1] == 1 else image
+                axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                axes.set_title(text, fontsize=8, parse_math=False)  # a name may hold dollars
                 axes.set_axis_off()
 
     changed = sum(victim.after != victim.label for victim in victims)

@@ -13,11 +13,12 @@ PROTOCOLS = {"paper": "paper's protocol", "sound": "sound protocol"}
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A percentage with its 95 % interval, "" where it has none; `span` columns wide."""
+    """A percentage with its 95 % interval ("": none), `span` columns wide; `mark` is a word on it."""
 
     value: str
     interval: str = ""
     span: int = 1
+    mark: str = ""
 
 
 def cell(value: float | None, n: int | None = None) -> Cell | None:
@@ -49,7 +50,7 @@ def accuracy_table(record: Record) -> dict | None:
     parts = []
     for row in terminal.comparison(found) if found else ():
         cells = [cell(row.claim), cell(row.paper, row.n), cell(row.sound, row.n)]
-        if row.kind == "all" and cells[1]:  # of no protocol
+        if row.kind == "all" and cells[1]:  # clean accuracy of all images belongs to no protocol
             cells[1:] = [dataclasses.replace(cells[1], span=2)]
         if row.kind == "part":
             parts.append(row)

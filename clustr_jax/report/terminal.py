@@ -30,7 +30,7 @@ class Row:
     eps: float
     n: int
     claim: float | None = None  # what the paper reports
-    paper: float | None = None  # its protocol here
+    paper: float | None = None  # by the paper's protocol, run here
     sound: float | None = None
 
 
@@ -96,7 +96,7 @@ def _terminal_rows(results):
     rows = comparison(results)
     alike = claimed and sound and (claimed["eps"], claimed["n"]) == (sound["eps"], sound["n"])
     for row in rows:
-        if row.kind == "all":  # of no protocol
+        if row.kind == "all":  # clean accuracy of all images belongs to no protocol
             yield dataclasses.replace(row, label=f"clean, all {row.n} images", sound=row.paper)
         elif row.kind == "clean":
             yield dataclasses.replace(row, label=f"clean, {row.n} attacked")

@@ -88,7 +88,7 @@ def floats(
     wide = double or jax.config.jax_enable_x64
     limits = np.finfo(np.float64 if wide and widened.dtype == np.float64 else np.float32)
     fits = low >= -float(limits.max) or (infinite and low == -np.inf)
-    if not (fits and high <= float(limits.max)):  # NaN is neither
+    if not (fits and high <= float(limits.max)):  # NaN fails both comparisons
         raise UserError(_not_finite(array, name, limits, infinite))
     if squares:
         _check_squares(low, high, widened.size, limits, name, squares)

@@ -72,7 +72,7 @@ def _groups(limits=False):
 
 def _left(group, limits=False):
     for limit, usage in _FILES:
-        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        with contextlib.suppress(OSError, ValueError):  # the file says "max" where there is no limit
             most = int((group / limit).read_text())
             if limits:
                 return [most]

@@ -25,8 +25,8 @@ class Training:
 class Evaluation:
     """Of the key of `evaluate`. The attacks of a sound protocol have their place in its plan, from 0."""
 
-    SWEEP = 50  # of other radii
-    TRANSFER = 100  # from other models
+    SWEEP = 50  # attacks at other radii
+    TRANSFER = 100  # images that were made for other models
     AUDIT = 2000  # another run of a whole protocol
     CHECKS = 1000  # apart from all attacks, whose starts the checks must not try again
 

@@ -93,7 +93,7 @@ class Recipe(Section):
     nonfinite: str
     select: str
     awp: float
-    target: float = 0.0  # of a warm-up
+    target: float = 0.0  # accuracy at which a warm-up stops; 0: never
     nesterov: bool = True
     momentum: float = 0.9
     norm_bias_rate: float = 1.0
@@ -240,7 +240,7 @@ class Settings:
     pretrain: DataSettings
     model: ModelSettings
     warmup: Recipe
-    recipe: Recipe  # of config.train
+    recipe: Recipe  # how stage 2 is optimised: config.train
     training: TrainingSettings
     eval: EvalSettings
     certify: CertifySettings

@@ -41,11 +41,21 @@ def run(
     quiet: bool = False,
     profile: bool = False,
 ) -> dict[str, dict]:
-    """Run (or resume, or skip) the stages and return the results by name; prints as it goes, unless quiet.
+    """Run (or resume, or skip) the stages of a config, as `run.py` does.
 
-    `stages` None means all that the method has; `command` is what the user typed, for the record; `profile`
-    writes a trace of a few seconds of each stage to WORKDIR/profile. Raises UserError, before anything is
-    computed, for settings that cannot work.
+    Args:
+        config: of `configs/`, or one of yours.
+        workdir: default runs/<dataset>-<method>[-<variant>].
+        stages: names in any order; None for all that the method has.
+        command: what the user typed, for the record.
+        quiet: prints nothing on the way.
+        profile: writes a trace of a few seconds of each stage to WORKDIR/profile.
+
+    Returns:
+        results by name, as they are in WORKDIR/results.
+
+    Raises:
+        UserError: before anything is computed, for settings that cannot work.
     """
     config = configuration.resolve(config)
     _check_method(config)

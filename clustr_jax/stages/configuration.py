@@ -104,7 +104,7 @@ def statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def default_workdir(config: ConfigDict) -> pathlib.Path:
     """runs/<dataset>-<method>[-<variant>]"""
-    label = data.label(DataSettings.of(config.data)).replace("/", "-")  # of imagenet_resized/32x32
+    label = data.label(DataSettings.of(config.data)).replace("/", "-")  # as in imagenet_resized/32x32
     name = "-".join(part for part in (label, config.method, config.variant) if part)
     if pathlib.PurePath(name).name != name:
         raise UserError(f"variant may not contain path separators, got {config.variant!r}")

@@ -18,7 +18,7 @@ class Run:
     """What every stage needs."""
 
     config: ConfigDict  # as it is kept in config.json
-    settings: Settings  # the same, typed
+    settings: Settings  # the same as frozen dataclasses
     workdir: Workdir
     progress: Progress
     net: models.Net

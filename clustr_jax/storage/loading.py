@@ -51,10 +51,17 @@ def digest(clf: Classifier) -> str:
 
 
 def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
-    """The classifier of a work directory (its newest finished stage), of a stage, or of a .safetensors file.
+    """The classifier that a run left behind.
 
-    `head` "clusters" or "linear" chooses what predicts; None takes the method's own. Raises UserError
-    where there is nothing to load.
+    Args:
+        path: a work directory (its newest finished stage), a stage's folder, or a .safetensors file.
+        head: what predicts, "clusters" or "linear"; None for the method's own.
+
+    Returns:
+        a `Classifier`.
+
+    Raises:
+        UserError: where there is nothing to load, or no such head.
 
     >>> import contextlib, io, tempfile
     >>> from clustr_jax import stages
@@ -81,7 +88,7 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
     stage = find_stage(path)
     config = read_config(stage.parent)
     done = read_json(stage / "done.json")
-    method = METHODS[config["method"]]
+    method = _method(config["method"], stage.parent)
     if stage.name != TRAIN:
         assert method.warmup is not None  # else there is no such stage
         method = METHODS[method.warmup]
@@ -112,6 +119,16 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
         nearest=config["eval"]["nearest"] if clusters is not None else 0,
         bounds=DataSettings.of(config["data"]).bounds,
     )
+
+
+def _method(name, workdir):
+    """UserError for one that this process does not know: a user's own is known where its file was read."""
+    if name not in METHODS:
+        raise UserError(
+            f"{workdir} was trained by the method {str(name)[:100]!r}, which is not known here; import the "
+            f"file that enters it into METHODS first (docs/own_method.md)"
+        )
+    return METHODS[name]
 
 
 def model_variables(path: str | pathlib.Path, net: Net, *, body: bool = False) -> dict:

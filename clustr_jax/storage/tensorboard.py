@@ -7,6 +7,21 @@ from typing import Any
 
 # A killed process loses what it had not flushed; the next one writes all again.
 _FLUSH_SECONDS = 10
+# The tab "custom scalars": what belongs together in one chart. Names are patterns.
+LAYOUT = {
+    "accuracy": {
+        "by the paper's protocol and by a sound one (quick)": [
+            "Multiline",
+            ["^val_accuracy$", "^paper_accuracy$", "^quick_accuracy$"],
+        ],
+        "one step and many: far apart is catastrophic overfitting": [
+            "Multiline",
+            ["^single_step_accuracy$", "^multi_step_accuracy$"],
+        ],
+        "training": ["Multiline", ["^accuracy$", "^adversarial_accuracy$", "^certified$"]],
+    },
+    "loss": {"the whole and its parts": ["Multiline", ["^loss$", "^magnet$", "^natural$", "^consistency$"]]},
+}
 
 
 class Events:
@@ -30,6 +45,7 @@ class Events:
 
         shutil.rmtree(self._root / stage, ignore_errors=True)
         self._writers[stage] = SummaryWriter(str(self._root / stage), flush_secs=_FLUSH_SECONDS)
+        self._writers[stage].add_custom_scalars(LAYOUT)
         for earlier in self._records():
             if earlier["stage"] == stage:
                 self._write(earlier)

@@ -15,7 +15,7 @@ from clustr_jax.training import sampling, trainers
 from clustr_jax.training.train_state import TrainSet, TrainState
 from clustr_jax.training.trainers import Trainer
 
-# Images per pass.
+# Images of one forward pass.
 _EVAL_BATCH = 200
 
 

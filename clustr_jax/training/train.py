@@ -80,7 +80,7 @@ def draw_batch(
     draw_key, augment_key = jax.random.split(key)
     magnet, stale = trainer.settings.magnet, trainer.settings.switches.sampler == "stale"
     if trainer.magnet:
-        assert state.sampler is not None and state.clusters is not None  # `refit` comes first
+        assert state.sampler is not None and state.clusters is not None  # `refit` has made them
         drawn = sampling.draw(
             draw_key,
             state.sampler,
@@ -168,7 +168,7 @@ def train_step(
 
     if trainer.replays > 1:
         # Free AT (Shafahi et al. 2019): one backward pass moves the weights and the perturbation
-        assert state.delta is not None  # `create` makes it
+        assert state.delta is not None  # `create` has made it
         moved, inside, eps, step_size = _carried(trainer, state, batch)
         (loss, aux), (gradients, ascent) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
             state.params, Adversarial(moved)
@@ -225,7 +225,7 @@ def looked_ahead(every: int, step: int | Array, total: int, state: TrainState) -
     only towards the end: they keep 0.95^every (step / total)^3 of themselves. After the last step the slow
     ones are the result.
     """
-    assert state.slow is not None  # `create` makes them
+    assert state.slow is not None  # `create` has made them
     keep = _SLOWNESS**every * (step / total) ** 3
     keep = jnp.where(step >= total, 1.0, keep)
     meet = (step % every == 0) | (step >= total)

@@ -1,0 +1,41 @@
+"""What `make demo` attacks is there and whole, and the demo ends in a verdict."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import clustr_jax
+from runs import ROOT
+
+HERE = ROOT / "results" / "operating-point"
+
+
+def test_the_images_are_some_of_each_class():
+    with np.load(HERE / "images.npz") as file:
+        assert file["images"].shape == (100, 32, 32, 3)
+        assert file["images"].dtype == np.uint8
+        assert np.bincount(file["labels"]).tolist() == [10] * 10
+        assert len(np.unique(file["ids"])) == 100
+
+
+def test_the_files_stay_small():
+    assert sum(path.stat().st_size for path in HERE.iterdir()) < 5e6
+
+
+@pytest.mark.slow
+def test_it_ends_in_a_verdict(tmp_path):
+    command = [sys.executable, "examples/demo.py", "--n=8", f"--folder={tmp_path}", "--no-browser"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stderr == ""
+    clean, paper, sound = (float(v) for v in re.findall(r"(\d+\.\d+) %  \[", found.stdout))
+    assert clean >= paper >= sound
+    judged = clustr_jax.Judgement.load(tmp_path)
+    assert judged.content["n"] == 8
+    assert 100 * judged.robust == pytest.approx(sound)
+    assert pathlib.Path(tmp_path, "report.html").is_file()
+    assert "report.html" in found.stdout
