@@ -43,7 +43,8 @@ def kmeans(
     Inertia is the sum of squared distances to the assigned centroid. A cluster that loses all its
     members moves to the point that is farthest from its centroid. Masked-out points get
     assignment -1 and count for nothing. float16, bfloat16 and whole numbers are computed in float32. Raises
-    UserError for points that are not [N, E] or not finite, and for a k that is no whole number above 0.
+    UserError for points that are not [N, E] or not finite, for a mask without any True (inside jit, where
+    that is not seen, no cluster is then valid), and for a k that is no whole number above 0.
 
     >>> points = jnp.array([[0.0, 0.0], [0.0, 1.0], [9.0, 0.0], [9.0, 1.0]])  # [N=4, E=2]
     >>> km = kmeans(jax.random.key(0), points, 2)
@@ -63,7 +64,7 @@ def kmeans(
     points = arrays.as_array(points, "points")
     arrays.check_shape(points, "points", "N E", sizes)
     if mask is not None:
-        mask = arrays.mask(mask, "mask", "N", sizes)
+        mask = arrays.mask(mask, "mask", "N", sizes, some="point")
     points = arrays.floats(points, "points", "N E", sizes, where=mask, squares="between them")
     return _kmeans(key, points, k, mask, n_init, max_iter, limit)
 

@@ -143,16 +143,19 @@ def labels(
     return array if array.dtype == jnp.int32 else array.astype(jnp.int32)
 
 
-def mask(value: Any, name: str, shape: str, sizes: dict[str, int]) -> Any:
-    """`value` as bools of this shape; whole numbers may be 0 and 1."""
+def mask(value: Any, name: str, shape: str, sizes: dict[str, int], *, some: str = "") -> Any:
+    """`value` as bools of this shape; whole numbers may be 0 and 1. `some`: of what it must leave any."""
     array = as_array(value, name)
     check_shape(array, name, shape, sizes, empty=True)
-    if array.dtype == bool:
-        return array
-    whole = jnp.issubdtype(array.dtype, jnp.integer)
-    if not whole or (concrete(array) and array.size and not set(np.unique(np.asarray(array))) <= {0, 1}):
-        raise UserError(f"{name} must hold True and False, got {_of_kind(array)}; a threshold makes it so")
-    return array != 0
+    if array.dtype != bool:
+        whole = jnp.issubdtype(array.dtype, jnp.integer)
+        if not whole or (concrete(array) and array.size and not set(np.unique(np.asarray(array))) <= {0, 1}):
+            raise UserError(
+                f"{name} must hold True and False, got {_of_kind(array)}; a threshold makes it so"
+            )
+    if some and concrete(array) and array.size and not extent(array)[1]:
+        raise UserError(f"{name} is False everywhere, and leaves no {some}; True is for what counts")
+    return array if array.dtype == bool else array != 0
 
 
 def check_shape(
