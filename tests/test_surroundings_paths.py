@@ -60,14 +60,47 @@ def test_paths_that_files_can_have(path):
     assert paths.local(path, "it") == pathlib.Path(path).expanduser()
 
 
-def test_addresses_at_the_command_lines(attempt, capsys, tmp_path):
-    for name, argument in (
-        ("digits", "--workdir=gs://b/run"),
-        ("folder", "--config.data.dir=s3://b/x"),
-        ("digits", "--config.init_from=gs://b/run"),
-    ):
-        code, stderr = attempt(f"--config={name}:nominal", f"--workdir={tmp_path / 'run'}", argument)
-        assert code == 2 and "is an address" in stderr
-        assert_one_line(stderr)
+ELSEWHERE = ["gs://b/run", "s3://b/model.safetensors", "file:///tmp/run", "~nobody_here/run"]
+
+
+@pytest.mark.parametrize("path", ELSEWHERE)
+@pytest.mark.parametrize(
+    ("config", "setting"),
+    [
+        ("digits", "--workdir={}"),
+        ("folder", "--config.data.dir={}"),
+        ("digits", "--config.data.dir={}"),
+        ("digits", "--config.pretrain.dir={}"),
+        ("digits", "--config.init_from={}"),
+        ("digits", "--config.eval.transfer=('{}',)"),
+    ],
+)
+def test_addresses_at_the_command_lines(config, setting, path, program, monkeypatch, capsys, tmp_path):
+    """Refused before anything is computed, printed or written, whether the run would come to it or not."""
+    argv = ["run.py", f"--config={config}:nominal", f"--workdir={tmp_path / 'run'}", setting.format(path)]
+    monkeypatch.setattr("sys.argv", argv)
+    assert program.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and list(tmp_path.iterdir()) == []
+    assert any(words in err for words in ("is an address", "no such home folder")) and path in err
+    assert_one_line(err)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "nowhere.safetensors"])
+def test_a_start_that_is_not_there(path, program, monkeypatch, capsys, tmp_path):
+    argv = [
+        "run.py",
+        "--config=digits:nominal",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.init_from={path}",
+    ]
+    monkeypatch.setattr("sys.argv", argv)
+    assert program.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and list(tmp_path.iterdir()) == [] and path in err
+    assert_one_line(err)
+
+
+def test_an_address_at_the_report(capsys):
     assert report_main(["gs://b/run"]) == 2
     assert_one_line(capsys.readouterr().err)
