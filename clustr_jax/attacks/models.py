@@ -25,7 +25,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from clustr_jax.attacks.attack_losses import View, logits_of
-from clustr_jax.attacks.names import aval, name_of, output_of
+from clustr_jax.attacks.names import aval, coarsest, name_of, output_of
 from clustr_jax.runtime.errors import UserError, first_line
 
 # Methods of this package's own pytrees capture nothing and are never changed.
@@ -89,6 +89,7 @@ class Opened:
     eager: Callable | None = None
     fickle: bool = False
     classes: int | None = None  # None: it holds tracers, and was not looked at
+    rounding: float = 0.0  # the coarsest unit in the last place of what it computes with
 
 
 def as_partial(logits_fn: Callable) -> Partial:
@@ -187,7 +188,7 @@ def _open(logits_fn, shape, layout="NHWC") -> Opened:
         and all(map(_is_array, leaves))
     ):
         closed = _outputs(lambda _, x: logits_of(logits_in(partial(x))), [], images, kind)
-        return Opened(partial, kind, classes=output_of(closed).shape[1])
+        return Opened(partial, kind, classes=output_of(closed).shape[1], rounding=coarsest(closed.jaxpr))
 
     def caller(traced):
         def call(values, x):
@@ -226,7 +227,8 @@ def _open(logits_fn, shape, layout="NHWC") -> Opened:
             return call(values, jnp.asarray(x, jnp.float32))
 
     program = Partial(_Program(name, call, captured), values, captured)
-    return Opened(program, kind, True, eager if jitted else None, fickle, output_of(closed).shape[1])
+    classes, rounding = output_of(closed).shape[1], coarsest(closed.jaxpr)
+    return Opened(program, kind, True, eager if jitted else None, fickle, classes, rounding)
 
 
 # Names of programs that were traced twice with the same outcome; the oldest are forgotten.

@@ -27,7 +27,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import user_losses
+from clustr_jax.attacks import trust, user_losses
 from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.gate import admit
 from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
@@ -112,6 +112,7 @@ def pgd(
         clip_start=clip_start,
     )
     if looked_at and concrete(logits):
+        trust.check_size(given.seen, logits, x.shape[0])
         check_logits(logits, y)
     if concrete(x_adv):
         check_found(x_adv)
