@@ -39,6 +39,7 @@ WITHOUT = {
     "Interrupted",
     "NearestResult",
     "RecordWarning",
+    "UnattackedWarning",
     "UnitWarning",
     "UnsteadyWarning",
     "KMeans",

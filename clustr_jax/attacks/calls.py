@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from clustr_jax.attacks import resuming, scheduler, trust, user_losses
+from clustr_jax.attacks import resuming, scheduler, trust, unattacked, user_losses
 from clustr_jax.attacks.gate import Admitted, admit
 from clustr_jax.attacks.input_checks import check_logits, concrete
 from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
@@ -67,6 +67,10 @@ def attack_alone(
         if stopped is not None:
             raise Interrupted(x_adv, STOPPED + stopped)
         kept.clear()
+        if np.any(attack.eps):
+            unattacked.warn(unattacked.told(outcome.blind))
+    if len(x_adv):
+        unattacked.warn_of_settings(eps=attack.eps)
     return x_adv
 
 

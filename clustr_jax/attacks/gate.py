@@ -77,7 +77,7 @@ def admit(
 def _open(logits_fn, rows, shape):
     """Open it for so many rows; where that fails, the text is about the images as they were given."""
     try:
-        return models.open_model(logits_fn, (rows, *shape[1:]))
+        return models.open_model(logits_fn, (rows, *shape[1:]), trust.sizes(shape[0]))
     except UserError:
         if rows != shape[0]:
             models.open_model(logits_fn, shape)

@@ -46,6 +46,18 @@ def coarsest(jaxpr: Any) -> float:
     return max((float(jnp.finfo(t).eps) for t in floats), default=0.0)
 
 
+def written(function: Any, depth: int = 4) -> Any:
+    """How a function is written, as far as that is seen without a call: its code and the numbers it holds."""
+    function = getattr(function, "__func__", function)
+    if not depth or not hasattr(function, "__code__"):
+        return function if isinstance(function, (int, float, str, type(None))) else type(function)
+    held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # of a variable that has no value yet
+            held.append(cell.cell_contents)
+    return function.__code__, tuple(written(value, depth - 1) for value in held)
+
+
 def name_of(
     closed: ClosedJaxpr, call: Callable, values: Any, images: jax.ShapeDtypeStruct
 ) -> tuple[bytes, bool]:

@@ -27,7 +27,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import trust, user_losses
+from clustr_jax.attacks import trust, unattacked, user_losses
 from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.gate import admit
 from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
@@ -73,7 +73,8 @@ def pgd(
     indices, default 0..B-1): it depends neither on the order nor on the other examples. `eps` and
     `step_size` are traced, everything else is compiled in. Raises UserError for bad settings and shapes,
     and (outside jit, where values can be looked at) for pixels outside the box, labels out of range,
-    probabilities instead of logits and logits that are not finite; bounded scores are warned about.
+    probabilities instead of logits and logits that are not finite; bounded scores are warned about, and what
+    attacks nothing: a radius, a step or steps of 0, or a gradient that is 0 at every step for most images.
 
     One pixel, two classes: the first image can be fooled within 0.1, the second cannot.
 
@@ -86,6 +87,35 @@ def pgd(
     >>> print((jnp.abs(x_adv - x) <= 0.1 + 1e-6).all())
     True
     """
+    x_adv = run_pgd(
+        key, logits_fn, x, y, eps=eps, step_size=step_size, steps=steps, restarts=restarts, loss_fn=loss_fn,
+        start=start, norm=norm, bounds=bounds, select=select, clip_start=clip_start, ids=ids, warned=True,
+    )  # fmt: skip
+    if concrete(x_adv) and len(x_adv):
+        unattacked.warn_of_settings(start=start, eps=eps, steps=steps, step_size=step_size)
+    return x_adv
+
+
+def run_pgd(
+    key: Array,
+    logits_fn: Callable,
+    x: Float[Array | np.ndarray, "B ..."],
+    y: Int[Array | np.ndarray, "B"] | Float[Array | np.ndarray, "B Y"],
+    *,
+    eps: ArrayLike,
+    step_size: ArrayLike,
+    steps: int,
+    restarts: int = 1,
+    loss_fn: Callable = losses.cross_entropy,
+    start: str = "uniform",
+    norm: str = "linf",
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    select: str = "success",
+    clip_start: bool = True,
+    ids: Int[Array | np.ndarray, "B"] | None = None,
+    warned: bool = False,
+) -> Float[Array, "B ..."]:
+    """`pgd`, and unless `warned` no word on bounded scores and blind gradients: protocols have checks."""
     check_words(start=start, select=select)
     steps, restarts = whole("steps", steps, 0), whole("restarts", restarts, 1)
     given = admit(key, logits_fn, x, y, eps=eps, step_size=step_size, norm=norm, bounds=bounds, ids=ids)
@@ -94,7 +124,7 @@ def pgd(
     if not x.shape[0]:
         return x
     loss_fn = user_losses.current(loss_fn, x.shape[0], given.classes, y)
-    x_adv, logits = _pgd(
+    x_adv, logits, blind = _pgd(
         given.key,
         given.model,
         x,
@@ -110,12 +140,16 @@ def pgd(
         bounds=given.bounds,
         select=select,
         clip_start=clip_start,
+        watched=warned and looked_at,
     )
     if looked_at and concrete(logits):
         trust.check_size(given.seen, logits, x.shape[0])
-        check_logits(logits, y)
+        check_logits(logits, y, warned=warned)
     if concrete(x_adv):
         check_found(x_adv)
+    if blind is not None and concrete(blind) and steps and np.any(eps) and np.any(step_size):
+        right = np.argmax(logits, axis=1) == y if y.ndim == 1 else np.ones(len(x), bool)
+        unattacked.warn(unattacked.told(np.asarray(blind)[np.asarray(right)]))
     return x_adv
 
 
@@ -207,7 +241,7 @@ def noise(
     if kind not in ("uniform", "gaussian"):
         raise UserError(f"kind must be uniform or gaussian, got {kind!r}")
     draws = whole("draws", draws, 1)
-    return pgd(
+    x_adv = run_pgd(
         key,
         logits_fn,
         x,
@@ -220,7 +254,11 @@ def noise(
         norm=norm,
         bounds=bounds,
         ids=ids,
+        warned=True,
     )
+    if concrete(x_adv) and len(x_adv):
+        unattacked.warn_of_settings(eps=eps)
+    return x_adv
 
 
 def check_settings(
@@ -245,7 +283,7 @@ def check_words(*, start: str, select: str) -> None:
             raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
-_STATIC = ("steps", "restarts", "loss_fn", "start", "norm", "bounds", "select", "clip_start")
+_STATIC = ("steps", "restarts", "loss_fn", "start", "norm", "bounds", "select", "clip_start", "watched")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -257,14 +295,15 @@ def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
     logits = logits_of(logits_fn(x))  # for the caller to look at; dropped by the compiler where nobody does
     check_shape(logits, y)
     if restarts == 1:  # the loss of the result is not needed, and is not computed
-        return one(0)[0], logits
+        found, _, _, blind = one(0)
+        return found, logits, blind
     side_by_side = max(1, min(restarts, _SIDE_BY_SIDE // max(x.shape[0], 1)))
-    found, loss, fooled = lax.map(one, jnp.arange(restarts), batch_size=side_by_side)
+    found, loss, fooled, blind = lax.map(one, jnp.arange(restarts), batch_size=side_by_side)
     if y.ndim == 1 and settings["select"] == "success":  # any fooled restart beats any loss
         best = jnp.argmax(jnp.where(fooled, jnp.inf, loss), axis=0)
     else:  # the authors keep the later restart of equal losses (>=)
         best = restarts - 1 - jnp.argmax(loss[::-1], axis=0)
-    return found[best, jnp.arange(x.shape[0])], logits
+    return found[best, jnp.arange(x.shape[0])], logits, None if blind is None else jnp.all(blind, axis=0)
 
 
 @functools.partial(jax.jit, static_argnames=tuple(name for name in _STATIC if name != "restarts"))
@@ -285,8 +324,11 @@ def pgd_restart(
     bounds: tuple[float, float] | None = (0.0, 1.0),
     select: str = "success",
     clip_start: bool = True,
+    watched: bool = False,
 ):
-    """One restart of each image -> (x_adv, its loss [B], fooled [B]).
+    """One restart of each image -> (x_adv, its loss [B], fooled [B], blind [B]).
+
+    `blind`: its gradient was exactly 0 at every step; None unless `watched`.
 
     Image i is example `ids[i]`, and runs its restart number `restarts[i]`. `logits_fn` is a Partial, settings
     are not checked. It ends as soon as every image is fooled.
@@ -314,24 +356,34 @@ def pgd_restart(
         return best_x, jnp.where(better, loss, best_loss), done | fooled
 
     def unfinished(carry):
-        i, _, (_, _, done) = carry
+        i, _, (_, _, done), _ = carry
         return (i < steps) & ~jnp.all(done)
 
     def step(carry):
-        i, x_adv, best = carry
+        i, x_adv, best, blind = carry
         gradient, (loss, fooled) = jax.grad(evaluate, has_aux=True)(x_adv)
         best = keep(best, x_adv, loss, fooled)
-        return i + 1, jnp.where(over(best[2], x), x_adv, move(x_adv, gradient)), best
+        x_adv = jnp.where(over(best[2], x), x_adv, move(x_adv, gradient))
+        return i + 1, x_adv, best, watch(blind, gradient)
 
     def move(x_adv, gradient):
         return projected_step(x_adv, gradient, x, step_size=step_size, **ball)
 
+    def watch(blind, gradient):
+        return None if blind is None else unattacked.still_blind(blind, gradient)
+
+    def step_on(_, carry):  # where nothing stops
+        x_adv, blind = carry
+        gradient, _ = jax.grad(evaluate, has_aux=True)(x_adv)
+        return move(x_adv, gradient), watch(blind, gradient)
+
     x_adv = start_in_ball(keys, x, start=start, clip=clip_start, **ball)
+    blind = jnp.ones(x.shape[0], bool) if watched else None
     if not stops:
-        x_adv = lax.fori_loop(0, steps, lambda _, z: move(z, jax.grad(evaluate, has_aux=True)(z)[0]), x_adv)
+        x_adv, blind = lax.fori_loop(0, steps, step_on, (x_adv, blind))
         _, (loss, fooled) = evaluate(x_adv)
-        return x_adv, loss, fooled
+        return x_adv, loss, fooled, blind
     nothing = (x_adv, jnp.full(x.shape[0], -jnp.inf), jnp.zeros(x.shape[0], bool))
-    _, x_adv, best = lax.while_loop(unfinished, step, (0, x_adv, nothing))
+    _, x_adv, best, blind = lax.while_loop(unfinished, step, (0, x_adv, nothing, blind))
     _, (loss, fooled) = evaluate(x_adv)
-    return keep(best, x_adv, loss, fooled)
+    return *keep(best, x_adv, loss, fooled), blind

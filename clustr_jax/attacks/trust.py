@@ -4,8 +4,6 @@ An accuracy is counted image by image. Where logits depend on chance (dropout, n
 of the batch (batch norm in training mode), the images that broke a model may not do so when looked at again.
 """
 
-import pathlib
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +15,7 @@ from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.models import IN_EVALUATION, Opened
 from clustr_jax.runtime import mesh
-from clustr_jax.runtime.errors import UserError, first_line
+from clustr_jax.runtime.errors import UserError, first_line, warn_caller
 
 # Images of a pass: some of them are looked at, the rest are their company. One pass has twice as many, and
 # where there are few images one has half of them.
@@ -34,7 +32,6 @@ _UNITS = 8
 _COMPILED, _OTHER_SIZE = 10.0, 500.0
 # However coarse: a difference like those between logits, and of their own size, is none of rounding.
 _MOST_OF_SPREAD, _MOST_OF_SIZE = 0.5, 0.25
-_PACKAGE = str(pathlib.Path(__file__).parents[1])  # a warning is about the line that called into it
 # What a product of float32s may go through by default.
 _PRODUCTS = {"cpu": 0.0, "gpu": 2.0**-10, "tpu": 2.0**-7}  # TF32, bfloat16
 
@@ -82,11 +79,17 @@ def check(opened: Opened, x: Float[Array | np.ndarray, "B ..."], bounds: tuple[f
     if text:
         _refuse(text, opened.steady)
     seen = Seen(text, own, opened.rounding, opened.steady)
-    half = max(1, min(count, 2 * _ROWS) // 2)
-    for batch in (np.concatenate([first, first]), first[:half]):
-        if not seen.note and len(batch) != _ROWS:
-            seen = seen._replace(note=check_size(seen, _pass(opened, batch, count), len(batch)))
+    for size in sizes(count)[1:]:
+        if not seen.note:
+            batch = np.concatenate([first, first])[:size]
+            seen = seen._replace(note=check_size(seen, _pass(opened, batch, count), size))
     return seen
+
+
+def sizes(count: int) -> tuple[int, ...]:
+    """How many images the passes have, where there are so many: eight, sixteen, and half of few."""
+    half = max(1, count // 2)
+    return (_ROWS, 2 * _ROWS) + ((half,) if half < _ROWS else ())
 
 
 def check_size(seen: Seen, logits: Float[Array | np.ndarray, "B Y"], rows: int) -> str:
@@ -131,9 +134,7 @@ def _pass(opened, batch, count):
 def _refuse(text, steady):
     if steady:
         raise UserError(f"{text}; if it is meant: attacks.wrap(logits_fn, steady=False)")
-    warnings.warn(
-        f"{text}: every number depends on it", UnsteadyWarning, stacklevel=2, skip_file_prefixes=(_PACKAGE,)
-    )
+    warn_caller(f"{text}: every number depends on it", UnsteadyWarning)
 
 
 def _unsteady(opened, first, others, logits) -> str:
