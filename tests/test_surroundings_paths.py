@@ -6,12 +6,16 @@ import pytest
 
 import clustr_jax
 from clustr_jax import data
+from clustr_jax.command.judge import main as judge_main
 from clustr_jax.data import folder
+from clustr_jax.data.mend import main as mend_main
+from clustr_jax.doors.pytorch import main as pytorch_main
 from clustr_jax.report.__main__ import main as report_main
 from clustr_jax.runtime import paths
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.storage import safetensors_file
 from clustr_jax.storage.workdir import Workdir
+from clustr_jax.verify import main as verify_main
 from runs import assert_one_line
 
 pytestmark = pytest.mark.filterwarnings(
@@ -101,6 +105,26 @@ def test_a_start_that_is_not_there(path, program, monkeypatch, capsys, tmp_path)
     assert_one_line(err)
 
 
-def test_an_address_at_the_report(capsys):
-    assert report_main(["gs://b/run"]) == 2
-    assert_one_line(capsys.readouterr().err)
+PROGRAMS = {
+    "report": (report_main, "{}"),
+    "report --out": (report_main, "a b --out={}"),
+    "pytorch": (pytorch_main, "{}"),
+    "pytorch --out": (pytorch_main, "run --out={}"),
+    "mend": (mend_main, "{} out"),
+    "mend OUT": (mend_main, "images {}"),
+    "verify": (verify_main, "{}"),
+    "judge --folder": (judge_main, "run --data=digits --eps=.1 --folder={}"),
+    "judge --data": (judge_main, "math:sqrt --data={} --eps=.1"),
+}
+
+
+@pytest.mark.parametrize("path", ["gs://b/run", "file:///tmp/run"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_addresses_at_the_other_programs(name, path, monkeypatch, capsys, tmp_path):
+    """One line, and nothing is read or written."""
+    monkeypatch.chdir(tmp_path)
+    main, arguments = PROGRAMS[name]
+    assert main(arguments.format(path).split()) == 2
+    err = capsys.readouterr().err
+    assert "is an address" in err and path in err and list(tmp_path.iterdir()) == []
+    assert_one_line(err)
