@@ -188,7 +188,7 @@ def judge(
     >>> j.robust, [round(v, 2) for v in j.interval], j.broken_by.tolist()
     (0.5, [0.09, 0.91], ['pma', ''])
     >>> print(j.verdict)
-    Not robust: ... robust accuracy 50.00 % [9.5, 90.5] at linf eps 0.1, clean 100.00 %
+    Partly robust: ... robust accuracy 50.00 % [9.5, 90.5] at linf eps 0.1, clean 100.00 %
     >>> import tempfile
     >>> done = clustr_jax.verify(j.save(tempfile.mkdtemp()), logits)  # judgement.json, witness.npz, ...
     >>> print(done.ok, done.lines[-1])

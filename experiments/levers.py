@@ -1,11 +1,14 @@
 """ClusTR+QTRADES at the paper's operating point: one lever at a time, from one warm start.
 
-    python experiments/levers.py [--only=NAME,...] [--seed=0] [--list | --table]
+    python experiments/levers.py [--only=NAME,...] [--seed=0] [--list|--table|--curve=NAME|--export=NAME]
 
 The warm start is `cifar10:nominal,fast`. Every row is its second stage with one setting changed, 6,120
 updates (12 epochs of 96 images) where the row says nothing else; then clean on all test images, and 500 of
 them by the quick forms of the paper's and of the sound protocol. Writes results/levers/NAME-SEED.json. What
-is there is not made again, and a row that was interrupted goes on.
+is there is not made again, and a row that was interrupted goes on. --curve writes and
+prints what a row measured after each epoch so far, on held-out images, into NAME-SEED.curve.json. --export
+writes the network of a finished
+row and 100 test images to results/operating-point, which `make demo` attacks.
 """
 
 import argparse
@@ -23,13 +26,14 @@ from clustr_jax import data  # noqa: E402
 from clustr_jax.evaluation import intervals  # noqa: E402
 from clustr_jax.runtime import provenance  # noqa: E402
 from clustr_jax.settings import DataSettings  # noqa: E402
-from clustr_jax.storage import loading, results  # noqa: E402
+from clustr_jax.storage import loading, results, safetensors_file  # noqa: E402
 from clustr_jax.storage.files import read_json, write_json  # noqa: E402
 from clustr_jax.storage.workdir import Workdir  # noqa: E402
 
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
 RUNS, RESULTS = pathlib.Path("runs", "levers"), pathlib.Path("results", "levers")
 ATTACKED = 500
+EXPORTED = 100
 QUANTILES = (0.05, 0.5, 0.95)
 # Of each epoch.
 CURVE = (
@@ -38,25 +42,32 @@ CURVE = (
 )  # fmt: skip
 EVALUATION = {"eval.n": ATTACKED, "eval.quick": True, "eval.diagnostics": False, "eval.attack.restarts": 1}
 
-# The authors' forms are `fidelity` switches; the paper's text is the config's default.
+# The authors' forms are `fidelity` switches, the log scores of the consistency term one of the text's.
 _AUTHORS = {"fidelity.preset": "paper_code"}
+_TEXT = {"fidelity.scores": "log"}
+_KL = _TEXT | {"train.consistency": "kl"}
 _EXP = {"fidelity.scores": "exp"}
+_SHORT = {"train.epochs": 1}
 ROWS: dict[str, dict] = {
     # which form of Eq. 5 the paper's numbers belong to
-    "text": {},
+    "text": _TEXT,
     "exp": _EXP,
     "authors": _AUTHORS,
-    "kl": {"train.consistency": "kl"},
-    "stop-target": {"train.stop_target": True},
+    "kl": _KL,
+    # the same rows' first epoch
+    "text-510": _TEXT | _SHORT,
+    "exp-510": _EXP | _SHORT,
+    "kl-510": _KL | _SHORT,
+    "stop-target": _TEXT | {"train.stop_target": True},
     # how much of it
     "authors-lam-0": _AUTHORS | {"train.lam": 0.0},
     "authors-lam-1": _AUTHORS | {"train.lam": 1.0},
-    "text-lam-1": {"train.lam": 1.0},
-    "kl-lam-1": {"train.consistency": "kl", "train.lam": 1.0},
+    "text-lam-1": _TEXT | {"train.lam": 1.0},
+    "kl-lam-1": _KL | {"train.lam": 1.0},
     # the rate
     "authors-lr-3e-4": _AUTHORS | {"train.lr": 3e-4},
     "authors-lr-1e-3": _AUTHORS | {"train.lr": 1e-3},
-    "kl-lr-1e-3": {"train.consistency": "kl", "train.lr": 1e-3},
+    "kl-lr-1e-3": _KL | {"train.lr": 1e-3},
     # the margin
     "authors-alpha-6": _AUTHORS | {"magnet.alpha": 6.25},
     "authors-alpha-25": _AUTHORS | {"magnet.alpha": 25.0},
@@ -166,6 +177,57 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def curve(name: str, seed: int) -> str:
+    """Write what a row has measured so far, finished or not, and return it as Markdown."""
+    root = ROOT / RUNS / f"{name}-{seed}"
+    config = read_json(root / "config.json")
+    metrics = [m for m in Workdir(root).records() if m["stage"] == "2_train"]
+    found = {
+        "settings": ROWS[name], "seed": seed, "updates": metrics[-1]["step"],
+        "updates_planned": metrics[-1]["step"] // metrics[-1]["epoch"] * config["train"]["epochs"],
+        "probed": config["train"]["probe"], "config_sha": provenance.sha(config),
+        "versions": provenance.versions(),
+        "curve": [{key: m[key] for key in CURVE if key in m} for m in metrics],
+    }  # fmt: skip
+    target = ROOT / RESULTS / f"{name}-{seed}.curve.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(target, found)
+    lines = [
+        "| updates | clean, held out | paper's protocol | sound, quick | adversary of training "
+        "| Magnet, open hinges | variance |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for m in found["curve"]:
+        low, high = (
+            100 * v for v in intervals.wilson(round(m["paper_accuracy"] * found["probed"]), found["probed"])
+        )
+        lines.append(
+            f"| {m['step']} | {100 * m['val_accuracy']:.1f} "
+            f"| {100 * m['paper_accuracy']:.1f} [{low:.1f}, {high:.1f}] | {100 * m['quick_accuracy']:.1f} "
+            f"| {100 * m['adversarial_accuracy']:.1f} "
+            f"| {m['magnet']:.2f}, {100 * m['hinge_active']:.0f} % | {m['variance']:.2g} |"
+        )
+    return "\n".join(lines)
+
+
+def export(name: str, seed: int) -> None:
+    """The network of a finished row as one file, and a stratified 100 of the test images."""
+    folder = ROOT / RESULTS.parent / "operating-point"
+    folder.mkdir(parents=True, exist_ok=True)
+    root = ROOT / RUNS / f"{name}-{seed}"
+    done = read_json(root / "2_train" / "done.json")
+    about = (
+        f"CIFAR-10, clustr_qtrades,fast, row {name}, seed {seed}, {done['step']} updates, {done['commit']}"
+    )
+    safetensors_file.save(loading.load(root), folder / "clustr_qtrades.safetensors", trained=about)
+    split = data.load_split("cifar10", "test")
+    ids = data.stratified(split.labels, EXPORTED, 10).astype(np.int32)
+    np.savez_compressed(
+        folder / "images.npz", images=split.images[ids], labels=split.labels[ids].astype(np.int32), ids=ids
+    )
+    print(f"{folder}: {about}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -174,7 +236,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
+    parser.add_argument("--curve", metavar="NAME", help="of a row, finished or not; with --seed")
+    parser.add_argument("--export", metavar="NAME", help="of a finished row; with --seed")
     args = parser.parse_args()
+    if args.curve:
+        print(curve(args.curve, args.seed))
+        return 0
+    if args.export:
+        export(args.export, args.seed)
+        return 0
     if args.table:
         print(table())
         return 0
@@ -184,9 +254,12 @@ def main() -> int:
         return 2
     for name in names:
         target = ROOT / RESULTS / f"{name}-{args.seed}.json"
-        commands = [warm_command(warm(name), args.seed), command(name, args.seed)]
+        commands = [command(name, args.seed)]
+        start = ROOT / RUNS / f"{warm(name)}-{args.seed}"
+        if Workdir(start).finished("2_train") is None:
+            commands.insert(0, warm_command(warm(name), args.seed))
         if name in _FIRST:
-            commands.insert(1, command(_FIRST[name], args.seed))
+            commands.insert(-1, command(_FIRST[name], args.seed))
         if args.list:
             print(*("python " + " ".join(words) for words in commands), sep="\n")
             continue

@@ -225,6 +225,7 @@ def check(config):
     certificates.check_config(CertifySettings.of(config.certify), magnet, config.eval.nearest)
 
 
+@pytest.mark.slow
 def test_the_stage_s_result_is_consistent(digits, tmp_path):
     """Certified <= empirical at every radius, rules in their order, curve and table agree."""
     clf, x, y = digits

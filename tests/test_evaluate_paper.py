@@ -87,6 +87,7 @@ def test_paper_pgd_is_the_authors_protocol_to_the_letter(bounds, key, rng):
     assert outside.any() == (bounds is not None)
 
 
+@pytest.mark.slow
 def test_the_maximum_loss_rule_loses_successes(key):
     """Of an example's restarts the one with the largest loss counts, even where another one succeeded.
 

@@ -99,6 +99,7 @@ def test_sound_pgd_finds_the_exact_robust_accuracy(eps, key, rng):
     assert result["robust"] == exact.mean() < result["clean"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "eps"), [(1.0, 0.6), (1.0, 1.0), (1.6, 1.0)])
 def test_the_paper_protocol_overestimates(scale, eps, key, rng):
     """Ten classes: the sound protocol comes to the exact answer, the paper's does not.

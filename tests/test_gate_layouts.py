@@ -49,6 +49,7 @@ def test_attacks_are_those_on_the_transposed_model(door):
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_that_it_captures_are_arguments():
     x, y = images()
     weights = {"w": jnp.ones((72, 2)) * jnp.array([[1.0, -1.0]])}

@@ -205,6 +205,7 @@ def test_a_step_is_a_part_of_the_radius():
         assert (found.attack.eps, found.attack.step_size, found.slots) == (eps, eps / 4, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("missed", "status"), [(1, "PASS"), (3, "FAIL")])
 def test_what_an_audit_breaks_is_broken(judgement, missed, status, monkeypatch):
     """A first run that misses some, and an interval that would be wide enough to hide them."""

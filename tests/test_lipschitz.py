@@ -149,6 +149,7 @@ def test_the_bound_is_above_explicit_jacobians(name):
     assert (lower <= true * (1 + 1e-6)).all() and (lower >= 0.9 * true).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", in_ci(["resnet8", "resnet18"], "resnet8"))
 def test_the_bound_of_a_resnet_is_above_its_lower_bound(name):
     """Explicit Jacobians would take minutes to compile."""
@@ -169,6 +170,7 @@ def test_no_two_inputs_are_moved_apart_by_more_than_the_bound(name):
         assert (moved <= upper * np.linalg.norm(np.asarray(y - x).reshape(len(x), -1), axis=1) + 1e-5).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lip_sll", "lip_aol"])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
 def test_unit_networks_have_constant_1_whatever_their_weights(name, scale):
@@ -195,6 +197,7 @@ def test_a_fresh_unit_network_does_not_have_it_by_being_flat(name):
     assert upper <= 1 + 1e-5 or name == "lip_cpl"
 
 
+@pytest.mark.slow
 def test_cpl_converges_to_constant_1_within_a_few_training_steps():
     """Its bound is honest before (far above 1) and after (within 1 % for 100 passes in train mode)."""
     net = models.build("lip_cpl", **SETTINGS["lip_sll"])

@@ -249,6 +249,8 @@ def test_the_line_of_an_error_of_a_library_is_one_that_can_be_read():
     """Orbax names every array of a tree in one line."""
     assert errors.first_line(ValueError("\n  \nwrong shape\nat ...")) == "wrong shape"
     assert errors.first_line(KeyError()) == "KeyError"
+    assert errors.first_line(KeyError("'eps'\nDid you mean ...")) == "no such key: 'eps' Did you mean ..."
+    assert errors.first_line(AttributeError(KeyError("eps"))) == "no such key: eps"
     assert errors.first_line(ValueError("x" * 9000)) == "x" * 300 + " ..."
 
 

@@ -222,6 +222,7 @@ def test_small_clusters_skip(samples, rng):
         assert (np.asarray(after.sampler.losses) != np.asarray(p.state.sampler.losses)).any()
 
 
+@pytest.mark.slow
 def test_a_stale_sampler(rng):
     """A step remembers as the authors do; a refit leaves their means; seeds have no floor."""
     p = problem("clustr", rng, **{"magnet.k": 2, "fidelity.sampler": "stale"})

@@ -26,6 +26,7 @@ def test_three_epochs_trace_a_step_once(method, sampler, rng, monkeypatch):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_equal_trainers_are_one_program(rng):
     """A trainer is its settings: made again it compiles nothing, with another setting it does."""
     p = problem("clustr", rng, **{"train.lr": 0.0321})

@@ -22,7 +22,12 @@ def warn_caller(text: str, category: type[Warning]) -> None:
 
 def first_line(error: BaseException, at_most: int = 300) -> str:
     """The first line of its text that says something, else its type; `at_most` so many characters."""
-    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    while len(error.args) == 1 and isinstance(error.args[0], Exception):  # ml_collections wraps them so
+        error = error.args[0]
+    text = str(error)
+    if isinstance(error, KeyError) and text:  # str() of one is the key as Python would write it
+        text = "no such key: " + " ".join(str(error.args[0]).split())
+    line = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= at_most else f"{line[:at_most]} ..."
 
 
