@@ -12,6 +12,7 @@ import pytest
 
 from clustr_jax import attacks, losses
 from clustr_jax.attacks.pgd import run_pgd
+from clustr_jax.evaluation import judging
 from gate_doors import CLASSES, DOORS, KEY, WITHOUT_RADIUS, B, images, linear, qtrades, weights
 
 pgd = functools.partial(attacks.pgd, eps=0.1, step_size=0.05, steps=2)
@@ -216,6 +217,21 @@ def test_steps_of_nothing_are_told(settings, words):
     x, y = images()
     (text,) = told(lambda: DOORS["pgd"](KEY, linear, x, y, **settings))
     assert text.startswith(words)
+
+
+@pytest.mark.parametrize(("name", "tiny"), [("eps", 1e-10), ("step_size", 1e-12)])
+def test_what_float32_cannot_add_is_nothing(name, tiny):
+    x, y = images()
+    (text,) = told(lambda: DOORS["pgd"](KEY, linear, x, y, **{name: tiny}))
+    assert text.startswith(f"{name}={tiny:g}, which float32 cannot add to a pixel of 1: nothing")
+    assert told(lambda: DOORS["pgd"](KEY, linear, x, y, **{name: 1e-7})) == []
+
+
+def test_a_judgement_of_nothing_says_so():
+    x, y = images()
+    settings = dict(norm="linf", protocol="sound-3", bounds=(0.0, 1.0), ids=None, settings=None, slots=B)
+    with pytest.warns(attacks.UnattackedWarning, match="eps=0: nothing is tried"):
+        judging.prepare(linear, x, y, eps=0.0, seed=0, **settings)
 
 
 def test_nothing_is_said_inside_jit_of_no_images_and_by_protocols():

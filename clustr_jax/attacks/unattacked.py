@@ -27,14 +27,27 @@ def still_blind(blind: Bool[Array, "B"], gradient: Float[Array, "B ..."]):
     return blind & jnp.all(gradient == 0, axis=tuple(range(1, gradient.ndim)))
 
 
-def warn_of_settings(*, start: str = "zero", **settings: Any) -> None:
-    """UnattackedWarning for the first setting that is 0 (traced ones are not looked at)."""
+# Of pixels up to 1, half of what float32 tells apart: less than that is added to them in vain.
+_UNSEEN = 2.0**-25
+
+
+def of_settings(*, start: str = "zero", **settings: Any) -> str:
+    """The sentence on the first setting that is 0, or that float32 cannot add to a pixel; "" where none is.
+
+    Traced ones are not looked at.
+    """
     for name, value in settings.items():
-        if isinstance(value, jax.core.Tracer) or float(value) != 0:
+        if isinstance(value, jax.core.Tracer) or float(value) >= _UNSEEN:
             continue
         points = "" if name == "eps" or start == "zero" else " but random starts"
-        warn(f"{name}=0: nothing{points} is tried, and what is left says nothing of robustness")
-        return
+        little = f"{name}={float(value):g}" + (", which float32 cannot add to a pixel of 1" if value else "")
+        return f"{little}: nothing{points} is tried, and what is left says nothing of robustness"
+    return ""
+
+
+def warn_of_settings(**settings: Any) -> None:
+    """UnattackedWarning with that sentence."""
+    warn(of_settings(**settings))
 
 
 def told(blind: Bool[np.ndarray, "A"], who: str = "") -> str:

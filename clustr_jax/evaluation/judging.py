@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from clustr_jax.attacks import calls, resuming
+from clustr_jax.attacks import calls, resuming, unattacked
 from clustr_jax.attacks.gate import Admitted
 from clustr_jax.attacks.scheduler import Outcome
 from clustr_jax.classifier import Classifier
@@ -99,6 +99,7 @@ def prepare(
     )
     if not len(given.x):
         raise UserError("x has no images: there is nothing to judge")
+    unattacked.warn_of_settings(eps=eps)
     if classifier is None:
         subject = subjects.of_model(function, given, slots)
     else:
@@ -197,7 +198,7 @@ def _content(case, result, listed, again, evidence, seconds) -> dict:
     told = dict(zip(names.tolist(), counts.tolist(), strict=True))
     by = {name: told.get(name, 0) for name in result["attacks"]}
     by |= {name: told[name] for name in (sound_protocol.SMALLER, auditing.NAME) if told.get(name)}
-    notes = [case.subject.unsteady] if case.subject.unsteady else []
+    notes = [*filter(None, (case.subject.unsteady, unattacked.of_settings(eps=evidence.eps)))]
     if by.get(auditing.NAME):
         notes.append("what the audit broke counts as broken; attacks and curves are of the first run")
     content = {
