@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import child  # noqa: E402
+import lever_tables  # noqa: E402
 
 from clustr_jax import data  # noqa: E402
 from clustr_jax.evaluation import intervals  # noqa: E402
@@ -159,24 +160,6 @@ def measured(name: str, seed: int) -> dict:
     }  # fmt: skip
 
 
-def table() -> str:
-    """Markdown of what is there."""
-    lines = [
-        "| row | seed | updates | clean | paper's protocol | sound | Magnet, open hinges | variance |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name in ROWS:
-        for path in sorted((ROOT / RESULTS).glob(f"{name}-[0-9].json")):
-            row = read_json(path)
-            last = row["curve"][-1]
-            lines.append(
-                f"| {name} | {row['seed']} | {row['updates']} | {100 * row['clean']:.1f} "
-                f"| {100 * row['paper']:.1f} | {100 * row['sound']:.1f} "
-                f"| {last['magnet']:.2f}, {100 * last['hinge_active']:.0f} % | {last['variance']:.2g} |"
-            )
-    return "\n".join(lines)
-
-
 def curve(name: str, seed: int) -> str:
     """Write what a row has measured so far, finished or not, and return it as Markdown."""
     root = ROOT / RUNS / f"{name}-{seed}"
@@ -192,22 +175,7 @@ def curve(name: str, seed: int) -> str:
     target = ROOT / RESULTS / f"{name}-{seed}.curve.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, found)
-    lines = [
-        "| updates | clean, held out | paper's protocol | sound, quick | adversary of training "
-        "| Magnet, open hinges | variance |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for m in found["curve"]:
-        low, high = (
-            100 * v for v in intervals.wilson(round(m["paper_accuracy"] * found["probed"]), found["probed"])
-        )
-        lines.append(
-            f"| {m['step']} | {100 * m['val_accuracy']:.1f} "
-            f"| {100 * m['paper_accuracy']:.1f} [{low:.1f}, {high:.1f}] | {100 * m['quick_accuracy']:.1f} "
-            f"| {100 * m['adversarial_accuracy']:.1f} "
-            f"| {m['magnet']:.2f}, {100 * m['hinge_active']:.0f} % | {m['variance']:.2g} |"
-        )
-    return "\n".join(lines)
+    return lever_tables.curve(name, seed)
 
 
 def export(name: str, seed: int) -> None:
@@ -246,7 +214,7 @@ def main() -> int:
         export(args.export, args.seed)
         return 0
     if args.table:
-        print(table())
+        print(lever_tables.levers())
         return 0
     names = args.only.split(",") if args.only else [*ROWS]
     if unknown := set(names) - set(ROWS):
@@ -271,7 +239,7 @@ def main() -> int:
                 return code
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, measured(name, args.seed))
-        print(table(), flush=True)
+        print(lever_tables.levers(), flush=True)
     return 0
 
 
