@@ -227,7 +227,7 @@ def adaptive_restarts(
     x_adv[right[broken]] = so_far.outcome.x_adv[broken]
     kept.clear()
     if float(eps):
-        unattacked.warn(unattacked.told(so_far.outcome.blind))
+        unattacked.warn(unattacked.told(so_far.outcome.unattacked))
     return x_adv
 
 

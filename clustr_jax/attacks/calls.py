@@ -68,7 +68,7 @@ def attack_alone(
             raise Interrupted(x_adv, STOPPED + stopped)
         kept.clear()
         if np.any(attack.eps):
-            unattacked.warn(unattacked.told(outcome.blind))
+            unattacked.warn(unattacked.told(outcome.unattacked))
     if len(x_adv):
         unattacked.warn_of_settings(eps=attack.eps)
     return x_adv

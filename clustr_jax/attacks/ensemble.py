@@ -127,7 +127,7 @@ def autoattack(
             found = AutoAttackResult(x_adv, alive, broken_by, (*notes, f"interrupted in {plan.name}"))
             raise Interrupted(found, STOPPED + stopped)
         if plan.attack.gradients and float(eps):
-            followed.append(unattacked.told(outcome.blind, f"{plan.name}: "))
+            followed.append(unattacked.told(outcome.unattacked, f"{plan.name}: "))
     kept.clear()
     if len(x):
         unattacked.warn_of_settings(eps=eps)

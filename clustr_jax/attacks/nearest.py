@@ -176,7 +176,7 @@ def _nearest(key, attack, logits_fn, x, y, *, ranking, ids, slots, progress, fol
         earlier, done = kept.load_with(record, x[right], 1)
         if "distance" in done:  # a call that was interrupted had come as far
             found.x_adv[right], found.distance[right] = done["x_adv"], done["distance"]
-            blind &= earlier.blind
+            blind &= earlier.unattacked
             continue
         outcome, stopped = run_plan(
             given.key, one_plan, given, right, slots=slots, progress=progress, kept=kept, record=record
@@ -197,7 +197,7 @@ def _nearest(key, attack, logits_fn, x, y, *, ranking, ids, slots, progress, fol
             _keep_nearer(found, index, candidates, _distances(candidates, x[index], attack.norm))
             found.notes = (*notes, f"interrupted in run {number + 1} of {len(plans)}")
             raise Interrupted(found, STOPPED + stopped)
-        blind &= outcome.blind
+        blind &= outcome.unattacked
     kept.clear()
     told = unattacked.told(blind)
     unattacked.warn(told)

@@ -78,6 +78,11 @@ class Outcome:
         vars(self).update(vars(other))
 
     @property
+    def unattacked(self) -> Bool[np.ndarray, "N"]:
+        """The images with restarts that ended, none of which had a gradient."""
+        return self.blind & np.any(self.spent > 0, axis=0)
+
+    @property
     def needed(self) -> int:
         """Evaluations that no schedule could leave out: all restarts up to the first success."""
         last = np.where(self.broken, self.restart, len(self.spent))
