@@ -46,7 +46,7 @@ class Clusters:
         arrays.check_shape(centroids, "centroids", "Y K E", sizes)
         mask = self.mask
         if arrays.is_array(mask):
-            mask = arrays.mask(mask, "mask", "Y K", sizes)
+            mask = arrays.mask(mask, "mask", "Y K", sizes, some="cluster")
         where = mask if arrays.is_array(mask) else None
         return {
             "centroids": arrays.floats(centroids, "centroids", "Y K E", sizes, where=where),
@@ -369,6 +369,8 @@ def of_linear_head(
 def with_variance(clusters: Clusters, z: Float[Array, "N E"], y: Int[Array, "N"]) -> Clusters:
     """The same centroids with the variance of these embeddings z [N, E], labels y [N] (paper Eq. 3).
 
+    UserError where a class of `y` has no cluster to be near to.
+
     >>> c = Clusters(jnp.array([[[0.0]], [[5.0]]]), jnp.float32(1.0))
     >>> z, y = jnp.array([[1.0], [4.0], [7.0]]), jnp.array([0, 1, 1])
     >>> print(clusters.with_variance(c, z, y).variance)  # (1 + 1 + 4) / (3 - 1)
@@ -378,6 +380,7 @@ def with_variance(clusters: Clusters, z: Float[Array, "N E"], y: Int[Array, "N"]
     sizes["E"] = fields["centroids"].shape[2]
     z = arrays.floats(z, "z", "N E", sizes, squares="between them")
     y = arrays.labels(y, fields["centroids"].shape[0], sizes, axis="N")
+    arrays.check_members(fields["mask"], y)
     return _with_its_variance(clusters, z, y)
 
 

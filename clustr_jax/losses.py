@@ -278,7 +278,7 @@ def magnet_loss(
     num_rows, num_samples, size = z.shape
     classes = arrays.labels(classes, None, sizes, "classes", axis="M")
     given = jnp.ones((num_rows, num_samples), bool) if mask is None else mask
-    given = arrays.mask(given, "mask", "M S", sizes)
+    given = arrays.mask(given, "mask", "M S", sizes, some="example")
     loss, variance = magnet_loss_of_rows(
         z.reshape(-1, size),
         jnp.arange(num_rows * num_samples) // num_samples,
@@ -332,7 +332,7 @@ def magnet_loss_of_rows(
     z = arrays.floats(z, "z", "B E", sizes, squares="between them")
     classes = arrays.labels(classes, None, sizes, "classes", axis="M")
     row = arrays.labels(row, sizes["M"], sizes, "row", top=", the clusters of the batch")
-    mask = arrays.mask(mask, "mask", "B", sizes)
+    mask = arrays.mask(mask, "mask", "B", sizes, some="example")
     arrays.number(alpha, "alpha", "a finite number", math.isfinite)
     arrays.not_negative(eps, "eps")
     arrays.not_negative(radius, "radius")

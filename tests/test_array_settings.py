@@ -92,6 +92,32 @@ def test_masks(name):
     jax.tree.map(np.testing.assert_array_equal, call(mask.astype(np.int8)), call(mask))
 
 
+def rows(mask):
+    return losses.magnet_loss_of_rows(Z, Y, np.arange(3), mask.reshape(-1), alpha=1.0)
+
+
+@pytest.mark.parametrize("name", [*MASKS, "magnet_rows"])
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.int64, jnp.int32, jnp.bool_])
+def test_masks_that_leave_nothing(name, kind):
+    """An inertia, a loss and scores of nothing would be 0, or -inf, without a word."""
+    call, mask = (rows, np.ones(12)) if name == "magnet_rows" else MASKS[name]
+    nothing = jnp.zeros(mask.shape, kind) if kind in (jnp.int32, jnp.bool_) else np.zeros(mask.shape, kind)
+    assert "mask is False everywhere, and leaves no " in refused(call, nothing)
+    one = np.zeros(mask.shape, bool)
+    one.reshape(-1)[-1] = True
+    call(one)
+
+
+def test_labels_of_a_class_without_clusters():
+    """Their distance to the nearest own cluster, and so the variance, would be infinite."""
+    head = HEAD.replace(mask=np.array([[True, True], [False, False], [True, False]]))
+    text = refused(lambda y: clusters.with_variance(head, Z, y), Y)
+    assert "no cluster of class 1, and y has 4 examples" in text
+    assert np.isfinite(clusters.with_variance(head, Z, np.where(Y == 1, 2, Y)).variance)
+    others = HEAD.replace(mask=np.array([[True, True], [False, True], [True, False]]))
+    assert np.isfinite(clusters.with_variance(others, Z, Y).variance)
+
+
 def test_what_is_masked_out_may_be_anything():
     mask = np.arange(12) > 3
     bad = changed(Z, (0, 0), np.nan)

@@ -27,6 +27,7 @@ def check_radius(name, norm, eps, seed, bounds="default"):
 
 @pytest.mark.parametrize(("name", "norm"), pairs("apgd-t", "fab", "square"))
 @pytest.mark.filterwarnings("ignore::clustr_jax.attacks.UnitWarning")
+@pytest.mark.filterwarnings("ignore::clustr_jax.attacks.UnattackedWarning")
 @INSIDE
 @given(eps=st.one_of(st.just(0.0), st.floats(1e-4, 1.5)), seed=st.integers(0, 99))
 def test_inside_the_ball_and_the_box(name, norm, eps, seed):
@@ -36,6 +37,7 @@ def test_inside_the_ball_and_the_box(name, norm, eps, seed):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::clustr_jax.attacks.UnitWarning")
+@pytest.mark.filterwarnings("ignore::clustr_jax.attacks.UnattackedWarning")
 @pytest.mark.parametrize("name", ["apgd-ce", "fab", "square"])
 @INSIDE
 @given(
@@ -47,6 +49,7 @@ def test_inside_another_box(name, norm, eps, seed):
     check_radius(name, norm, eps, seed, (0.1, 0.9))
 
 
+@pytest.mark.filterwarnings("ignore::clustr_jax.attacks.UnattackedWarning")
 @pytest.mark.parametrize("name", ["apgd-t", "fab", "square"])
 def test_zero_radius_breaks_nothing(name):
     _, _, model, x, y = problem()

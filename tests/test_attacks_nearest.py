@@ -210,6 +210,7 @@ def flat(x):
     return jnp.stack([-z, z], axis=1)
 
 
+@pytest.mark.filterwarnings("ignore::clustr_jax.attacks.UnattackedWarning")
 @pytest.mark.parametrize("model", [far, flat])
 @pytest.mark.parametrize("door", [attacks.fmn, attacks.ddn])
 def test_where_nothing_is_found(door, model):

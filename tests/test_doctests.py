@@ -40,6 +40,7 @@ WITHOUT = {
     "Interrupted",
     "NearestResult",
     "RecordWarning",
+    "UnattackedWarning",
     "UnitWarning",
     "UnsteadyWarning",
     "KMeans",

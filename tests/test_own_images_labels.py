@@ -69,7 +69,42 @@ def test_two_names_that_look_alike_are_refused(split, one, other, tmp_path, rng)
     assert "two folders called" in message and "merge them" in message
 
 
-@pytest.mark.parametrize("other", ["Tea", "tea "])
+ALIKE = {
+    "case": ("cat", "Cat"),
+    "full width": ("cat", "\uff43\uff41\uff54"),
+    "ligature": ("\ufb01n", "fin"),
+    "sharp s": ("stra\u00dfe", "STRASSE"),
+    "Cyrillic a": ("cat", "c\u0430t"),
+    "Cyrillic capitals": ("CAT", "\u0421\u0410\u0422"),
+    "Cyrillic case": ("\u043a\u043e\u0442", "\u041a\u043e\u0442"),
+    "Greek o": ("dog house", "d\u03bfg house"),
+    "dotless i": ("pin", "p\u0131n"),
+}
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_two_classes_that_read_alike_are_named(kind, tmp_path, rng):
+    """They may be two; the user is told."""
+    one, other = ALIKE[kind]
+    make(tmp_path, rng, train=(6, 6, 6), test=(3, 3, 3), names=(one, other, "bird"))
+    (note,) = folder.read(tmp_path).notes
+    assert "read alike" in note and ascii(one) in note and ascii(other) in note and "bird" not in note
+    assert note.isascii() and "\n" not in note and len(note) < 500
+
+
+def test_classes_that_do_not_read_alike_are_no_note(tmp_path, rng):
+    make(tmp_path, rng, train=(3, 3, 3), test=(3, 3, 3), names=("cat", "cats", "c at"))
+    assert folder.read(tmp_path).notes == ()
+
+
+def test_letters_of_both_cases_are_one_note(tmp_path, rng):
+    names = [c for letter in "abcdefgh" for c in (letter, letter.upper())]
+    make(tmp_path, rng, train=[2] * 16, test=[1] * 16, names=names)
+    (note,) = folder.read(tmp_path).notes
+    assert "'A' and 'a'" in note and "5 more" in note and len(note) < 500
+
+
+@pytest.mark.parametrize("other", ["Tea", "tea ", "\uff54ea", "te\u0430"])
 def test_an_unknown_class_that_looks_like_a_known_one(other, tmp_path, rng):
     make(tmp_path, rng, names=("tea", "x"))
     (tmp_path / "test" / "tea").rename(tmp_path / "test" / other)

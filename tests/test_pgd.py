@@ -100,6 +100,7 @@ def test_steps_match_the_reference(norm, key, rng):
     ("linf", "uniform", "success"), ("linf", "uniform", "loss"), ("linf", "normal", "success"),
     ("l2", "uniform", "success"), ("l2", "normal", "loss"),
 ])  # fmt: skip
+@pytest.mark.filterwarnings("ignore::clustr_jax.attacks.UnattackedWarning")
 @given(eps=st.one_of(st.just(0.0), st.floats(1e-4, 1.0)), ratio=st.floats(0.1, 3.0), seed=st.integers(0, 99))
 def test_inside_the_ball_and_the_box(norm, start, select, eps, ratio, seed):
     """For any eps, step and model, pixels at the border included; eps = 0 is the identity."""
@@ -163,6 +164,7 @@ def test_outcome_does_not_depend_on_order_or_batch_mates(rng):
     assert not np.allclose(run(jax.random.key(4), model, x, y, ids=ids + 1), first, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore::clustr_jax.attacks.UnattackedWarning")
 def test_a_zero_gradient_moves_nothing(key):
     """0 / |0| = 0 in l2: no nan, no step."""
     x, y = np.full((3, *SHAPE), 0.5, np.float32), np.zeros(3, np.int32)
@@ -172,6 +174,7 @@ def test_a_zero_gradient_moves_nothing(key):
 
 
 @pytest.mark.filterwarnings("ignore:logits_fn returned bounded scores")  # so they are, on purpose
+@pytest.mark.filterwarnings("ignore::clustr_jax.attacks.UnattackedWarning")
 def test_a_sweep_and_new_parameters_compile_once(rng, compilations):
     """Four eps, four step sizes and four models of one shape through a method, a Partial, a function."""
     x, y = images(rng, 4), np.zeros(4, np.int32)

@@ -87,6 +87,7 @@ def test_success_beats_loss_only_in_the_sound_rule(key):
     np.testing.assert_allclose(authors, 0.8, atol=2 * ULP)
 
 
+@pytest.mark.filterwarnings("ignore::clustr_jax.attacks.UnattackedWarning")
 def test_equal_losses_keep_the_later_restart():
     """The authors' >=: with a constant loss the second restart replaces the first."""
     x, y = np.full((8, 1), 0.5, np.float32), np.zeros(8, np.int32)
@@ -105,6 +106,7 @@ def small_model(rng):
 
 
 @pytest.mark.filterwarnings("ignore:logits_fn returned bounded scores")  # black images have logits of 0 here
+@pytest.mark.filterwarnings("ignore::clustr_jax.attacks.UnattackedWarning")
 def test_qtrades_starts_uniformly_in_the_ball(rng):
     """step_size = 0 shows the start: uniform in [-eps, eps] (Kolmogorov-Smirnov), clipped to the box."""
     eps, model = 0.1, small_model(rng)
@@ -118,6 +120,7 @@ def test_qtrades_starts_uniformly_in_the_ball(rng):
     np.testing.assert_allclose(black, np.maximum(eps * noise.reshape(x.shape), 0), atol=4 * ULP)
 
 
+@pytest.mark.filterwarnings("ignore::clustr_jax.attacks.UnattackedWarning")
 @pytest.mark.parametrize("step_size", [10 / 255, 2 / 255])
 def test_qtrades_is_one_step_from_its_start(step_size, rng):
     """App. D: sign of the gradient of CE(p(x), p(x')) at the start, project, clip (1e-6: a few roundings)."""

@@ -175,6 +175,15 @@ def by_hand(first, second):
     return len(same), sum(same)
 
 
+def contradicted(split):
+    """(images that are there under another label as well, their different contents)."""
+    there = {}
+    for image, label in zip(split.images, split.labels, strict=True):
+        there.setdefault(image.tobytes(), []).append(int(label))
+    several = [labels for labels in there.values() if len(set(labels)) > 1]
+    return sum(map(len, several)), len(several)
+
+
 @given(seed=st.integers(0, 10**6), copies=st.integers(0, 12))
 def test_equal_images_are_found(seed, copies):
     rng = np.random.default_rng(seed)
@@ -196,6 +205,11 @@ def test_equal_images_are_found(seed, copies):
         assert len(pair["pairs"]) == pair["images"]
         for first, second in pair["pairs"]:
             np.testing.assert_array_equal(splits[i].images[first], splits[j].images[second])
+    for name, split in zip(names, splits, strict=True):
+        assert (found[name]["images"], found[name]["contents"]) == contradicted(split)
+        for i, j in found[name]["pairs"]:
+            np.testing.assert_array_equal(split.images[i], split.images[j])
+            assert split.labels[i] != split.labels[j]
     assert bool(remarks.sentence(found)) == any(pair["images"] for pair in found.values())
     assert json.loads(json.dumps(found)) == found
 
@@ -209,6 +223,24 @@ def test_leaks_between_the_folders_are_said(tmp_path, rng):
     )
     (line,) = remarks.of(*data.splits(section(tmp_path))).lines
     assert line.startswith("duplicates: 2 test images are among the training images as well, 1 under another")
+
+
+@pytest.mark.parametrize(("copies", "times"), [(1, "2 times"), (2, "3 times")])
+def test_one_image_under_two_labels_is_said(copies, times, tmp_path, rng):
+    """Within the training images: no leak between splits, and no label to learn."""
+    make(tmp_path, rng)
+    for i in range(copies):
+        shutil.copy(tmp_path / "train" / "c00" / "000.png", tmp_path / "train" / "c01" / f"copy{i}.png")
+    (line,) = remarks.of(*data.splits(section(tmp_path))).lines
+    assert line.startswith(
+        f"duplicates: 1 image is among the training images under several labels, {times} in"
+    )
+
+
+def test_one_image_twice_under_one_label_is_no_contradiction(tmp_path, rng):
+    make(tmp_path, rng)
+    shutil.copy(tmp_path / "train" / "c00" / "000.png", tmp_path / "train" / "c00" / "copy.png")
+    assert not remarks.of(*data.splits(section(tmp_path))).lines
 
 
 @given(
@@ -242,7 +274,8 @@ def test_the_own_splits_of_a_folder_share_no_image(val_size, tmp_path, rng):
         shutil.copy(tmp_path / f"train/c00/00{i}.png", tmp_path / f"train/c0{i % 2}/copy{i}.png")
     splits = data.splits(section(tmp_path, val_size=val_size))
     assert sum(map(len, splits)) == 29 and len(splits[1]) >= (5 if val_size else 0)
-    assert remarks.sentence(remarks.of(*splits).duplicates) == ""
+    found = remarks.of(*splits).duplicates
+    assert found is not None and not any(found[pair]["images"] for pair in found if "/" in pair)
 
 
 def test_a_class_of_one_content_is_named(tmp_path, rng):

@@ -6,12 +6,16 @@ import pytest
 
 import clustr_jax
 from clustr_jax import data
+from clustr_jax.command.judge import main as judge_main
 from clustr_jax.data import folder
+from clustr_jax.data.mend import main as mend_main
+from clustr_jax.doors.pytorch import main as pytorch_main
 from clustr_jax.report.__main__ import main as report_main
 from clustr_jax.runtime import paths
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.storage import safetensors_file
 from clustr_jax.storage.workdir import Workdir
+from clustr_jax.verify import main as verify_main
 from runs import assert_one_line
 
 pytestmark = pytest.mark.filterwarnings(
@@ -60,14 +64,67 @@ def test_paths_that_files_can_have(path):
     assert paths.local(path, "it") == pathlib.Path(path).expanduser()
 
 
-def test_addresses_at_the_command_lines(attempt, capsys, tmp_path):
-    for name, argument in (
-        ("digits", "--workdir=gs://b/run"),
-        ("folder", "--config.data.dir=s3://b/x"),
-        ("digits", "--config.init_from=gs://b/run"),
-    ):
-        code, stderr = attempt(f"--config={name}:nominal", f"--workdir={tmp_path / 'run'}", argument)
-        assert code == 2 and "is an address" in stderr
-        assert_one_line(stderr)
-    assert report_main(["gs://b/run"]) == 2
-    assert_one_line(capsys.readouterr().err)
+ELSEWHERE = ["gs://b/run", "s3://b/model.safetensors", "file:///tmp/run", "~nobody_here/run"]
+
+
+@pytest.mark.parametrize("path", ELSEWHERE)
+@pytest.mark.parametrize(
+    ("config", "setting"),
+    [
+        ("digits", "--workdir={}"),
+        ("folder", "--config.data.dir={}"),
+        ("digits", "--config.data.dir={}"),
+        ("digits", "--config.pretrain.dir={}"),
+        ("digits", "--config.init_from={}"),
+        ("digits", "--config.eval.transfer=('{}',)"),
+    ],
+)
+def test_addresses_at_the_command_lines(config, setting, path, program, monkeypatch, capsys, tmp_path):
+    """Refused before anything is computed, printed or written, whether the run would come to it or not."""
+    argv = ["run.py", f"--config={config}:nominal", f"--workdir={tmp_path / 'run'}", setting.format(path)]
+    monkeypatch.setattr("sys.argv", argv)
+    assert program.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and list(tmp_path.iterdir()) == []
+    assert any(words in err for words in ("is an address", "no such home folder")) and path in err
+    assert_one_line(err)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "nowhere.safetensors"])
+def test_a_start_that_is_not_there(path, program, monkeypatch, capsys, tmp_path):
+    argv = [
+        "run.py",
+        "--config=digits:nominal",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.init_from={path}",
+    ]
+    monkeypatch.setattr("sys.argv", argv)
+    assert program.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and list(tmp_path.iterdir()) == [] and path in err
+    assert_one_line(err)
+
+
+PROGRAMS = {
+    "report": (report_main, "{}"),
+    "report --out": (report_main, "a b --out={}"),
+    "pytorch": (pytorch_main, "{}"),
+    "pytorch --out": (pytorch_main, "run --out={}"),
+    "mend": (mend_main, "{} out"),
+    "mend OUT": (mend_main, "images {}"),
+    "verify": (verify_main, "{}"),
+    "judge --folder": (judge_main, "run --data=digits --eps=.1 --folder={}"),
+    "judge --data": (judge_main, "math:sqrt --data={} --eps=.1"),
+}
+
+
+@pytest.mark.parametrize("path", ["gs://b/run", "file:///tmp/run"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_addresses_at_the_other_programs(name, path, monkeypatch, capsys, tmp_path):
+    """One line, and nothing is read or written."""
+    monkeypatch.chdir(tmp_path)
+    main, arguments = PROGRAMS[name]
+    assert main(arguments.format(path).split()) == 2
+    err = capsys.readouterr().err
+    assert "is an address" in err and path in err and list(tmp_path.iterdir()) == []
+    assert_one_line(err)

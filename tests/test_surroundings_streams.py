@@ -3,9 +3,11 @@
 import errno
 import io
 import sys
+import warnings
 
 import pytest
 
+from clustr_jax import attacks
 from clustr_jax.runtime import surroundings
 
 pytestmark = pytest.mark.filterwarnings(
@@ -91,3 +93,17 @@ def test_any_character_can_be_printed(encoding, text, monkeypatch):
     except UnicodeEncodeError:
         found.encode(encoding)
         assert found and found != text
+
+
+def test_a_warning_of_ours_is_one_sentence():
+    """The line of our code below it says nothing to a user. Warnings of others are as they were."""
+    before = warnings.formatwarning
+    with surroundings.steady():
+        with surroundings.steady():
+            ours = warnings.formatwarning("eps is\n  wide", attacks.UnitWarning, "user.py", 3)
+            from_here = warnings.formatwarning("bounded scores", UserWarning, attacks.__file__, 3)
+            foreign = warnings.formatwarning("overflow", RuntimeWarning, "numpy/core.py", 3)
+        assert warnings.formatwarning("a", attacks.UnitWarning, "user.py", 3) == "warning: a\n"
+    assert (ours, from_here) == ("warning: eps is wide\n", "warning: bounded scores\n")
+    assert foreign == before("overflow", RuntimeWarning, "numpy/core.py", 3)
+    assert warnings.formatwarning is before

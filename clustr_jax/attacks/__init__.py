@@ -14,10 +14,11 @@ from clustr_jax.attacks.pma import pma
 from clustr_jax.attacks.resuming import RecordWarning
 from clustr_jax.attacks.targets import malt_targets
 from clustr_jax.attacks.trust import UnsteadyWarning
+from clustr_jax.attacks.unattacked import UnattackedWarning
 from clustr_jax.attacks.watching import Interrupted
 
 __all__ = [
-    "AutoAttackResult", "Interrupted", "NearestResult", "RecordWarning", "UnitWarning", "UnsteadyWarning",
-    "adaptive_restarts", "apgd", "autoattack", "ddn", "fab", "fgsm", "fmn", "malt_targets", "noise", "pgd",
-    "pma", "qtrades", "square", "wrap",
+    "AutoAttackResult", "Interrupted", "NearestResult", "RecordWarning", "UnattackedWarning", "UnitWarning",
+    "UnsteadyWarning", "adaptive_restarts", "apgd", "autoattack", "ddn", "fab", "fgsm", "fmn", "malt_targets",
+    "noise", "pgd", "pma", "qtrades", "square", "wrap",
 ]  # fmt: skip

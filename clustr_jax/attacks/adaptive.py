@@ -15,7 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax.attacks import resuming, scheduler
+from clustr_jax.attacks import resuming, scheduler, unattacked
 from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.calls import SLOTS, STOPPED, common_of, planned, prepare
 from clustr_jax.attacks.options import whole
@@ -224,6 +224,8 @@ def adaptive_restarts(
     rule = [f"{name}={value}" for name, value in (("share", share), ("patience", patience))]
     plan = planned(f"adaptive {attack} {' '.join(rule)}", made, given, logits, entry.targets, most, slots)
     x_adv, right = given.x.copy(), np.flatnonzero(logits.argmax(axis=1) == given.y)
+    if len(x_adv):
+        unattacked.warn_of_settings(eps=eps)
     if not len(right):
         return x_adv
     kept = resuming.begin(place, given, logits, [plan], slots, "adaptive restarts")
@@ -249,6 +251,8 @@ def adaptive_restarts(
     broken = so_far.outcome.broken
     x_adv[right[broken]] = so_far.outcome.x_adv[broken]
     kept.clear()
+    if float(eps):
+        unattacked.warn(unattacked.told(so_far.outcome.unattacked))
     return x_adv
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from clustr_jax.attacks.attack_losses import AttackLoss
 from clustr_jax.attacks.geometry import ascend, on_sphere, over, project
 from clustr_jax.attacks.scheduled_attack import Attack, Work, climb
+from clustr_jax.attacks.unattacked import still_blind
 from clustr_jax.runtime import struct
 
 # Share of the previous move that is carried on, share of rising steps that a window needs, first step / eps.
@@ -25,6 +26,7 @@ class APGDState(struct.PyTreeNode):
 
     candidate: Float[Array, "S ..."]
     fooled: Bool[Array, "S"]
+    blind: Bool[Array, "S"]  # the gradient was exactly 0 at every update
     previous: Float[Array, "S ..."]
     best: Float[Array, "S ..."]
     best_gradient: Float[Array, "S ..."]
@@ -67,6 +69,7 @@ class APGD(Attack):
         return APGDState(
             candidate=x,
             fooled=jnp.zeros(work.y.shape, bool),
+            blind=jnp.ones(work.y.shape, bool),
             previous=x,
             best=x,
             best_gradient=jnp.zeros_like(x),
@@ -82,6 +85,7 @@ class APGD(Attack):
         """Evaluate the iterate, halve the step where it is time to, and move."""
         x = state.candidate
         gradient, value, fooled = climb(model, self.loss, work, x)
+        blind = still_blind(state.blind, gradient)
         better = value > state.best_value
         best = jnp.where(over(better, x), x, state.best)
         best_gradient = jnp.where(over(better, x), gradient, state.best_gradient)
@@ -107,6 +111,7 @@ class APGD(Attack):
         return APGDState(
             candidate=jnp.where(over(fooled, x), x, moved),
             fooled=fooled,
+            blind=blind,
             previous=origin,
             best=best,
             best_gradient=best_gradient,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from clustr_jax.attacks import resuming, scheduler, user_losses
+from clustr_jax.attacks import resuming, scheduler, trust, unattacked, user_losses
 from clustr_jax.attacks.gate import Admitted, admit
 from clustr_jax.attacks.input_checks import check_logits, concrete
 from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
@@ -70,6 +70,10 @@ def attack_alone(
         if stopped is not None:
             raise Interrupted(x_adv, STOPPED + stopped)
         kept.clear()
+        if np.any(attack.eps):
+            unattacked.warn(unattacked.told(outcome.unattacked))
+    if len(x_adv):
+        unattacked.warn_of_settings(eps=attack.eps)
     return x_adv
 
 
@@ -137,5 +141,6 @@ def prepare(
     x, y = np.asarray(given.x), np.asarray(given.y).astype(np.int32)
     x = x if given.bounds is None else np.clip(x, *given.bounds)
     logits = scheduler.forward(given.model, x, slots)
+    note = given.note or trust.check_size(given.seen, logits, rows)
     check_logits(logits, y)
-    return given._replace(x=x, y=y, ids=np.asarray(given.ids).astype(np.int32)), logits
+    return given._replace(x=x, y=y, ids=np.asarray(given.ids).astype(np.int32), note=note), logits

@@ -34,6 +34,7 @@ class Ended(struct.PyTreeNode):
     restart: Int[Array, "Q"]
     step: Int[Array, "Q"]
     fooled: Bool[Array, "Q"]
+    blind: Bool[Array, "Q"]
     x: Float[Array, "Q ..."]
     count: Int[Array, "devices"]
 
@@ -82,6 +83,7 @@ def _advance_here(attack, model, slots, queue, waiting, best, orders, *, first):
         restart=jnp.zeros(room, jnp.int32),
         step=jnp.zeros(room, jnp.int32),
         fooled=jnp.zeros(room, bool),
+        blind=jnp.zeros(room, bool),
         x=jnp.zeros((room, *queue.x.shape[1:]), queue.x.dtype),
         count=jnp.zeros((), jnp.int32),
     )
@@ -111,6 +113,7 @@ def _advance_here(attack, model, slots, queue, waiting, best, orders, *, first):
         state = attack.update(model, work, slots.state, slots.step)
         step = slots.step + 1
         success = slots.active & state.fooled
+        blind = getattr(state, "blind", jnp.zeros(count, bool))  # of a black box nothing is said
         best = best.at[jnp.where(success, work.example, capacity)].min(work.restart, mode="drop")
         alive = slots.active & wanted(work, best)
         over = alive & attack.finished(state, step)
@@ -120,6 +123,7 @@ def _advance_here(attack, model, slots, queue, waiting, best, orders, *, first):
             restart=ended.restart.at[place].set(work.restart, mode="drop"),
             step=ended.step.at[place].set(step, mode="drop"),
             fooled=ended.fooled.at[place].set(state.fooled, mode="drop"),
+            blind=ended.blind.at[place].set(blind, mode="drop"),
             x=ended.x.at[place].set(state.candidate, mode="drop"),
             count=ended.count + jnp.sum(over, dtype=jnp.int32),
         )

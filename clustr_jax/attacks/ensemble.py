@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import attack_losses, resuming, user_losses
+from clustr_jax.attacks import attack_losses, resuming, unattacked, user_losses
 from clustr_jax.attacks.apgd import APGD
 from clustr_jax.attacks.calls import SLOTS, STOPPED, attack_alone, common_of, planned, prepare, run_plan
 from clustr_jax.attacks.fab import FAB
@@ -32,8 +32,8 @@ from clustr_jax.runtime.promotion import promoting
 @dataclasses.dataclass
 class AutoAttackResult:
     """x_adv [B, ...] (x where nothing succeeded), robust [B], and the attack that broke each ("": none, or
-    "clean": misclassified before). `notes`: what makes these numbers doubtful, for a model that was wrapped
-    with steady=False."""
+    "clean": misclassified before). `notes`: what makes these numbers doubtful, of a model that was wrapped
+    with steady=False, and of attacks that had no gradient to follow."""
 
     x_adv: Float[np.ndarray, "B ..."]
     robust: Bool[np.ndarray, "B"]
@@ -131,6 +131,7 @@ def autoattack(
     kept = resuming.begin(place, given, logits, plans, slots, "autoattack")
     broken_by = np.where(alive, "", "clean").astype(f"U{max(16, *(len(e.name) for e in entries))}")
     notes = (given.note,) if given.note else ()
+    followed = []  # of each attack that follows gradients: "", or that it had none
     x_adv = x.copy()
     for number, plan in enumerate(plans):
         index = np.flatnonzero(alive)
@@ -146,7 +147,14 @@ def autoattack(
         if stopped is not None:
             found = AutoAttackResult(x_adv, alive, broken_by, (*notes, f"interrupted in {plan.name}"))
             raise Interrupted(found, STOPPED + stopped)
+        if plan.attack.gradients and float(eps):
+            followed.append(unattacked.told(outcome.unattacked, f"{plan.name}: "))
     kept.clear()
+    if len(x):
+        unattacked.warn_of_settings(eps=eps)
+    notes = (*notes, *filter(None, followed))
+    if followed and all(followed):  # what one of them cannot see another one may
+        unattacked.warn(followed[0])
     return AutoAttackResult(x_adv, alive, broken_by, notes)
 
 

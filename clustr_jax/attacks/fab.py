@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from clustr_jax.attacks.attack_losses import margin_targeted, misclassified
 from clustr_jax.attacks.geometry import length, on_sphere, over, project
 from clustr_jax.attacks.scheduled_attack import Attack, Work, climb
+from clustr_jax.attacks.unattacked import still_blind
 from clustr_jax.runtime import struct
 
 # Largest weight of the original image, overshoot, and the step back (section 3 of the paper).
@@ -29,6 +30,7 @@ class FABState(struct.PyTreeNode):
     x: Float[Array, "S ..."]
     candidate: Float[Array, "S ..."]
     fooled: Bool[Array, "S"]
+    blind: Bool[Array, "S"]  # the gradient was exactly 0 at every update
 
 
 class FAB(Attack):
@@ -43,7 +45,7 @@ class FAB(Attack):
         away = jnp.where(work.restart % self.restarts > 0, self.eps / 2, 0.0)
         x = work.x + over(away, work.x) * on_sphere(work.keys, work.x, self.norm)
         x = project(x, work.x, self.eps, self.norm, self.bounds)
-        return FABState(x, x, jnp.zeros(work.y.shape, bool))
+        return FABState(x, x, jnp.zeros(work.y.shape, bool), jnp.ones(work.y.shape, bool))
 
     def update(self, model: Callable, work: Work, state: FABState, step: Int[Array, "S"]):
         """One gradient at the iterate, and a forward pass at the next one."""
@@ -68,6 +70,7 @@ class FAB(Attack):
             x=jnp.where(over(adversarial & ~within, x), back, moved),
             candidate=jnp.where(over(success, x), moved, projected),
             fooled=success,
+            blind=still_blind(state.blind, w),
         )
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from clustr_jax.attacks.attack_losses import AttackLoss, Outputs, label_odds
 from clustr_jax.attacks.geometry import ascend, dual_length, length, over, project
 from clustr_jax.attacks.scheduled_attack import Attack, Work, climb
+from clustr_jax.attacks.unattacked import still_blind
 from clustr_jax.runtime import struct
 
 # FMN: the last step, as a share of the first one; how far a radius moves, at first and at last (section 3).
@@ -37,6 +38,7 @@ class NearestState(struct.PyTreeNode):
     distance: Float[Array, "S"]  # of the nearest misclassified point at all; inf where there is none yet
     x: Float[Array, "S ..."]
     radius: Float[Array, "S"]
+    blind: Bool[Array, "S"]  # the gradient was exactly 0 at every update
 
 
 class Nearest(Attack):
@@ -65,6 +67,7 @@ class Nearest(Attack):
             distance=jnp.full(count, jnp.inf),
             x=work.x,
             radius=self.start_radius(work),
+            blind=jnp.ones(count, bool),
         )
 
     def update(self, model: Callable, work: Work, state: NearestState, step: Int[Array, "S"]):
@@ -80,7 +83,9 @@ class Nearest(Attack):
         moved, radius = self.move(work, state, (gradient, value, fooled), step)
         found = jnp.isfinite(state.distance) & (state.distance <= self.eps)
         enough = jnp.isfinite(self.eps) | (step + 1 >= self.steps)
-        return state.replace(x=moved, radius=radius, fooled=found & enough)
+        return state.replace(
+            x=moved, radius=radius, fooled=found & enough, blind=still_blind(state.blind, gradient)
+        )
 
     def _cosine(self, step):
         """From 1 before the first step to 0 after the last one."""

@@ -26,6 +26,7 @@ class Admitted(NamedTuple):
     bounds: tuple[float, float] | None
     note: str  # what is wrong with a model that may be unsteady
     classes: int | None = None  # None: it was not looked at
+    seen: trust.Seen = trust.Seen()  # how it answers, for the attack to compare with its own pass
 
 
 def admit(
@@ -67,16 +68,16 @@ def admit(
     opened = _open(logits_fn, rows or count, x.shape)
     if opened.classes is not None:
         input_checks.check_labels(y, opened.classes)
-    note = trust.check(opened, x, bounds)
+    seen = trust.check(opened, x, bounds)
     home = placement.home(jax.tree.leaves(opened.model)) or placement.home((x,))
     key, x, y, ids = (placement.beside(home, a) for a in (key, x, y, ids))
-    return Admitted(key, opened.model, x, y, ids, norm, bounds, note, opened.classes)
+    return Admitted(key, opened.model, x, y, ids, norm, bounds, seen.note, opened.classes, seen)
 
 
 def _open(logits_fn, rows, shape):
     """Open it for so many rows; where that fails, the text is about the images as they were given."""
     try:
-        return models.open_model(logits_fn, (rows, *shape[1:]))
+        return models.open_model(logits_fn, (rows, *shape[1:]), trust.sizes(shape[0]))
     except UserError:
         if rows != shape[0]:
             models.open_model(logits_fn, shape)

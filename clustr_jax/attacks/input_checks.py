@@ -144,10 +144,10 @@ def check_ids(ids: Array | np.ndarray, count: int) -> None:
         )
 
 
-def check_logits(logits: Array | np.ndarray, y: Array | np.ndarray) -> None:
+def check_logits(logits: Array | np.ndarray, y: Array | np.ndarray, *, warned: bool = True) -> None:
     """UserError for outputs that cannot be attacked as logits; a warning where they are bounded scores.
 
-    `y`: labels [B], or probabilities of the shape of the logits.
+    `y`: labels [B], or probabilities of the shape of the logits. `warned`: False where somebody else says it.
     """
     check_shape(logits, y)
     logits = np.asarray(logits)
@@ -156,7 +156,7 @@ def check_logits(logits: Array | np.ndarray, y: Array | np.ndarray) -> None:
     problem, text = diagnose(logits)
     if problem:
         raise UserError(text)
-    if text:
+    if text and warned:
         warnings.warn(text, stacklevel=3)
 
 

@@ -11,6 +11,7 @@ operations with other arrays run the same program; other operations are another 
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import inspect
 import re
 import sys
@@ -25,7 +26,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from clustr_jax.attacks.attack_losses import View, logits_of
-from clustr_jax.attacks.names import aval, name_of, output_of
+from clustr_jax.attacks.names import aval, coarsest, name_of, output_of, written
 from clustr_jax.runtime.errors import UserError, first_line
 
 # Methods of this package's own pytrees capture nothing and are never changed.
@@ -89,6 +90,7 @@ class Opened:
     eager: Callable | None = None
     fickle: bool = False
     classes: int | None = None  # None: it holds tracers, and was not looked at
+    rounding: float = 0.0  # the coarsest unit in the last place of what it computes with
 
 
 def as_partial(logits_fn: Callable) -> Partial:
@@ -108,18 +110,22 @@ def as_partial(logits_fn: Callable) -> Partial:
     return Partial(logits_fn)
 
 
-def open_model(logits_fn: Callable, shape: tuple[int, ...]) -> Opened:
+def open_model(logits_fn: Callable, shape: tuple[int, ...], sizes: tuple[int, ...] = ()) -> Opened:
     """Open it for batches of this shape. UserError where it cannot be called on them, or gives no logits.
 
-    Inside jit (where it holds tracers) nothing can be opened, and it is taken as it is.
+    `sizes`: of other batches that it will be called on. Two that are one program at one size and not at
+    another are two programs. Inside jit (where it holds tracers) nothing can be opened, and it is taken as
+    it is.
     """
     if not callable(logits_fn):
         raise UserError(f"logits_fn must be a function of images [B, ...] -> [B, Y], got {_type(logits_fn)}")
     if isinstance(logits_fn, Model):
         return dataclasses.replace(
-            _open(logits_fn.model, shape, logits_fn.layout), kind=logits_fn.kind, steady=logits_fn.steady
+            _open(logits_fn.model, shape, sizes, logits_fn.layout),
+            kind=logits_fn.kind,
+            steady=logits_fn.steady,
         )
-    return _open(logits_fn, shape)
+    return _open(logits_fn, shape, sizes)
 
 
 def wrap(model: Callable, *, steady: bool = True, layout: str = "NHWC") -> Model:
@@ -182,7 +188,7 @@ def kind_of(model: Any) -> str:
     return "function"
 
 
-def _open(logits_fn, shape, layout="NHWC") -> Opened:
+def _open(logits_fn, shape, sizes, layout="NHWC") -> Opened:
     partial = as_partial(logits_fn)
     kind = kind_of(logits_fn)
     leaves, tree = jax.tree.flatten((partial.args, partial.keywords))
@@ -197,7 +203,7 @@ def _open(logits_fn, shape, layout="NHWC") -> Opened:
         and all(map(_is_array, leaves))
     ):
         closed = _outputs(lambda _, x: logits_of(logits_in(partial(x))), [], images, kind)
-        return Opened(partial, kind, classes=output_of(closed).shape[1])
+        return Opened(partial, kind, classes=output_of(closed).shape[1], rounding=coarsest(closed.jaxpr))
 
     def caller(traced):
         def call(values, x):
@@ -222,11 +228,12 @@ def _open(logits_fn, shape, layout="NHWC") -> Opened:
     if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
         return Opened(partial, kind)
     name, jitted = name_of(closed, call, values, images)
-    fickle = False
-    if name not in _KNOWN:
+    fickle, known = False, (name, sizes, written(partial.func))
+    if known not in _KNOWN:
         again = _outputs(call, values, images, kind)
         fickle = name_of(again, call, values, images)[0] != name
-    _KNOWN[name] = None
+        _KNOWN[known] = hashlib.sha256(name + b"".join(_names(call, values, images, sizes))).digest()
+    name = _KNOWN[known]
     while len(_KNOWN) > _MOST_KNOWN:
         del _KNOWN[next(iter(_KNOWN))]
     captured = tuple(c for c in closed.consts if isinstance(c, jax.Array))
@@ -236,12 +243,24 @@ def _open(logits_fn, shape, layout="NHWC") -> Opened:
             return call(values, jnp.asarray(x, jnp.float32))
 
     program = Partial(_Program(name, call, captured), values, captured)
-    return Opened(program, kind, True, eager if jitted else None, fickle, output_of(closed).shape[1])
+    classes, rounding = output_of(closed).shape[1], coarsest(closed.jaxpr)
+    return Opened(program, kind, True, eager if jitted else None, fickle, classes, rounding)
 
 
-# Names of programs that were traced twice with the same outcome; the oldest are forgotten.
-_KNOWN: dict[bytes, None] = {}
+# Names of programs that were traced twice, by their name at one size and how they are written; the oldest are
+# forgotten. What is written alike and is the same at one size is not traced at the others again.
+_KNOWN: dict[tuple, bytes] = {}
 _MOST_KNOWN = 1000
+
+
+def _names(call, values, images, sizes):
+    """The names of its traces for other numbers of images."""
+    for size in sizes:
+        others = jax.ShapeDtypeStruct((size, *images.shape[1:]), images.dtype)
+        try:
+            yield name_of(_trace(call, values, others), call, values, others)[0]
+        except Exception:  # told when it is called on so many
+            yield b"none"
 
 
 def _trace(call, values, images):

@@ -27,6 +27,37 @@ def output_of(closed: ClosedJaxpr) -> Any:
     return closed.out_avals[0]
 
 
+def coarsest(jaxpr: Any) -> float:
+    """The largest unit in the last place, of 1, of the types that a trace computes with (0: no floats)."""
+    types, seen, waiting = set(), set(), [jaxpr]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (tuple, list)):
+            waiting.extend(value)
+            continue
+        if isinstance(value, trace.ClosedJaxpr):  # pyright: ignore[reportPrivateImportUsage]
+            value = value.jaxpr
+        if isinstance(value, (trace.Jaxpr, type(jaxpr))) and id(value) not in seen:
+            seen.add(id(value))
+            for eqn in value.eqns:
+                types.update(getattr(v.aval, "dtype", None) for v in eqn.outvars)
+                waiting.extend(eqn.params.values())
+    floats = [t for t in types if t is not None and jnp.issubdtype(t, jnp.floating)]
+    return max((float(jnp.finfo(t).eps) for t in floats), default=0.0)
+
+
+def written(function: Any, depth: int = 4) -> Any:
+    """How a function is written, as far as that is seen without a call: its code and the numbers it holds."""
+    function = getattr(function, "__func__", function)
+    if not depth or not hasattr(function, "__code__"):
+        return function if isinstance(function, (int, float, str, type(None))) else type(function)
+    held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # of a variable that has no value yet
+            held.append(cell.cell_contents)
+    return function.__code__, tuple(written(value, depth - 1) for value in held)
+
+
 def name_of(
     closed: ClosedJaxpr, call: Callable, values: Any, images: jax.ShapeDtypeStruct
 ) -> tuple[bytes, bool]:

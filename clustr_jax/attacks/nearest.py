@@ -19,7 +19,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from clustr_jax.attacks import resuming, scheduler
+from clustr_jax.attacks import resuming, scheduler, unattacked
 from clustr_jax.attacks.attack_losses import margin, margin_targeted, one
 from clustr_jax.attacks.calls import SLOTS, STOPPED, planned, prepare, run_plan
 from clustr_jax.attacks.fmn import DDN, FMN, Nearest, first_step
@@ -211,11 +211,13 @@ def _nearest(key, attack, logits_fn, x, y, *, ranking, ids, slots, progress, fol
     towards = [None] if plan.targets is None else [plan.targets[i : i + 1] for i in range(len(plan.targets))]
     plans = [plan._replace(targets=target) for target in towards]
     kept = resuming.begin(place, given, logits, plans, slots, "nearest")
+    blind = np.ones(len(right), bool)
     for number, one_plan in enumerate(plans):
         record = f"{number}-{name}"
-        _, done = kept.load_with(record, x[right], 1)
+        earlier, done = kept.load_with(record, x[right], 1)
         if "distance" in done:  # a call that was interrupted had come as far
             found.x_adv[right], found.distance[right] = done["x_adv"], done["distance"]
+            blind &= earlier.unattacked
             continue
         outcome, stopped = run_plan(
             given.key, one_plan, given, right, slots=slots, progress=progress, kept=kept, record=record
@@ -240,7 +242,11 @@ def _nearest(key, attack, logits_fn, x, y, *, ranking, ids, slots, progress, fol
             _keep_nearer(found, index, candidates, lengths(candidates, x[index], attack.norm))
             found.notes = (*notes, f"interrupted in run {number + 1} of {len(plans)}")
             raise Interrupted(found, STOPPED + stopped)
+        blind &= outcome.unattacked
     kept.clear()
+    told = unattacked.told(blind)
+    unattacked.warn(told)
+    found.notes = (*notes, *([told] if told else []))
     return found
 
 

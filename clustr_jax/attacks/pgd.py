@@ -15,29 +15,21 @@ answered when it ends, with nothing kept. For hours of work there are `apgd`, `a
 of the images: the outcome of an example does not depend on the others (`ids`).
 """
 
-import functools
 from collections.abc import Callable
 
-import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
-from clustr_jax.attacks import user_losses
-from clustr_jax.attacks.attack_losses import logits_of
+from clustr_jax.attacks import pgd_loop, trust, unattacked, user_losses
 from clustr_jax.attacks.gate import admit
-from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
-from clustr_jax.attacks.input_checks import check_found, check_logits, check_shape, concrete
+from clustr_jax.attacks.input_checks import check_found, check_logits, concrete
 from clustr_jax.attacks.models import as_partial as as_partial
 from clustr_jax.attacks.options import check_radius, norm_of, whole
 from clustr_jax.runtime.errors import UserError
 
-# Restarts run side by side as long as the batch stays below this many images (memory), then in turns.
-_SIDE_BY_SIDE = 512
 _STARTS, _SELECTS = ("uniform", "normal", "gaussian", "zero"), ("success", "loss", "last")
 
 
@@ -91,7 +83,8 @@ def pgd(
     Raises:
         UserError: for bad settings and shapes, and (outside jit, where values can be looked at) for pixels
             outside the box, labels out of range, probabilities instead of logits and logits that are not
-            finite. Bounded scores are warned about.
+            finite. Bounded scores are warned about, and what attacks nothing: a radius, a step or steps of 0,
+            or a gradient that is 0 at every step for most images.
 
     One pixel, two classes: the first image can be fooled within 0.1, the second cannot.
 
@@ -104,6 +97,35 @@ def pgd(
     >>> print((jnp.abs(x_adv - x) <= 0.1 + 1e-6).all())
     True
     """
+    x_adv = run_pgd(
+        key, logits_fn, x, y, eps=eps, step_size=step_size, steps=steps, restarts=restarts, loss_fn=loss_fn,
+        start=start, norm=norm, bounds=bounds, select=select, clip_start=clip_start, ids=ids, warned=True,
+    )  # fmt: skip
+    if concrete(x_adv) and len(x_adv):
+        unattacked.warn_of_settings(start=start, eps=eps, steps=steps, step_size=step_size)
+    return x_adv
+
+
+def run_pgd(
+    key: Array,
+    logits_fn: Callable,
+    x: Float[Array | np.ndarray, "B ..."],
+    y: Int[Array | np.ndarray, "B"] | Float[Array | np.ndarray, "B Y"],
+    *,
+    eps: ArrayLike,
+    step_size: ArrayLike,
+    steps: int,
+    restarts: int = 1,
+    loss_fn: Callable = losses.cross_entropy,
+    start: str = "uniform",
+    norm: str = "linf",
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    select: str = "success",
+    clip_start: bool = True,
+    ids: Int[Array | np.ndarray, "B"] | None = None,
+    warned: bool = False,
+) -> Float[Array, "B ..."]:
+    """`pgd`, and unless `warned` no word on bounded scores and blind gradients: protocols have checks."""
     check_words(start=start, select=select)
     steps, restarts = whole("steps", steps, 0), whole("restarts", restarts, 1)
     given = admit(key, logits_fn, x, y, eps=eps, step_size=step_size, norm=norm, bounds=bounds, ids=ids)
@@ -112,7 +134,7 @@ def pgd(
     if not x.shape[0]:
         return x
     loss_fn = user_losses.current(loss_fn, x.shape[0], given.classes, y)
-    x_adv, logits = _pgd(
+    x_adv, logits, blind = pgd_loop.restarts_of(
         given.key,
         given.model,
         x,
@@ -128,11 +150,16 @@ def pgd(
         bounds=given.bounds,
         select=select,
         clip_start=clip_start,
+        watched=warned and looked_at,
     )
     if looked_at and concrete(logits):
-        check_logits(logits, y)
+        trust.check_size(given.seen, logits, x.shape[0])
+        check_logits(logits, y, warned=warned)
     if concrete(x_adv):
         check_found(x_adv)
+    if blind is not None and concrete(blind) and steps and np.any(eps) and np.any(step_size):
+        right = np.argmax(logits, axis=1) == y if y.ndim == 1 else np.ones(len(x), bool)
+        unattacked.warn(unattacked.told(np.asarray(blind)[np.asarray(right)]))
     return x_adv
 
 
@@ -270,7 +297,7 @@ def noise(
     if kind not in ("uniform", "gaussian"):
         raise UserError(f"kind must be uniform or gaussian, got {kind!r}")
     draws = whole("draws", draws, 1)
-    return pgd(
+    x_adv = run_pgd(
         key,
         logits_fn,
         x,
@@ -283,7 +310,11 @@ def noise(
         norm=norm,
         bounds=bounds,
         ids=ids,
+        warned=True,
     )
+    if concrete(x_adv) and len(x_adv):
+        unattacked.warn_of_settings(eps=eps)
+    return x_adv
 
 
 def check_settings(
@@ -306,95 +337,3 @@ def check_words(*, start: str, select: str) -> None:
     for name, value, known in (("start", start, _STARTS), ("select", select, _SELECTS)):
         if value not in known:
             raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-_STATIC = ("steps", "restarts", "loss_fn", "start", "norm", "bounds", "select", "clip_start")
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _pgd(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
-    def one(restart):
-        numbers = jnp.full(x.shape[0], restart)
-        return pgd_restart(key, logits_fn, x, y, ids, numbers, eps, step_size, **settings)
-
-    logits = logits_of(logits_fn(x))  # for the caller to look at; dropped by the compiler where nobody does
-    check_shape(logits, y)
-    if restarts == 1:  # the loss of the result is not needed, and is not computed
-        return one(0)[0], logits
-    side_by_side = max(1, min(restarts, _SIDE_BY_SIDE // max(x.shape[0], 1)))
-    found, loss, fooled = lax.map(one, jnp.arange(restarts), batch_size=side_by_side)
-    if y.ndim == 1 and settings["select"] == "success":  # any fooled restart beats any loss
-        best = jnp.argmax(jnp.where(fooled, jnp.inf, loss), axis=0)
-    else:  # the authors keep the later restart of equal losses (>=)
-        best = restarts - 1 - jnp.argmax(loss[::-1], axis=0)
-    return found[best, jnp.arange(x.shape[0])], logits
-
-
-@functools.partial(jax.jit, static_argnames=tuple(name for name in _STATIC if name != "restarts"))
-def pgd_restart(
-    key: Array,
-    logits_fn: Callable,
-    x: Float[Array, "B ..."],
-    y: Int[Array, "B"] | Float[Array, "B Y"],
-    ids: Int[Array, "B"],
-    restarts: Int[Array, "B"],
-    eps: ArrayLike,
-    step_size: ArrayLike,
-    *,
-    steps: int,
-    loss_fn: Callable = losses.cross_entropy,
-    start: str = "uniform",
-    norm: str = "linf",
-    bounds: tuple[float, float] | None = (0.0, 1.0),
-    select: str = "success",
-    clip_start: bool = True,
-):
-    """One restart of each image -> (x_adv, its loss [B], fooled [B]).
-
-    Image i is example `ids[i]`, and runs its restart number `restarts[i]`. `logits_fn` is a Partial, settings
-    are not checked. It ends as soon as every image is fooled.
-    """
-    stops = y.ndim == 1 and select != "last"
-    keys = jax.vmap(lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r))(ids, restarts)
-    ball = {"eps": eps, "norm": norm, "bounds": bounds}
-
-    def evaluate(x_adv):
-        logits = logits_of(logits_fn(x_adv))
-        loss = loss_fn(logits, y)
-        fooled = jnp.argmax(logits, axis=1) != y if stops else jnp.zeros(x.shape[0], bool)
-        undefined = jnp.any(jnp.isnan(logits), axis=1)
-        return jnp.sum(loss), (jnp.where(undefined, jnp.nan, loss), fooled | undefined if stops else fooled)
-
-    def keep(best, x_adv, loss, fooled):
-        """The iterate to return: the first fooled one, else the best loss; or (authors) the latest.
-
-        One whose logits are NaN is no success: its image ends as NaN, for `check_found` to see.
-        """
-        best_x, best_loss, done = best
-        x_adv = jnp.where(over(jnp.isnan(loss), x), jnp.nan, x_adv)
-        better = ~done & (fooled | (loss > best_loss)) if select == "success" else ~done
-        best_x = jnp.where(over(better, x), x_adv, best_x)
-        return best_x, jnp.where(better, loss, best_loss), done | fooled
-
-    def unfinished(carry):
-        i, _, (_, _, done) = carry
-        return (i < steps) & ~jnp.all(done)
-
-    def step(carry):
-        i, x_adv, best = carry
-        gradient, (loss, fooled) = jax.grad(evaluate, has_aux=True)(x_adv)
-        best = keep(best, x_adv, loss, fooled)
-        return i + 1, jnp.where(over(best[2], x), x_adv, move(x_adv, gradient)), best
-
-    def move(x_adv, gradient):
-        return projected_step(x_adv, gradient, x, step_size=step_size, **ball)
-
-    x_adv = start_in_ball(keys, x, start=start, clip=clip_start, **ball)
-    if not stops:
-        x_adv = lax.fori_loop(0, steps, lambda _, z: move(z, jax.grad(evaluate, has_aux=True)(z)[0]), x_adv)
-        _, (loss, fooled) = evaluate(x_adv)
-        return x_adv, loss, fooled
-    nothing = (x_adv, jnp.full(x.shape[0], -jnp.inf), jnp.zeros(x.shape[0], bool))
-    _, x_adv, best = lax.while_loop(unfinished, step, (0, x_adv, nothing))
-    _, (loss, fooled) = evaluate(x_adv)
-    return keep(best, x_adv, loss, fooled)

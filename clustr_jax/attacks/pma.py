@@ -21,6 +21,7 @@ from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
 from clustr_jax.attacks.options import whole
 from clustr_jax.attacks.scheduled_attack import Attack, Work, climb
 from clustr_jax.attacks.scheduled_pgd import PGDState
+from clustr_jax.attacks.unattacked import still_blind
 from clustr_jax.runtime.promotion import promoting
 
 # The kinds of restarts that take turns: away from the label, towards the likeliest other class.
@@ -33,7 +34,7 @@ class PMA(Attack):
     def init(self, work: Work):
         """A uniform point of the ball."""
         x = start_in_ball(work.keys, work.x, start="uniform", **self.ball)
-        return PGDState(x, jnp.zeros(work.y.shape, bool))
+        return PGDState(x, jnp.zeros(work.y.shape, bool), jnp.ones(work.y.shape, bool))
 
     def update(self, model: Callable, work: Work, state: PGDState, step: Int[Array, "S"]):
         """Evaluate the iterate; move it unless it is misclassified."""
@@ -50,7 +51,7 @@ class PMA(Attack):
         gradient, _, fooled = climb(model, loss, work, x)
         step_size = over(self.step_size(step), x)
         moved = projected_step(x, gradient, work.x, step_size=step_size, **self.ball)
-        return PGDState(jnp.where(over(fooled, x), x, moved), fooled)
+        return PGDState(jnp.where(over(fooled, x), x, moved), fooled, still_blind(state.blind, gradient))
 
     @property
     def opening_steps(self):

@@ -11,7 +11,7 @@ from clustr_jax.attacks.scheduler import Outcome
 from clustr_jax.runtime import preemption, processes
 
 # Arrays of an Outcome that are kept as they are.
-_OUTCOME = ("broken", "restart", "step", "spent", "unconfirmed")
+_OUTCOME = ("broken", "restart", "step", "spent", "unconfirmed", "blind")
 # Between two records; where writing one takes more than that many seconds, as many times longer.
 _RECORD_SECONDS, _WRITING_SECONDS = 20.0, 0.4
 
@@ -43,6 +43,10 @@ class Records:
                 found = {key: file[key] for key in file.files}
         except Exception:  # cut off by a crash, or damaged in any other way: start this attack again
             return None, {}
+        if "blind" not in found:  # of an earlier version: nothing is known, and its slots held other fields
+            if found.get("leaves"):
+                return None, {}
+            found["blind"] = np.zeros(len(x), bool)
         outcome = Outcome.fresh(x, restarts)
         wanted = {*_OUTCOME, "leaves", "evaluations"} | ({"images"} if self.images else set())
         if not found.keys() >= wanted or found["spent"].shape != outcome.spent.shape:

@@ -37,7 +37,8 @@ class Attack(struct.PyTreeNode):
     """Settings and three pure functions. Numbers are traced unless a subclass needs them to be static.
 
     A state has at least `fooled` [S] (success within the ball, at the latest update) and `candidate`
-    [S, ...] (the image to return if the restart ended now). An update spends one evaluation per slot.
+    [S, ...] (the image to return if the restart ended now). One that follows gradients has `blind` [S] as
+    well (`unattacked.still_blind`). An update spends one evaluation per slot.
     """
 
     eps: ArrayLike

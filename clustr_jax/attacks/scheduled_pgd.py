@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from clustr_jax.attacks.attack_losses import AttackLoss
 from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
 from clustr_jax.attacks.scheduled_attack import Attack, Work, climb
+from clustr_jax.attacks.unattacked import still_blind
 from clustr_jax.runtime import struct
 
 
@@ -17,6 +18,7 @@ class PGDState(struct.PyTreeNode):
 
     candidate: Float[Array, "S ..."]
     fooled: Bool[Array, "S"]
+    blind: Bool[Array, "S"]  # the gradient was exactly 0 at every update
 
 
 class PGD(Attack):
@@ -36,7 +38,7 @@ class PGD(Attack):
     def init(self, work: Work):
         """A random point of the ball."""
         x_adv = start_in_ball(work.keys, work.x, start=self.start, clip=self.clip_start, **self.ball)
-        return PGDState(x_adv, jnp.zeros(work.y.shape, bool))
+        return PGDState(x_adv, jnp.zeros(work.y.shape, bool), jnp.ones(work.y.shape, bool))
 
     def update(self, model: Callable, work: Work, state: PGDState, step: Int[Array, "S"]):
         """Evaluate the iterate; move it unless it is misclassified."""
@@ -50,4 +52,4 @@ class PGD(Attack):
         x = state.candidate
         gradient, _, fooled = climb(model, loss, work, x)
         moved = projected_step(x, gradient, work.x, step_size=self.step_size, **self.ball)
-        return PGDState(jnp.where(over(fooled, x), x, moved), fooled)
+        return PGDState(jnp.where(over(fooled, x), x, moved), fooled, still_blind(state.blind, gradient))

@@ -46,7 +46,8 @@ class Outcome:
     (where none did, x). `step` counts the attack's own steps, so 0 is a success at the start.
     `spent` [R, N] are the evaluations of each restart that ended (0: not run). `evaluations` counts slots x
     iterations, idle slots included. `flight` is what the slots held when the device last came back.
-    `unconfirmed`: an image was misclassified in the loop and not in the pass that judges.
+    `unconfirmed`: an image was misclassified in the loop and not in the pass that judges. `blind`: of no
+    restart that ended was any gradient other than 0 (see `unattacked`).
     """
 
     broken: Bool[np.ndarray, "N"]
@@ -55,6 +56,7 @@ class Outcome:
     spent: Int[np.ndarray, "R N"]
     x_adv: Float[np.ndarray, "N ..."]
     unconfirmed: Bool[np.ndarray, "N"]
+    blind: Bool[np.ndarray, "N"]
     evaluations: int = 0
     flight: Any = None
 
@@ -64,18 +66,21 @@ class Outcome:
         nothing = np.full(len(x), -1, np.int32)
         spent = np.zeros((restarts, len(x)), np.int32)
         no = np.zeros(len(x), bool)
-        return cls(no, nothing, nothing.copy(), spent, np.array(x, np.float32), no.copy())
+        return cls(no, nothing, nothing.copy(), spent, np.array(x, np.float32), no.copy(), ~no)
 
     def copied(self) -> "Outcome":
         """One of its own to note in, but for the images."""
-        own = {
-            name: getattr(self, name).copy() for name in ("broken", "restart", "step", "spent", "unconfirmed")
-        }
-        return dataclasses.replace(self, **own)
+        own = ("broken", "restart", "step", "spent", "unconfirmed", "blind")
+        return dataclasses.replace(self, **{name: getattr(self, name).copy() for name in own})
 
     def become(self, other: "Outcome") -> None:
         """All of it at once: whoever is interrupted finds this outcome as it was before, or as it is now."""
         vars(self).update(vars(other))
+
+    @property
+    def unattacked(self) -> Bool[np.ndarray, "N"]:
+        """The images with restarts that ended, none of which had a gradient."""
+        return self.blind & np.any(self.spent > 0, axis=0)
 
     @property
     def needed(self) -> int:
@@ -274,6 +279,7 @@ def _take(attack, model, ended, outcome, best, x, y, *, slots, first, collect):
         verify_inside(found, x[example], attack.eps, attack.norm, attack.bounds)
     outcome.spent[restart, example] = step
     outcome.unconfirmed[example[early & ~fooled]] = True
+    outcome.blind[example[~np.asarray(ended.blind)[filled]]] = False
     if collect is not None:
         collect(example, restart, found, fooled)
     for i in np.flatnonzero(fooled):

@@ -4,7 +4,7 @@ An accuracy is counted image by image. Where logits depend on chance (dropout, n
 of the batch (batch norm in training mode), the images that broke a model may not do so when looked at again.
 """
 
-import warnings
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +15,41 @@ from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.models import IN_EVALUATION, Opened
 from clustr_jax.runtime import mesh
-from clustr_jax.runtime.errors import UserError, first_line
+from clustr_jax.runtime.errors import UserError, first_line, warn_caller
 
-# Images of a pass: some of them are looked at, the rest are their company.
+# Images of a pass: some of them are looked at, the rest are their company. One pass has twice as many, and
+# where there are few images one has half of them.
 _ROWS = 8
 # The same program on the same row rounds alike, or (another place in the batch, several threads) by a few
 # units in the last of float32's seven digits: 1e-5 of the largest logit. What batch norm and dropout do is of
 # the size of the differences between logits; a ten-thousandth of them is far below and far above either.
 _OF_SPREAD, _OF_SIZE = 1e-4, 1e-5
-# Between a compiled program and one that is run operation by operation, sums are ordered otherwise.
-_COMPILED = 10.0
+# Narrower types round by so many units in their last place, through all layers.
+_UNITS = 8
+# Between a compiled program and one that is run operation by operation, sums are ordered otherwise; so they
+# are in one for another number of rows, where a rounding inside the model may turn out another way as well.
+# What branches on that number gives logits that have nothing to do with each other.
+_COMPILED, _OTHER_SIZE = 10.0, 500.0
+# However coarse: a difference like those between logits, and of their own size, is none of rounding.
+_MOST_OF_SPREAD, _MOST_OF_SIZE = 0.5, 0.25
+# What a product of float32s may go through by default.
+_PRODUCTS = {"cpu": 0.0, "gpu": 2.0**-10, "tpu": 2.0**-7}  # TF32, bfloat16
 
 
 class UnsteadyWarning(UserWarning):
     """Logits depend on chance or on the batch, and the user has said that this is meant."""
+
+
+class Seen(NamedTuple):
+    """What the gate saw: what is wrong with a model that may be unsteady ("": nothing), and how it answers.
+
+    `logits` [b, Y] of the first images (None where they were not looked at), and how coarsely they round.
+    """
+
+    note: str = ""
+    logits: Any = None
+    rounding: float = 0.0
+    steady: bool = True
 
 
 @jax.jit
@@ -39,38 +60,81 @@ def _look(model, x):
     return mesh.by_rows(rows, model, x)
 
 
-def check(opened: Opened, x: Float[Array | np.ndarray, "B ..."], bounds: tuple[float, float] | None) -> str:
+def check(opened: Opened, x: Float[Array | np.ndarray, "B ..."], bounds: tuple[float, float] | None) -> Seen:
     """UserError where the logits on these images [B, ...] cannot be attacked or trusted.
 
-    Returns what is wrong with a model that may be unsteady ("" otherwise), and warns about it.
+    Warns about a model that may be unsteady and is.
     """
     count = len(x)
     if not count or opened.classes is None:
-        return ""
+        return Seen()
     first, others = _compositions(x, bounds)
+    logits = _pass(opened, first, count)
+    own = logits[: min(count, _ROWS)]
+    problem, text = diagnose(own)
+    if problem:
+        raise UserError(text)
+    _check_own_jit(opened, first, logits)
+    text = _unsteady(opened, first, others, logits)
+    if text:
+        _refuse(text, opened.steady)
+    seen = Seen(text, own, opened.rounding, opened.steady)
+    for size in sizes(count)[1:]:
+        if not seen.note:
+            batch = np.concatenate([first, first])[:size]
+            seen = seen._replace(note=check_size(seen, _pass(opened, batch, count), size))
+    return seen
+
+
+def sizes(count: int) -> tuple[int, ...]:
+    """How many images the passes have, where there are so many: eight, sixteen, and half of few."""
+    half = max(1, count // 2)
+    return (_ROWS, 2 * _ROWS) + ((half,) if half < _ROWS else ())
+
+
+def check_size(seen: Seen, logits: Float[Array | np.ndarray, "B Y"], rows: int) -> str:
+    """UserError where logits [B, Y] of batches of another size, `rows`, are other ones for the first images.
+
+    So what branches on the size is noticed. The gate looks at two sizes; the attack has its own, in the
+    program that it runs in any case. Returns what is wrong with a model that may be unsteady.
+    """
+    if seen.logits is None or seen.note:
+        return ""
+    count = min(len(logits), len(seen.logits))
+    found, expected = np.asarray(logits[:count]), seen.logits[:count]
+    if not _differ(found, expected, _wider(seen.rounding), _OTHER_SIZE):
+        return ""
+    text = (
+        f"logits_fn gives the same images other logits in a batch of another size: {rows} instead of "
+        f"{_ROWS} ({_size(found, expected)}); let it treat every image alike, whatever the batch"
+    )
+    _refuse(text, seen.steady)
+    return text
+
+
+def _pass(opened, batch, count):
+    """Logits of a batch [b, ...]; UserError where the model takes the `count` images only."""
     try:
-        logits = np.asarray(_look(opened.model, first))
-    except (TypeError, ValueError) as error:  # it took all of them
+        logits = np.asarray(_look(opened.model, batch))
+        if logits.shape != (len(batch), opened.classes):
+            raise ValueError(f"its outputs are of shape {logits.shape}")
+        return logits
+    except (TypeError, ValueError) as error:
         if "incompatible devices" in str(error):
             raise UserError(
                 f"logits_fn's arrays lie on different devices ({first_line(error, 200)}); put all of them on "
                 f"the same: jax.device_put(arrays, sharding)"
             ) from error
         raise UserError(
-            f"logits_fn takes the {count} images of the batch, not {_ROWS} of them ({first_line(error)}); "
-            f"let it treat every image alike, whatever the batch"
+            f"logits_fn takes the {count} images of the batch, not {len(batch)} of them "
+            f"({first_line(error)}); let it treat every image alike, whatever the batch"
         ) from error
-    problem, text = diagnose(logits[: min(count, _ROWS)])
-    if problem:
-        raise UserError(text)
-    _check_own_jit(opened, first, logits)
-    text = _unsteady(opened, first, others, logits)
-    if not text:
-        return ""
-    if opened.steady:
+
+
+def _refuse(text, steady):
+    if steady:
         raise UserError(f"{text}; if it is meant: attacks.wrap(logits_fn, steady=False)")
-    warnings.warn(f"{text}: every number depends on it", UnsteadyWarning, stacklevel=4)
-    return text
+    warn_caller(f"{text}: every number depends on it", UnsteadyWarning)
 
 
 def _unsteady(opened, first, others, logits) -> str:
@@ -81,14 +145,14 @@ def _unsteady(opened, first, others, logits) -> str:
             "clock?); let it depend on its images and on arrays only"
         )
     again = np.asarray(_look(opened.model, first))
-    if _differ(again, logits):
+    if _differ(again, logits, opened.rounding):
         return (
             f"logits_fn gives other logits for the same images a second time ({_size(again, logits)}), as "
             f"with dropout or noise; {remedy}"
         )
     for batch, own, places in others:
         mixed = np.asarray(_look(opened.model, batch))[places]
-        if _differ(mixed, logits[own]):
+        if _differ(mixed, logits[own], opened.rounding):
             return (
                 f"logits_fn gives an image other logits when it is in another batch "
                 f"({_size(mixed, logits[own])}), as batch norm does in training mode, or noise; {remedy}"
@@ -124,7 +188,7 @@ def _check_own_jit(opened, x, logits):
         plain = np.asarray(logits_of(opened.eager(x)))
     except Exception:  # what cannot be run without jit cannot be compared
         return
-    if _differ(plain, logits, _COMPILED):
+    if _differ(plain, logits, _wider(opened.rounding), _COMPILED):
         raise UserError(
             f"logits_fn has a jax.jit inside that holds arrays, and answers with old ones "
             f"({_size(plain, logits)}); pass them to that jit as arguments, or call "
@@ -132,13 +196,20 @@ def _check_own_jit(opened, x, logits):
         )
 
 
-def _differ(a, b, times=1.0) -> bool:
-    """Whether logits [B, Y] differ by more than rounding."""
-    coarse = max(1.0, 8 * float(jnp.finfo(b.dtype).eps) / _OF_SPREAD)  # above 1 for bfloat16 and float16
+def _wider(rounding: float) -> float:
+    """That of a model whose products of float32s may go through a narrower type."""
+    return max(rounding, _PRODUCTS.get(jax.default_backend(), max(_PRODUCTS.values())))
+
+
+def _differ(a, b, rounding: float, times: float = 1.0) -> bool:
+    """Whether logits [B, Y] differ by more than rounding; `rounding`: a unit in the layers' last place."""
+    unit = _UNITS * max(rounding, float(jnp.finfo(b.dtype).eps))
+    of_spread = min(times * max(_OF_SPREAD, unit), _MOST_OF_SPREAD)
+    of_size = min(times * max(_OF_SIZE, unit), _MOST_OF_SIZE)
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    limit = _OF_SPREAD * float(np.ptp(b, axis=1).max()) + _OF_SIZE * float(np.abs(b).max())
+    limit = of_spread * float(np.ptp(b, axis=1).max()) + of_size * float(np.abs(b).max())
     # a NaN on one side only is a difference
-    return not np.all(np.abs(a - b) <= times * coarse * limit)
+    return not np.all(np.abs(a - b) <= limit)
 
 
 def _size(a, b) -> str:

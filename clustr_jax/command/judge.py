@@ -22,6 +22,7 @@ from clustr_jax import data
 from clustr_jax.judge import PROTOCOL, judge
 from clustr_jax.runtime import extras
 from clustr_jax.runtime.errors import UserError, first_line, shown
+from clustr_jax.runtime.paths import local
 from clustr_jax.runtime.programs import program
 from clustr_jax.verify import named
 
@@ -51,11 +52,11 @@ def model_of(spec: str) -> Callable:
 
 def images_of(name: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(x, y, their places in the test split); `size` of them with the classes' shares, 0 for all."""
-    path = pathlib.Path(name)
+    path = local(name, "--data")
     if path.suffix == ".npz" and path.is_file():
         x, y = _of_file(path)
     elif path.exists():
-        x, y = data.load("folder", "test", data_dir=name)
+        x, y = data.load("folder", "test", data_dir=str(path))
     else:
         x, y = data.load(name, "test")
     index = np.arange(len(y))
@@ -105,6 +106,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.n < 0:
         raise UserError(f"--n must be >= 0 (0 = all), got {args.n}")
+    local(args.folder, "--folder")
     eps = number(args.eps)
     model = model_of(args.model)
     x, y, ids = images_of(args.data, args.n)

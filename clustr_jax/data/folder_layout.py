@@ -51,7 +51,7 @@ def look(path: pathlib.Path) -> Layout:
         found.files[split] = _classes(place, found.faults, hidden)
     for split in ("test", "val"):
         for name in sorted(set(found.files.get(split, ())) - set(found.files["train"])):
-            alike = [other for other in found.names if visible(other).casefold() == visible(name).casefold()]
+            alike = [other for other in found.names if reading(other) == reading(name)]
             hint = (
                 f", but {ascii(alike[0])}: rename one" if alike else "; take it out, or train on it as well"
             )
@@ -62,8 +62,24 @@ def look(path: pathlib.Path) -> Layout:
                     f"{shown(places['train'])}{hint}",
                 )
             )
-    found.notes += hidden.notes()
+    found.notes += [*hidden.notes(), *_alike(found.names)]
     return found
+
+
+def _alike(names):
+    """A note on classes that a reader takes for one: Cat and cat, full-width letters; or none."""
+    read = {}
+    for name in names:
+        read.setdefault(reading(name), []).append(name)
+    same = [
+        " and ".join(ascii(shown(name, 40)) for name in group[:3]) for group in read.values() if group[1:]
+    ]
+    if not same:
+        return []
+    return [
+        f"classes that read alike are told apart: {listed(same, at_most=100)}; merge their folders if "
+        "they are one"
+    ]
 
 
 # Splits
@@ -220,6 +236,21 @@ def visible(name: str) -> str:
     """What is to be seen of a name: one Unicode form, no spaces at its ends, no characters without width."""
     text = "".join(c for c in same_name(name) if unicodedata.category(c) not in ("Cf", "Cc"))
     return " ".join(text.split())
+
+
+# Capitals of other alphabets that look like Latin ones (the small letters come to them by `upper`).
+_LOOK_ALIKES = str.maketrans(
+    "\u0410\u0412\u0415\u041a\u041c\u041d\u041e\u0420\u0421\u0422\u0423\u0425"  # Cyrillic
+    "\u0405\u0406\u0408\u04ae\u04ba\u0500\u051a\u051c"
+    "\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7",  # Greek
+    "ABEKMHOPCTYXSIJYHDQWABEZHIKMNOPTYX",
+)
+
+
+def reading(name: str) -> str:
+    """What a name reads as, whatever the case, width (NFKC) and alphabet of its letters."""
+    wide = unicodedata.normalize("NFKC", visible(name))
+    return visible(unicodedata.normalize("NFKC", wide.upper()).translate(_LOOK_ALIKES))
 
 
 class _Hidden:

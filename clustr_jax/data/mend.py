@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from clustr_jax.data import shares
 from clustr_jax.data.folder_layout import ROLES, entries_of, is_picture, pictures_under, same_name
 from clustr_jax.runtime.errors import UserError, first_line, listed, shown
+from clustr_jax.runtime.paths import local
 from clustr_jax.runtime.programs import program
 
 _SPLITS = ("test", "val", "train")  # the last one gives up what the others have as well
@@ -34,13 +35,12 @@ def main(argv: list[str]) -> None:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("dir", type=pathlib.Path, help="the image folder")
-    parser.add_argument(
-        "out", type=pathlib.Path, help="where the copy goes: a folder that is empty or not there"
-    )
+    parser.add_argument("dir", help="the image folder")
+    parser.add_argument("out", help="where the copy goes: a folder that is empty or not there")
     parser.add_argument("--size", help="height x width of all images, e.g. 32x32; that of most without it")
     args = parser.parse_args(argv)
-    for line in copy(args.dir, args.out, _size(args.size)):
+    source, out = local(args.dir, "DIR"), local(args.out, "OUT")
+    for line in copy(source, out, _size(args.size)):
         print(line)
 
 

@@ -22,11 +22,12 @@ _NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Remarks:
-    """Sentences, and equal images of two splits.
+    """Sentences, and equal images of two splits, or of one under several labels.
 
     `duplicates`: "train/test" -> `images` of the second that are in the first as well, `other_labels` of
     those that have none of its labels there (None where the labels are of another set), and `pairs` of
-    indices in both, at most 100. None where it was not looked for: points have no pixels.
+    indices in both, at most 100. "train" -> `images` of one split that are in it under another label as well,
+    their different `contents`, and `pairs`. None where it was not looked for: points have no pixels.
     """
 
     notes: tuple[str, ...] = ()
@@ -62,6 +63,9 @@ def sentence(duplicates: dict[str, dict] | None) -> str:
     for pair, found in (duplicates or {}).items():
         if not found["images"]:
             continue
+        if "/" not in pair:
+            said.append(_contradictions(pair, found))
+            continue
         first, second = (_NAMES[name] for name in pair.split("/"))
         count, other = found["images"], found["other_labels"]
         labels = f", {other} under another label" if other else ""
@@ -69,6 +73,16 @@ def sentence(duplicates: dict[str, dict] | None) -> str:
         what = f"{second} images are" if count > 1 else f"{second} image is"
         said.append(f"{count} {what} among the {first} images as well{labels} ({second} {j} is {first} {i})")
     return "; ".join(said)
+
+
+def _contradictions(split, found) -> str:
+    """Images of one split under several labels."""
+    where, (i, j) = _NAMES[split], found["pairs"][0]
+    contents = f"{found['contents']} image{'s are' if found['contents'] > 1 else ' is'}"
+    return (
+        f"{contents} among the {where} images under several labels, {found['images']} times in all "
+        f"({where} {i} is {where} {j})"
+    )
 
 
 def _missing(split, what, remedy, among):
@@ -88,13 +102,14 @@ def _duplicates(train, val, test):
         return None
     splits = {"train": train, "held_out": val, "test": test}
     hashes = {name: shares.contents(split.images) for name, split in splits.items() if len(split)}
-    return {
+    between = {
         f"{first}/{second}": _between(
             hashes[first], splits[first].labels, hashes[second], splits[second].labels
         )
         for first, second in (("train", "held_out"), ("train", "test"), ("held_out", "test"))
         if first in hashes and second in hashes
     }
+    return between | {name: _under_several_labels(hashes[name], splits[name].labels) for name in hashes}
 
 
 def of_pretraining(pretrain: Split, test: Split) -> str:
@@ -115,3 +130,16 @@ def _between(first, first_labels, second, second_labels):
         other = sum(second_labels[j] not in first_labels[order[start[j] : end[j]]] for j in found.tolist())
     pairs = [[int(order[start[j]]), int(j)] for j in found[:_PAIRS].tolist()]
     return {"images": len(found), "other_labels": None if other is None else int(other), "pairs": pairs}
+
+
+def _under_several_labels(hashes, labels):
+    """Images of one set whose content is there under another label as well."""
+    order = np.argsort(hashes, kind="stable")
+    _, starts, counts = np.unique(hashes[order], return_index=True, return_counts=True)
+    found = []
+    for start, count in zip(starts[counts > 1], counts[counts > 1], strict=True):
+        same = order[start : start + count]
+        if len(np.unique(labels[same])) > 1:
+            found.append(same)
+    pairs = sorted([int(same[0]), int(same[labels[same] != labels[same[0]]][0])] for same in found)
+    return {"images": sum(map(len, found)), "contents": len(found), "pairs": pairs[:_PAIRS]}

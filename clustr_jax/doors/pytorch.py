@@ -366,6 +366,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", default="model.pt", help="the file to write (model.pt)")
     parser.add_argument("--head", choices=("clusters", "linear"), help="default: the method's own")
     args = parser.parse_args(argv)
+    local(args.out, "--out")
     clf = clustr_jax.load(args.workdir, args.head)
     apart = save(clf, args.out, source=pathlib.Path(args.workdir).expanduser().resolve().name)
     out = pathlib.Path(args.out)

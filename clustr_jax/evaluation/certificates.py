@@ -11,7 +11,8 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax import attacks, certify, lipschitz, losses
+from clustr_jax import certify, lipschitz, losses
+from clustr_jax.attacks.pgd import run_pgd
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
 from clustr_jax.evaluation import intervals
@@ -84,7 +85,7 @@ def attack(
         now = pending[start : start + lanes]
         index = np.resize(now, lanes)  # one compilation: the last batch repeats images
         x, y, ids = (jnp.asarray(a[index]) for a in (examples.x, examples.y, examples.ids))
-        x_adv = attacks.pgd(
+        x_adv = run_pgd(
             key, clf.logits, x, y, eps=eps, step_size=2.5 * eps / steps, steps=steps, restarts=restarts,
             norm="l2", loss_fn=losses.margin, bounds=clf.bounds, ids=ids,
         )  # fmt: skip

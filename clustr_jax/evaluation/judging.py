@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from clustr_jax.attacks import calls, resuming
+from clustr_jax.attacks import calls, resuming, unattacked
 from clustr_jax.attacks.gate import Admitted
 from clustr_jax.attacks.scheduler import Outcome
 from clustr_jax.classifier import Classifier
@@ -105,6 +105,7 @@ def prepare(
     if size.slots < slots:  # the model is opened for as many images as it will see at once
         slots = size.slots
         given, logits = calls.prepare(key, function, x, y, **ball, slots=slots)
+    unattacked.warn_of_settings(eps=eps)
     if classifier is None:
         subject = subjects.of_model(function, given, slots)
     else:
@@ -211,7 +212,7 @@ def _content(case, result, listed, again, evidence, seconds) -> dict:
     by = {name: told.get(name, 0) for name in result["attacks"]}
     others = (sound_protocol.SMALLER, sound_protocol.LARGER, auditing.NAME)
     by |= {name: told[name] for name in others if told.get(name)}
-    notes = [case.subject.unsteady] if case.subject.unsteady else []
+    notes = [*filter(None, (case.subject.unsteady, unattacked.of_settings(eps=evidence.eps)))]
     if case.footprint.slots < case.footprint.asked:
         notes.append(f"{case.footprint.asked} images side by side would not have fitted into the memory")
     if by.get(auditing.NAME):

@@ -12,7 +12,7 @@ from clustr_jax.attacks import attack_losses, scheduler
 from clustr_jax.attacks.geometry import on_sphere, project, projected_step, start_in_ball
 from clustr_jax.attacks.input_checks import diagnose
 from clustr_jax.attacks.models import wrap
-from clustr_jax.attacks.pgd import pgd
+from clustr_jax.attacks.pgd import run_pgd
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
 from clustr_jax.evaluation import intervals, scores
@@ -207,7 +207,7 @@ class Probe:
             parts = []
             for index, count in self._pieces():
                 part = self.examples.take(index)
-                x_adv = pgd(
+                x_adv = run_pgd(
                     self.key, model, part.x, part.y, eps=self.eps, step_size=self.settings.step_size,
                     steps=20, norm=self.subject.norm, bounds=self.subject.bounds, ids=part.ids,
                 )  # fmt: skip

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 from clustr_jax.attacks import attack_losses, scheduler
 from clustr_jax.attacks.adaptive import Progress
 from clustr_jax.attacks.adaptive import run as run_adaptively
-from clustr_jax.attacks.pgd import pgd
+from clustr_jax.attacks.pgd import run_pgd
 from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.attacks.targets import CANDIDATES, CHOOSERS
 from clustr_jax.classifier import Classifier
@@ -144,7 +144,7 @@ def transfer(
         index = np.arange(start, min(start + lanes, len(examples)))
         padded = np.resize(index, lanes)
         x_adv = np.asarray(
-            pgd(
+            run_pgd(
                 key, source, examples.x[padded], examples.y[padded], eps=attack.eps,
                 step_size=attack.step_size, steps=20, loss_fn=margin, select="last", norm=subject.norm,
                 bounds=subject.bounds, ids=examples.ids[padded],

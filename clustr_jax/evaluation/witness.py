@@ -21,6 +21,7 @@ import numpy as np
 from clustr_jax.evaluation import answers, distances, intervals, wording
 from clustr_jax.runtime import rounding
 from clustr_jax.runtime.errors import UserError, first_line, shown
+from clustr_jax.runtime.paths import local
 
 JSON, NPZ = "judgement.json", "witness.npz"
 
@@ -101,7 +102,7 @@ def write(path: pathlib.Path, found: Witness) -> None:
 
 def read(folder: str | pathlib.Path) -> tuple[dict, Witness]:
     """(judgement.json, witness.npz) of a folder; UserError where one is missing or cannot be read."""
-    folder = pathlib.Path(folder)
+    folder = local(folder, "folder")
     for name in (JSON, NPZ):
         if not (folder / name).is_file():
             raise UserError(

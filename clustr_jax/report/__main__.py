@@ -6,6 +6,7 @@ import sys
 
 from clustr_jax import report
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.paths import local
 from clustr_jax.runtime.programs import program
 from clustr_jax.runtime.stage_names import REPORT
 from clustr_jax.runtime.streams import stage_key
@@ -39,12 +40,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("workdirs", nargs="+", metavar="DIR")
     parser.add_argument("--out", metavar="FILE", help="of several directories; default: compare.html")
     args = parser.parse_args(argv)
+    out = local(args.out, "--out") if args.out else None
     records = [report.read(path) for path in args.workdirs]
     warnings = []
     if len(records) > 1:
         records, warnings = zip(*map(_checked, records), strict=True)
-        path = report.write_comparison(list(records), pathlib.Path(args.out or "compare.html"))
-    elif args.out:
+        path = report.write_comparison(list(records), out or pathlib.Path("compare.html"))
+    elif out:
         raise UserError("--out is for several directories; the page of one is DIR/report.html")
     else:
         record = report.read(args.workdirs[0], loading.digest(loading.load(args.workdirs[0])))

@@ -255,9 +255,14 @@ def limits(record: Record) -> list[str]:
     texts = subset(record)
     if not texts.startswith(("the whole", "not")):
         found.append(f"Not the official data: {texts}. Figures cannot be set beside published ones.")
-    if any(pair["images"] for r in record.results.values() for pair in (r.get("duplicates") or {}).values()):
+    sides = [
+        {pair: same for pair, same in (r.get("duplicates") or {}).items() if "/" in pair}
+        for r in record.results.values()
+    ]
+    leaks = dict.fromkeys(filter(None, map(remarks.sentence, sides)))
+    if leaks:
         found.append(
-            f"The same image is on two sides of a split: {duplicates(record)}. The figures count such images."
+            f"The same image is on two sides of a split: {'; '.join(leaks)}. The figures count such images."
         )
     if record.config["smoke"]:
         found.append("A smoke run: everything was shrunk to seconds, and no number here means anything.")

@@ -143,16 +143,19 @@ def labels(
     return array if array.dtype == jnp.int32 else array.astype(jnp.int32)
 
 
-def mask(value: Any, name: str, shape: str, sizes: dict[str, int]) -> Any:
-    """`value` as bools of this shape; whole numbers may be 0 and 1."""
+def mask(value: Any, name: str, shape: str, sizes: dict[str, int], *, some: str = "") -> Any:
+    """`value` as bools of this shape; whole numbers may be 0 and 1. `some`: of what it must leave any."""
     array = as_array(value, name)
     check_shape(array, name, shape, sizes, empty=True)
-    if array.dtype == bool:
-        return array
-    whole = jnp.issubdtype(array.dtype, jnp.integer)
-    if not whole or (concrete(array) and array.size and not set(np.unique(np.asarray(array))) <= {0, 1}):
-        raise UserError(f"{name} must hold True and False, got {_of_kind(array)}; a threshold makes it so")
-    return array != 0
+    if array.dtype != bool:
+        whole = jnp.issubdtype(array.dtype, jnp.integer)
+        if not whole or (concrete(array) and array.size and not set(np.unique(np.asarray(array))) <= {0, 1}):
+            raise UserError(
+                f"{name} must hold True and False, got {_of_kind(array)}; a threshold makes it so"
+            )
+    if some and concrete(array) and array.size and not extent(array)[1]:
+        raise UserError(f"{name} is False everywhere, and leaves no {some}; True is for what counts")
+    return array if array.dtype == bool else array != 0
 
 
 def check_shape(
@@ -321,3 +324,16 @@ def _word(value) -> str:
         return f"an array of shape {shape}"
     text = repr(value)
     return text if len(text) <= 60 else f"{type(value).__name__} {text[:50]}..."
+
+
+def check_members(mask: Any, y: Any) -> None:
+    """UserError where an example's class has no cluster: its distance to the nearest would be infinite."""
+    if mask is None or not concrete(mask, y):
+        return
+    without = ~np.asarray(mask).any(axis=1)[np.asarray(y)]
+    if without.any():
+        first = int(np.asarray(y)[without][0])
+        raise UserError(
+            f"mask leaves no cluster of class {first}, and y has {int(without.sum())} examples of such "
+            f"classes; leave them out, or give the class a cluster"
+        )

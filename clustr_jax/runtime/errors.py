@@ -1,15 +1,23 @@
 """The one exception that means "the user can fix this": shown as one line, exit code 2."""
 
 import difflib
+import pathlib
+import warnings
 from collections.abc import Iterable
 
 # Characters of a message: more is no line to read.
 LONGEST = 500
 _ENDING = " ..."
+_PACKAGE = str(pathlib.Path(__file__).parents[1])
 
 
 class UserError(ValueError):
     """What was given, what was expected and what to do, in one line."""
+
+
+def warn_caller(text: str, category: type[Warning]) -> None:
+    """A warning about the line of the user's own code that called into this package."""
+    warnings.warn(text, category, stacklevel=2, skip_file_prefixes=(_PACKAGE,))
 
 
 def first_line(error: BaseException, at_most: int = 300) -> str:

@@ -2,12 +2,17 @@
 
 import contextlib
 import os
+import pathlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 # ASCII for what tables and paths draw with; any other character becomes its number.
 _PLAIN = {"\u2026": "~", "\u2013": "-", "\u2264": "<=", "\u2265": ">=", "\u00b7": "-"}
+
+
+_PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 class Output:
@@ -66,6 +71,8 @@ class Output:
 def steady(consequence: str = "") -> Iterator[None]:
     """A block whose printing ends nothing: a closed pipe, a full disk, characters that cannot be shown.
 
+    A warning of this package is one sentence in it, without the line of code that says nothing to a user.
+
     Where stdout is lost, stderr is told so once, with the `consequence`; of a closed pipe without one nothing
     is said, for whoever closed it (head, less) had seen enough.
     """
@@ -76,6 +83,15 @@ def steady(consequence: str = "") -> Iterator[None]:
             what = [getattr(error, "strerror", None) or str(error), consequence]
             print("stdout: " + "; ".join(filter(None, what)), file=sys.stderr)
 
+    formatted = warnings.formatwarning
+
+    def sentence(message, category, filename, lineno, line=None):
+        ours = category.__module__.startswith("clustr_jax.") or _PACKAGE in pathlib.Path(filename).parents
+        if ours:
+            return f"warning: {' '.join(str(message).split())}\n"
+        return formatted(message, category, filename, lineno, line)
+
+    warnings.formatwarning = sentence
     sys.stdout = Output(before[0], lost)
     sys.stderr = Output(before[1], lambda error: None)
     mine = sys.stdout, sys.stderr
@@ -83,6 +99,8 @@ def steady(consequence: str = "") -> Iterator[None]:
         yield
         sys.stdout.flush()
     finally:
+        if warnings.formatwarning is sentence:
+            warnings.formatwarning = formatted
         if sys.stdout is mine[0]:
             sys.stdout = before[0]
         if sys.stderr is mine[1]:

@@ -61,6 +61,7 @@ def run(
     _check_method(config)
     wanted = _wanted(stages, config.method)
     asked = Settings.of(config)
+    refusals.check_paths(asked)
     protocols.check_config(asked.eval)
     certificates.check_config(asked.certify, asked.training.magnet, asked.eval.nearest)
     place = Workdir(workdir or configuration.default_workdir(config))
@@ -73,6 +74,7 @@ def run(
 def _run(config, asked, place, wanted, progress, command, profile):
     """`run`, once it is known what is wanted and where."""
     method = METHODS[config.method]
+    refusals.check_start(asked, method, place, wanted)
     splits = data.splits(asked.data, smoke=asked.smoke)
     config = configuration.complete(config, splits[0], splits[2])
     known = Settings.of(config)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array
 
 from clustr_jax import data
-from clustr_jax.attacks import pgd
+from clustr_jax.attacks.pgd import run_pgd
 from clustr_jax.classifier import Classifier, correct
 from clustr_jax.evaluation import intervals, protocols
 from clustr_jax.runtime import processes, streams
@@ -78,7 +78,9 @@ def monitor(this: Run, clf: Classifier, key: Array) -> dict[str, float]:
     found, key = {}, jax.random.fold_in(key, streams.Training.MONITOR)
     for name, steps, step_size in (("single_step", 1, 1.25 * eps), ("multi_step", 10, eps / 4)):
         try:
-            x_adv = pgd(key, clf.logits, x, y, eps=eps, step_size=step_size, steps=steps, bounds=clf.bounds)
+            x_adv = run_pgd(
+                key, clf.logits, x, y, eps=eps, step_size=step_size, steps=steps, bounds=clf.bounds
+            )
         except UserError as error:  # one that overflows: no reason to end a training that goes on
             this.progress.line(f"no single-step and multi-step accuracy: {error}")
             return {}

@@ -1,6 +1,7 @@
 """What is refused before hours have gone into it: settings that cannot work, one check for each section."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -11,8 +12,12 @@ from clustr_jax.data import Split
 from clustr_jax.models import Net
 from clustr_jax.reference.switches import SWITCHES
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.paths import local
+from clustr_jax.runtime.stage_names import TRAIN, WARMUP
 from clustr_jax.settings import DataSettings, MagnetSettings, ModelSettings, Recipe, Settings, TermSettings
 from clustr_jax.stages import guarding
+from clustr_jax.storage import loading
+from clustr_jax.storage.workdir import Workdir
 from clustr_jax.training import refit, trainers
 from clustr_jax.training.objectives import CERTIFIED, METHODS, Method
 from clustr_jax.training.train_state import ALTERNATE
@@ -67,6 +72,27 @@ def check(
     check_augment("pretrain", settings.pretrain, points=points and method.source)
     if method.sampler == "magnet":
         _check_clusters(settings.training.magnet, settings.method, method, net, train_split)
+
+
+def check_paths(settings: Settings) -> None:
+    """UserError for a path that no file can have, of a setting that this run may never come to."""
+    named = [
+        ("init_from", settings.init_from),
+        ("data.dir", settings.data.dir),
+        ("pretrain.dir", settings.pretrain.dir),
+        *(("eval.transfer", path) for path in settings.eval.transfer),
+    ]
+    for name, path in named:
+        if path:
+            local(path, name)
+
+
+def check_start(settings: Settings, method: Method, place: Workdir, wanted: Sequence[str]) -> None:
+    """UserError where the first stage is to start from a model that is not there."""
+    first = WARMUP if method.warmup else TRAIN
+    begun = place.finished(first) is not None or (place.stage(first) / "checkpoints").exists()
+    if settings.init_from and first in wanted and not begun:
+        loading.check_there(settings.init_from)
 
 
 def check_classes(section: str, settings: DataSettings, train_split: Split) -> None:

@@ -165,6 +165,14 @@ def model_variables(path: str | pathlib.Path, net: Net, *, body: bool = False) -
     return found
 
 
+def check_there(path: str | pathlib.Path) -> None:
+    """UserError where `model_variables` would find nothing to load."""
+    if pathlib.Path(path).suffix != ".safetensors":
+        find_stage(path)
+    elif not local(path, "the file").is_file():
+        raise UserError(f"there is no file {path}")
+
+
 def input_and_classes(path: str | pathlib.Path) -> tuple[tuple[int, ...], int]:
     """(shape of an image, number of classes) of a finished stage's network; UserError where there is none."""
     done = read_json(find_stage(path) / "done.json")
