@@ -55,8 +55,8 @@ def kmeans(
         a `KMeans`: centroids [k, E], assignments [N], inertia [], valid [k].
 
     Raises:
-        UserError: for points that are not [N, E] or not finite, for a mask without any True, and for a k that is
-            no whole number above 0. (In jit nobody sees such a mask, and no cluster is valid.)
+        UserError: for points that are not [N, E] or not finite, for a mask without any True, and for a k that
+            is no whole number above 0. (In jit nobody sees such a mask, and no cluster is valid.)
 
     >>> points = jnp.array([[0.0, 0.0], [0.0, 1.0], [9.0, 0.0], [9.0, 1.0]])  # [N=4, E=2]
     >>> km = kmeans(jax.random.key(0), points, 2)
