@@ -223,7 +223,7 @@ def judge(
     Partly robust: ... robust accuracy 50.00 % [9.5, 90.5] at linf eps 0.1, clean 100.00 %
     >>> import tempfile
     >>> done = clustr_jax.verify(j.save(tempfile.mkdtemp()), logits)  # judgement.json, witness.npz, ...
-    >>> print(done.ok, done.lines[-1])
+    >>> print(done.ok, done.lines[-2])
     True ('adversarial images are misclassified', True, '1 of 1')
     """
     place = resuming.usable(folder)
