@@ -6,6 +6,7 @@ broadcast silently; a PRNG key used twice raises (tests that repeat a call on pu
 """
 
 import contextlib
+import gc
 import os
 import pathlib
 import signal
@@ -70,6 +71,26 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("needs_cifar10"):
                 item.add_marker(pytest.mark.skip(reason=NO_CIFAR10))
+
+
+# A compiled program holds memory mappings, of which Linux gives a process 65,530. Where they run out,
+# jaxlib dies of a segmentation fault as it reads or writes its cache.
+_MAPPINGS, _EVERY = 25_000, 40
+
+
+@pytest.fixture(autouse=True)
+def _mappings(request):
+    """Programs are forgotten in time; what is needed again comes from the cache on disk."""
+    yield
+    request.config.tests_run = getattr(request.config, "tests_run", 0) + 1
+    maps = pathlib.Path("/proc/self/maps")
+    if (
+        request.config.tests_run % _EVERY == 0
+        and maps.exists()
+        and maps.read_bytes().count(b"\n") > _MAPPINGS
+    ):
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

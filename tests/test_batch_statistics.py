@@ -203,6 +203,7 @@ def test_statistics_after_an_epoch(switch, rng):
     assert_statistics(found, before, batches)
 
 
+@pytest.mark.slow
 def test_the_authors_passes_after_an_epoch():
     """leak_test: the statistics have seen 40 training images at once, then 60 test images, 25 at a time."""
     kept, *_ = statistics_after_an_epoch("clustr", np.random.default_rng(0), "keep")

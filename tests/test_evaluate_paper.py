@@ -153,6 +153,7 @@ def test_later_restarts_win_ties_of_the_loss(key):
     np.testing.assert_array_equal(found["fooled_outside_box"], starts(key, x, 1.0, 2)[1, :, 0] < 0)
 
 
+@pytest.mark.slow
 def test_a_start_outside_the_box_is_counted(key):
     """The authors do not clip the start: images fooled by negative pixels count as fooled; we say so."""
 

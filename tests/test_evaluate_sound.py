@@ -121,6 +121,7 @@ def test_the_paper_protocol_overestimates(scale, eps, key, rng):
     assert found["robust"] == exact.mean() and found["clean"] == 1.0 and paper["robust"] > 0.9
 
 
+@pytest.mark.slow
 def test_log_cross_entropy_alone_is_not_enough_for_large_margins(key, rng):
     """At 30 nats and more its float32 gradient is 0; the margin loss does not depend on the scale."""
     weight, centroids, variance, x, y = separated(rng, scale=20.0, noise=0.05)

@@ -33,6 +33,7 @@ def test_its_own_call_takes_images_of_channels_last():
     np.testing.assert_allclose(attacks.wrap(first, layout="NCHW")(x), last(x), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "door",
     [

@@ -126,6 +126,7 @@ def test_what_robustbench_cannot_take(judgement):
         judgement.robustbench()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 4, 9])
 def test_interrupted_it_goes_on_bit_for_bit(judgement, stop, tmp_path, monkeypatch):
     """Ctrl-C at a report; the same call with the folder ends as the one that was not interrupted."""

@@ -211,6 +211,7 @@ def test_cpl_converges_to_constant_1_within_a_few_training_steps():
     assert before > 2 and after < 1.01
 
 
+@pytest.mark.slow
 def test_dividing_by_the_std_costs_its_inverse():
     """The same network with std 0.2: five times the constant."""
     net, variables, _, _ = setup("lip_sll")
@@ -284,6 +285,7 @@ def test_maxmin_and_space_to_depth_keep_norms(seed, channels):
     np.testing.assert_array_equal(unit.space_to_depth(x)[0, 0, 0, :channels], x[0, 0, 0])
 
 
+@pytest.mark.slow
 def test_batch_activation_variance_does_not_grow_through_unit_layers():
     """Prach et al. 2024: a quick check that would catch a layer that expands."""
     for name in ("lip_sll", "lip_aol"):

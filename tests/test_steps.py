@@ -54,6 +54,7 @@ def test_free_at_is_algorithm_1(rng, box):
     assert beyond.any() == (box[1] == 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["free_at", "clustr"])
 def test_replays_are_of_the_same_batch(method, rng):
     """The same views of the same images three times, then others.

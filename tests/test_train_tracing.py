@@ -8,6 +8,7 @@ from clustr_jax.training import refit, train
 from small_training import problem
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["nominal", "free_at", "trades", "clustr_qtrades"])
 @pytest.mark.parametrize("sampler", ["floor", "stale"])
 def test_three_epochs_trace_a_step_once(method, sampler, rng, monkeypatch):

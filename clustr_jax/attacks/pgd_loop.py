@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,18 @@ _STATIC = ("steps", "restarts", "loss_fn", "start", "norm", "bounds", "select", 
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def restarts_of(key, logits_fn, x, y, ids, eps, step_size, *, restarts, **settings):
+def restarts_of(
+    key: Array,
+    logits_fn: Callable,
+    x: Float[Array, "B ..."],
+    y: Int[Array, "B"] | Float[Array, "B Y"],
+    ids: Int[Array, "B"],
+    eps: ArrayLike,
+    step_size: ArrayLike,
+    *,
+    restarts: int,
+    **settings: Any,
+):
     """The restart of each image that counts -> (x_adv, logits of x [B, Y], blind [B])."""
 
     def one(restart):
