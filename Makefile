@@ -3,7 +3,7 @@
 # ARGS=... is passed on: make run ARGS="--config=configs/cifar10.py:trades", make test ARGS="-k pgd -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-slow test-long test-doors test-wheel faults lint format docs notebooks prepare-tf clean
+.PHONY: help setup run demo test test-more test-slow test-long test-doors test-wheel faults lint format docs notebooks prepare-tf clean
 
 ifndef ACCEL
 ACCEL := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda12 || echo cpu)
@@ -90,13 +90,16 @@ demo: $(INSTALLED)  ##1 a CIFAR-10 network of that recipe, attacked both ways
 	$(PY) examples/demo.py $(ARGS)
 
 # Most of their time is compilation: they do without XLA's optimiser, which the slow tests have.
-test test-doors: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
+test test-more test-doors: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test: $(INSTALLED_DEV)  ##2 the tests that are not slow
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
+test-more: $(INSTALLED_DEV)  ##2 those like them that would make it too long
+	$(PY) -m pytest -n 2 --dist worksteal -m "more and not long" $(ARGS)
+
 # Those of the doors are left to test-doors, which has their tools.
 test-slow: $(INSTALLED_DEV)  ##2 the slow tests that CI runs
-	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not long" --ignore-glob="*/test_doors*.py" $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal -m "slow and not long and not more" --ignore-glob="*/test_doors*.py" $(ARGS)
 
 test-long: $(INSTALLED_DEV)  ##2 the rest of the slow tests
 	$(PY) -m pytest -n 2 --dist worksteal -m long $(ARGS)

@@ -65,7 +65,7 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)  # before -m looks
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.get_closest_marker("long"):
+        if item.get_closest_marker("long") or item.get_closest_marker("more"):
             item.add_marker(pytest.mark.slow)
     if _data_dir() is None:
         for item in items:

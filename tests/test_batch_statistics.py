@@ -68,7 +68,7 @@ def test_attack_statistics_update(method, rng, key):
     np.testing.assert_allclose(stats["var"], variance, rtol=FLOAT32)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("bn", ["batch", "eval"])
 @pytest.mark.parametrize("method", ["qtrades", "trades", "clustr_qtrades"])
 def test_the_authors_order_is_clean_attack_adversarial(method, bn, rng):
@@ -96,7 +96,7 @@ def test_the_authors_order_is_clean_attack_adversarial(method, bn, rng):
     assert np.abs(other - mean).max() > 1e-4  # the order is seen
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("where", ["alone", "cnn", "resnet8"])
 def test_the_unbiased_running_variance(where, rng):
     """fidelity.running_variance: sum / (n - 1) is averaged, n pixels in the batch; nothing else changes."""
@@ -203,7 +203,7 @@ def test_statistics_after_an_epoch(switch, rng):
     assert_statistics(found, before, batches)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_the_authors_passes_after_an_epoch():
     """leak_test: the statistics have seen 40 training images at once, then 60 test images, 25 at a time."""
     kept, *_ = statistics_after_an_epoch("clustr", np.random.default_rng(0), "keep")

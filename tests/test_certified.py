@@ -225,7 +225,7 @@ def check(config):
     certificates.check_config(CertifySettings.of(config.certify), magnet, config.eval.nearest)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_the_stage_s_result_is_consistent(digits, tmp_path):
     """Certified <= empirical at every radius, rules in their order, curve and table agree."""
     clf, x, y = digits
@@ -252,7 +252,7 @@ def test_the_stage_s_result_is_consistent(digits, tmp_path):
     assert (tmp_path / "curve.png").stat().st_size > 5000
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_wrong_constant_is_found_out(digits, monkeypatch):
     """The control: with a bound that is 50 times too small an attack succeeds inside a radius: it raises."""
     clf, x, y = digits

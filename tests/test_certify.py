@@ -88,7 +88,7 @@ def check_problems(seed, count):
     return wrong / claimed
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_no_sound_radius_exceeds_the_flip_distance_in_200_random_problems():
     """And the paper's rule over-claims on a good part of those with more than two classes."""
     assert check_problems(seed=0, count=200) > 0.05
@@ -229,7 +229,7 @@ def test_moving_the_other_centroids_away_never_shrinks_a_radius(seed, rule, fact
     assert after >= before * (1 - 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_10000_examples_with_200_centroids_take_less_than_2_seconds():
     """CIFAR-100 with two clusters per class and 512-d embeddings; the best of three, for busy machines."""
     rng = np.random.default_rng(0)
@@ -329,7 +329,7 @@ def attacked(linear, rule, factor):
     return np.any(found, axis=0)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_l2_pgd_inside_the_radius_never_succeeds_and_beyond_it_does(linear):
     """0.999 of the radius: no success; 1.5 x: always, since the map is a multiple of an isometry (tight)."""
     inside, beyond = attacked(linear, "any_d", 0.999), attacked(linear, "any_d", 1.5)

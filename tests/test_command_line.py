@@ -255,7 +255,7 @@ def mutated(rng):
     return line
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_mutated_command_lines_are_told_in_one_line(attempt, monkeypatch, tmp_path):
     """No traceback; a message is one line under 500 characters that names a setting, a flag or a file."""
 

@@ -28,7 +28,7 @@ def linear(norm):
     return lambda v: v @ w, x, y, exact
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("norm", DUAL)
 def test_distances_of_a_linear_model(norm):
     """Never below the exact ones, and hardly above; median and curve are counted from them."""
@@ -48,7 +48,7 @@ def test_distances_of_a_linear_model(norm):
     assert witness.check(j.content, j.witness, lambda v: np.asarray(model(v))).ok
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_the_nearest_counts_where_it_lies_within_eps(monkeypatch):
     """By FMN alone; or by an attack at a larger radius whose image is brought in."""
     whole = judged()
@@ -136,7 +136,7 @@ def test_nothing_known():
     assert wording.distance({"distances": told, "norm": "l2"}) == wording.distance({"norm": "l2"}) == ""
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_an_audit_runs_no_minimum_norms():
     """They have no randomness; the curve is that of the union."""
     plain, audited = judged(), judged(audit=True)

@@ -87,7 +87,7 @@ def test_paper_pgd_is_the_authors_protocol_to_the_letter(bounds, key, rng):
     assert outside.any() == (bounds is not None)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_the_maximum_loss_rule_loses_successes(key):
     """Of an example's restarts the one with the largest loss counts, even where another one succeeded.
 
@@ -153,7 +153,7 @@ def test_later_restarts_win_ties_of_the_loss(key):
     np.testing.assert_array_equal(found["fooled_outside_box"], starts(key, x, 1.0, 2)[1, :, 0] < 0)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_start_outside_the_box_is_counted(key):
     """The authors do not clip the start: images fooled by negative pixels count as fooled; we say so."""
 

@@ -96,7 +96,7 @@ def test_every_batch_has_the_same_number_of_lanes(protocol, key):
     np.testing.assert_array_equal(robust, examples.x[:, 0] < -0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_sound_outcomes_are_nested(small, key):
     """robust implies clean, `broken_by` says for the others why, and the figures are their means."""
     clf, examples = small

@@ -99,7 +99,7 @@ def test_sound_pgd_finds_the_exact_robust_accuracy(eps, key, rng):
     assert result["robust"] == exact.mean() < result["clean"]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize(("scale", "eps"), [(1.0, 0.6), (1.0, 1.0), (1.6, 1.0)])
 def test_the_paper_protocol_overestimates(scale, eps, key, rng):
     """Ten classes: the sound protocol comes to the exact answer, the paper's does not.
@@ -121,7 +121,7 @@ def test_the_paper_protocol_overestimates(scale, eps, key, rng):
     assert found["robust"] == exact.mean() and found["clean"] == 1.0 and paper["robust"] > 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_log_cross_entropy_alone_is_not_enough_for_large_margins(key, rng):
     """At 30 nats and more its float32 gradient is 0; the margin loss does not depend on the scale."""
     weight, centroids, variance, x, y = separated(rng, scale=20.0, noise=0.05)

@@ -33,7 +33,7 @@ def test_whitened_patches_have_unit_covariance(rng):
     assert np.isfinite(fast.whitening(flat)).all()
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_the_network_takes_its_first_kernel_from_the_images(rng):
     """Patches as a convolution cuts them: its outputs have unit variance, and pairs cancel."""
     net = models.build("fast", **NET)
@@ -83,7 +83,7 @@ def test_the_constant_of_gelu():
     assert fast.GELU_LIPSCHITZ - 1e-4 < slope < fast.GELU_LIPSCHITZ
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("name", ["fast", "fast_plain"])
 def test_the_lipschitz_bound_is_above_the_jacobian(name):
     net = models.build(name, **NET)

@@ -33,7 +33,7 @@ def test_its_own_call_takes_images_of_channels_last():
     np.testing.assert_allclose(attacks.wrap(first, layout="NCHW")(x), last(x), atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize(
     "door",
     [
@@ -50,13 +50,13 @@ def test_attacks_are_those_on_the_transposed_model(door):
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_weights_that_it_captures_are_arguments():
     x, y = images()
-    weights = {"w": jnp.ones((72, 2)) * jnp.array([[1.0, -1.0]])}
+    weights = {"w": 0.1 * jnp.ones((72, 2)) * jnp.array([[1.0, -1.0]])}  # no softmax saturates
 
     def model(v):
-        return v.reshape(len(v), -1) @ weights["w"] - jnp.array([[36.0, -36.0]])
+        return v.reshape(len(v), -1) @ weights["w"] - jnp.array([[3.6, -3.6]])
 
     wrapped = attacks.wrap(model, layout="NCHW")
     first_of_all = attacks.fgsm(jax.random.key(0), wrapped, x, y, eps=0.05)

@@ -210,7 +210,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("door", list(DOORS))
 @pytest.mark.filterwarnings("ignore:logits_fn returned bounded scores")  # by chance
 @pytest.mark.parametrize("name", list(CASES))

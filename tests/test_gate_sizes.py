@@ -99,7 +99,7 @@ class Half(nn.Module):
         return x.astype(jnp.float32) if self.widened else x
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("widened", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("door", ["pgd", "apgd"])

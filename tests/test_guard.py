@@ -73,7 +73,7 @@ def test_health_against_numpy(rng):
     assert guard.health(predictions, labels, np.zeros((50, 7))).feature_spread == 0.0
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("method", "weight"), [("clustr_qtrades", "lam"), ("trades", "beta"), ("clustr", "xent_lam")]
 )

@@ -126,7 +126,7 @@ def test_what_robustbench_cannot_take(judgement):
         judgement.robustbench()
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("stop", [1, 4, 9])
 def test_interrupted_it_goes_on_bit_for_bit(judgement, stop, tmp_path, monkeypatch):
     """Ctrl-C at a report; the same call with the folder ends as the one that was not interrupted."""
@@ -207,7 +207,7 @@ def test_a_step_is_a_part_of_the_radius():
         assert (found.attack.eps, found.attack.step_size, found.slots) == (eps, eps / 4, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize(("missed", "status"), [(1, "PASS"), (3, "FAIL")])
 def test_what_an_audit_breaks_is_broken(judgement, missed, status, monkeypatch):
     """A first run that misses some, and an interval that would be wide enough to hide them."""

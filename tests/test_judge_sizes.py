@@ -61,7 +61,7 @@ def test_what_a_backward_pass_keeps():
     assert found.limit == memory.total() and memory.total() >= memory.available()
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_slots_that_would_not_fit_are_fewer(monkeypatch):
     x, _ = images()
     whole = footprint.of(Partial(curved), x, 4, 32)
@@ -77,6 +77,6 @@ def test_slots_that_would_not_fit_are_fewer(monkeypatch):
     assert " of " not in str(footprint.of(Partial(curved), x, 4, 32)).partition(":")[2].partition(":")[0]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_of_what_fits_all_are_side_by_side():
     assert judged().content["slots"] == 32 and not judged().content["notes"]

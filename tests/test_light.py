@@ -59,7 +59,7 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_autoattack_runs_without_any_extra():
     code = """
 import jax, jax.numpy as jnp, numpy as np
@@ -150,7 +150,7 @@ def console(*arguments, blocked=()):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_the_console_command():
     assert "  train  " in console("--help")[1] and console()[0] == 2
     code, stdout, _ = console("fidelity")

@@ -149,7 +149,7 @@ def test_the_bound_is_above_explicit_jacobians(name):
     assert (lower <= true * (1 + 1e-6)).all() and (lower >= 0.9 * true).all()
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("name", in_ci(["resnet8", "resnet18"], "resnet8"))
 def test_the_bound_of_a_resnet_is_above_its_lower_bound(name):
     """Explicit Jacobians would take minutes to compile."""
@@ -170,7 +170,7 @@ def test_no_two_inputs_are_moved_apart_by_more_than_the_bound(name):
         assert (moved <= upper * np.linalg.norm(np.asarray(y - x).reshape(len(x), -1), axis=1) + 1e-5).all()
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("name", ["lip_sll", "lip_aol"])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
 def test_unit_networks_have_constant_1_whatever_their_weights(name, scale):
@@ -197,7 +197,7 @@ def test_a_fresh_unit_network_does_not_have_it_by_being_flat(name):
     assert upper <= 1 + 1e-5 or name == "lip_cpl"
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_cpl_converges_to_constant_1_within_a_few_training_steps():
     """Its bound is honest before (far above 1) and after (within 1 % for 100 passes in train mode)."""
     net = models.build("lip_cpl", **SETTINGS["lip_sll"])
@@ -211,7 +211,7 @@ def test_cpl_converges_to_constant_1_within_a_few_training_steps():
     assert before > 2 and after < 1.01
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_dividing_by_the_std_costs_its_inverse():
     """The same network with std 0.2: five times the constant."""
     net, variables, _, _ = setup("lip_sll")
@@ -285,7 +285,7 @@ def test_maxmin_and_space_to_depth_keep_norms(seed, channels):
     np.testing.assert_array_equal(unit.space_to_depth(x)[0, 0, 0, :channels], x[0, 0, 0])
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_batch_activation_variance_does_not_grow_through_unit_layers():
     """Prach et al. 2024: a quick check that would catch a layer that expands."""
     for name in ("lip_sll", "lip_aol"):

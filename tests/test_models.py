@@ -172,7 +172,7 @@ def test_an_unknown_name_is_a_value_error():
         models.build("resnet19", **IMAGES)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("name", ["resnet8", "cnn"])
 def test_bfloat16_computes_layers_in_training_mode_only(name):
     """Its training passes are near float32's and not equal; eval mode, outputs and statistics are float32."""

@@ -48,7 +48,7 @@ def test_the_attack_breaks_images_inside_the_ball(attack):
     assert np.all(moved[~before] == 0) and moved.max() <= 0.1 + 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_the_entry_is_what_every_entry_is(attack):
     entry = attack["entry"]
     test_registry.test_outcomes(entry, "linf")

@@ -82,7 +82,7 @@ COMPUTE = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("name", COMPUTE)
 def test_a_programs_numbers_do_not_depend_on_switches(name, trained, switch, tmp_path, capsys):  # noqa: F811
     """All switches at once; which of them would change what is in test_surroundings_switches.py."""

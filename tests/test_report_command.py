@@ -30,7 +30,7 @@ from runs import read
 pytestmark = pytest.mark.usefixtures("importable")
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_report_is_current_until_a_result_changes(tmp_path, full):
     root = make(tmp_path / "run")
     record = report.read(root)

@@ -23,7 +23,7 @@ from resumed_attacks import (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("name", list(DOORS))
 @pytest.mark.parametrize("place, period", [("device", 13), ("judge", 6), ("noted", 11)])
 def test_it_goes_on_bit_for_bit(name, place, period, tmp_path, monkeypatch):
@@ -58,7 +58,7 @@ def test_other_places(name, place, tmp_path, monkeypatch):
     test_it_goes_on_bit_for_bit(name, place, 6, tmp_path, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("part, stops", [("", 4), ("_take", 6)])
 def test_any_line_of_it(part, stops, tmp_path, monkeypatch):
     """KeyboardInterrupt on lines spread over the whole call, and over the noting of what the device found."""

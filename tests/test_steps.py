@@ -54,7 +54,7 @@ def test_free_at_is_algorithm_1(rng, box):
     assert beyond.any() == (box[1] == 1.0)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("method", ["free_at", "clustr"])
 def test_replays_are_of_the_same_batch(method, rng):
     """The same views of the same images three times, then others.
@@ -223,7 +223,7 @@ def test_small_clusters_skip(samples, rng):
         assert (np.asarray(after.sampler.losses) != np.asarray(p.state.sampler.losses)).any()
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_stale_sampler(rng):
     """A step remembers as the authors do; a refit leaves their means; seeds have no floor."""
     p = problem("clustr", rng, **{"magnet.k": 2, "fidelity.sampler": "stale"})

@@ -10,7 +10,7 @@ from runs import assert_same_arrays
 from small_training import problem
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
     ("method", "changes"),

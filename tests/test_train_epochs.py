@@ -98,7 +98,7 @@ def test_an_epoch_sees_each_image_once(method, replays, rng):
     np.testing.assert_array_equal(once, np.asarray(p.order)[:80])
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_step_has_separate_streams_of_randomness(rng, monkeypatch):
     """Drawing, augmenting and attacking use different keys, and other ones at the next step."""
     p, keys = problem("clustr_qtrades", rng), []

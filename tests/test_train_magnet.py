@@ -72,7 +72,7 @@ def test_refit_keeps_the_losses_and_follows_the_network(rng, key):
     assert int(again.step) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("method", ["clustr", "clustr_qtrades"])
 def test_losses_of_a_magnet_batch_land_in_the_sampler(method, rng):
     """Exactly the drawn examples get the Magnet loss they have in this batch, at the old parameters."""

@@ -8,7 +8,7 @@ from clustr_jax.training import refit, train
 from small_training import problem
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("method", ["nominal", "free_at", "trades", "clustr_qtrades"])
 @pytest.mark.parametrize("sampler", ["floor", "stale"])
 def test_three_epochs_trace_a_step_once(method, sampler, rng, monkeypatch):
@@ -27,7 +27,7 @@ def test_three_epochs_trace_a_step_once(method, sampler, rng, monkeypatch):
     assert len(traces) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_equal_trainers_are_one_program(rng):
     """A trainer is its settings: made again it compiles nothing, with another setting it does."""
     p = problem("clustr", rng, **{"train.lr": 0.0321})

@@ -129,7 +129,7 @@ def after_warmup(rng, split=None, **changes):
     return trainer, warm, warm.run(warm.state, 40).variables
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_clusters_of_the_linear_head_are_the_same_classifier(rng):
     """magnet.fit=linear_head after a warm-up: its probabilities, and a state that fits its checkpoints."""
     points = squares(rng)

@@ -64,7 +64,7 @@ def told(call) -> list[str]:
     return list(dict.fromkeys(str(w.message) for w in found))
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("model", [constant, stopped, rounded, decided])
 def test_every_door_says_that_nothing_could_be_attacked(model):
     """In the same words, with how many images; they come back as robust as they were."""
@@ -108,7 +108,7 @@ def test_the_nearest_ones_keep_it_with_their_result(door):
     assert len(found.notes) == 1 and "nothing could be attacked" in found.notes[0]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("door", list(GRADIENTS))
 @pytest.mark.parametrize("y", ["right", "wrong", "some wrong"])
 def test_a_model_with_a_gradient_is_no_warning(door, y):

@@ -43,7 +43,7 @@ def test_at_the_command_line(flag, run):
     assert "clustr_trades" in stdout and stderr == ""
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_quiet_says_nothing_and_profile_leaves_traces(run, tmp_path):
     stdout, stderr = run(
         f"{TOY}:nominal",
