@@ -86,7 +86,7 @@ $(INSTALLED_DOCS): requirements-docs.txt $(INSTALLED)
 run: $(INSTALLED)  ##1 train and evaluate digits, ClusTR + QTRADES: a few minutes
 	$(PY) run.py $(ARGS)
 
-demo: $(INSTALLED)  ##1 a CIFAR-10 network of that recipe, attacked both ways
+demo: $(INSTALLED)  ##1 a CIFAR-10 network of ClusTR, attacked both ways
 	$(PY) examples/demo.py $(ARGS)
 
 # Most of their time is compilation: they do without XLA's optimiser, which the slow tests have.
