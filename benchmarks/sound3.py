@@ -1,11 +1,12 @@
 """`sound-3` against AutoAttack's standard on a committed network, image by image, and what they cost.
 
-    python benchmarks/sound3.py [--row=cifar10/trades-0] [--n=1000] [--first=5000] [--theirs=300] [--save]
+    python benchmarks/sound3.py [FILE] [--n=1000] [--first=5000] [--theirs=300] [--save]
 
-Needs the prepared data set of the row, and requirements-doors.txt for --theirs, the images that
-pyautoattack is run on (0: none of them, and no PyTorch). The radius is 8/255. Ours and theirs run on the same
-test images; every image that `sound-3` counts as broken is asked again in PyTorch by `clustr_jax.verify`.
-What was found is kept in runs/sound3, so that the same command goes on where it was stopped.
+FILE: .safetensors of a CIFAR-10 network (default: results/campaign/cifar10/trades-0/model.safetensors). Needs
+the prepared data set, and requirements-doors.txt for --theirs, the images that pyautoattack is run on
+(0: none of them, and no PyTorch). The radius is 8/255. Ours and theirs run on the same test images; every
+image that `sound-3` counts as broken is asked again in PyTorch by `clustr_jax.verify`. What was found is kept
+in runs/sound3, so that the same command goes on where it was stopped.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import process
 import clustr_jax
 from clustr_jax import attacks, data
 
-EPS = 8 / 255
+EPS, MODEL = 8 / 255, "model.safetensors"
 NEAREST = ("fmn", "ddn")  # minimum norms, on every image that is right
 
 
@@ -122,20 +123,20 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--row", default="cifar10/trades-0")
+    parser.add_argument("file", nargs="?", default=process.ROOT / "results/campaign/cifar10/trades-0" / MODEL)
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--first", type=int, default=5000)
     parser.add_argument("--theirs", type=int, default=300)
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
-    x, y = data.load(args.row.split("/")[0], "test")
+    x, y = data.load("cifar10", "test")
     ids = np.arange(args.first, args.first + args.n, dtype=np.int32)
     x, y = x[ids], y[ids]
-    clf = clustr_jax.load(process.ROOT / "results" / "campaign" / args.row / "model.safetensors")
-    name = args.row.replace("/", "-")
+    file = pathlib.Path(args.file)
+    clf, name = clustr_jax.load(file), file.parent.name if file.name == MODEL else file.stem
     folder = pathlib.Path("runs", "sound3", f"{name}-{args.first}-{args.n}")
     with process.on_cores():
-        content = {"row": args.row, "n": args.n, "first": args.first, "eps": EPS}
+        content = {"network": name, "n": args.n, "first": args.first, "eps": EPS}
         content |= our_part(clf, x, y, ids, folder)
     if args.theirs:
         few = slice(0, min(args.theirs, args.n))
