@@ -54,8 +54,8 @@ def torch_part(clf, x, y, ids, folder) -> dict:
     """Their attack on the first images, and every image of ours asked in PyTorch."""
     import torch
 
-    from clustr_jax import verify
     from clustr_jax.doors.pytorch import to_torch
+    from clustr_jax.verify import verify
 
     net = to_torch(clf).eval()
 
@@ -63,7 +63,7 @@ def torch_part(clf, x, y, ids, folder) -> dict:
         with torch.no_grad():
             return net(torch.tensor(np.asarray(images)).permute(0, 3, 1, 2)).numpy()
 
-    checked = verify.verify(folder, answers)
+    checked = verify(folder, answers)
     started = time.perf_counter()
     x_adv, passes = theirs(net, x, y)
     robust = answers(x_adv).argmax(axis=1) == y
