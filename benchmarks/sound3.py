@@ -73,7 +73,8 @@ def torch_part(clf, x, y, ids, folder) -> dict:
         "torch": torch.__version__,
         "verified": {"ok": bool(checked.ok), "lines": str(checked).splitlines()},
         "theirs": {
-            "n": len(y), "robust": float(robust.mean()), "passes": passes, "inside": bool(inside.all()),
+            "n": len(y), "right": int(np.sum(answers(x).argmax(axis=1) == y)),
+            "robust": float(robust.mean()), "passes": passes, "inside": bool(inside.all()),
             "seconds": time.perf_counter() - started,
             "only_theirs_broke": ids[ours & ~robust].tolist(),
             "only_ours_broke": ids[~ours & robust].tolist(),
