@@ -209,7 +209,7 @@ for _name in (
     _of, _, _dataset = _name.partition("-")
     TABLES[_name] = functools.partial(getattr(result_tables, _of), *([_dataset] if _dataset else []))
 TABLES |= {"levers": lever_tables.levers, "levers-curve": lever_tables.curve}
-DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), RESULTS / "search" / "README.md"]
 
 
 def rendered(text: str) -> str:
@@ -229,7 +229,7 @@ def main():
         text = path.read_text()
         new = rendered(text)
         if new != text:
-            stale.append(path.name)
+            stale.append(str(path.relative_to(ROOT)))
             if not args.check:
                 path.write_text(new)
     print(f"{'stale' if args.check else 'written'}: {', '.join(stale) or 'nothing'}")
