@@ -36,12 +36,16 @@ def steps() -> str:
     for name in ("steps", "steps-resnet18"):
         measured = read(f"benchmarks/{name}.json")
         for row in measured["rows"]:
-            passes = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in row["passes"].items())
+            gradients = {
+                kind: sum(n for what, n in row["passes"].items() if what.startswith(kind))
+                for kind in ("forward", "input", "parameter", "both")
+            }
+            assert sum(gradients.values()) == sum(row["passes"].values())
             rows.append(
                 [
                     f"{measured['model']} {row['method']}",
                     str(row["batch"]),
-                    passes,
+                    ", ".join(f"{n} {kind}" for kind, n in gradients.items() if n),
                     f"{row['ratio']:.2f}",
                     f"{100 * row['rest']:.1f} %",
                 ]
@@ -109,11 +113,10 @@ def growth() -> str:
     """Exponents of time, and memory."""
     rows = []
     for row in read("benchmarks/growth.json")["rows"]:
-        seconds = ", ".join(f"{found['seconds']:.1f}" for found in row["measured"])
         memory = ", ".join(f"{found['peak_bytes'] / 1e6:.0f}" for found in row["measured"])
         values = ", ".join(map(str, row["values"]))
-        rows.append([row["series"], values, seconds, f"{row['exponent']:.2f}", memory])
-    return markdown(["what grows", "values", "seconds", "exponent", "peak memory, MB"], rows)
+        rows.append([row["series"], values, f"{row['exponent']:.2f}", memory])
+    return markdown(["what grows", "values", "exponent of time", "peak memory, MB"], rows)
 
 
 def certificates() -> str:
