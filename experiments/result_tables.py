@@ -99,7 +99,7 @@ def by_seed(found: list[dict], show) -> str:
 
 
 def claimed(dataset: str, name: str) -> str:
-    """Clean, PGD^20 and PGD^100 accuracy as the paper has them; with a star where it took them from others."""
+    """Clean, PGD^20 and PGD^100 accuracy as the paper has them; a star where it took them from others."""
     row = claims.CLAIMS.get(dataset, {}).get(name)
     copied = "*" if name in claims.COPIED.get(dataset, ()) else ""
     return ", ".join(f"{value:.1f}" for value in row) + copied if row else ""
@@ -127,7 +127,8 @@ def accuracies(dataset: str) -> str:
         rows.append(
             [
                 label, by_seed(clean, lambda r: str(r["seed"])),
-                by_seed(clean, lambda r: percent(r["clean"])), by_seed(clean, _largest), by_seed(told, robust),
+                by_seed(clean, lambda r: percent(r["clean"])), by_seed(clean, _largest),
+                by_seed(told, robust),
                 by_seed(long, lambda r: percent(r["attacks"]["pgd100"])) if long else "",
                 by_seed(sound, robust), "<br>".join(f"{gap:+.1f}" for gap in gaps), claimed(dataset, name),
             ]
@@ -265,7 +266,7 @@ _QUIRKS = {
 
 
 def quirks() -> str:
-    """What each departure of the official protocol is worth; each column names its version of the measurement."""
+    """What each departure of the official protocol is worth; a column names the measurement's version."""
     columns, headers = [], ["points against the first row"]
     for dataset, label in DATASETS.items():
         for name in ("clustr_qtrades", "clustr_qtrades+paper_code"):
@@ -304,7 +305,7 @@ def _shown(settings: dict) -> str:
     return ", ".join(_setting(key, value) for key, value in settings.items() if key not in hidden)
 
 
-RAMP = 0.4  # share of a stage's epochs over which the radius of training grows, where a table of search is silent
+RAMP = 0.4  # of a stage's epochs: how long the radius of training grows, where a table of search is silent
 
 
 def search(dataset: str) -> str:
