@@ -21,9 +21,7 @@ from result_tables import DATASETS, LABELS, seeds  # noqa: E402
 OUT = ROOT / "docs" / "figures" / "protocols.svg"
 # Methods whose head is made of clusters (of the names too), against all others.
 _CLUSTERS, _OTHERS = "#cc6677", "#4477aa"
-_WIDTH = (
-    4.4  # inches, as wide as the figures of a report: 422 pixels, whose texts are large enough on a phone
-)
+_WIDTH = 4.4  # inches, as wide as the figures of a report: 422 pixels, legible on a phone
 _SHORT = {
     "clustr_qtrades+paper_code": "ClusTR+QTR., authors'",
     "qtrades+paper_code": "QTRADES, authors'",
@@ -49,7 +47,7 @@ def points(dataset: str) -> list[tuple[str, float, float]]:
 
 
 def draw() -> Figure:
-    """One panel a data set, one line a method: from what the sound protocol leaves to what the paper's does."""
+    """One panel a data set, one line a method: from the sound protocol to the paper's."""
     shown = [(dataset, points(dataset)) for dataset in DATASETS]
     shown = [(dataset, found) for dataset, found in shown if found]
     rows = [len(found) for _, found in shown]

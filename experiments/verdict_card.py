@@ -30,7 +30,7 @@ text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans",
   .on { fill: #ff9d9d; }
 }
 .narrow { display: none; }
-@media (max-width: 600px) { .wide { display: none; } .narrow { display: inline; } }"""  # of the picture's width
+@media (max-width: 600px) { .wide { display: none; } .narrow { display: inline; } }"""  # of the picture
 
 
 def draw() -> str:
