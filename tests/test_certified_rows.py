@@ -1,4 +1,4 @@
-"""experiments/certified.py: its rows are settings of a config that a run takes; its table says what is there."""
+"""experiments/certified.py: its rows are settings of a config that a run takes, and what its table says."""
 
 import importlib
 import json
