@@ -168,7 +168,8 @@ def test_fold_is_maxmin_turned_by_45_degrees_and_moves_nothing_apart(seed, chann
     assert (apart <= np.linalg.norm(x - y, axis=1) * (1 + 1e-6)).all()
     a, b = x[:, :1], x[:, -1:]
     turned = np.concatenate([a - b, a + b], axis=1) / np.sqrt(2)
-    d, s = np.asarray(orthogonal.fold(jnp.asarray(turned))).T
+    turned = np.asarray(orthogonal.fold(jnp.asarray(turned)))
+    d, s = turned[:, 0], turned[:, 1]
     np.testing.assert_allclose(np.maximum(a, b)[:, 0], (s + d) / np.sqrt(2), atol=1e-6)
     np.testing.assert_allclose(np.minimum(a, b)[:, 0], (s - d) / np.sqrt(2), atol=1e-6)
 
