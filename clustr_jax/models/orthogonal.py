@@ -12,6 +12,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from clustr_jax.models import parts, unit
@@ -24,12 +25,12 @@ _WIDEST = 4
 _MOVES = ((1, 0), (-1, 0), (0, 1), (0, -1))
 
 
-def spread_out(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Float[Array, "N M"]:
+def spread_out(key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32) -> Float[Array, "N M"]:
     """Start of `unit.cayley`: angles all over the circle, and columns that read all rows alike."""
     n, m = shape
     free = jax.random.normal(key, shape, dtype)
     lower = 1 / math.sqrt(max(n - m, 1))
-    return free * jnp.where(jnp.arange(n) < m, 1 / math.sqrt(m), lower)[:, None].astype(dtype)
+    return free * jnp.where(jnp.arange(n) < m, 1 / math.sqrt(m), lower)[:, None].astype(free.dtype)
 
 
 def shifted(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
