@@ -359,6 +359,8 @@ def fast(c):
         c.train.label_smoothing = 0.2
     if c.method == "nominal":
         recipes.as_warmup(c)
+    if c.method in ("clustr_at", "linear_at"):
+        c.train.epochs, c.train.eps_ramp = 30, 6.0
     if c.method in ("magnet", "clustr", "clustr_qtrades"):
         c.magnet.samples = 8
         c.train.epochs, c.train.lr, c.train.schedule = 12, 1e-4, "multistep"

@@ -123,11 +123,9 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
         some = this.train_split.pixels(np.arange(min(len(this.train_split), _FITTED)))
         fresh = variables = this.net.fitted(fresh, some)
     state = train.create(trainer, variables)
-    if trainer.learned:
-        state = refit.first_head(trainer, state, train_set, key)
-    if trainer.magnet:
+    if trainer.magnet or trainer.learned:
         progress.status(f"{stage}: first k-means++ on the network's own embeddings")
-        state = refit.refit(trainer, state, train_set, key)
+    state = refit.begin(trainer, state, train_set, key)
     clf = None if variables is fresh else _deployed(this, trainer, state)
     guarding.note_handed(this, stage, clf)
     state = train.with_totals(trainer, state, train_set, key)

@@ -202,8 +202,8 @@ def single_stage(
         total = total + train.beta * divergence
         metrics |= {"natural": mean(natural, batch.mask), "consistency": mean(divergence, batch.mask)}
     if train.ikl:
-        each = (between.scores(outputs, clusters) for outputs in (clean, adv))
-        term = between.consistency(*each, batch.y, batch.mask, train.ikl_temperature)
+        each, moved = between.scores(clean, clusters), between.scores(adv, clusters)
+        term = between.consistency(each, moved, batch.y, batch.mask, train.ikl_temperature)
         total = total + train.ikl * term
         metrics["ikl"] = mean(term, batch.mask)
     return mean(total, batch.mask), Aux(stats, natural, metrics)

@@ -51,6 +51,13 @@ def embed_all(
     return mesh.spread(part, inputs, mesh.SAME)(variables, train_set, key, ids)[:size]
 
 
+def begin(trainer: Trainer, state: TrainState, train_set: TrainSet, key: Array) -> TrainState:
+    """A fresh state with the clusters that its head and its batches need."""
+    if trainer.learned:
+        state = first_head(trainer, state, train_set, key)
+    return refit(trainer, state, train_set, key) if trainer.magnet else state
+
+
 def first_head(trainer: Trainer, state: TrainState, train_set: TrainSet, key: Array) -> TrainState:
     """The state with the cluster head that training starts from, where the head is trained.
 
@@ -101,7 +108,7 @@ def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key: Array) 
         clusters, assignments = state.clusters, _belongings(trainer, state, train_set)
     else:
         clusters, assignments = _fit(trainer, state.variables, train_set, fit_key, augmented, train_mode)
-    assert clusters is not None  # `first_head` has made those of a trained head
+    assert clusters is not None  # `begin` has made those of a trained head
     if not trainer.learned and switches.variance_images == "augmented":
         z = embed_all(trainer.net, state.variables, train_set, variance_key, train_mode=True)
         clusters = _sharpened(clusters_lib.with_variance(clusters, z, train_set.labels), magnet)
@@ -120,6 +127,7 @@ def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key: Array) 
 def _belongings(trainer, state, train_set):
     """The cluster of each training image, by the trained head as it is."""
     params, head = learned.split(state.params, state.clusters)
+    assert head is not None  # `begin` has made it
     z = embed_all(trainer.net, {**state.variables, "params": params}, train_set)
     return learned.assign(head, z, train_set.labels)
 

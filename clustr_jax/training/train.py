@@ -68,16 +68,17 @@ def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key: Array) ->
             jnp.ones((num_classes, k), bool),
         )
         averaged = state.average and trainer.method.head == "clusters"
-        state = state.replace(clusters=clusters, average_clusters=clusters if averaged else None)
-    if trainer.magnet:
+        sampler = sampling.init(
+            None,
+            jnp.zeros(trainer.size, jnp.int32),
+            num_classes * k,
+            initial=0.0,
+            stale=trainer.settings.switches.sampler == "stale",
+        )
         state = state.replace(
-            sampler=sampling.init(
-                None,
-                jnp.zeros(trainer.size, jnp.int32),
-                num_classes * k,
-                initial=0.0,
-                stale=trainer.settings.switches.sampler == "stale",
-            ),
+            clusters=clusters,
+            sampler=sampler if trainer.magnet else None,
+            average_clusters=clusters if averaged else None,
         )
     return with_totals(trainer, state, train_set, key)
 
@@ -97,11 +98,12 @@ def draw_batch(
     draw_key, augment_key = jax.random.split(key)
     magnet, stale = trainer.settings.magnet, trainer.settings.switches.sampler == "stale"
     if trainer.magnet:
-        assert state.sampler is not None and state.clusters is not None  # `refit` has made them
+        clusters = learned.split(state.params, state.clusters)[1]
+        assert state.sampler is not None and clusters is not None  # `refit` has made them
         drawn = sampling.draw(
             draw_key,
             state.sampler,
-            learned.split(state.params, state.clusters)[1],
+            clusters,
             num_clusters=rows(magnet, trainer.net.num_classes),
             samples=magnet.samples,
             floor=0.0 if stale else magnet.seed_floor,
