@@ -77,8 +77,8 @@ def around(key: Array, z: Float[Array, "N E"], num_classes: int, k: int) -> Clus
     The variance is the square of that distance, their trace.
     """
     mean = jnp.mean(z, axis=0)
-    square = jnp.mean(jnp.sum(jnp.square(z - mean), axis=1))
-    centroids = mean + jnp.sqrt(square) * simplex(key, num_classes, k, z.shape[1])
+    square = jnp.mean(jnp.sum(jnp.square(z - mean[None]), axis=1))
+    centroids = mean[None, None] + jnp.sqrt(square) * simplex(key, num_classes, k, z.shape[1])
     return Clusters(centroids, square, jnp.ones((num_classes, k), bool))
 
 
