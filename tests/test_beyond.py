@@ -98,7 +98,8 @@ def finished(folder, row, seed, robust, ids, **more):
     """A row's two files."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {
-        "row": row, "method": row.rpartition("-")[0], "settings": {"train.lr": 0.1}, "seed": seed, "n": len(ids),
+        "row": row, "method": row.rpartition("-")[0], "settings": {"train.lr": 0.1}, "seed": seed,
+        "n": len(ids),
         "on": "test", "clean": 0.5, "robust": float(np.mean(robust)), "passes_per_image": 60.0,
         "robust_interval": intervals.wilson(int(np.sum(robust)), len(ids)), "training_seconds": 60.0,
         "alarms": [], "judgement": {"failed": []},

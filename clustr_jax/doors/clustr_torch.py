@@ -193,10 +193,10 @@ class UnitNet(nn.Module):
 class Model(nn.Module):
     """A network with its normalisation and its head: pixels NCHW in [0, 1] (or points [B, F]) -> [B, Y].
 
-    `output` says what comes out: "logits", the log-domain scores of all clusters (or the linear head);
-    "scores", the exp scores over the `nearest` clusters that the ClusTR paper attacks; "deployed", log
-    scores over the `nearest` clusters, whose argmax is the prediction (-inf for a class without one).
-    `centroids` [Y, K, E], `variance` [], `valid` Bool [Y, K]; all None for a linear head; nearest 0 = all.
+    `output` says what comes out. "logits": the log-domain scores of all clusters, or the linear head.
+    "scores": the exp scores over the `nearest` clusters that the ClusTR paper attacks. "deployed": log scores
+    over the `nearest` clusters, whose argmax is the prediction (-inf for a class without one). `centroids`
+    [Y, K, E], `variance` [], `valid` Bool [Y, K]; all None for a linear head; nearest 0 = all.
     """
 
     mean: torch.Tensor

@@ -46,7 +46,7 @@ def paired(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float]:
 
 
 def over_seeds(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float]:
-    """(difference of two fractions, low, high) of several runs each: bool [S, N], pairs of S runs on N images.
+    """(difference of two fractions, low, high) of S pairs of runs on the same N images: bool [S, N].
 
     Runs are of the same images and err on the same ones, so an image is one observation, the mean of its
     differences: 95 % by their standard error, and at least 3 / N, what N images without a difference leave

@@ -82,8 +82,8 @@ _MODULES = {
 UNIT = ("lip_sll", "lip_aol", "lip_cpl")
 # Of networks that cannot take any image: the smallest side.
 LEAST_SIDE = {"fast": 9, "fast_plain": 8}
-# Networks that can compute in bfloat16, and all that have batch norm. Of the fast ones' gradients bfloat16
-# leaves little: a max pool passes on one value, and which one hangs on digits that it does not have.
+# Networks that can compute in bfloat16, and all that have batch norm. bfloat16 spoils the gradients of the
+# fast ones: a max pool passes on one value, and which one it is depends on digits that bfloat16 lacks.
 _MIXED = ("resnet18", "resnet8", "cnn")
 _NORMED = (*_MIXED, "fast", "fast_plain")
 # `width` 0 in a config means the usual one.

@@ -46,8 +46,8 @@ def correlation_sums(
 ) -> Float[Array, "O"]:
     """sum over filters j and shifts s of |<filter i, filter j shifted by s>| w_j / w_i.
 
-    The row sums of |C C^T| for the convolution C on an infinite grid: by Schur's test C scaled by
-    1 / sqrt(sums) has norm at most 1 there, and so has its zero-padded restriction to any image.
+    These are the row sums of |C C^T| for the convolution C on an infinite grid. By Schur's test C scaled by 1
+    / sqrt(sums) has norm at most 1 there, and so has its zero-padded restriction to any image.
     """
     k = kernel.shape[0]
     filters = jnp.transpose(kernel, (3, 0, 1, 2))
