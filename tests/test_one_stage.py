@@ -105,6 +105,29 @@ def test_head_that_is_learned(learn_variance, head, batch, rng):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+HEADS = [
+    ({}, True, False),
+    ({"train.learn_variance": True}, True, True),
+    ({"train.centroids": "simplex", "magnet.k": 1}, False, False),
+    ({"train.centroids": "simplex", "magnet.k": 1, "train.learn_variance": True}, False, True),
+]
+
+
+@pytest.mark.parametrize(("changes", "centroids", "variance"), HEADS)
+def test_what_is_trained_moves(changes, centroids, variance, rng):
+    """And what is held stays; the average starts where training does and follows."""
+    p = problem("clustr_at", rng, **{"train.batch_size": 8, "train.ema": 0.9, **changes})
+    start, after = p.state.deployed[1], p.run(p.state, 3)
+    averaged, now = after.deployed[1], learned.split(after.params, after.clusters)[1]
+    for head in (averaged, now):
+        assert (not jnp.array_equal(head.centroids, start.centroids)) == centroids
+        assert bool(head.variance != start.variance) == variance
+    assert learned.HEAD not in after.deployed[0]["params"]
+    if centroids:  # it is behind
+        far, near = (jnp.linalg.norm(head.centroids - start.centroids) for head in (now, averaged))
+        assert 0 < near < far
+
+
 def terms():
     return TermSettings.of(get_config("clustr_at").train)
 
