@@ -89,6 +89,11 @@ def name_of(closed: ClosedJaxpr, values: Any, images: jax.ShapeDtypeStruct) -> N
     return Name(writer.hash.digest(), writer.jitted, writer.cached)
 
 
+# Objects that callbacks hold, known by their ids: one that went away would leave its id to another. The
+# programs that call them hold them as well.
+_ON_HOST: dict[int, object] = {}
+
+
 class Writer:
     """Writes a trace into a hash.
 
@@ -163,8 +168,26 @@ class Writer:
             self.array(value)
         elif callable(value):
             self.add(getattr(value, "__module__", ""), getattr(value, "__qualname__", type(value).__name__))
+            if within.endswith("callback"):
+                self.on_host(getattr(value, "callback_func", value))
         else:
             self.add(_ADDRESS.sub("", repr(value)))
+
+    def on_host(self, function: Any, depth: int = 4):
+        """What a callback runs: the compiled program calls this very function, with what it captures."""
+        if isinstance(function, (int, float, complex, str, bytes, type(None))):
+            return self.add(function)
+        if not depth or not hasattr(function, "__code__"):
+            _ON_HOST[id(function)] = function
+            return self.add("object", id(function))
+        _ON_HOST[id(function.__code__)] = function.__code__
+        held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # of a variable that has no value yet
+                held.append(cell.cell_contents)
+        self.add("function", id(function.__code__), len(held))
+        for value in held:
+            self.on_host(value, depth - 1)
 
     def array(self, value: Any):
         if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
