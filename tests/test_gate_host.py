@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 from jax.experimental import io_callback
 
+import clustr_jax
 from clustr_jax import attacks
 from gate_doors import CLASSES, DOORS, KEY, images, linear, said, weights
 
@@ -93,6 +94,12 @@ def test_a_model_without_a_gradient_is_refused(name, door):
     x, y = images()
     text = said(DOORS[door], KEY, WITHOUT[name](), x, y)
     assert "no gradient" in text and "attacks.square" in text
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_model_without_a_gradient_is_not_judged(name):
+    x, y = images()
+    assert "no gradient" in said(clustr_jax.judge, WITHOUT[name](), x, y, eps=0.1, progress=False)
 
 
 @pytest.mark.parametrize("name", WITHOUT)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from clustr_jax import attacks, losses
+from clustr_jax import attacks, lipschitz, losses
 from gate_doors import CLASSES, DOORS, KEY, images, said, weights
 
 CELL = {}
@@ -215,3 +215,14 @@ def test_what_is_kept_and_current_is_attacked(compilations):
             )
         counts.append(len(found))
     assert counts[1:] == [0, 0], counts
+
+
+@pytest.mark.parametrize("name", ["jit inside", "checkpoint inside", "scan"])
+def test_a_lipschitz_constant_is_that_of_now(name):
+    x, _ = images()
+    model, found = KEPT[name](), []
+    for scale in (1.0, 3.0):
+        CELL.update(w=weights(), scale=scale)
+        with jax.debug_key_reuse(False):
+            found.append(lipschitz.jacobian_norm(model, x))
+    np.testing.assert_allclose(found[1], 3 * found[0], rtol=1e-3)

@@ -4,8 +4,6 @@ jax.jit, jax.checkpoint, lax.scan, while_loop and cond know a function again by 
 time they answer with what it captured at the first.
 """
 
-import contextlib
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,20 +13,12 @@ import numpy as np
 
 from clustr_jax.attacks.names import ClosedJaxpr, name_of
 from clustr_jax.runtime.errors import UserError
+from clustr_jax.runtime.retracing import traced_anew
 
 OLD = (
     "captured at an earlier call, and answers with old ones; pass arrays and numbers to it as arguments, or "
     "call jax.clear_caches() after a change"
 )
-# JAX's caches of traces go by its settings, too: within another value of this one, all is traced anew.
-_EPOCH: Any = jax.make_user_context(None)
-_EPOCHS = itertools.count()
-
-
-def traced_anew() -> contextlib.AbstractContextManager:
-    """A block in which nothing is taken from JAX's caches of traces: jit, checkpoint, scan and cond keep what
-    the functions that they were given captured at their first call."""
-    return _EPOCH(next(_EPOCHS))
 
 
 def trace(call: Callable, values: Any, images: jax.ShapeDtypeStruct) -> ClosedJaxpr:

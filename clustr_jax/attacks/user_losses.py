@@ -18,6 +18,7 @@ from clustr_jax.attacks.attack_losses import AttackLoss, Untargeted
 from clustr_jax.attacks.names import Writer
 from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.runtime.errors import UserError, first_line
+from clustr_jax.runtime.retracing import traced_anew
 
 _OWN = "clustr_jax."
 
@@ -63,7 +64,7 @@ def current(loss_fn: Callable, rows: int, classes: int | None, y: Array | np.nda
         return loss_fn
     writer = _written(closed, loss_fn, logits, labels)
     if writer.cached:
-        with kept.traced_anew():
+        with traced_anew():
             fresh = jax.make_jaxpr(lambda logits, y: loss_fn(logits, y))(logits, labels)
             same = _written(fresh, loss_fn, logits, labels).hash.digest() == writer.hash.digest()
         if not same:
