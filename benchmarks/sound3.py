@@ -54,8 +54,8 @@ def torch_part(clf, x, y, ids, folder) -> dict:
     """Their attack on the first images, and every image of ours asked in PyTorch."""
     import torch
 
-    from clustr_jax import verify
     from clustr_jax.doors.pytorch import to_torch
+    from clustr_jax.verify import verify
 
     net = to_torch(clf).eval()
 
@@ -63,7 +63,7 @@ def torch_part(clf, x, y, ids, folder) -> dict:
         with torch.no_grad():
             return net(torch.tensor(np.asarray(images)).permute(0, 3, 1, 2)).numpy()
 
-    checked = verify.verify(folder, answers)
+    checked = verify(folder, answers)
     started = time.perf_counter()
     x_adv, passes = theirs(net, x, y)
     robust = answers(x_adv).argmax(axis=1) == y
@@ -73,7 +73,8 @@ def torch_part(clf, x, y, ids, folder) -> dict:
         "torch": torch.__version__,
         "verified": {"ok": bool(checked.ok), "lines": str(checked).splitlines()},
         "theirs": {
-            "n": len(y), "robust": float(robust.mean()), "passes": passes, "inside": bool(inside.all()),
+            "n": len(y), "right": int(np.sum(answers(x).argmax(axis=1) == y)),
+            "robust": float(robust.mean()), "passes": passes, "inside": bool(inside.all()),
             "seconds": time.perf_counter() - started,
             "only_theirs_broke": ids[ours & ~robust].tolist(),
             "only_ours_broke": ids[~ours & robust].tolist(),

@@ -49,6 +49,8 @@ def base(dataset: str) -> ConfigDict:
     c.train.label_smoothing = 0.0  # share of a label that cross entropy spreads over all classes, linear head
     c.train.xent_lam = 0.0  # weight of cross entropy on the cluster head (authors' --xent-lambda)
     c.train.radius = 36 / 255  # l2 radius that the *_certified methods train for, in [0, 1] pixels
+    # Of the cross entropy of nominal_certified, for a head of unit length; 0 = the head finds its own length.
+    c.train.temperature = 0.0
     c.train.nearest = 0  # D nearest clusters in training; 0 = all (authors' --L)
     c.train.attack_bn = "batch"  # inner attack: "batch" statistics (kept out of the running ones) or "eval"
     # What follows when a stage destroys the network it was handed: "warn", "stop" or "restore".

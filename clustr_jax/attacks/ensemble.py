@@ -337,10 +337,10 @@ def square(
 ) -> Float[np.ndarray, "B H W C"]:
     """Square (Andriushchenko et al. 2020): random search without gradients.
 
-    The squares shrink by a schedule for 10,000 queries. Stretched over `queries`, as the authors of Square
-    and the `sound` protocol have it, it breaks a little more than AutoAttack's "standard"
-    (`resc_schedule=False`): there 5,000 queries end at squares of 3 x 3 pixels on 32 x 32 images, not of one,
-    and none reaches the last row or column.
+    The squares shrink by a schedule for 10,000 queries. The authors of Square, and the `sound` protocol,
+    stretch it over `queries`, which breaks a little more. AutoAttack's "standard" does not
+    (`resc_schedule=False`): its 5,000 queries end at squares of 3 x 3 pixels on 32 x 32 images instead of
+    one, and none reaches the last row or column.
 
     Args:
         key: of `jax.random.key`. The draws of an image hang on its id and restart alone.

@@ -1,11 +1,10 @@
 """Opening a model: whatever it holds at the call becomes traced arguments, and nothing else is compiled in.
 
 An attack is compiled once and called with many models. JAX keys a compiled program by the identity of the
-function, and bakes in the arrays that it captures: attacked again after an update, a function or a model
-object would be attacked with the weights of its first call. So a model is traced anew at every call
-(tens of milliseconds, no compilation), and the trace decides: the arrays that it captures become
-arguments of the program, and what remains (the operations, the numbers in them) is its name. The same
-operations with other arrays run the same program; other operations are another program.
+function, and bakes in the arrays that it captures. So an attack after an update would use the weights of its
+first call. Here a model is traced anew at every call (tens of milliseconds, no compilation). The arrays that
+the trace captures become arguments of the program; the operations and the numbers in them are its name. The
+same operations with other arrays run the same program; other operations are another program.
 """
 
 import contextlib
@@ -249,8 +248,8 @@ def _open(logits_fn, shape, sizes, layout="NHWC") -> Opened:
     return Opened(program, kind, True, eager if found.jitted else None, fickle, classes, rounding)
 
 
-# Names of programs that were traced twice, by their name at one size and how they are written; the oldest are
-# forgotten. What is written alike and is the same at one size is not traced at the others again.
+# Two models that are written alike and have one name at one size are not traced at the other sizes again.
+# These are the names, by both; the oldest are forgotten.
 _KNOWN: dict[tuple, bytes] = {}
 _MOST_KNOWN = 1000
 

@@ -1,8 +1,8 @@
 """Which targets a targeted attack takes, and in which order: the likeliest ones, or MALT's nearest ones.
 
-MALT (Melamed et al., NeurIPS 2024) ranks a class by the distance to its boundary if the model were linear,
-(z_y - z_c) / |grad (z_y - z_c)|, in the dual norm (l1 for linf, l2 for l2): a likely class may be far, where
-the two logits move together. It costs one gradient per candidate.
+MALT (Melamed et al., NeurIPS 2024) ranks a class by (z_y - z_c) / |grad (z_y - z_c)| in the dual norm (l1 for
+linf, l2 for l2): the distance to its boundary if the model were linear. A likely class may be far, where the
+two logits move together. It costs one gradient per candidate.
 """
 
 import functools

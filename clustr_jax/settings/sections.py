@@ -125,6 +125,7 @@ class TermSettings(Section):
     monitor: bool
     attack: AdversarySettings
     label_smoothing: float = 0.0
+    temperature: float = 0.0
     on_collapse: str = "warn"
     probe: int = 0
 

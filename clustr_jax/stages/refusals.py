@@ -147,7 +147,7 @@ def _batches(settings: Settings, stages: dict[str, tuple[Method, Images]], net: 
 
 def check_terms(train: TermSettings) -> None:
     """Of `train`: the weights of the objectives, and their adversary."""
-    for name in ("lam", "beta", "xent_lam", "radius"):
+    for name in ("lam", "beta", "xent_lam", "radius", "temperature"):
         if not 0 <= getattr(train, name) < math.inf:
             raise UserError(f"train.{name} must be >= 0, got {getattr(train, name)}")
     if not 0 <= train.label_smoothing < 1:

@@ -22,7 +22,7 @@ from clustr_jax.storage import loading
 from clustr_jax.storage.checkpoints import Checkpoints
 from clustr_jax.storage.files import write_json
 from clustr_jax.storage.workdir import config_dict, training_sha
-from clustr_jax.training import cost, guard, refit, train, train_state, trainers
+from clustr_jax.training import cost, described, guard, refit, train, train_state, trainers
 from clustr_jax.training.objectives import METHODS
 
 # A compiled chunk of steps lasts about this long: progress and signals are served in between.
@@ -90,6 +90,7 @@ def run(this: Run, stage: str) -> None:
             "input_shape": list(this.net.input_shape),
             "switches": SWITCHES_VERSION,
             "commit": provenance.commit(),
+            "method": dataclasses.asdict(described.of(name)),
         },
     )
     processes.wait(f"{stage} is done")

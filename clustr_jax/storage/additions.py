@@ -19,6 +19,7 @@ ADDED = {
     ("warmup", "lookahead"): 0,
     ("train", "lookahead"): 0,
     ("train", "label_smoothing"): 0.0,
+    ("train", "temperature"): 0.0,
     ("train", "on_collapse"): "warn",
     ("train", "probe"): 0,
 }

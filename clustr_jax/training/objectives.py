@@ -8,6 +8,7 @@ them on explicitly.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -176,11 +177,17 @@ def nominal_certified(
     """Cross entropy of the linear head's logits at their worst within the l2 ball of train.radius.
 
     For a 1-Lipschitz network z_c - z_y grows by at most radius |w_c - w_y| in the ball, so that amount
-    is added to every wrong logit (Leino et al. 2021; Hu et al. 2023).
+    is added to every wrong logit (Leino et al. 2021; Hu et al. 2023). With `train.temperature` both are
+    divided by it and by the mean of |w_c - w_y| / sqrt(2) over pairs of classes: a head of orthonormal rows
+    (Prach & Lampert 2022) keeps its length, and no other gains by growing.
     """
     outputs, stats = net.train(variables, batch.x)
     weights = variables["params"][models.HEAD]["kernel"].T
-    worst = outputs.logits + settings.train.radius * losses.distances(weights, weights)[batch.y]
+    apart = losses.distances(weights, weights)
+    worst = outputs.logits + settings.train.radius * apart[batch.y]
+    if settings.train.temperature:
+        pairs = len(weights) * (len(weights) - 1)
+        worst = worst / (settings.train.temperature * jnp.sum(apart) / (pairs * math.sqrt(2)))
     loss = losses.cross_entropy(worst, batch.y)
     metrics = {"accuracy": accuracy(outputs.logits, batch), "certified": accuracy(worst, batch)}
     return mean(loss, batch.mask), Aux(stats, loss, metrics)
