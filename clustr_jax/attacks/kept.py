@@ -55,7 +55,7 @@ def check(
 def _is_same(a, b) -> bool:
     if a is b:
         return True
-    keys = [jnp.issubdtype(getattr(v, "dtype", None), jax.dtypes.prng_key) for v in (a, b)]
+    keys = [hasattr(v, "dtype") and jnp.issubdtype(v.dtype, jax.dtypes.prng_key) for v in (a, b)]
     if any(keys):
         return all(keys) and bool(np.array_equal(jax.random.key_data(a), jax.random.key_data(b)))
     return bool(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind in "fc"))
