@@ -6,11 +6,13 @@
 
 Tuning trains the first --recipes recipes of every method (experiments/beyond_rows.py) with a small budget and
 attacks 500 images held out from training, sound.run_quick with one restart. A final run takes the best of
-them by that (--recipe=NAME: another), trains on all images, and is judged on test images: AutoAttack
-standard, outcomes image by image in NAME-SEED.npz, and the package's own judgement with its checks on
---judged of them. Everything goes on where it was stopped (SIGTERM saves), and what has its JSON under
-results/beyond is not made again. --attacked takes a stratified part of the test images, the same for all
-rows; the default is all 10,000.
+them by that (--recipe=NAME: another), trains on all images, and is judged on test images: PMA, which is about
+as strong as AutoAttack for a fraction of its cost, on --screened of them; AutoAttack standard on --attacked;
+the package's own judgement with its checks on --judged. NAME-SEED.npz has the outcomes image by image. A part
+of the test images is stratified, and the same for all rows.
+
+Everything goes on where it was stopped (SIGTERM saves), and what has its JSON under results/beyond is not
+made again.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import child  # noqa: E402
 
 import clustr_jax  # noqa: E402
 from clustr_jax import attacks, data  # noqa: E402
+from clustr_jax.attacks.registry import STANDARD  # noqa: E402
 from clustr_jax.evaluation import intervals, sound_protocol  # noqa: E402
 from clustr_jax.runtime import provenance  # noqa: E402
 from clustr_jax.runtime.errors import UserError  # noqa: E402
@@ -43,7 +46,7 @@ from clustr_jax.storage.workdir import Workdir  # noqa: E402
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
 RUNS, RESULTS = pathlib.Path("runs", "beyond"), pathlib.Path("results", "beyond")
 TUNE = "tune"
-HELD_OUT, ATTACKED, JUDGED = 500, 10_000, 200
+HELD_OUT, SCREENED, ATTACKED, JUDGED = 500, 10_000, 10_000, 200
 DRY = "dry"
 SLOTS = 256
 
@@ -108,38 +111,59 @@ def held_out(scale: str, name: str, seed: int) -> dict:
     }  # fmt: skip
 
 
-def tested(scale: str, name: str, seed: int, attacked: int, judged: int) -> tuple[dict, dict]:
-    """(of test images: clean, AutoAttack standard, the package's own judgement; outcomes by image)."""
-    root = ROOT / workdir(scale, name, seed)
-    eps = read_json(root / "config.json")["train"]["attack"]["eps"]
-    clf, split = loading.load(root), data.load_split("cifar10", "test")
-    index = data.stratified(split.labels, min(attacked, len(split)), split.num_classes)
-    x, y, ids = split.pixels(index), split.labels[index], index.astype(np.int32)
+def attacked(root: pathlib.Path, clf, seed: int, size: int, names: tuple[str, ...], folder: str):
+    """(figures, outcomes by image) of a stratified part of the test images under an ensemble of attacks."""
+    split, eps = data.load_split("cifar10", "test"), read_json(root / "config.json")["train"]["attack"]["eps"]
+    index = data.stratified(split.labels, min(size, len(split)), split.num_classes)
     found = attacks.autoattack(
-        stage_key(seed, EVALUATE), clf.logits, x, y, eps=eps, ids=ids, slots=SLOTS, folder=root / "autoattack"
+        stage_key(seed, EVALUATE),
+        clf.logits,
+        split.pixels(index),
+        split.labels[index],
+        eps=eps,
+        attacks=names,
+        ids=index.astype(np.int32),
+        slots=SLOTS,
+        folder=root / folder,
     )
-    some = data.stratified(y, min(judged, len(y)), split.num_classes) if judged else []
-    own = {}
-    if len(some):
-        judgement = clustr_jax.judge(
-            clf, x[some], y[some], eps=eps, ids=ids[some], folder=root / "judgement", seed=seed
-        )
-        content = judgement.content
-        own = {
-            "n": len(some), "protocol": content["protocol"], "robust": judgement.robust,
-            "autoattack": float(np.mean(found.robust[some])), "failed": content["failed"],
-        }  # fmt: skip
-    clean = np.asarray(clf.predict(split.pixels())) == split.labels
-    n = len(y)
+    n, kinds = len(index), np.unique(found.broken_by, return_counts=True)
     content = {
-        "protocol": "AutoAttack standard", "on": "test", "n": n, "eps": eps, "clean": float(np.mean(clean)),
-        "clean_n": len(clean), "robust": float(np.mean(found.robust)),
+        "n": n, "eps": eps, "robust": float(np.mean(found.robust)), "notes": list(found.notes),
         "robust_interval": intervals.wilson(int(found.robust.sum()), n),
-        "broken_by": {str(k): int(v) for k, v in zip(*np.unique(found.broken_by, return_counts=True),
-                                                     strict=True) if k},
-        "notes": list(found.notes), "judgement": own,
+        "broken_by": {str(k): int(v) for k, v in zip(*kinds, strict=True) if k},
     }  # fmt: skip
-    return content, {"ids": ids, "y": y, "robust": found.robust, "broken_by": found.broken_by}
+    return content, {"ids": index, "robust": found.robust, "broken_by": found.broken_by}
+
+
+def judged(root: pathlib.Path, clf, seed: int, size: int) -> dict:
+    """The package's own judgement of a stratified part of the test images."""
+    split, eps = data.load_split("cifar10", "test"), read_json(root / "config.json")["train"]["attack"]["eps"]
+    some = data.stratified(split.labels, min(size, len(split)), split.num_classes)
+    found = clustr_jax.judge(
+        clf, split.pixels(some), split.labels[some], eps=eps, ids=some.astype(np.int32), seed=seed,
+        folder=root / "judgement",
+    )  # fmt: skip
+    return {
+        "n": len(some), "protocol": found.content["protocol"], "robust": found.robust,
+        "failed": found.content["failed"],
+    }  # fmt: skip
+
+
+def tested(scale: str, name: str, seed: int, sizes: dict[str, int]) -> tuple[dict, dict]:
+    """(of test images: clean, PMA, AutoAttack standard, the package's own judgement; outcomes by image)."""
+    root = ROOT / workdir(scale, name, seed)
+    clf, split = loading.load(root), data.load_split("cifar10", "test")
+    clean = np.asarray(clf.predict(split.pixels())) == split.labels
+    content: dict = {"on": "test", "clean": float(np.mean(clean)), "clean_n": len(clean), "judgement": {}}
+    outcomes = {"clean": clean}
+    if sizes["screened"]:
+        content["screen"], found = attacked(root, clf, seed, sizes["screened"], ("pma",), "screen")
+        outcomes |= {f"screen_{key}": value for key, value in found.items()}
+    figures, found = attacked(root, clf, seed, sizes["attacked"], STANDARD, "autoattack")
+    content |= {"protocol": "AutoAttack standard", **figures}
+    if sizes["judged"]:
+        content["judgement"] = judged(root, clf, seed, sizes["judged"])
+    return content, outcomes | found
 
 
 def best(method: str) -> str:
@@ -150,8 +174,8 @@ def best(method: str) -> str:
     return max(there, key=lambda r: (r["robust"], -int(r["row"].rpartition("-")[2])))["row"]
 
 
-def make(scale: str, name: str, seed: int, *, final: bool, attacked: int, judged: int) -> int:
-    """Train and measure one row, unless its JSON is there; the exit code."""
+def make(scale: str, name: str, seed: int, sizes: dict[str, int] | None) -> int:
+    """Train and measure one row, unless its JSON is there; the exit code. Without `sizes`: held-out images."""
     folder = ROOT / RESULTS / scale
     target = folder / f"{name}-{seed}.json"
     if target.exists():
@@ -162,8 +186,8 @@ def make(scale: str, name: str, seed: int, *, final: bool, attacked: int, judged
         return code
     jax.clear_caches()
     content, outcomes = trained(scale, name, seed), {}
-    if final:
-        found, outcomes = tested(scale, name, seed, attacked, judged)
+    if sizes:
+        found, outcomes = tested(scale, name, seed, sizes)
     else:
         found = held_out(scale, name, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,8 +214,11 @@ def main(argv):
     parser.add_argument("--recipe", default="", help="METHOD-NUMBER, instead of the best (--final)")
     parser.add_argument("--only", default="", help="rows (tuning) or methods (--final), comma-separated")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--attacked", type=int, default=ATTACKED, help="test images (--final)")
-    parser.add_argument("--judged", type=int, default=JUDGED, help="of them for judge, 0: none (--final)")
+    parser.add_argument(
+        "--screened", type=int, default=SCREENED, help="test images for PMA, 0: none (--final)"
+    )
+    parser.add_argument("--attacked", type=int, default=ATTACKED, help="... for AutoAttack (--final)")
+    parser.add_argument("--judged", type=int, default=JUDGED, help="... for judge, 0: none (--final)")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--table", action="store_true", help="print the tables of what is there")
     args = parser.parse_args(argv)
@@ -216,10 +243,12 @@ def main(argv):
     if args.list:
         print(*("python " + " ".join(words) for words in commands.values()), sep="\n")
         return 0
-    more = {"final": args.final, "attacked": args.attacked, "judged": args.judged}
+    sizes = {"screened": args.screened, "attacked": args.attacked, "judged": args.judged}
+    if min(args.screened, args.judged) < 0 or args.attacked < 1:
+        raise UserError(f"--screened and --judged must be >= 0, --attacked >= 1; got {sizes}")
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        codes = (make(scale, name, args.seed, **more) for name in commands)
+        codes = (make(scale, name, args.seed, sizes if args.final else None) for name in commands)
         return next((code for code in codes if code), 0)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -11,7 +11,9 @@ from clustr_jax.evaluation import intervals
 OURS = "clustr_at"
 
 
-def _share(found: dict) -> str:
+def _share(found: dict | None) -> str:
+    if not found:
+        return "-"
     low, high = (100 * v for v in found["robust_interval"])
     return f"{100 * found['robust']:.1f} [{low:.1f}, {high:.1f}]"
 
@@ -35,6 +37,7 @@ def scale(folder: pathlib.Path) -> str:
             _settings(r),
             f"{r['passes_per_image']:.1f}",
             f"{100 * r['clean']:.1f}",
+            _share(r.get("screen")),
             _share(r),
             f"{r['n']} {r['on']}",
             f"{r['training_seconds'] / 60:.0f}",
@@ -43,7 +46,8 @@ def scale(folder: pathlib.Path) -> str:
         for r in _rows(folder)
     ]
     header = [
-        "row", "seed", "settings", "passes per image", "clean, %", "robust, %", "images", "minutes",
+        "row", "seed", "settings", "passes per image", "clean, %", "PMA, %", "robust, %", "images",
+        "minutes",
         "alarms, failed checks",
     ]  # fmt: skip
     return markdown(header, rows)
@@ -58,7 +62,7 @@ def budgets(folder: pathlib.Path) -> str:
 
 
 def differences(folder: pathlib.Path) -> str:
-    """clustr_at minus each other method, image by image, over the seeds that both have.
+    """clustr_at minus each other method, image by image, over the seeds that both have: AutoAttack, and PMA.
 
     Of several rows of a method the one that is best by `robust` on these very images would be chosen with a
     look at the answer; so a method with more than one row of a seed is listed row by row.
@@ -72,30 +76,34 @@ def differences(folder: pathlib.Path) -> str:
     for name in sorted(n for n in found if n.startswith(OURS)):
         for other in sorted(n for n in found if not n.startswith(OURS)):
             seeds = sorted(found[name].keys() & found[other].keys())
-            if seeds:
-                rows.append(_difference(name, other, [(found[name][s], found[other][s]) for s in seeds]))
+            for label, prefix in (("AutoAttack", ""), ("PMA", "screen_")):
+                pairs = [(found[name][s], found[other][s]) for s in seeds]
+                pairs = [pair for pair in pairs if all(f"{prefix}ids" in run for run in pair)]
+                if pairs:
+                    rows.append(_difference(f"{name} - {other}, {label}", pairs, prefix))
     header = [
         "minus", "points by seed", "lower 95 % bound, upper", "ours alone", "theirs alone", "images", "seeds",
     ]  # fmt: skip
     return markdown(header, rows)
 
 
-def _difference(name, other, pairs):
+def _difference(what, pairs, prefix):
     """A row: of one seed by Newcombe's paired interval, of several with an image as one observation."""
-    ids = pairs[0][0]["ids"]
-    for a, b in pairs:  # one seed's run may have been attacked on more images than another's
-        ids = np.intersect1d(ids, np.intersect1d(a["ids"], b["ids"]))
+    ids, robust = f"{prefix}ids", f"{prefix}robust"
+    common = pairs[0][0][ids]
+    for a, b in pairs:  # one row may have been attacked on more images than another
+        common = np.intersect1d(common, np.intersect1d(a[ids], b[ids]))
     ours, theirs = (
-        np.array([run["robust"][np.searchsorted(run["ids"], ids)] for run in runs])
+        np.array([run[robust][np.searchsorted(run[ids], common)] for run in runs])
         for runs in zip(*pairs, strict=True)
     )
-    compare = intervals.paired if len(pairs) == 1 else intervals.over_seeds
-    _, low, high = compare(*((ours[0], theirs[0]) if len(pairs) == 1 else (ours, theirs)))
+    one = len(pairs) == 1
+    _, low, high = intervals.paired(ours[0], theirs[0]) if one else intervals.over_seeds(ours, theirs)
     return [
-        f"{name} - {other}",
+        what,
         ", ".join(intervals.points(a.mean() - b.mean()) for a, b in zip(ours, theirs, strict=True)),
         f"{intervals.points(low)}, {intervals.points(high)}",
-        str(int(np.sum(ours & ~theirs))), str(int(np.sum(~ours & theirs))), str(len(ids)), str(len(pairs)),
+        str(int(np.sum(ours & ~theirs))), str(int(np.sum(~ours & theirs))), str(len(common)), str(len(pairs)),
     ]  # fmt: skip
 
 

@@ -89,12 +89,13 @@ def test_command_line(experiments, capsys):
         (["--recipes=13"], "--recipes must be from 1 to 12"),
         (["--only=nothing-1"], "there is no row"),
         (["--final", "--only=nominal"], "--only: unknown"),
+        (["--final", "--recipe=trades-1", "--attacked=0"], "--attacked >= 1"),
     ):
         assert main(words) == 2
         assert told in capsys.readouterr().err
 
 
-def finished(folder, row, seed, robust, ids, **more):
+def finished(folder, row, seed, robust, ids, screened=False, **more):
     """A row's two files."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {
@@ -105,7 +106,11 @@ def finished(folder, row, seed, robust, ids, **more):
         "alarms": [], "judgement": {"failed": []},
     }  # fmt: skip
     (folder / f"{row}-{seed}.json").write_text(json.dumps(found | more))
-    np.savez(folder / f"{row}-{seed}.npz", ids=np.asarray(ids), robust=np.asarray(robust))
+    outcomes = {"ids": np.asarray(ids), "robust": np.asarray(robust)}
+    screen = (
+        {"screen_ids": outcomes["ids"][::2], "screen_robust": ~outcomes["robust"][::2]} if screened else {}
+    )
+    np.savez(folder / f"{row}-{seed}.npz", **outcomes, **screen)
 
 
 def test_differences_are_those_of_the_same_images(experiments, tmp_path, rng):
@@ -125,7 +130,12 @@ def test_differences_are_those_of_the_same_images(experiments, tmp_path, rng):
     by_image = np.mean(ours.astype(float) - theirs.astype(float), axis=0)
     half = 1.96 * np.std(by_image, ddof=1) / np.sqrt(200)
     assert f"{points(by_image.mean() - half)}, {points(by_image.mean() + half)} |" in line
-    assert "| 200 | 2 |" in line
+    assert "| 200 | 2 |" in line and "AutoAttack" in line
+    for name, found in (("clustr_at-1", ours), ("linear_at-1", theirs)):
+        finished(tmp_path / "half", name, 1, found[1], np.arange(200), screened=True)
+    _, line = tables.differences(tmp_path / "half").splitlines()[2:]
+    value, low, high = intervals.paired(~ours[1][::2], ~theirs[1][::2])
+    assert f"PMA | {points(value)} | {points(low)}, {points(high)} |" in line and "| 100 | 1 |" in line
     assert "linear_at-1" in tables.tables(tmp_path)
 
 
@@ -149,13 +159,14 @@ def test_a_dry_row_from_end_to_end(experiments, tmp_path, monkeypatch, name):
     beyond = experiments["beyond"]
     monkeypatch.setattr(beyond, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(beyond, "RESULTS", tmp_path / "results")
-    words = ["--final", "--scale=dry", f"--recipe={name}", "--attacked=10", "--judged=0"]
+    words = ["--final", "--scale=dry", f"--recipe={name}", "--attacked=10", "--judged=0", "--screened=20"]
     assert beyond.main(words) == 0
     target = tmp_path / "results" / "dry" / f"{name}-0.json"
     found = json.loads(target.read_text())
     assert found["passes_per_image"] == pytest.approx(6, rel=0.2) and found["n"] == 10
     with np.load(target.with_suffix(".npz")) as outcomes:
         assert outcomes["robust"].mean() == found["robust"] and len(outcomes["ids"]) == 10
+        assert outcomes["screen_robust"].mean() == found["screen"]["robust"] and found["screen"]["n"] == 20
     before = target.stat().st_mtime_ns
     assert beyond.main(words) == 0 and target.stat().st_mtime_ns == before
     assert beyond.main(["--scale=dry", f"--only={name.replace('at-1', 'at-2')}"]) == 0  # tuning
