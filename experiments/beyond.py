@@ -175,7 +175,7 @@ def best(method: str) -> str:
 
 
 def make(scale: str, name: str, seed: int, sizes: dict[str, int] | None) -> int:
-    """Train and measure one row, unless its JSON is there; the exit code. Without `sizes`: held-out images."""
+    """Train and measure one row, unless its JSON is there; the exit code. No `sizes`: held-out images."""
     folder = ROOT / RESULTS / scale
     target = folder / f"{name}-{seed}.json"
     if target.exists():
