@@ -56,7 +56,7 @@ def test_what_is_measured():
     half = ("word " * (prose.WORDS // 2 + 1)).strip()
     assert long_sentences(f"x = 1\n# {half}\n# {half}\n")[0][0] == 2  # one comment over two lines
     assert long_sentences(f"x = 1  # {half}\ny = 1  # {half}\n") == []  # two comments
-    for left_out in (f"Args:\n    x: {long}", f"Text.\n\n    {long}", f"a    {long}", f">>> {long}"):
+    for left_out in (f"Args:\n    x: {long}", f"Text.\n\n        {long}", f"a    {long}", f">>> {long}"):
         assert long_sentences(f'def f():\n    """Text.\n\n    {left_out}\n    """\n') == []
 
 
