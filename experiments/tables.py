@@ -130,6 +130,39 @@ def certificates() -> str:
     return markdown(["thousands of radii a second, by rule", *(f"`{rule}`" for rule in rules)], table)
 
 
+def sound3() -> str:
+    """`sound-3` against AutoAttack's standard: what each leaves, image by image, and gradients per image."""
+    rows = []
+    for name in ("trades-0", "clustr_qtrades"):
+        found = read(f"benchmarks/sound3-{name}.json")
+        own, standard, theirs = found["sound_3"], found["autoattack"], found["theirs"]
+        right = round(found["clean"] * found["n"])
+        in_the_ball = own["in_the_ball"]["gradient_evaluations"]
+        rows.append(
+            [
+                name,
+                f"{100 * found['clean']:.1f}",
+                f"{100 * own['robust']:.1f}, {100 * standard['robust']:.1f}",
+                f"{len(found['only_sound_3_broke'])}, {len(found['only_autoattack_broke'])}",
+                f"{len(theirs['only_ours_broke'])}, {len(theirs['only_theirs_broke'])} of {theirs['n']}",
+                f"{in_the_ball / right:.0f} + {(own['gradient_evaluations'] - in_the_ball) / right:.0f}",
+                f"{standard['gradient_evaluations'] / right:.0f}",
+                f"{theirs['passes']['with_gradient'] / theirs['right']:.0f}",
+            ]
+        )
+    header = [
+        "network",
+        "clean",
+        "left by `sound-3`, by the standard",
+        "broken by one, by the other alone",
+        "the same against pyautoattack",
+        "gradients per image: `sound-3`, + distances",
+        "the standard",
+        "pyautoattack",
+    ]
+    return markdown(header, rows)
+
+
 def devices() -> str:
     """Accuracies on eight devices and on one."""
     rows = []
@@ -202,7 +235,8 @@ def digits() -> str:
 
 
 TABLES = {
-    f.__name__: f for f in (digits, steps, epochs, kmeans, startup, growth, certificates, devices, speed)
+    f.__name__: f
+    for f in (digits, steps, epochs, kmeans, startup, growth, certificates, devices, speed, sound3)
 }
 # Those of docs/results.md and the lab notes that results/ can fill so far: FUNCTION or FUNCTION-DATASET.
 for _name in (

@@ -137,11 +137,18 @@ def check_labels(y: Array | np.ndarray, classes: int) -> None:
 
 
 def check_ids(ids: Array | np.ndarray, count: int) -> None:
-    """UserError unless they are one whole number for each image."""
+    """UserError unless they are one whole number for each image, of 32 bits: a key takes no more."""
     if ids.shape != (count,) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise UserError(
             f"ids must be one whole number for each of the {count} images, got {ids.dtype} {ids.shape}"
         )
+    if count and ids.dtype.itemsize > 4 and concrete(ids):
+        low, high = int(ids.min()), int(ids.max())
+        if low < -(2**31) or high >= 2**32:
+            raise UserError(
+                f"ids must fit in 32 bits, got {low} to {high}: two images would share random numbers; "
+                f"number the images: ids=np.arange({count})"
+            )
 
 
 def check_logits(logits: Array | np.ndarray, y: Array | np.ndarray, *, warned: bool = True) -> None:

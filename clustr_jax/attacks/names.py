@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as trace
 
+from clustr_jax.runtime import arrays
+
 ClosedJaxpr = trace.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -141,9 +143,7 @@ class Writer:
             self.add(_ADDRESS.sub("", repr(value)))
 
     def array(self, value: Any):
-        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            value = jax.random.key_data(value)
-        value = np.asarray(value)
+        value = arrays.plain(value)
         self.add(value.shape, str(value.dtype))
         self.hash.update(np.ascontiguousarray(value).tobytes())
 

@@ -68,6 +68,14 @@ class Outcome:
         no = np.zeros(len(x), bool)
         return cls(no, nothing, nothing.copy(), spent, np.array(x, np.float32), no.copy(), ~no)
 
+    def cost(self, attack: Attack) -> dict[str, int]:
+        """Evaluations of the model: with a gradient, without, and those that no schedule could leave out."""
+        return {
+            "gradient_evaluations": attack.gradients * self.evaluations,
+            "forward_evaluations": attack.forwards * self.evaluations,
+            "evaluations_needed": self.needed,
+        }
+
     def copied(self) -> "Outcome":
         """One of its own to note in, but for the images."""
         own = ("broken", "restart", "step", "spent", "unconfirmed", "blind")

@@ -105,12 +105,11 @@ def execute(
     outcome = so_far.outcome
     cost = {
         "targets": 0 if targets is None else len(targets),
-        "gradient_evaluations": plan.attack.gradients * outcome.evaluations + ranking,
-        "forward_evaluations": plan.attack.forwards * outcome.evaluations,
-        "evaluations_needed": outcome.needed,
+        **outcome.cost(plan.attack),
         "evaluations_bound": bound(plan.attack, outcome, slots),
         "wall_seconds": time.perf_counter() - started,
     }
+    cost["gradient_evaluations"] += ranking
     return outcome, cost
 
 

@@ -6,6 +6,7 @@ right comes back as it is (the same object), but for types that are widened: flo
 numbers to float32, labels to int32. Concrete arrays are read once, without a copy where they are on the CPU.
 """
 
+import hashlib
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -229,6 +230,21 @@ def key(value: Any) -> None:
     if not (typed and value.ndim == 0) and not raw:
         many = f"; one of these {value.shape} keys" if typed else "; a seed makes one: jax.random.key(seed)"
         raise UserError(f"key must be a key of jax.random, got {_word(value)}{many}")
+
+
+def plain(leaf: Any) -> np.ndarray:
+    """A pytree's leaf in NumPy; a PRNG key is its data, as models hold one for dropout."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
+
+
+def digest(tree: Any) -> str:
+    """Short SHA-256 of all arrays in a tree, in their order."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        found.update(plain(leaf).tobytes())
+    return found.hexdigest()[:16]
 
 
 def extent(array: Array | np.ndarray, where: Array | np.ndarray | None = None) -> tuple[Any, Any]:

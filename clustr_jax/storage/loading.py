@@ -1,14 +1,13 @@
 """From a work directory, or a stage's folder, back to a network."""
 
-import hashlib
 import pathlib
 
 import jax
-import numpy as np
 
 from clustr_jax import data, models
 from clustr_jax.classifier import Classifier
 from clustr_jax.models import Net
+from clustr_jax.runtime import arrays
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.paths import local
 from clustr_jax.runtime.stage_names import TRAIN, WARMUP
@@ -45,10 +44,7 @@ def build_net(model: ModelSettings, split: data.Split, running_variance: str = "
 
 def digest(clf: Classifier) -> str:
     """Short SHA-256 of the parameters, statistics and clusters."""
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves((clf.variables, clf.clusters)):
-        found.update(np.asarray(leaf).tobytes())
-    return found.hexdigest()[:16]
+    return arrays.digest((clf.variables, clf.clusters))
 
 
 def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
