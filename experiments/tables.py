@@ -220,8 +220,7 @@ def digits() -> str:
 
 
 TABLES = {
-    f.__name__: f
-    for f in (digits, steps, epochs, kmeans, startup, growth, certificates, devices, speed, sound3)
+    f.__name__: f for f in (digits, steps, epochs, kmeans, startup, growth, certificates, devices, sound3)
 }
 # Those of docs/results.md and the lab notes that results/ can fill so far: FUNCTION or FUNCTION-DATASET.
 for _name in (
