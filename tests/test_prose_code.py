@@ -22,8 +22,7 @@ def paragraphs(source):
     """(number of a line near it, its text) of each paragraph of docstrings and of each comment."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        text = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
-        if text:
+        if isinstance(node, DOCUMENTED) and (text := ast.get_docstring(node)):
             told = re.split(r"\n(?:Args|Returns|Raises):|\n>>>", text)[0]
             found += [(node.body[0].lineno, part) for part in re.split(r"\n\s*\n", told)]
     block, last = [], 0
