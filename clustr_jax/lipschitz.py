@@ -62,6 +62,11 @@ def _dense(size, matrix):
     return dense(matrix), ()
 
 
+def _pointwise(size, matrix):
+    """("pointwise", matrix [C, O]): the same at each pixel, whose channels may have been moved around."""
+    return dense(matrix), size
+
+
 def _conv(size, kernel, stride, padding):
     """("conv", kernel [k, k, C, O], stride, zero padding)."""
     k = kernel.shape[0]
@@ -119,8 +124,8 @@ def _flatten(size):
 
 
 LAYERS: dict[str, Callable] = {
-    "scale": _scale, "dense": _dense, "conv": _conv, "sll": _sll, "sum": _sum, "mean": _mean,
-    "average_pool": _average_pool, "max_pool": _max_pool, "space_to_depth": _space_to_depth,
+    "scale": _scale, "dense": _dense, "pointwise": _pointwise, "conv": _conv, "sll": _sll, "sum": _sum,
+    "mean": _mean, "average_pool": _average_pool, "max_pool": _max_pool, "space_to_depth": _space_to_depth,
     "flatten": _flatten,
 }  # fmt: skip
 
