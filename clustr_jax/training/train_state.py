@@ -44,6 +44,8 @@ class TrainState(struct.PyTreeNode):
         if self.average is not None:
             variables, clusters = self.average, self.average_clusters
         params, clusters = learned.split(variables["params"], clusters)
+        if params is variables["params"]:  # no head among them
+            return variables, clusters
         return {**variables, "params": params}, clusters
 
 
