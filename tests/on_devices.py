@@ -101,6 +101,7 @@ def methods(names, wide):
         }
         if one.clusters is not None:
             row["centroids"] = difference(one.clusters.centroids, many.clusters.centroids)
+        if one.sampler is not None:
             row["losses"] = difference(one.sampler.losses, many.sampler.losses)
         yield name, row
 
