@@ -64,8 +64,12 @@ def torch_part(clf, x, y, ids, folder) -> dict:
             return net(torch.tensor(np.asarray(images)).permute(0, 3, 1, 2)).numpy()
 
     checked = verify(folder, answers)
-    started = time.perf_counter()
-    x_adv, passes = theirs(net, x, y)
+    kept, started = folder.parent / f"theirs-{len(y)}.npz", time.perf_counter()
+    if not kept.exists():
+        x_adv, passes = theirs(net, x, y)
+        np.savez(kept, x_adv=x_adv, seconds=time.perf_counter() - started, **passes)
+    found = np.load(kept)
+    x_adv, passes = found["x_adv"], {name: int(found[name]) for name in ("with_gradient", "without")}
     robust = answers(x_adv).argmax(axis=1) == y
     ours = clustr_jax.Judgement.load(folder).broken_by[: len(y)] == ""
     inside = np.abs(x_adv - x).max(axis=(1, 2, 3)) <= EPS + 1e-6
@@ -75,7 +79,7 @@ def torch_part(clf, x, y, ids, folder) -> dict:
         "theirs": {
             "n": len(y), "right": int(np.sum(answers(x).argmax(axis=1) == y)),
             "robust": float(robust.mean()), "passes": passes, "inside": bool(inside.all()),
-            "seconds": time.perf_counter() - started,
+            "seconds": float(found["seconds"]),
             "only_theirs_broke": ids[ours & ~robust].tolist(),
             "only_ours_broke": ids[~ours & robust].tolist(),
         },

@@ -9,6 +9,7 @@ float64 NumPy from explicit or per-frequency singular values, never by power ite
 from below), and rounded up at the end. Derivations: docs/certificates.md.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -18,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
+
+from clustr_jax.runtime.retracing import traced_anew
 
 # Far above the float64 error of a singular value, far below anything that matters.
 _UP = 1 + 1e-6
@@ -204,8 +207,10 @@ def jacobian_norm(
     >>> print(lipschitz.jacobian_norm(lambda x: x @ matrix, jnp.ones((2, 2))))
     [3. 3.]
     """
+    seen = contextlib.nullcontext() if isinstance(f, Partial) else traced_anew()
     f = f if isinstance(f, Partial) else Partial(lambda x, f=f: f(x))
-    found = _jacobian_norm(f, jnp.asarray(x, jnp.float32), jax.random.key(seed), steps)
+    with seen:  # what JAX has kept of a scan or a jit inside may be old
+        found = _jacobian_norm(f, jnp.asarray(x, jnp.float32), jax.random.key(seed), steps)
     return np.asarray(found, np.float32) * np.float32(1 - 1e-5)
 
 

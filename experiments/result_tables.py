@@ -323,7 +323,7 @@ def paired() -> str:
     rows = []
     pairs = [(name, dataset) for name in ("clustr_trades", "clustr_trades+kmeans") for dataset in DATASETS]
     for name, dataset in pairs:
-        differences, ids = [], None
+        runs, ids = [], None
         for folder in sorted((RESULTS / "campaign" / dataset).glob(f"{name}-[0-9]")):
             other = folder.with_name(f"trades-{folder.name[-1]}")
             if not (other / "sound.npz").exists() or not (folder / "sound.npz").exists():
@@ -331,21 +331,18 @@ def paired() -> str:
             ours, theirs = (np.load(f / "sound.npz") for f in (folder, other))
             ids = ours["ids"] if ids is None else ids
             assert np.array_equal(ours["ids"], ids) and np.array_equal(theirs["ids"], ids)
-            differences.append(ours["robust"].astype(float) - theirs["robust"].astype(float))
-        if not differences:
+            runs.append((ours["robust"], theirs["robust"]))
+        if not runs:
             continue
-        # Seeds are of the same images and err on the same ones: an image is one observation, their mean.
-        by_image = np.mean(differences, axis=0)
-        # at least 3 / n: what n images without a difference leave open
-        half = max(1.96 * by_image.std(ddof=1) / np.sqrt(len(by_image)), 3 / len(by_image))
-        mean = by_image.mean()
+        mean, low, high = intervals.over_seeds(*zip(*runs, strict=True))
+        differences = [np.mean(a.astype(float) - b.astype(float)) for a, b in runs]
         ours, theirs = (np.mean(spent(dataset, method)) for method in (name, "trades"))
         rows.append(
             [
                 f"{LABELS[name]}, {DATASETS[dataset]}",
-                ", ".join(f"{100 * d.mean():+.1f}" for d in differences),
-                f"{100 * mean:+.1f} [{100 * (mean - half):+.1f}, {100 * (mean + half):+.1f}]",
-                str(len(by_image)), f"{ours / theirs:.2f}",
+                ", ".join(f"{100 * d:+.1f}" for d in differences),
+                f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                str(len(ids)), f"{ours / theirs:.2f}",
             ]
         )  # fmt: skip
     header = [

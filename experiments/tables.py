@@ -188,21 +188,6 @@ def devices() -> str:
     return markdown(header, rows)
 
 
-def speed() -> str:
-    """The README's ratios."""
-    rows = []
-    for name in ("resnet8-32", "resnet18-64"):
-        measured = read(f"benchmarks/epoch-{name}.json")
-        label = f"epoch of ClusTR+QTRADES, {network(measured)}"
-        rows.append([label, "PyTorch", f"{measured['rows']['epoch']['ratio']:.2f}"])
-    for name in ("10x2", "100x2"):
-        measured = read(f"benchmarks/kmeans-{name}.json")
-        points, size = measured["points"]
-        label = f"k-means++, {points:,} x {size}, {measured['classes']} classes x {measured['k']}"
-        rows.append([label, "scikit-learn", f"{measured['speedup']:.1f}"])
-    return markdown(["two CPU cores", "against", "its time / ours"], rows)
-
-
 def digits() -> str:
     """What `make run` ends with: both protocols on digits."""
     clean, paper, sound = (read(f"digits/{name}.json") for name in ("clean", "paper", "sound"))
@@ -235,8 +220,7 @@ def digits() -> str:
 
 
 TABLES = {
-    f.__name__: f
-    for f in (digits, steps, epochs, kmeans, startup, growth, certificates, devices, speed, sound3)
+    f.__name__: f for f in (digits, steps, epochs, kmeans, startup, growth, certificates, devices, sound3)
 }
 # Those of docs/results.md and the lab notes that results/ can fill so far: FUNCTION or FUNCTION-DATASET.
 for _name in (
@@ -246,7 +230,7 @@ for _name in (
     _of, _, _dataset = _name.partition("-")
     TABLES[_name] = functools.partial(getattr(result_tables, _of), *([_dataset] if _dataset else []))
 TABLES |= {"levers": lever_tables.levers, "levers-curve": lever_tables.curve}
-DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), RESULTS / "search" / "README.md"]
+DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(RESULTS.glob("*/README.md"))]
 
 
 def rendered(text: str) -> str:

@@ -173,6 +173,8 @@ def test_a_finished_folder_is_read_and_another_call_refused(judgement, tmp_path,
         (dict(eps=-1.0), "eps must be >= 0"),
         (dict(slots=0), "slots must be at least 1"),
         (dict(folder=""), "folder must be a path"),
+        (dict(seed="a"), "seed must be a whole number"),
+        (dict(seed=0.5), "seed must be a whole number"),
         (dict(x=np.zeros((0, 6, 6, 1), np.float32), y=np.zeros(0, int)), "no images"),
     ],
 )

@@ -24,6 +24,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
+from clustr_jax.attacks import kept
 from clustr_jax.attacks.attack_losses import View, logits_of
 from clustr_jax.attacks.names import aval, coarsest, name_of, output_of, written
 from clustr_jax.runtime.errors import UserError, first_line
@@ -218,7 +219,7 @@ def _open(logits_fn, shape, sizes, layout="NHWC") -> Opened:
     traced = [_is_array(a) or type(a) in (int, float, complex) for a in leaves]
     if not all(map(_is_array, leaves)):
         try:
-            _trace(caller(traced), [a for t, a in zip(traced, leaves, strict=True) if t], images)
+            kept.trace(caller(traced), [a for t, a in zip(traced, leaves, strict=True) if t], images)
         except Exception:  # told below, if this was not the reason
             traced = [_is_array(a) for a in leaves]
     call = caller(traced)
@@ -226,12 +227,13 @@ def _open(logits_fn, shape, sizes, layout="NHWC") -> Opened:
     closed = _outputs(call, values, images, kind)
     if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
         return Opened(partial, kind)
-    name, jitted = name_of(closed, call, values, images)
-    fickle, known = False, (name, sizes, written(partial.func))
+    found = name_of(closed, values, images)
+    name, fickle, known = found.digest, False, (found.digest, sizes, written(partial.func))
     if known not in _KNOWN:
-        again = _outputs(call, values, images, kind)
-        fickle = name_of(again, call, values, images)[0] != name
+        fickle = kept.is_fickle(name, call, values, images)
         _KNOWN[known] = hashlib.sha256(name + b"".join(_names(call, values, images, sizes))).digest()
+    if found.kept and not fickle:
+        fickle = kept.check(closed, name, call, values, images)
     name = _KNOWN[known]
     while len(_KNOWN) > _MOST_KNOWN:
         del _KNOWN[next(iter(_KNOWN))]
@@ -243,7 +245,7 @@ def _open(logits_fn, shape, sizes, layout="NHWC") -> Opened:
 
     program = Partial(_Program(name, call, captured), values, captured)
     classes, rounding = output_of(closed).shape[1], coarsest(closed.jaxpr)
-    return Opened(program, kind, True, eager if jitted else None, fickle, classes, rounding)
+    return Opened(program, kind, True, eager if found.jitted else None, fickle, classes, rounding)
 
 
 # Two models that are written alike and have one name at one size are not traced at the other sizes again.
@@ -257,20 +259,15 @@ def _names(call, values, images, sizes):
     for size in sizes:
         others = jax.ShapeDtypeStruct((size, *images.shape[1:]), images.dtype)
         try:
-            yield name_of(_trace(call, values, others), call, values, others)[0]
+            yield name_of(kept.trace(call, values, others), values, others).digest
         except Exception:  # told when it is called on so many
             yield b"none"
-
-
-def _trace(call, values, images):
-    # a new function each time: JAX would otherwise give the trace of the last time
-    return jax.make_jaxpr(lambda values, x: call(values, x))(values, images)
 
 
 def _outputs(call, values, images, kind):
     """The trace; UserError with a remedy where there is none, or where its result is not [B, Y]."""
     try:
-        closed = _trace(call, values, images)
+        closed = kept.trace(call, values, images)
     except UserError:
         raise
     except Exception as error:
@@ -326,7 +323,7 @@ def _takes_one(call, values, images) -> bool:
 
 def _works(call, values, images, dimensions=2) -> bool:
     try:
-        return len(output_of(_trace(call, values, images)).shape) == dimensions
+        return len(output_of(kept.trace(call, values, images)).shape) == dimensions
     except Exception:  # whatever a model says of images that are not its own
         return False
 

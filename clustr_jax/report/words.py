@@ -11,7 +11,6 @@ from clustr_jax.report.record import Record
 from clustr_jax.report.tables import Cell, cell
 from clustr_jax.runtime.stage_names import TRAIN, WARMUP
 from clustr_jax.settings import DataSettings
-from clustr_jax.training import described
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +136,8 @@ def facts(record: Record) -> list[tuple[str, Cell, str]]:
 
 def method(record: Record) -> list[str]:
     """What was trained, stage by stage, in the words of the objectives' docstrings."""
+    from clustr_jax.training import described  # a judgement's page does without what "train" brings
+
     config = record.config
     row = described.told(config["method"], record.stages.get(TRAIN))
     if row is None:

@@ -22,6 +22,14 @@ ADDED = {
     ("train", "temperature"): 0.0,
     ("train", "on_collapse"): "warn",
     ("train", "probe"): 0,
+    ("train", "noise"): 0.0,
+    ("train", "loss"): "ce",
+    ("train", "aim"): "labels",
+    ("train", "ikl"): 0.0,
+    ("train", "ikl_temperature"): 4.0,
+    ("train", "centroids"): "learned",
+    ("train", "learn_variance"): False,
+    ("train", "sampler"): "uniform",
 }
 
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from clustr_jax.models import Net
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import MagnetSettings, Recipe, TrainingSettings
-from clustr_jax.training.objectives import Method
+from clustr_jax.training.objectives import Method, draws_clusters
 
 SCHEDULES = "multistep, cosine, onecycle or triangle"
 # Of "triangle": the rate at the start and at the end as shares of its largest, and when it is that.
@@ -90,7 +90,12 @@ class Trainer:
     @property
     def magnet(self) -> bool:
         """Whether batches are drawn by clusters."""
-        return self.method.sampler == "magnet"
+        return draws_clusters(self.method, self.settings)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the cluster head is trained with the network."""
+        return self.method.learned
 
     @property
     def replays(self) -> int:
