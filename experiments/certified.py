@@ -64,6 +64,8 @@ ROWS: dict[str, dict] = {
     "orthogonal-own-length": _orthogonal(**{"train.temperature": 0.0}),
     "orthogonal-crops": _orthogonal(**{"data.augment": "crop_flip"}),
     # the whole time, of two cores that have nothing else to do
+    "long-cpl": _row("lip_cpl", 32, 40, 5e-3) | _WHOLE,
+    "long-sll": _row("lip_sll", 32, 40, 5e-3) | _WHOLE,
     "long": _orthogonal(**{"warmup.epochs": 40} | _WHOLE),
     "wide": _orthogonal(**{"model.width": 128, "warmup.lr": 7e-4, "warmup.epochs": 24} | _WHOLE),
 }
