@@ -48,9 +48,9 @@ def paired(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float]:
 def over_seeds(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float]:
     """(difference of two fractions, low, high) of S pairs of runs on the same N images: bool [S, N].
 
-    Runs are of the same images and err on the same ones, so an image is one observation, the mean of its
-    differences: 95 % by their standard error, and at least 3 / N, what N images without a difference leave
-    open. What another seed would give beyond these S is no part of it.
+    Runs are of the same images and err on the same ones. So an image is one observation, the mean of its
+    differences. The interval is 95 % by their standard error, and at least 3 / N: what N images without a
+    difference leave open. What another seed would give beyond these S is no part of it.
 
     >>> intervals.over_seeds([[True, True, False, False]] * 2, [[True, False, False, False]] * 2)
     (0.25, -0.5, 1.0)

@@ -1,7 +1,7 @@
 """An orthogonal network: its layers keep every l2 norm, so that nothing is lost on the way through them.
 
-A layer is an orthogonal convolution on the torus, y = Q^T S x + b: S moves each channel by at most one pixel
-around the image, a permutation of its numbers, and Q mixes the channels of a pixel by a matrix of orthonormal
+A layer is an orthogonal convolution on the torus, y = Q^T S x + b. S moves each channel by at most one pixel
+around the image, a permutation of its numbers. Q mixes the channels of a pixel by a matrix of orthonormal
 columns. Its symbol at a frequency w is Q^T diag(exp(-i w s_c)), unitary at every w. Li et al. (2019, BCOP)
 compose orthogonal convolutions of blocks that are Q1 S Q2; shifts between orthogonal matrices are those of
 LipNeXt. On a CPU a layer costs one matrix product, and no transform of an image.
