@@ -152,8 +152,10 @@ def test_extras_are_those_of_the_project():
 def test_the_wheel_has_every_package_and_the_configs():
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "clustr_jax").rglob("*.py")}
-    assert set(tools["packages"]) == folders | {"clustr_jax.configs"}
-    assert tools["package-dir"] == {"clustr_jax.configs": "configs"}
+    places = {p.parent.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.py")}
+    configs = {f"clustr_jax.{'.'.join(place.parts)}": place.as_posix() for place in places}
+    assert set(tools["packages"]) == folders | configs.keys()
+    assert tools["package-dir"] == configs
 
 
 def console(*arguments, blocked=()):
