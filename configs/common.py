@@ -239,7 +239,7 @@ def clustr_at(c):
 
     No exchange of heads: the centroids are parameters, and the adversary, the loss and the predictions go
     through their log scores. The one inner step is that of N-FGSM, with a radius that grows over the first
-    fifth. docs/architecture.md has the options; `linear_at` is the same with a linear head.
+    fifth. docs/one_stage.md has the options; `linear_at` is the same with a linear head.
     """
     recipes.sgd(c, epochs=30, lr=0.1, milestones=(), weight_decay=5e-4)
     c.train.schedule, c.train.eps_ramp, c.train.ema = "onecycle", 6.0, 0.999

@@ -9,6 +9,7 @@ results/certified/NAME-SEED.json. What is there is not made again, and a row tha
 """
 
 import argparse
+import functools
 import os
 import pathlib
 import sys
@@ -24,7 +25,7 @@ from result_tables import markdown  # noqa: E402
 from clustr_jax.evaluation import intervals  # noqa: E402
 from clustr_jax.runtime import provenance  # noqa: E402
 from clustr_jax.storage import results  # noqa: E402
-from clustr_jax.storage.files import read_json, write_json  # noqa: E402
+from clustr_jax.storage.files import read_json  # noqa: E402
 from clustr_jax.storage.workdir import Workdir  # noqa: E402
 
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
@@ -177,16 +178,12 @@ def main() -> int:
         if row != name and Workdir(ROOT / RUNS / f"{row}-{args.seed}").finished("1_warmup") is None:
             commands.insert(0, command(row, args.seed))
         if args.list:
-            print(*("python " + " ".join(words) for words in commands), sep="\n")
+            print(child.listed(commands))
             continue
         if target.exists():
             continue
-        for line in commands:
-            print("python", *line, flush=True)
-            if code := child.run(line):
-                return code
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target, measured(name, args.seed))
+        if code := child.make(target, commands, functools.partial(measured, name, args.seed)):
+            return code
         print(table(), flush=True)
     return 0
 

@@ -15,10 +15,8 @@ def passes(method: str, settings: TrainingSettings, recipe: Recipe) -> dict[str,
     count |= {"parameter_gradient": 1, "both_gradients": 0}
     if recipe.replays > 1:
         return count | {"parameter_gradient": 0, "both_gradients": 1}
-    adversary, mode = (
-        of_method(METHODS[method], settings),
-        "eval" if settings.train.attack_bn == "eval" else "train",
-    )
+    adversary = of_method(METHODS[method], settings)
+    mode = "eval" if settings.train.attack_bn == "eval" else "train"
     if adversary is not None:
         count[f"input_gradient_{mode}"] = steps
     if adversary is towards_clean:
