@@ -2,8 +2,8 @@
 
     python benchmarks/warmups.py --set=digits --seeds=20 --folder=runs/warmups/digits-1
 
-Every warm-up is stage 1_warmup of `stages.run`, in a work directory of its own, and resumes. Prints a JSON: of
-each seed its accuracy on all test images, and a digest of its parameters and batch statistics.
+Every warm-up is stage 1_warmup of `stages.run`, in a work directory of its own, and resumes. Prints a JSON:
+of each seed its accuracy on all test images, and a digest of its parameters and batch statistics.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import time
 
 import jax
 import numpy as np
-import process
+import process  # noqa: F401  finds `configs`
 
 import clustr_jax
 from clustr_jax import data, stages

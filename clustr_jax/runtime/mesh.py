@@ -159,10 +159,22 @@ def sent(compiled: jax.stages.Compiled) -> int:
 
     A train step is the body of one loop, so of `train.run_steps` it is what one step sends.
     """
+    return sum(size for _, _, size in _collectives(compiled))
+
+
+def received(compiled: jax.stages.Compiled) -> int:
+    """The same in bytes; of a reduce-scatter what all devices have for this one. Within `over`."""
     found = 0
+    for name, kind, size in _collectives(compiled):
+        width = max(8, int(re.sub(r"\D", "", kind) or 8)) // 8
+        found += width * size * (devices() if name == "reduce-scatter" else 1)
+    return found
+
+
+def _collectives(compiled):
+    """(its name, type and number of elements) of each result of a collective."""
     for line in (compiled.as_text() or "").splitlines():
         match = re.search(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-\w+|reduce-\w+)\(", line)
         if match:
-            for shape in re.findall(r"\w\d+\[([\d,]*)\]", match[1]):
-                found += int(np.prod([int(n) for n in shape.split(",") if n]))
-    return found
+            for kind, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match[1]):
+                yield match[2], kind, int(np.prod([int(n) for n in shape.split(",") if n]))

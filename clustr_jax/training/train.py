@@ -350,7 +350,8 @@ def run_steps(
         return jax.lax.while_loop(lambda c: (c[0].step < end) & c[1], body, (state, jnp.array(True)))[0]
 
     specs = _specs(state)
-    return mesh.spread(steps, (*_inputs(specs, train_set), mesh.SAME), specs)(state, train_set, order, key, count)
+    inputs = (*_inputs(specs, train_set), mesh.SAME)
+    return mesh.spread(steps, inputs, specs)(state, train_set, order, key, count)
 
 
 @jax.jit(static_argnums=1)
