@@ -188,6 +188,30 @@ def devices() -> str:
     return markdown(header, rows)
 
 
+def warmups() -> str:
+    """Warm-ups of the same seeds on one device and on eight."""
+    rows = []
+    for row in read("benchmarks/warmups.json")["rows"]:
+        one, eight = (
+            f"{100 * sum(row[key]) / row['seeds']:.2f} ± {100 * spread:.2f}"
+            for key, spread in zip(("one_device", "eight_devices"), row["spread"], strict=True)
+        )
+        tests = row["p_of_equal_variances"]
+        narrow, wide = (drift["apart"][-1] for drift in row["drift"])
+        rows.append(
+            [
+                f"{row['set']}, {row['seeds']} seeds", one, eight,
+                *(f"{tests[name]:.2f}" for name in ("F", "Levene", "Pitman-Morgan")),
+                f"{row['correlation']:.2f}", f"{narrow:.0e}", f"{wide:.0e}",
+            ]
+        )  # fmt: skip
+    header = [
+        "accuracy after the warm-up, %", "1 device", "8 devices", "p of equal spread: F", "Levene",
+        "Pitman-Morgan", "correlation", "weights apart, float32", "float64",
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
 def digits() -> str:
     """What `make run` ends with: both protocols on digits."""
     clean, paper, sound = (read(f"digits/{name}.json") for name in ("clean", "paper", "sound"))
@@ -220,7 +244,8 @@ def digits() -> str:
 
 
 TABLES = {
-    f.__name__: f for f in (digits, steps, epochs, kmeans, startup, growth, certificates, devices, sound3)
+    f.__name__: f
+    for f in (digits, steps, epochs, kmeans, startup, growth, certificates, devices, warmups, sound3)
 }
 # Those of docs/results.md and the lab notes that results/ can fill so far: FUNCTION or FUNCTION-DATASET.
 for _name in (
