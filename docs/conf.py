@@ -170,7 +170,7 @@ def colab(name: str) -> str:
     place = f"https://colab.research.google.com/github/{SOURCE.removeprefix(GITHUB)}/examples/{name}.ipynb"
     badge = "https://colab.research.google.com/assets/colab-badge.svg"
     address, _, ref = SOURCE.partition("/blob/")
-    install = f'%pip install "clustr_jax[train,report] @ git+{address}@{ref}"'
+    install = f'%pip install "clustr_jax[all] @ git+{address}@{ref}"'
     return f" [![Open {name} in Colab]({badge})]({place}) Run this there first:\n\n```text\n{install}\n```"
 
 

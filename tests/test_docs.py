@@ -130,7 +130,7 @@ def test_notebooks_open_in_colab_where_the_source_is_on_github(conf, monkeypatch
     monkeypatch.setattr(conf, "SOURCE", "https://github.com/me/it/blob/main")
     said = conf.page({"cells": [cell]}, "certify", tmp_path)
     assert "(https://colab.research.google.com/github/me/it/blob/main/examples/certify.ipynb)" in said
-    assert '"clustr_jax[train,report] @ git+https://github.com/me/it@main"' in said
+    assert '"clustr_jax[all] @ git+https://github.com/me/it@main"' in said
 
 
 def test_the_source_is_known_on_github(conf):
