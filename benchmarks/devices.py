@@ -10,7 +10,7 @@ accuracy on eight devices lies where one more seed would (95 % prediction interv
 and the highest of the seeds (which one more seed on one device does with probability 1 - 2 / (seeds + 1));
 and the share of attack outcomes that are equal.
 
-    python benchmarks/devices.py --warmups=20 [--folder=runs/warmups] [--only=digits] [--save]
+    python benchmarks/devices.py --warmups=20,20 [--folder=runs/warmups] [--only=digits] [--save]
 
 Warm-ups alone (warmups.py) of so many seeds, on one device and on eight: whether their accuracies scatter
 alike, whether a seed on eight devices ends twice in the same weights, and how far one seed's weights on one
@@ -165,7 +165,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=pathlib.Path)
-    parser.add_argument("--warmups", type=int, default=0, help="seeds of warm-ups alone, and nothing else")
+    parser.add_argument("--warmups", help="warm-ups alone: how many seeds of each set, as 20,20")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--eight", type=int, default=8)
     parser.add_argument("--continued", type=int, default=3)
