@@ -374,7 +374,7 @@ def _certified(c):
     """Convex potential layers, trained by cross entropy with the certified margin; no second stage.
 
     CIFAR-10: 64.9 % clean and 53.9 % certified at 36/255 on all test images, after 49 minutes on two cores
-    that were not idle (results/certified/long-cpl-0.json, seed 0). Temperature and radius are those of Prach &
+    that were not idle (results/certified/long-cpl-0.json, seed 0). Temperature and radius are of Prach and
     Lampert 2022: twice the radius of the certificates, which is a margin of 2 sqrt(2) x 36/255.
     """
     c.model.name, c.model.width = "lip_cpl", 32
