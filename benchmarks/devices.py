@@ -12,7 +12,7 @@ and the share of attack outcomes that are equal.
 
     python benchmarks/devices.py --warmups=20,20 [--folder=runs/warmups] [--only=digits] [--save]
 
-Warm-ups alone (warmups.py) of so many seeds, on one device and on eight: whether their accuracies scatter
+Warm-ups alone (warmups.py) of so many seeds of each set, on one device and on eight: whether their accuracies scatter
 alike, whether a seed on eight devices ends twice in the same weights, and how far one seed's weights on one
 device and on eight are apart, in float32 and in float64.
 """
@@ -176,9 +176,9 @@ def main():
     folder = (args.folder or process.ROOT / "runs" / ("warmups" if args.warmups else "devices")).resolve()
     if args.warmups:
         folder.mkdir(parents=True, exist_ok=True)
-        process.finish(
-            "warmups", {"rows": [warmups(name, folder, args.warmups) for name in names]}, args.save
-        )
+        counts = [int(count) for count in args.warmups.split(",")]
+        content = [warmups(name, folder, count) for name, count in zip(names, counts, strict=True)]
+        process.finish("warmups", {"rows": content}, args.save)
         return
     rows = [compare(name, folder, args.seeds, args.eight, args.continued) for name in names]
     print("| set | on 8 devices, by seed | on 1 | one more seed | p | stage 2 on 8 | equal attack outcomes |")
