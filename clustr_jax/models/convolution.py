@@ -4,7 +4,8 @@ XLA's CPU backend rewrites a convolution for its fast kernels only when the dime
 the canonical ones, and inside a loop (`lax.scan`, `while_loop`) it does not rewrite at all: the
 gradients that JAX derives are then up to 20 times slower. Here the CPU gradients are written with
 canonical convolutions and matrix products, so that a compiled epoch or attack loop costs what its
-passes cost. Other platforms keep the derivatives of `lax.conv_general_dilated`.
+passes cost. Other platforms keep the derivatives of `lax.conv_general_dilated`. Training steps may use
+faster forms with other rounding, where `forms.py` knows one.
 """
 
 import functools
@@ -14,26 +15,43 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from clustr_jax.models import forms
+
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # Images of one block of the kernel gradient: small enough to stay in the cache.
 _BLOCK = 8
 
 
 def conv2d(
-    x: Float[Array, "N H W C"], kernel: Float[Array, "k k C O"], stride: int = 1, padding: int = 1
+    x: Float[Array, "N H W C"],
+    kernel: Float[Array, "k k C O"],
+    stride: int = 1,
+    padding: int = 1,
+    *,
+    tuned: bool = False,
 ) -> Float[Array, "N H2 W2 O"]:
     """Zero-padded convolution with a square kernel, the same stride and padding in both directions.
 
     Its gradients have the `jax.default_matmul_precision` of the call, not that of the moment in which JAX
-    traces them, when a `with` around the call is over.
+    traces them, when a `with` around the call is over. `tuned`, for training steps: on a CPU the forms of
+    `forms.chosen`, whose rounding errors may be some ten times larger, unless a precision is asked for.
     """
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return _conv2d(x, kernel, stride, padding, precision)
+    chosen = forms.chosen(x, kernel, stride, padding) if tuned and precision is None else forms.Forms()
+    return _conv2d(x, kernel, stride, padding, precision, chosen)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _conv2d(x, kernel, stride, padding, precision):
-    return _convolve(x, kernel, stride, padding, precision)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _conv2d(x, kernel, stride, padding, precision, chosen):
+    default = functools.partial(_convolve, stride=stride, padding=padding, precision=precision)
+    if not chosen.forward:
+        return default(x, kernel)
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=lambda x, kernel: forms.forward(chosen.forward, x, kernel, stride, padding),
+        default=default,
+    )
 
 
 def _convolve(x, kernel, stride, padding, precision):
@@ -43,21 +61,25 @@ def _convolve(x, kernel, stride, padding, precision):
     )
 
 
-def _forward(x, kernel, stride, padding, precision):
-    return _convolve(x, kernel, stride, padding, precision), (x, kernel)
+def _forward(x, kernel, stride, padding, precision, chosen):
+    return _conv2d(x, kernel, stride, padding, precision, chosen), (x, kernel)
 
 
-def _backward(stride, padding, precision, residuals, dy):
+def _backward(stride, padding, precision, chosen, residuals, dy):
     x, kernel = residuals
 
     def default(x, kernel, dy):
         return jax.vjp(lambda a, b: _convolve(a, b, stride, padding, precision), x, kernel)[1](dy)
 
     def cpu(x, kernel, dy):
-        return (
-            _input_gradient(dy, kernel, x.shape[1:3], stride, padding, precision),
-            _kernel_gradient(x, dy, kernel.shape[0], stride, padding, precision),
-        )
+        size, k = x.shape[1:3], kernel.shape[0]
+        if chosen.input_gradient:
+            dx = forms.input_gradient(chosen.input_gradient, dy, kernel, size, stride, padding)
+        else:
+            dx = _input_gradient(dy, kernel, size, stride, padding, precision)
+        if chosen.kernel_gradient:
+            return dx, forms.kernel_gradient(chosen.kernel_gradient, x, dy, k, stride, padding)
+        return dx, _kernel_gradient(x, dy, k, stride, padding, precision)
 
     return lax.platform_dependent(x, kernel, dy, cpu=cpu, default=default)
 

@@ -49,6 +49,8 @@ def patches_of(images: Float[np.ndarray, "N H W C"]) -> Float[np.ndarray, "M F"]
 class Whitening(nn.Module):
     """2 x 2 convolution without padding. Its bias is trained, its kernel is not: `FastNet.fitted` sets it."""
 
+    tuned: bool = False
+
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]):
         channels = x.shape[-1]
@@ -61,7 +63,7 @@ class Whitening(nn.Module):
 
         kernel = self.variable("batch_stats", "kernel", unfitted).value
         bias = self.param("bias", nn.initializers.zeros, (features,))
-        x = conv2d(x, jax.lax.stop_gradient(kernel).astype(x.dtype), 1, 0)
+        x = conv2d(x, jax.lax.stop_gradient(kernel).astype(x.dtype), 1, 0, tuned=self.tuned)
         return x + bias.astype(x.dtype)[None, None, None, :]
 
 
@@ -80,11 +82,12 @@ class DiracConv(nn.Module):
     """3 x 3 convolution without bias, zero padding 1, that starts near the identity."""
 
     features: int
+    tuned: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]):
         kernel = self.param("kernel", _dirac_init, (3, 3, x.shape[-1], self.features))
-        return conv2d(x, kernel.astype(x.dtype), 1, 1)
+        return conv2d(x, kernel.astype(x.dtype), 1, 1, tuned=self.tuned)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -131,7 +134,7 @@ class FastNet(nn.Module):
     """Square images [H, H, C] -> an embedding of 2 width features, what the last pool leaves.
 
     `whitened` False: an ordinary 3 x 3 convolution comes first, for adversarial training (whitening
-    amplifies the directions that images hardly vary in). `unbiased` as in ResNet.
+    amplifies the directions that images hardly vary in). `unbiased` and `tuned` as in ResNet.
     """
 
     num_classes: int
@@ -140,6 +143,7 @@ class FastNet(nn.Module):
     std: tuple[float, ...]
     unbiased: bool = False
     whitened: bool = True
+    tuned: bool = False
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -159,14 +163,15 @@ class FastNet(nn.Module):
             axis_name=mesh.axis(),
         )
         gelu = functools.partial(nn.gelu, approximate=False)
+        conv = functools.partial(DiracConv, tuned=self.tuned)
         if self.whitened:
-            x = gelu(Whitening(name="first")(x))
+            x = gelu(Whitening(self.tuned, name="first")(x))
         else:
-            x = gelu(norm(name="first_norm")(DiracConv(2 * PATCH * PATCH * x.shape[-1], name="first")(x)))
+            x = gelu(norm(name="first_norm")(conv(2 * PATCH * PATCH * x.shape[-1], name="first")(x)))
         for i, features in enumerate(self.groups):
-            x = max_pool(DiracConv(features, name=f"conv_{i}_0")(x), 2)
+            x = max_pool(conv(features, name=f"conv_{i}_0")(x), 2)
             x = gelu(norm(name=f"norm_{i}_0")(x))
-            x = gelu(norm(name=f"norm_{i}_1")(DiracConv(features, name=f"conv_{i}_1")(x)))
+            x = gelu(norm(name=f"norm_{i}_1")(conv(features, name=f"conv_{i}_1")(x)))
         x = max_pool(x, min(x.shape[1:3]))
         embeddings = parts.full(x).reshape(x.shape[0], -1) / _SHRINK
         return parts.Outputs(parts.head(self.num_classes)(embeddings), embeddings)

@@ -115,7 +115,7 @@ def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order: Int
     if trainer.method.adversary is not None:
         adversary = functools.partial(
             trainer.method.adversary,
-            trainer.net,
+            trainer.step_net,
             state.variables,
             batch,
             _head_clusters(trainer, state),
@@ -164,7 +164,7 @@ def train_step(
 
     def loss_fn(params, adversarial):
         variables = {"params": params, "batch_stats": stats}
-        return trainer.method.objective(trainer.net, variables, batch, adversarial, clusters, settings)
+        return trainer.method.objective(trainer.step_net, variables, batch, adversarial, clusters, settings)
 
     if trainer.replays > 1:
         # Free AT (Shafahi et al. 2019): one backward pass moves the weights and the perturbation
