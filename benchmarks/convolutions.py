@@ -2,10 +2,10 @@
 
     python benchmarks/convolutions.py [--networks=fast,resnet18] [--images=48] [--runs=5] [--save]
 
-For each shape and each pass (forward, gradient of the input, gradient of the kernel): the usual form, those of
-clustr_jax/models/forms.py, and XLA's own derivative, each inside a compiled loop as in training, on a device per
-core. They take turns, and the median over the turns of usual / other counts. A form is chosen where that is
-at least LEAST. `--save` writes results/benchmarks/convolutions.json and, from it, the table that training uses.
+For each shape and each pass (forward, gradient of the input, gradient of the kernel): the usual form, those
+of clustr_jax/models/forms.py, and XLA's own derivative, each inside a compiled loop as in training, on a device
+per core. They take turns, and the median over the turns of usual / other counts. A form is chosen where that
+is at least LEAST. `--save` writes results/benchmarks/convolutions.json and, from it, the table of training.
 """
 
 import argparse

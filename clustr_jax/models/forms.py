@@ -27,7 +27,7 @@ class Forms(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the choice depends on: the kernel's side, stride, padding, the image's side, channels in and out."""
+    """What the choice depends on: kernel's side, stride, padding, image's side, channels in and out."""
 
     kernel: int
     stride: int

@@ -3,8 +3,8 @@
 Tiles of 6 x 6 pixels, that overlap by two, give 4 x 4 outputs each by 36 products per pair of channels in
 place of 144 (Winograd 1980; Lavin & Gray 2016, arXiv 1509.09308). With the matrices below, which interpolate
 at 0, 1, -1, 2, -2 and infinity, y = A' ((G g G') . (B' d B)) A; the gradient with respect to g is the
-transposed map. Rounding errors are some ten times those of the plain sum, for the matrices have large entries:
-only training uses this.
+transposed map. Rounding errors are some ten times those of the plain sum, for the matrices have large
+entries: only training uses this.
 """
 
 import jax.numpy as jnp
