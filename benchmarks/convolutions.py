@@ -3,7 +3,7 @@
     python benchmarks/convolutions.py [--networks=fast,resnet18] [--images=48] [--runs=5] [--save]
 
 For each shape and each pass (forward, gradient of the input, gradient of the kernel): the usual form, those
-of clustr_jax/models/forms.py, and XLA's own derivative, each inside a compiled loop as in training, on a device
+of clustr_jax/models/forms.py, and XLA's own derivative, each in a compiled loop as in training, on a device
 per core. They take turns, and the median over the turns of usual / other counts. A form is chosen where that
 is at least LEAST. `--save` writes results/benchmarks/convolutions.json and, from it, the table of training.
 """
@@ -50,8 +50,10 @@ def _convolutions(jaxpr):
             x, kernel = (v.aval.shape for v in equation.invars)
             stride, padding = equation.params["window_strides"][0], equation.params["padding"][0][0]
             yield forms.Shape(kernel[0], stride, padding, x[1], *kernel[2:])
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from _convolutions(inner)
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _convolutions(inner)
 
 
 def candidates(shape: forms.Shape) -> dict[str, dict]:
