@@ -3,7 +3,7 @@
 # ARGS=... is passed on: make run ARGS="--config=configs/cifar10.py:trades", make test ARGS="-k pgd -x".
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-more test-slow test-long test-doors test-wheel faults lint format docs notebooks prepare-tf clean
+.PHONY: help setup run demo test test-more test-slow test-long test-doors test-wheel test-docs faults lint format docs notebooks prepare-tf clean
 
 ifndef ACCEL
 ACCEL := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda12 || echo cpu)
@@ -140,6 +140,9 @@ format: $(INSTALLED_DEV)  ##2 mend what ruff can mend by itself
 docs: $(INSTALLED_DOCS)  ##3 the documentation as a site: docs/_build/index.html
 	$(PY) -m sphinx -W --keep-going -E -q -b html docs docs/_build $(ARGS)
 	@echo "docs/_build/index.html"
+
+test-docs: docs $(INSTALLED_DEV)  ##3 its pages in a real browser, at three widths, light and dark
+	SITE=docs/_build $(PY) -m pytest tests/test_docs_site.py $(ARGS)
 
 notebooks: $(INSTALLED_DEV)  ##3 execute examples/*.py into their notebooks (minutes)
 	$(PY) examples/notebooks.py $(ARGS)

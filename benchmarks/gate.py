@@ -3,9 +3,9 @@
     python benchmarks/gate.py [--images=512] [--steps=20] [--runs=5] [--save]
 
 The gate is everything that `attacks.pgd` does before its compiled program: settings, pixels, opening the
-model, four passes of eight images. A classifier's method, a function that captures the weights and flax.nnx
-are timed; medians after compilation, the runs of the kinds in turns. The radius is tiny, so that no slot
-stops early.
+model, a few passes of at most sixteen images. A classifier's method, a function that captures the weights and
+flax.nnx are timed; medians after compilation, the runs of the kinds in turns. The radius is tiny, so that no
+slot stops early.
 """
 
 import argparse

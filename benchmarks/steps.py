@@ -87,9 +87,7 @@ def stepping(net, method, config, train_set, key):
     trainer = trainers.Trainer(
         net, METHODS[method], TrainingSettings.of(config), Recipe.of(config.train), SIZE
     )
-    state = mesh.place(train.create(trainer, net.init(key)))
-    if trainer.magnet:
-        state = refit.refit(trainer, state, train_set, key)
+    state = refit.begin(trainer, mesh.place(train.create(trainer, net.init(key))), train_set, key)
     state = train.with_totals(trainer, state, train_set, key)
     order = train.epoch_order(key, SIZE, 0)
     return trainer, (lambda: train.run_steps(trainer, state, train_set, order, key, 3).step), state

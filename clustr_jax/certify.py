@@ -217,9 +217,9 @@ def _smallest_root(pairs, lead, slack):
     """min over classes c of sup{rho >= 0: logsumexp_{l in c}(-lead_l(rho)) < 0}, 0 where rho = 0 fails.
 
     lead_l(rho) is `lead` of the D_jl - rho G_jl over j; it lies between the largest of them and that plus
-    `slack`. So the root of a class of K clusters is at least min_l max_j (D_jl - log K) / G_jl and at most
-    min_l max_j (D_jl + slack) / G_jl; only classes whose bracket reaches below every other's end are
-    bisected. The lower end is returned.
+    `slack`. So the root of a class of K clusters lies between min_l max_j (D_jl - log K) / G_jl and min_l
+    max_j (D_jl + slack) / G_jl. Only classes whose bracket reaches below every other's end are bisected. The
+    lower end is returned.
     """
     k = pairs.difference.shape[1]
 

@@ -313,10 +313,10 @@ def of_linear_head(
 ) -> Clusters:
     """One centroid per class whose Eq. 4 is softmax(z @ kernel + bias), as near to `means` as that allows.
 
-    -|z - mu_c|^2 / 2 s = z.mu_c / s - |mu_c|^2 / 2 s + a term of z alone, so with mu_c = s (w_c + u) it is
-    the linear head's logit wherever s |w_c + u|^2 / 2 + b_c is the same for all classes: Y - 1 linear
-    equations in u for every s > 0. Of their solutions this is the one that minimises sum_c |mu_c -
-    means_c|^2, in closed form and float64. The variance is s and not that of Eq. 3.
+    The exponent -|z - mu_c|^2 / 2 s is z.mu_c / s - |mu_c|^2 / 2 s + a term of z alone. With mu_c = s (w_c +
+    u) it is the linear head's logit wherever s |w_c + u|^2 / 2 + b_c is the same for all classes: Y - 1
+    linear equations in u for every s > 0. Of their solutions this one minimises sum_c |mu_c - means_c|^2, in
+    closed form and float64. The variance is s and not that of Eq. 3.
 
     Args:
         kernel: weights [E, Y] of the linear head.

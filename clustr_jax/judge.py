@@ -226,7 +226,7 @@ def judge(
     >>> print(done.ok, done.lines[-2])
     True ('adversarial images are misclassified', True, '1 of 1')
     """
-    place = resuming.usable(folder)
+    place, seed = resuming.usable(folder), whole("seed", seed, -(2**63))
     count = np.shape(x)[0] if np.ndim(x) else 0
     slots = min(whole("slots", slots, 1), max(1, count))
     case = judging.prepare(

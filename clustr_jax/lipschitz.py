@@ -9,6 +9,7 @@ float64 NumPy from explicit or per-frequency singular values, never by power ite
 from below), and rounded up at the end. Derivations: docs/certificates.md.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -18,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
+
+from clustr_jax.runtime.retracing import traced_anew
 
 # Far above the float64 error of a singular value, far below anything that matters.
 _UP = 1 + 1e-6
@@ -60,6 +63,11 @@ def _scale(size, factor):
 def _dense(size, matrix):
     """("dense", matrix [E, F]), pixels flattened before it."""
     return dense(matrix), ()
+
+
+def _pointwise(size, matrix):
+    """("pointwise", matrix [C, O]): the same at each pixel, whose channels may have been moved around."""
+    return dense(matrix), size
 
 
 def _conv(size, kernel, stride, padding):
@@ -119,8 +127,8 @@ def _flatten(size):
 
 
 LAYERS: dict[str, Callable] = {
-    "scale": _scale, "dense": _dense, "conv": _conv, "sll": _sll, "sum": _sum, "mean": _mean,
-    "average_pool": _average_pool, "max_pool": _max_pool, "space_to_depth": _space_to_depth,
+    "scale": _scale, "dense": _dense, "pointwise": _pointwise, "conv": _conv, "sll": _sll, "sum": _sum,
+    "mean": _mean, "average_pool": _average_pool, "max_pool": _max_pool, "space_to_depth": _space_to_depth,
     "flatten": _flatten,
 }  # fmt: skip
 
@@ -141,8 +149,8 @@ def conv(
 
     On a torus of at least size + padding (and of a multiple of the stride) the zero-padded convolution is a
     part of the circular one: its input is embedded in zeros, some outputs are dropped. The circular one
-    decomposes over frequencies: with stride 1 its norm is the largest of the O x C matrices K(w), with stride
-    s the largest of the matrices [K(w + 2 pi m / s)]_m / s, whose s^2 frequencies fall together in the
+    decomposes over frequencies. With stride 1 its norm is the largest of the O x C matrices K(w). With stride
+    s it is the largest of the matrices [K(w + 2 pi m / s)]_m / s, whose s^2 frequencies fall together in the
     output.
 
     Args:
@@ -199,8 +207,10 @@ def jacobian_norm(
     >>> print(lipschitz.jacobian_norm(lambda x: x @ matrix, jnp.ones((2, 2))))
     [3. 3.]
     """
+    seen = contextlib.nullcontext() if isinstance(f, Partial) else traced_anew()
     f = f if isinstance(f, Partial) else Partial(lambda x, f=f: f(x))
-    found = _jacobian_norm(f, jnp.asarray(x, jnp.float32), jax.random.key(seed), steps)
+    with seen:  # what JAX has kept of a scan or a jit inside may be old
+        found = _jacobian_norm(f, jnp.asarray(x, jnp.float32), jax.random.key(seed), steps)
     return np.asarray(found, np.float32) * np.float32(1 - 1e-5)
 
 
@@ -272,9 +282,9 @@ def regions(
 ) -> Bool[np.ndarray, "P H"]:
     """Which hidden units are on in each region of the plane that meets the ball (duplicates removed).
 
-    Every region but the one around the centre has a piece of one of the lines w_i x + b_i = 0 inside
-    the ball as part of its border; the other lines cut each line into pieces, and the middle of a piece
-    tells the two regions beside it.
+    Every region but the one around the centre has a piece of a line w_i x + b_i = 0 inside the ball as part
+    of its border. The other lines cut each line into pieces, and the middle of a piece tells the two regions
+    beside it.
 
     >>> on = lipschitz.regions(np.eye(2), np.zeros(2))  # relu(x_0) and relu(x_1): the four quadrants
     >>> print(on.astype(int).tolist())

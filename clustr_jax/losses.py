@@ -1,9 +1,9 @@
 """Losses: arrays in, one value per example out.
 
-Shape legend: B batch, Y classes, M x S Magnet batch (M clusters of S samples), E embedding.
-All of them work on logits in the log domain; none of them knows a network. float16 and bfloat16 are
-computed in float32. All raise UserError for shapes that do not fit and labels of another type, and outside
-jit for labels that are no classes and values that are not finite (a logit may be -inf: a class ruled out).
+Shape legend: B batch, Y classes, M x S Magnet batch (M clusters of S samples), E embedding. All of them work
+on logits in the log domain; none of them knows a network. float16 and bfloat16 are computed in float32. All
+raise UserError for shapes that do not fit and labels of another type. Outside jit they also do so for labels
+that are no classes and values that are not finite (a logit may be -inf: a class ruled out).
 """
 
 import math

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from clustr_jax.reference.switches import SWITCHES
 from clustr_jax.runtime.errors import nearest
+from configs.parts import recipes
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # authors' code, CIFAR-10 and -100
 SVHN_MEAN, SVHN_STD = (0.4378, 0.4439, 0.4729), (0.1980, 0.2011, 0.1971)  # authors' code
@@ -39,9 +40,9 @@ def base(dataset: str) -> ConfigDict:
     c.model.std = (1.0,)
     c.model.dtype = "float32"  # "bfloat16": layers in training mode, for accelerators
 
-    c.warmup = _recipe(epochs=90, lr=1e-2, milestones=(30, 60))  # appendix D
+    c.warmup = recipes.recipe(epochs=90, lr=1e-2, milestones=(30, 60))  # appendix D
     c.warmup.target = 0.0  # stop at this accuracy on the held-out part; 0 = run all epochs
-    c.train = _recipe(epochs=30, lr=1e-4, milestones=())
+    c.train = recipes.recipe(epochs=30, lr=1e-4, milestones=())
     c.train.lam = 8.0  # lambda of Eq. 5
     c.train.beta = 6.0  # 1 / lambda of TRADES
     c.train.consistency = "ce"  # of ClusTR+QTRADES: "ce" (Eq. 5), "kl", or "mse" of the embeddings
@@ -49,6 +50,8 @@ def base(dataset: str) -> ConfigDict:
     c.train.label_smoothing = 0.0  # share of a label that cross entropy spreads over all classes, linear head
     c.train.xent_lam = 0.0  # weight of cross entropy on the cluster head (authors' --xent-lambda)
     c.train.radius = 36 / 255  # l2 radius that the *_certified methods train for, in [0, 1] pixels
+    # Of the cross entropy of nominal_certified, for a head of unit length; 0 = the head finds its own length.
+    c.train.temperature = 0.0
     c.train.nearest = 0  # D nearest clusters in training; 0 = all (authors' --L)
     c.train.attack_bn = "batch"  # inner attack: "batch" statistics (kept out of the running ones) or "eval"
     # What follows when a stage destroys the network it was handed: "warn", "stop" or "restore".
@@ -61,6 +64,17 @@ def base(dataset: str) -> ConfigDict:
     c.train.attack.step_size = 10 / 255  # eta of QTRADES: authors' code
     c.train.attack.steps = 1
     c.train.attack.start = "uniform"
+    c.train.noise = 0.0  # N-FGSM: its one step starts from noise of so many eps, in no ball; 0 = off
+    # Of clustr_at and linear_at, which are one stage:
+    c.train.loss = "ce"  # of the adversary's images, or "trades": of clean ones + beta KL
+    c.train.aim = (
+        "labels"  # what their adversary leads away from; "clean" predictions, or to a "rival" (MALT)
+    )
+    c.train.ikl = 0.0  # weight of IKL's term between centroids (theirs: beta 20)
+    c.train.ikl_temperature = 4.0  # of the probabilities that weigh it
+    c.train.centroids = "learned"  # or "simplex": held, as far from each other as they can be
+    c.train.learn_variance = False  # of the head as well
+    c.train.sampler = "uniform"  # or "magnet" batches
 
     c.fidelity = ConfigDict()  # the authors' code switch by switch: docs/fidelity.md
     c.fidelity.preset = ""  # "paper_code" sets all switches that are left empty
@@ -115,30 +129,6 @@ def base(dataset: str) -> ConfigDict:
     return c
 
 
-def _recipe(epochs, lr, milestones):
-    """The settings of one stage of training."""
-    r = ConfigDict()
-    r.epochs = epochs
-    r.batch_size = 128  # not used with Magnet batches
-    r.optimizer = "adam"  # or "sgd"
-    r.momentum = 0.9  # of SGD
-    r.nesterov = True  # of SGD; the code of Free AT, Fast AT, TRADES, Pang et al.: plain momentum, False
-    r.norm_bias_rate = 1.0  # of SGD: so many times the rate for the biases of batch norm
-    r.lookahead = 0  # steps after which slow weights move towards the fast ones (Zhang et al. 2019); 0 = off
-    r.lr = lr
-    r.weight_decay = 0.0
-    r.schedule = "multistep"  # x decay at the epochs `milestones`; or "cosine", "onecycle", "triangle"
-    r.milestones = milestones
-    r.decay = 0.1
-    r.replays = 1  # steps on the same batch, the perturbation carried along (Free AT: 8)
-    r.eps_ramp = 0.0  # epochs over which the adversary's radius grows from 0 to eps
-    r.ema = 0.0  # decay of a moving average of the weights, which is then evaluated; 0 = off
-    r.nonfinite = "stop"  # at a loss or gradient that is not finite: "stop", or "skip" the step and count it
-    r.select = "last"  # the model that is kept at the end: "last", or "best" on the held-out part
-    r.awp = 0.0  # gamma of adversarial weight perturbation; 0 = off
-    return r
-
-
 def parse(arg: str) -> tuple[str, tuple[str, ...]]:
     """ "method,variant" -> (method, variants); ValueError with the list for an unknown one."""
     method, *variants = arg.split(",")
@@ -162,77 +152,48 @@ def configure(c: ConfigDict, arg: str) -> ConfigDict:
     return c
 
 
-def _sgd(c, epochs, lr, milestones, weight_decay):
-    c.train.optimizer, c.train.schedule = "sgd", "multistep"
-    c.train.epochs, c.train.lr, c.train.milestones = epochs, lr, milestones
-    c.train.weight_decay, c.train.batch_size = weight_decay, 128
-
-
-_OPTIMISATION = (
-    "epochs", "batch_size", "optimizer", "momentum", "nesterov", "norm_bias_rate", "lookahead", "lr",
-    "weight_decay", "schedule", "milestones", "decay",
-)  # fmt: skip
-
-
-def _as_warmup(c):
-    for name in _OPTIMISATION:
-        c.train[name] = c.warmup[name]
-
-
-def _to_warmup(c):
-    for name in _OPTIMISATION:
-        c.warmup[name] = c.train[name]
-    c.warmup.target = 0.0
-
-
-def _scaled_attack(c, steps, step, start="uniform"):
-    """Steps of `step`/8 of eps: 2 means 2/255 at eps 8/255."""
-    c.train.attack.steps, c.train.attack.start = steps, start
-    c.train.attack.step_size = c.train.attack.eps * step / 8
-
-
 def nominal(c):
     """Cross entropy: the warm-up's recipe and nothing after it."""
-    _as_warmup(c)
+    recipes.as_warmup(c)
 
 
 def free_at(c):
     """Free AT, m = 8 (Shafahi et al. 2019: 200 / m epochs of SGD, rate / 10 at 1/2 and 3/4)."""
-    _sgd(c, epochs=25, lr=0.1, milestones=(12, 19), weight_decay=2e-4)
+    recipes.sgd(c, epochs=25, lr=0.1, milestones=(12, 19), weight_decay=2e-4)
     c.train.replays = 8
-    _scaled_attack(c, 1, 8)  # their step is eps
+    recipes.scaled_attack(c, 1, 8)  # their step is eps
 
 
 def fast_at(c):
     """FGSM from a random start, step 1.25 eps (Wong et al. 2020: cyclic rate up to 0.2)."""
-    _sgd(c, epochs=30, lr=0.2, milestones=(), weight_decay=5e-4)
+    recipes.sgd(c, epochs=30, lr=0.2, milestones=(), weight_decay=5e-4)
     c.train.schedule = "onecycle"
-    _scaled_attack(c, 1, 10)
+    recipes.scaled_attack(c, 1, 10)
 
 
 def pgd_at(c):
     """Madry et al. 2018 with PGD-10 and the schedule of Pang et al. 2021."""
-    _sgd(c, epochs=110, lr=0.1, milestones=(100, 105), weight_decay=5e-4)
-    _scaled_attack(c, 10, 2)
+    recipes.sgd(c, epochs=110, lr=0.1, milestones=(100, 105), weight_decay=5e-4)
+    recipes.scaled_attack(c, 10, 2)
 
 
 def at_pretrain(c):
     """PGD-AT on another data set, then 5 epochs with a new head (Hendrycks et al. 2019)."""
     pgd_at(c)
-    _to_warmup(c)
+    recipes.to_warmup(c)
     c.train.epochs, c.train.lr, c.train.schedule, c.train.milestones = 5, 1e-3, "cosine", ()
 
 
 def trades(c):
     """Zhang et al. 2019: 10 steps from N(0, 0.001), beta 6, attack in eval mode, 76 epochs, drop at 75."""
-    _sgd(c, epochs=76, lr=0.1, milestones=(75,), weight_decay=2e-4)
-    _scaled_attack(c, 10, 2, start="normal")
+    recipes.sgd(c, epochs=76, lr=0.1, milestones=(75,), weight_decay=2e-4)
+    recipes.scaled_attack(c, 10, 2, start="normal")
     c.train.attack_bn = "eval"
 
 
 def qtrades(c):
     """QTRADES on its own, linear head. The paper gives no epochs or rate: the warm-up's recipe (ours)."""
-    _as_warmup(c)
+    recipes.as_warmup(c)
 
 
 def magnet(c):
@@ -264,8 +225,8 @@ def clustr_trades(c):
     """
     train = c.train.copy_and_resolve_references()
     trades(c)
-    _to_warmup(c)
-    for name in _OPTIMISATION:
+    recipes.to_warmup(c)
+    for name in recipes.OPTIMISATION:
         c.train[name] = train[name]
     c.train.epochs = 5
     c.train.consistency = "kl"
@@ -273,10 +234,30 @@ def clustr_trades(c):
     c.magnet.clusters, c.magnet.samples = 20, 12
 
 
+def clustr_at(c):
+    """Ours: one stage with a cluster head that is trained from the first step, one-step TRADES + IKL, EMA.
+
+    No exchange of heads: the centroids are parameters, and the adversary, the loss and the predictions go
+    through their log scores. The one inner step is that of N-FGSM, with a radius that grows over the first
+    fifth. docs/one_stage.md has the options; `linear_at` is the same with a linear head.
+    """
+    recipes.sgd(c, epochs=30, lr=0.1, milestones=(), weight_decay=5e-4)
+    c.train.schedule, c.train.eps_ramp, c.train.ema = "onecycle", 6.0, 0.999
+    recipes.scaled_attack(c, 1, 8)
+    c.train.noise = 2.0  # de Jorge et al. 2022
+    c.train.loss, c.train.beta, c.train.stop_target, c.train.ikl = "trades", 4.0, True, 20.0
+    c.magnet.k = 1
+
+
+def linear_at(c):
+    """Ours: the twin of clustr_at with a linear head and all else the same."""
+    clustr_at(c)
+
+
 def nominal_certified(c):
     """Ours: 1-Lipschitz network, cross entropy with the certified margin on the linear head."""
     _unit(c)
-    _as_warmup(c)
+    recipes.as_warmup(c)
 
 
 def clustr_certified(c):
@@ -304,7 +285,7 @@ METHODS = {
     f.__name__: f
     for f in (
         nominal, free_at, fast_at, pgd_at, at_pretrain, trades, qtrades, magnet, clustr, clustr_qtrades,
-        clustr_trades, nominal_certified, clustr_certified,
+        clustr_trades, clustr_at, linear_at, nominal_certified, clustr_certified,
     )
 }  # fmt: skip
 
@@ -340,6 +321,9 @@ def cpu(c):
         c.train.epochs = 5
     if c.method == "free_at":
         c.train.replays = 4
+    if c.method in ("clustr_at", "linear_at"):
+        c.train.optimizer, c.train.lr, c.train.weight_decay = "sgd", 0.1, 5e-4
+        c.train.epochs, c.train.eps_ramp = 20, 4.0
     if c.method.endswith("_certified"):
         c.warmup.epochs, c.warmup.weight_decay = 9, 0.0
     c.eval.attack.steps, c.eval.paper_steps, c.eval.sweep = 20, (20,), ()
@@ -376,7 +360,9 @@ def fast(c):
         _airbench(c.warmup)
         c.train.label_smoothing = 0.2
     if c.method == "nominal":
-        _as_warmup(c)
+        recipes.as_warmup(c)
+    if c.method in ("clustr_at", "linear_at"):
+        c.train.epochs, c.train.eps_ramp = 30, 6.0
     if c.method in ("magnet", "clustr", "clustr_qtrades"):
         c.magnet.samples = 8
         c.train.epochs, c.train.lr, c.train.schedule = 12, 1e-4, "multistep"

@@ -5,6 +5,9 @@ import pathlib
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+
+from clustr_jax.storage.files import write_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STOPPED = 75  # the exit code of run.py for it
@@ -29,3 +32,19 @@ def run(command: list[str]) -> int:
         child = subprocess.Popen([sys.executable, *command], cwd=ROOT)
         code = child.wait()
     return STOPPED if asked else code
+
+
+def make(target: pathlib.Path, commands: list[list[str]], measure: Callable[[], dict]) -> int:
+    """The exit code of the first command that fails, or 0: then the JSON holds what `measure` has found."""
+    for line in commands:
+        print("python", *line, flush=True)
+        if code := run(line):
+            return code
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(target, measure())
+    return 0
+
+
+def listed(commands: list[list[str]]) -> str:
+    """The commands as a shell takes them, a line each."""
+    return "\n".join("python " + " ".join(words) for words in commands)

@@ -14,6 +14,7 @@ to results/operating-point, which `make demo` attacks.
 """
 
 import argparse
+import functools
 import pathlib
 import sys
 
@@ -250,16 +251,12 @@ def main() -> int:
         if name in _FIRST:
             commands.insert(-1, command(_FIRST[name], args.seed))
         if args.list:
-            print(*("python " + " ".join(words) for words in commands), sep="\n")
+            print(child.listed(commands))
             continue
         if target.exists():
             continue
-        for line in commands:
-            print("python", *line, flush=True)
-            if code := child.run(line):
-                return code
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target, measured(name, args.seed))
+        if code := child.make(target, commands, functools.partial(measured, name, args.seed)):
+            return code
         print(lever_tables.levers(), flush=True)
     return 0
 

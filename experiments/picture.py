@@ -19,9 +19,16 @@ sys.path.insert(0, str(ROOT / "experiments"))
 from result_tables import DATASETS, LABELS, seeds  # noqa: E402
 
 OUT = ROOT / "docs" / "figures" / "protocols.svg"
-_MARKERS = {"svhn_cropped": "o", "cifar10": "s", "cifar100": "^"}
 # Methods whose head is made of clusters (of the names too), against all others.
 _CLUSTERS, _OTHERS = "#cc6677", "#4477aa"
+_WIDTH = 4.4  # inches, as wide as the figures of a report: 422 pixels, legible on a phone
+_SHORT = {
+    "clustr_qtrades+paper_code": "ClusTR+QTR., authors'",
+    "qtrades+paper_code": "QTRADES, authors'",
+    "clustr+kmeans": "k-means on nominal",
+    "clustr+half": "ClusTR, half warm-up",
+    "clustr_trades": "clustr_trades, linear",
+}
 
 
 def points(dataset: str) -> list[tuple[str, float, float]]:
@@ -39,50 +46,40 @@ def points(dataset: str) -> list[tuple[str, float, float]]:
     return found
 
 
-def spread(wanted: list[float], gap: float, top: float) -> list[float]:
-    """Heights in the order of `wanted`, `gap` apart at least and not above `top`."""
-    placed = []
-    for value in wanted:
-        placed.append(max(value, placed[-1] + gap) if placed else value)
-    for i in reversed(range(len(placed))):
-        placed[i] = min(placed[i], top - gap * (len(placed) - 1 - i))
-    return placed
-
-
 def draw() -> Figure:
-    """One panel a data set; on the diagonal both protocols agree, above it the paper's was blind."""
+    """One panel a data set, one line a method: from the sound protocol to the paper's."""
     shown = [(dataset, points(dataset)) for dataset in DATASETS]
     shown = [(dataset, found) for dataset, found in shown if found]
-    figure = Figure(figsize=(5.4 * len(shown), 4.5), layout="constrained")
-    for i, (dataset, found) in enumerate(shown):
-        ax = figure.add_subplot(1, len(shown), i + 1)
-        top = 1.1 * max(max(sound, paper) for _, sound, paper in found) + 1
-        ax.plot([0, top], [0, top], color="0.7", linewidth=1, zorder=0)
-        found = sorted(found, key=lambda point: (point[2], -point[1]))  # so that few leaders cross
-        heights = spread([paper for _, _, paper in found], top / 20, top)
-        for (name, sound, paper), height in zip(found, heights, strict=True):
-            clusters = name.startswith(("clustr", "magnet"))
-            colour = _CLUSTERS if clusters else _OTHERS
-            ax.scatter(sound, paper, marker=_MARKERS[dataset], color=colour, s=28)
-            ax.annotate(
-                LABELS[name], (sound, paper), xytext=(1.03 * top, height), va="center", fontsize=7.5,
-                annotation_clip=False, color=colour,
-                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.6", "shrinkA": 0},
-            )  # fmt: skip
-        ax.set(xlim=(-0.02 * top, top), ylim=(-0.02 * top, top), title=DATASETS[dataset])
-        ax.set(xlabel="sound protocol, %", ylabel="paper's protocol (PGD$^{20}$), %")
-    kinds = [("a head made of clusters", _CLUSTERS), ("a linear head", _OTHERS)]
-    handles = [Line2D([], [], linestyle="", marker="o", color=colour, label=kind) for kind, colour in kinds]
-    handles.append(Line2D([], [], color="0.7", linewidth=1, label="both protocols agree"))
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8.5
-    )
+    rows = [len(found) for _, found in shown]
+    figure = Figure(figsize=(_WIDTH, 0.23 * sum(rows) + 0.9 * len(shown) + 0.7), layout="constrained")
+    panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=[count + 1 for count in rows])[:, 0]
+    for ax, (dataset, found) in zip(panels, shown, strict=True):
+        found = sorted(found, key=lambda point: point[1:])  # what the sound protocol leaves most of is on top
+        for row, (name, sound, paper) in enumerate(found):
+            colour = _CLUSTERS if name.startswith(("clustr", "magnet")) else _OTHERS
+            ax.plot([sound, paper], [row, row], color=colour, linewidth=2)
+            ax.scatter([sound], [row], color=colour, s=30, zorder=3)
+            ax.scatter([paper], [row], color="white", edgecolors=colour, linewidths=1.5, s=30, zorder=3)
+        ax.set_yticks(range(len(found)), [_SHORT.get(name, LABELS[name]) for name, _, _ in found])
+        ax.set(xlim=(-1.5, None), ylim=(-0.7, len(found) - 0.3), title=DATASETS[dataset])
+        ax.grid(axis="x", color="0.9")
+        ax.set_axisbelow(True)
+        ax.tick_params(axis="y", length=0)
+        for side in ("top", "right", "left"):
+            ax.spines[side].set_visible(False)
+    panels[-1].set_xlabel("accuracy under attack, %")
+    kinds = [("head of clusters", _CLUSTERS), ("linear head", _OTHERS)]
+    handles = [Line2D([], [], color=colour, linewidth=4, label=kind) for kind, colour in kinds]
+    grey = {"linestyle": "", "marker": "o", "color": "0.35"}
+    handles.append(Line2D([], [], label="sound", **grey))
+    handles.append(Line2D([], [], label="paper's protocol", markerfacecolor="white", **grey))
+    figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
     return figure
 
 
 def save(path: pathlib.Path) -> None:
     """The same results, the same bytes."""
-    with rc_context({"svg.hashsalt": "clustr_jax"}):
+    with rc_context({"svg.hashsalt": "clustr_jax", "svg.fonttype": "none", "font.size": 11}):
         FigureCanvasSVG(figure := draw())
         figure.savefig(path, metadata={"Date": None})
 

@@ -79,6 +79,11 @@ def figure(result: dict, key: str = "robust") -> str:
     return f"{percent(result[key])} [{percent(low)}, {percent(high)}]"
 
 
+def robust(result: dict) -> str:
+    """The same without the interval, where the page says how wide it is."""
+    return percent(result["robust"])
+
+
 def pgd20(result: dict) -> dict:
     """A result of the paper's protocol with PGD^20 alone, as the authors count, as its `robust`.
 
@@ -94,16 +99,15 @@ def by_seed(found: list[dict], show) -> str:
 
 
 def claimed(dataset: str, name: str) -> str:
-    """Clean and PGD^20 accuracy as the paper has them; with a star where it took them from others."""
+    """Clean, PGD^20 and PGD^100 accuracy as the paper has them; a star where it took them from others."""
     row = claims.CLAIMS.get(dataset, {}).get(name)
-    copied = " *" if name in claims.COPIED.get(dataset, ()) else ""
-    return f"{row[0]:.1f}, {row[1]:.1f}{copied}" if row else ""
+    copied = "*" if name in claims.COPIED.get(dataset, ()) else ""
+    return ", ".join(f"{value:.1f}" for value in row) + copied if row else ""
 
 
 def _largest(clean: dict) -> str:
-    """Share of the predictions that the most predicted class has, and of the labels."""
-    top = int(np.argmax(clean["predicted"]))
-    return f"{percent(clean['predicted'][top])} of {percent(clean['labelled'][top])}"
+    """Share of the predictions that the most predicted class has."""
+    return percent(max(clean["predicted"]))
 
 
 def accuracies(dataset: str) -> str:
@@ -120,27 +124,25 @@ def accuracies(dataset: str) -> str:
         # A network whose work directory was lost is attacked longer from its kept weights.
         assert all(abs(r["clean"] - short[r["seed"]]["clean"]) <= 2 / r["n"] for r in long), (dataset, name)
         gaps = [100 * (p["robust"] - s["robust"]) for p, s in both]
-        passes = "<br>".join(f"{count / 1000:.0f}" for count in spent(dataset, name))
         rows.append(
             [
                 label, by_seed(clean, lambda r: str(r["seed"])),
-                by_seed(clean, figure), by_seed(clean, _largest), by_seed(told, figure),
+                by_seed(clean, lambda r: percent(r["clean"])), by_seed(clean, _largest),
+                by_seed(told, robust),
                 by_seed(long, lambda r: percent(r["attacks"]["pgd100"])) if long else "",
-                by_seed(sound, figure), "<br>".join(f"{gap:+.1f}" for gap in gaps), passes,
-                claimed(dataset, name),
+                by_seed(sound, robust), "<br>".join(f"{gap:+.1f}" for gap in gaps), claimed(dataset, name),
             ]
         )  # fmt: skip
     header = [
         "%",
         "seed",
         "clean",
-        "most predicted class",
+        "most predicted",
         "paper's protocol, PGD^20",
         "PGD^100",
         "sound protocol",
         "gap",
-        "gradient passes, thousands",
-        "paper claims: clean, PGD^20",
+        "paper claims: clean, PGD^20, PGD^100",
     ]
     return markdown(header, rows)
 
@@ -196,66 +198,61 @@ def _pass_seconds() -> dict[str, float]:
     }
 
 
-def times(dataset: str) -> str:
+def times() -> str:
     """Tables 2 and 5: time of the full-size trainings as multiples of TRADES'."""
-    short = "svhn" if dataset == "svhn_cropped" else dataset
     found = json.loads((RESULTS / "fullsize.json").read_text())["rows"]
-    passes = {row["method"]: row["gradient_passes"] for row in found if row["dataset"] == short}
-    seconds, minutes = _pass_seconds(), claims.MINUTES[dataset]
-    trades = passes["trades"] * seconds["trades"]
-    rows = [
-        [
-            LABELS[name],
-            f"{passes[name] / 1e6:.1f}",
-            f"{1e3 * seconds[name]:.2f}",
-            f"{passes[name] * seconds[name] / trades:.2f}",
-            f"{value / minutes['trades']:.2f}",
-        ]
-        for name, value in minutes.items()
-    ]
-    header = [
-        "",
-        "gradient passes, millions",
-        "ms per pass and image, measured",
-        "time / TRADES'",
-        "the same in the paper",
-    ]
-    return markdown(header, rows)
+    seconds = _pass_seconds()
+    rows = {}
+    for dataset, short in (("cifar10", "cifar10"), ("svhn_cropped", "svhn")):
+        passes = {row["method"]: row["gradient_passes"] for row in found if row["dataset"] == short}
+        minutes = claims.MINUTES[dataset]
+        for name, value in minutes.items():
+            row = rows.setdefault(name, [LABELS[name], f"{1e3 * seconds[name]:.2f}"])
+            ours = passes[name] * seconds[name] / (passes["trades"] * seconds["trades"])
+            row += [f"{passes[name] / 1e6:.1f}", f"{ours:.2f}", f"{value / minutes['trades']:.2f}"]
+    header = ["time / TRADES'", "ms per pass and image"]
+    for label in ("CIFAR-10", "SVHN"):
+        header += [f"{label}: passes, millions", "measured", "paper"]
+    return markdown(header, [*rows.values()])
 
 
-def radii(dataset: str) -> str:
+def radii() -> str:
     """Table 4: other radii."""
     rows = []
     for radius in (2, 8, 16, 25.5):
-        ours = seeds(dataset, "clustr_qtrades", "paper" if radius == 8 else f"paper-eps{radius}")
-        true = seeds(dataset, "clustr_qtrades", "sound" if radius == 8 else f"quick-eps{radius}")
-        claim = claims.claim(dataset, "clustr_qtrades", "pgd20", radius / 255)
-        rows.append(
-            [
-                f"{radius}/255",
-                by_seed(ours, figure),
-                by_seed(true, figure),
-                true[0]["protocol"] if true else "",
+        row = [f"{radius}/255"]
+        for dataset in ("svhn_cropped", "cifar10"):
+            ours = seeds(dataset, "clustr_qtrades", "paper" if radius == 8 else f"paper-eps{radius}")
+            true = seeds(dataset, "clustr_qtrades", "sound" if radius == 8 else f"quick-eps{radius}")
+            assert {r["protocol"] for r in true} == {"sound-2-quick" if radius == 8 else "quick-1"}
+            claim = claims.claim(dataset, "clustr_qtrades", "pgd20", radius / 255)
+            row += [
+                by_seed(ours, robust),
+                by_seed(true, robust),
                 percent(claim) if claim is not None else "",
             ]
-        )
-    return markdown(["eps", "paper's protocol, PGD^20", "sound attacks", "which", "paper claims"], rows)
+        rows.append(row)
+    header = ["eps"]
+    for label in ("svhn-10k", "CIFAR-10"):
+        header += [f"{label}: PGD^20", "sound attacks", "paper claims"]
+    return markdown(header, rows)
 
 
-def nearest(dataset: str) -> str:
+def nearest() -> str:
     """Fig. 4: the D nearest clusters at inference."""
     rows = []
     for d in (1, 2, 4, 10, 0):
-        ours = seeds(dataset, "clustr_qtrades", f"paper-nearest{d}" if d else "paper")
-        true = seeds(dataset, "clustr_qtrades", f"quick-nearest{d}" if d else "sound")
-        if ours and true:
-            rows.append(
-                [
-                    str(d or "all"), percent(ours[0]["clean"]), figure(ours[0]), figure(true[0]),
-                    true[0]["protocol"],
-                ]
-            )  # fmt: skip
-    return markdown(["D", "clean", "paper's protocol, PGD^20", "sound attacks", "which"], rows)
+        row = [str(d or "all")]
+        for dataset in ("svhn_cropped", "cifar10"):
+            ours = seeds(dataset, "clustr_qtrades", f"paper-nearest{d}" if d else "paper")
+            true = seeds(dataset, "clustr_qtrades", f"quick-nearest{d}" if d else "sound")
+            assert true[0]["protocol"] == ("quick-1" if d else "sound-2-quick")
+            row += [percent(ours[0]["clean"]), robust(ours[0]), robust(true[0])]
+        rows.append(row)
+    header = ["D"]
+    for label in ("svhn-10k", "CIFAR-10"):
+        header += [f"{label}: clean", "PGD^20", "sound attacks"]
+    return markdown(header, rows)
 
 
 _QUIRKS = {
@@ -269,29 +266,24 @@ _QUIRKS = {
 
 
 def quirks() -> str:
-    """What each departure of the official protocol is worth, a table for each version of the measurement."""
-    versions = {}
+    """What each departure of the official protocol is worth; a column names the measurement's version."""
+    columns, headers = [], ["points against the first row"]
     for dataset, label in DATASETS.items():
         for name in ("clustr_qtrades", "clustr_qtrades+paper_code"):
             for found in seeds(dataset, name, "quirks"):
-                header = f"{LABELS[name]}, {label}, seed {found['seed']}"
-                versions.setdefault(found["protocol"], []).append((header, found))
-    return "\n".join(
-        f"By `{version}`:\n\n{_quirks([c for _, c in columns], [h for h, _ in columns])}"
-        for version, columns in sorted(versions.items())
-    )
-
-
-def _quirks(columns: list[dict], headers: list[str]) -> str:
+                columns.append(found)
+                headers.append(f"{LABELS[name]}, {label} ({found['protocol']})")
+                assert found["seed"] == 0
     rows = []
     for i, (off, what) in enumerate(_QUIRKS.items()):
-        cells = [f"{percent(c['rows'][i]['robust'])} ({c['rows'][i]['points']:+.1f})" for c in columns]
         assert all(c["rows"][i]["off"] == off for c in columns)
-        rows.append([what, *cells])
+        rows.append(
+            [what, *(f"{percent(c['rows'][i]['robust'])} ({c['rows'][i]['points']:+.1f})" for c in columns)]
+        )
     for kind in ("hinged", "unhinged"):
         what = f"adaptive attack: PGD on the Magnet loss, {kind}"
         rows.append([what, *(percent(c["adaptive"][kind]) for c in columns)])
-    return markdown(["", *headers], rows)
+    return markdown(headers, rows)
 
 
 def _setting(key: str, value) -> str:
@@ -301,16 +293,29 @@ def _setting(key: str, value) -> str:
     return f"{key}={value:g}" if isinstance(value, int | float) else f"{key}={value}".replace(" ", "")
 
 
+def _shown(settings: dict) -> str:
+    """The settings but those that say nothing: no warm-up where a run starts from another, the usual ramp."""
+    hidden = {f"{stage}.eps_ramp" for stage in ("warmup", "train")}
+    for stage in ("warmup", "train"):
+        epochs, ramp = settings.get(f"{stage}.epochs", 0), settings.get(f"{stage}.eps_ramp")
+        if epochs and ramp is not None and abs(ramp - RAMP * epochs) > 1e-9:
+            hidden.discard(f"{stage}.eps_ramp")
+    if "init_from" in settings and settings.get("warmup.epochs") == 0:
+        hidden.add("warmup.epochs")
+    return ", ".join(_setting(key, value) for key, value in settings.items() if key not in hidden)
+
+
+RAMP = 0.4  # of a stage's epochs: how long the radius of training grows, where a table of search is silent
+
+
 def search(dataset: str) -> str:
     """TRADES and clustr_trades on held-out images."""
     rows = []
     paths = (RESULTS / "search" / dataset).glob("*.json")
     for path in sorted(paths, key=lambda path: (path.stem.split("-")[0], int(path.stem.split("-")[1]))):
         found = json.loads(path.read_text())
-        settings = ", ".join(_setting(key, value) for key, value in found["settings"].items())
-        passes = f"{found['gradient_passes'] / 1000:.0f}"
-        rows.append([path.stem, settings, passes, percent(found["clean"]), figure(found)])
-    return markdown(["held out", "settings", "passes, thousands", "clean", "robust (quick-1)"], rows)
+        rows.append([path.stem, _shown(found["settings"]), percent(found["clean"]), figure(found)])
+    return markdown(["held out", "settings", "clean", "robust (quick-1)"], rows)
 
 
 def paired() -> str:
@@ -318,7 +323,7 @@ def paired() -> str:
     rows = []
     pairs = [(name, dataset) for name in ("clustr_trades", "clustr_trades+kmeans") for dataset in DATASETS]
     for name, dataset in pairs:
-        differences, ids = [], None
+        runs, ids = [], None
         for folder in sorted((RESULTS / "campaign" / dataset).glob(f"{name}-[0-9]")):
             other = folder.with_name(f"trades-{folder.name[-1]}")
             if not (other / "sound.npz").exists() or not (folder / "sound.npz").exists():
@@ -326,21 +331,18 @@ def paired() -> str:
             ours, theirs = (np.load(f / "sound.npz") for f in (folder, other))
             ids = ours["ids"] if ids is None else ids
             assert np.array_equal(ours["ids"], ids) and np.array_equal(theirs["ids"], ids)
-            differences.append(ours["robust"].astype(float) - theirs["robust"].astype(float))
-        if not differences:
+            runs.append((ours["robust"], theirs["robust"]))
+        if not runs:
             continue
-        # Seeds are of the same images and err on the same ones: an image is one observation, their mean.
-        by_image = np.mean(differences, axis=0)
-        # at least 3 / n: what n images without a difference leave open
-        half = max(1.96 * by_image.std(ddof=1) / np.sqrt(len(by_image)), 3 / len(by_image))
-        mean = by_image.mean()
+        mean, low, high = intervals.over_seeds(*zip(*runs, strict=True))
+        differences = [np.mean(a.astype(float) - b.astype(float)) for a, b in runs]
         ours, theirs = (np.mean(spent(dataset, method)) for method in (name, "trades"))
         rows.append(
             [
                 f"{LABELS[name]}, {DATASETS[dataset]}",
-                ", ".join(f"{100 * d.mean():+.1f}" for d in differences),
-                f"{100 * mean:+.1f} [{100 * (mean - half):+.1f}, {100 * (mean + half):+.1f}]",
-                str(len(by_image)), f"{ours / theirs:.2f}",
+                ", ".join(f"{100 * d:+.1f}" for d in differences),
+                f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                str(len(ids)), f"{ours / theirs:.2f}",
             ]
         )  # fmt: skip
     header = [
@@ -382,17 +384,13 @@ def warm_start() -> str:
 
 
 def fullsize() -> str:
-    """The paper's own size: commands and estimates."""
+    """The paper's own size: passes and estimated hours of each method, for each data set."""
     found = json.loads((RESULTS / "fullsize.json").read_text())
-    rows = []
+    rows = {}
     for row in found["rows"]:
-        name = {"svhn": "svhn_cropped"}.get(row["dataset"], row["dataset"])
-        claim = claims.CLAIMS.get(name, {}).get(row["method"])
-        rows.append(
-            [
-                f"`{row['command']}`", f"{row['gradient_passes'] / 1e6:.1f}", f"{row['gpu_hours']:.1f}",
-                ", ".join(f"{value:.1f}" for value in claim) if claim else "none",
-            ]
-        )  # fmt: skip
-    header = ["command", "gradient passes, millions", "GPU hours, estimated", "paper: clean, PGD^20, PGD^100"]
-    return markdown(header, rows)
+        assert row["command"] == f"python run.py --config=configs/{row['dataset']}.py:{row['method']}"
+        cells = rows.setdefault(row["method"], {})
+        cells[row["dataset"]] = f"{row['gradient_passes'] / 1e6:.1f} ({row['gpu_hours']:.1f} h)"
+    names = list(dict.fromkeys(row["dataset"] for row in found["rows"]))
+    table = [[f"`{method}`", *(cells[name] for name in names)] for method, cells in rows.items()]
+    return markdown(["millions of passes (hours)", *(f"`{name}`" for name in names)], table)

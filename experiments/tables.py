@@ -36,12 +36,16 @@ def steps() -> str:
     for name in ("steps", "steps-resnet18"):
         measured = read(f"benchmarks/{name}.json")
         for row in measured["rows"]:
-            passes = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in row["passes"].items())
+            gradients = {
+                kind: sum(n for what, n in row["passes"].items() if what.startswith(kind))
+                for kind in ("forward", "input", "parameter", "both")
+            }
+            assert sum(gradients.values()) == sum(row["passes"].values())
             rows.append(
                 [
                     f"{measured['model']} {row['method']}",
                     str(row["batch"]),
-                    passes,
+                    ", ".join(f"{n} {kind}" for kind, n in gradients.items() if n),
                     f"{row['ratio']:.2f}",
                     f"{100 * row['rest']:.1f} %",
                 ]
@@ -109,20 +113,54 @@ def growth() -> str:
     """Exponents of time, and memory."""
     rows = []
     for row in read("benchmarks/growth.json")["rows"]:
-        seconds = ", ".join(f"{found['seconds']:.1f}" for found in row["measured"])
         memory = ", ".join(f"{found['peak_bytes'] / 1e6:.0f}" for found in row["measured"])
         values = ", ".join(map(str, row["values"]))
-        rows.append([row["series"], values, seconds, f"{row['exponent']:.2f}", memory])
-    return markdown(["what grows", "values", "seconds", "exponent", "peak memory, MB"], rows)
+        rows.append([row["series"], values, f"{row['exponent']:.2f}", memory])
+    return markdown(["what grows", "values", "exponent of time", "peak memory, MB"], rows)
 
 
 def certificates() -> str:
     """Radii per second."""
-    rows = [
-        [f"{row['classes']} x {row['k']}", row["rule"], f"{row['per_second']:.0f}"]
-        for row in read("benchmarks/certificates.json")["rows"]
+    rows = {}
+    for row in read("benchmarks/certificates.json")["rows"]:
+        cells = rows.setdefault(f"{row['classes']} x {row['k']}", {})
+        cells[row["rule"]] = f"{row['per_second'] / 1000:,.0f}"
+    rules = ("hard", "soft", "any_d", "paper")
+    table = [[label, *(cells[rule] for rule in rules)] for label, cells in rows.items()]
+    return markdown(["thousands of radii a second, by rule", *(f"`{rule}`" for rule in rules)], table)
+
+
+def sound3() -> str:
+    """`sound-3` against AutoAttack's standard: what each leaves, image by image, and gradients per image."""
+    rows = []
+    for name in ("trades-0", "clustr_qtrades"):
+        found = read(f"benchmarks/sound3-{name}.json")
+        own, standard, theirs = found["sound_3"], found["autoattack"], found["theirs"]
+        right = round(found["clean"] * found["n"])
+        in_the_ball = own["in_the_ball"]["gradient_evaluations"]
+        rows.append(
+            [
+                name,
+                f"{100 * found['clean']:.1f}",
+                f"{100 * own['robust']:.1f}, {100 * standard['robust']:.1f}",
+                f"{len(found['only_sound_3_broke'])}, {len(found['only_autoattack_broke'])}",
+                f"{len(theirs['only_ours_broke'])}, {len(theirs['only_theirs_broke'])} of {theirs['n']}",
+                f"{in_the_ball / right:.0f} + {(own['gradient_evaluations'] - in_the_ball) / right:.0f}",
+                f"{standard['gradient_evaluations'] / right:.0f}",
+                f"{theirs['passes']['with_gradient'] / theirs['right']:.0f}",
+            ]
+        )
+    header = [
+        "network",
+        "clean",
+        "left by `sound-3`, by the standard",
+        "broken by one, by the other alone",
+        "the same against pyautoattack",
+        "gradients per image: `sound-3`, + distances",
+        "the standard",
+        "pyautoattack",
     ]
-    return markdown(["classes x clusters", "rule", "radii per second"], rows)
+    return markdown(header, rows)
 
 
 def devices() -> str:
@@ -148,21 +186,6 @@ def devices() -> str:
         "inside", "p of equal means (Welch)", "stage 2 alone on 8", "equal attack outcomes", "withstand",
     ]  # fmt: skip
     return markdown(header, rows)
-
-
-def speed() -> str:
-    """The README's ratios."""
-    rows = []
-    for name in ("resnet8-32", "resnet18-64"):
-        measured = read(f"benchmarks/epoch-{name}.json")
-        label = f"an epoch of ClusTR+QTRADES, everything included, {network(measured)}"
-        rows.append([label, "PyTorch", f"{measured['rows']['epoch']['ratio']:.2f}"])
-    for name in ("10x2", "100x2"):
-        measured = read(f"benchmarks/kmeans-{name}.json")
-        points, size = measured["points"]
-        label = f"k-means++ of {points:,} x {size}, {measured['classes']} classes x {measured['k']}"
-        rows.append([label, "scikit-learn", f"{measured['speedup']:.1f}"])
-    return markdown(["two CPU cores, a device each (50,000 x 512: one)", "against", "its time / ours"], rows)
 
 
 def digits() -> str:
@@ -197,18 +220,17 @@ def digits() -> str:
 
 
 TABLES = {
-    f.__name__: f for f in (digits, steps, epochs, kmeans, startup, growth, certificates, devices, speed)
+    f.__name__: f for f in (digits, steps, epochs, kmeans, startup, growth, certificates, devices, sound3)
 }
 # Those of docs/results.md and the lab notes that results/ can fill so far: FUNCTION or FUNCTION-DATASET.
 for _name in (
     "fullsize", "search-svhn", "search-cifar10", "accuracies-svhn_cropped", "accuracies-cifar10",
-    "accuracies-cifar100", "radii-svhn_cropped", "radii-cifar10", "nearest-svhn_cropped",
-    "nearest-cifar10", "times-cifar10", "times-svhn_cropped", "paired", "effect", "quirks", "warm_start",
+    "accuracies-cifar100", "radii", "nearest", "times", "paired", "effect", "quirks", "warm_start",
 ):  # fmt: skip
     _of, _, _dataset = _name.partition("-")
     TABLES[_name] = functools.partial(getattr(result_tables, _of), *([_dataset] if _dataset else []))
 TABLES |= {"levers": lever_tables.levers, "levers-curve": lever_tables.curve}
-DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(RESULTS.glob("*/README.md"))]
 
 
 def rendered(text: str) -> str:
@@ -228,7 +250,7 @@ def main():
         text = path.read_text()
         new = rendered(text)
         if new != text:
-            stale.append(path.name)
+            stale.append(str(path.relative_to(ROOT)))
             if not args.check:
                 path.write_text(new)
     print(f"{'stale' if args.check else 'written'}: {', '.join(stale) or 'nothing'}")

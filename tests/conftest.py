@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items):
 
 
 # A compiled program holds memory mappings, of which Linux gives a process 65,530. Where they run out,
-# jaxlib dies of a segmentation fault as it reads or writes its cache.
+# jaxlib dies of a segmentation fault as it reads or writes its cache. A slow test can take 6,000.
 _MAPPINGS, _EVERY = 25_000, 40
 
 
@@ -83,12 +83,9 @@ def _mappings(request):
     """Programs are forgotten in time; what is needed again comes from the cache on disk."""
     yield
     request.config.tests_run = getattr(request.config, "tests_run", 0) + 1
+    due = request.config.tests_run % _EVERY == 0 or request.node.get_closest_marker("slow")
     maps = pathlib.Path("/proc/self/maps")
-    if (
-        request.config.tests_run % _EVERY == 0
-        and maps.exists()
-        and maps.read_bytes().count(b"\n") > _MAPPINGS
-    ):
+    if due and maps.exists() and maps.read_bytes().count(b"\n") > _MAPPINGS:
         jax.clear_caches()
         gc.collect()
 

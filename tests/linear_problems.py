@@ -207,8 +207,8 @@ def problem(method, rng, net=None, images=None, labels=None, fit=True, **changes
         jnp.asarray(images), jnp.asarray(labels, jnp.int32), scale=scale, augment=config.data.augment
     )
     state = train.create(trainer, net.variables(rng))
-    if trainer.magnet and fit:
-        state = refit.refit(trainer, state, train_set, jax.random.key(8))
+    if fit:
+        state = refit.begin(trainer, state, train_set, jax.random.key(8))
     order = train.epoch_order(jax.random.key(6), len(labels), 0)
     return Problem(trainer, train_set, state, order, jax.random.key(5))
 

@@ -13,7 +13,7 @@ from clustr_jax.settings import ModelSettings, Recipe, TrainingSettings
 from clustr_jax.stages import configuration
 from clustr_jax.storage import loading
 from clustr_jax.storage.checkpoints import Checkpoints
-from clustr_jax.training import refit, train, train_state, trainers
+from clustr_jax.training import learned, refit, train, train_state, trainers
 from clustr_jax.training.objectives import METHODS
 from configs import digits
 
@@ -65,9 +65,7 @@ def trained(devices, trainer, variables, train_set, *, folder=None, steps=STEPS)
     """(state after some steps, compiled program)."""
     with mesh.over(devices):
         key, train_set = jax.random.key(0), mesh.place(train_set)
-        state = train.create(trainer, variables)
-        if trainer.magnet:
-            state = refit.refit(trainer, mesh.place(state), train_set, key)
+        state = refit.begin(trainer, mesh.place(train.create(trainer, variables)), train_set, key)
         state = mesh.place(train.with_totals(trainer, state, train_set, key))
         order = train.epoch_order(key, SIZE, 0)
         compiled = train.run_steps.lower(trainer, state, train_set, order, key, steps).compile()
@@ -91,17 +89,19 @@ def methods(names, wide):
         many, compiled = trained(ALL, trainer, variables, train_set)
         row = {
             "params": difference(one.params, many.params),
-            "moved": difference(variables["params"], one.params),
+            "moved": difference(variables["params"], learned.split(one.params, None)[0]),
             "totals": difference(one.totals, many.totals),
             "batch_stats": difference(one.batch_stats, many.batch_stats),
             "sent": mesh.sent(compiled),
             "gradients": sum(leaf.size for leaf in jax.tree.leaves(one.params)),
             "statistics": sum(leaf.size for leaf in jax.tree.leaves(one.batch_stats)),
-            "rows": trainers.rows(trainer.settings.magnet, 10) if trainer.magnet else 0,
+            # of classes, whose probabilities the term between centroids adds up
+            "rows": trainers.rows(trainer.settings.magnet, 10) if trainer.magnet else 10 * trainer.learned,
             "embedding": 0 if one.clusters is None else one.clusters.centroids.shape[-1],
         }
         if one.clusters is not None:
             row["centroids"] = difference(one.clusters.centroids, many.clusters.centroids)
+        if one.sampler is not None:
             row["losses"] = difference(one.sampler.losses, many.sampler.losses)
         yield name, row
 

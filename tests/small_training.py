@@ -68,9 +68,7 @@ def problem(method, rng, split=None, **changes):
         jnp.asarray(split.images), jnp.asarray(split.labels), scale=1.0, augment="none"
     )
     keys = jax.random.split(jax.random.key(4), 4)
-    state = train.create(trainer, net.init(keys[0]))
-    if trainer.magnet:
-        state = refit.refit(trainer, state, train_set, keys[1])
+    state = refit.begin(trainer, train.create(trainer, net.init(keys[0])), train_set, keys[1])
     state = train.with_totals(trainer, state, train_set, keys[2])
     return Problem(trainer, train_set, state, train.epoch_order(keys[3], trainer.size, 0), jax.random.key(5))
 

@@ -32,6 +32,8 @@ def bad_inputs():
         "column": (dict(y=y[:, None]), r"y must be labels \[B\]|and y \[B\]"),
         "few_ids": (dict(ids=np.arange(N - 1)), "ids must be one whole number for each"),
         "many_ids": (dict(ids=np.arange(N + 1)), "ids must be one whole number for each"),
+        "wide_ids": (dict(ids=np.arange(N) + 2**32), "ids must fit in 32 bits, got 4294967296 to"),
+        "deep_ids": (dict(ids=np.arange(N) - 2**31 - 1), "ids must fit in 32 bits, got -2147483649 to"),
         "float_ids": (dict(ids=np.arange(N) / 2), "ids must be one whole number for each"),
         "norm": (dict(norm="l1"), "norm must be one of"),
         "eps": (dict(eps=-0.1), "eps must be >= 0"),

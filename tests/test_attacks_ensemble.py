@@ -42,6 +42,15 @@ def test_the_ensemble_and_what_broke_each_image(monkeypatch):
     result = attacks.autoattack(jax.random.key(3), model, x, y, eps=EPS["linf"], slots=SLOTS, attacks=names)
     check_ensemble(result, weight, bias, model, x, y, EPS["linf"], names)
     assert (result.broken_by == "square").any() and (result.broken_by == "apgd-t").any()
+    cost, left = result.cost, int(result.robust.sum())
+    assert list(cost) == list(names)
+    assert cost["square"]["gradient_evaluations"] == 0 < cost["square"]["forward_evaluations"]
+    for name, least in (
+        ("square", QUERIES),
+        ("apgd-t", STEPS * (CLASSES - 1)),
+        ("fab-t", STEPS * (CLASSES - 1)),
+    ):
+        assert cost[name]["evaluations_needed"] >= least * left
     # the order is decided by the ids, not by the place
     order = np.random.default_rng(0).permutation(N)
     moved = attacks.autoattack(

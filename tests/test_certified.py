@@ -132,6 +132,33 @@ def test_nominal_certified_is_cross_entropy_of_the_worst_logits(rng):
     assert aux.metrics["certified"] == np.mean(worst.argmax(axis=1) == np.asarray(batch.y))
 
 
+@pytest.mark.parametrize("temperature", [0.25, 2.0])
+def test_a_temperature_is_that_of_a_head_of_unit_length(rng, temperature):
+    """The formula; for orthonormal rows it is the plain division; and a longer head changes nothing."""
+    variables, batch, _ = problem(rng)
+    config = get_config(method="nominal_certified")
+    config.train.radius, config.train.temperature = 0.4, temperature
+
+    def loss(kernel, bias):
+        head = {"kernel": jnp.float32(kernel), "bias": jnp.float32(bias)}
+        given = variables | {"params": {models.HEAD: head}}
+        settings = TrainingSettings.of(config)
+        return objectives.nominal_certified(FixedNet(), given, batch, None, None, settings)[0]
+
+    def slow(w, b, length):
+        worst = np.float64(batch.x) @ w + b
+        for i, y in enumerate(np.asarray(batch.y)):
+            worst[i] += 0.4 * np.linalg.norm(w - w[:, y : y + 1], axis=0)
+        return reference.cross_entropy(worst / (temperature * length), batch.y).mean()
+
+    w, b = (np.float64(variables["params"][models.HEAD][n]) for n in ("kernel", "bias"))
+    pairs = [np.linalg.norm(w[:, i] - w[:, j]) for i in range(4) for j in range(4) if i != j]
+    np.testing.assert_allclose(loss(w, b), slow(w, b, np.mean(pairs) / np.sqrt(2)), rtol=1e-5)
+    np.testing.assert_allclose(loss(5 * w, 5 * b), loss(w, b), rtol=1e-5)
+    simplex = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]).T / 2.0  # |w_c - w_y| = sqrt(2)
+    np.testing.assert_allclose(loss(simplex, b), slow(simplex, b, 1.0), rtol=1e-5)
+
+
 def test_clustr_certified_is_magnet_plus_the_worst_cross_entropy(rng):
     variables, batch, heads = problem(rng)
     config = get_config()
@@ -296,8 +323,10 @@ def test_settings_that_cannot_be_certified_are_refused(changes, message):
             ("digits", "clustr_certified", "lip_sll"),
             ("digits", "clustr_certified", "lip_aol"),
             ("digits", "clustr_certified", "lip_cpl"),
+            ("digits", "clustr_certified", "lip_orthogonal"),
             ("digits", "clustr", "cnn"),
             ("toy2d", "clustr_certified", "lip_sll"),
+            ("toy2d", "clustr_certified", "lip_orthogonal"),
             ("toy2d", "magnet", "mlp"),
         ],
         ("digits", "clustr", "cnn"),

@@ -83,6 +83,7 @@ def failed(content, found):
     return {what for what, good, _ in witness.check(content, found, curved).lines if not good}
 
 
+@pytest.mark.more
 def test_what_was_changed_is_noticed(bundle):
     content, found = bundle
     assert not failed(content, found)

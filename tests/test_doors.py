@@ -66,7 +66,9 @@ def test_foolbox_is_not_given_points(clf):
         foolbox_model.to_foolbox(clf.replace(bounds=None))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet8", "cnn", "mlp", "lip_sll", "lip_aol", "lip_cpl"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet8", "cnn", "mlp", "lip_sll", "lip_aol", "lip_cpl", "lip_orthogonal"]
+)
 def test_a_description_gives_back_the_network(name):
     shape = (2,) if name == "mlp" else (16, 8, 3)
     net = models.build(name, num_classes=3, input_shape=shape, mean=(1 / 3,), std=(0.1,), width=6)

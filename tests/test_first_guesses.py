@@ -97,6 +97,10 @@ def test_the_command(capsys, monkeypatch, tmp_path):
         (["trian"], "did you mean train?"),
         (["cifar10:trades"], "clustr-jax train --config=cifar10:trades"),
         (["completion"], "bash, zsh, fish"),
+        (["compare", "a", "b"], "clustr-jax report DIR DIR"),
+        (["run"], "clustr-jax train"),
+        (["--list"], "clustr-jax train --list"),
+        (["attack"], "clustr-jax judge module:function"),
     ):
         assert command.main(words) == 2
         said = capsys.readouterr().err

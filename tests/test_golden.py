@@ -187,12 +187,17 @@ OBJECTIVES = {method: (method, {}) for method in METHODS} | {
     "pgd_at-awp": ("pgd_at", {"train.awp": 0.01, "train.ema": 0.9, "train.eps_ramp": 2.0}),
 }
 PROTOCOLS = [("paper", "clusters"), ("sound", "clusters"), ("quick", "linear")]
-# Compilation takes a second or more for each of these, and most of their code is that of another one.
+# Compilation takes seconds for each of these, and most of their code is that of another one.
 SLOW = (
     "attack pgd-l2", "attack noise-gaussian", "attack apgd-l2", "attack apgd-t", "attack fab-l2",
     "attack square-l2", "attack pma-l2", "attack fmn-l2", "attack apgd-pm",
     "autoattack", "protocol sound clusters", "objective fast_at", "objective at_pretrain",
     "objective clustr", "objective clustr_qtrades-mse", "objective qtrades",
+)  # fmt: skip
+MORE = (
+    "protocol paper clusters", "objective magnet", "objective trades", "objective pgd_at",
+    "objective pgd_at-awp", "objective clustr_trades", "objective clustr_certified",
+    "objective clustr_qtrades-paper_code", "objective qtrades-paper_code",
 )  # fmt: skip
 
 
@@ -224,7 +229,11 @@ def assert_same(found, expected, where):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in everything()]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW) + [pytest.mark.more] * (name in MORE))
+        for name in everything()
+    ],
 )
 def test_outcomes_are_those_recorded(name):
     recorded = json.loads(FILE.read_text())[name]

@@ -40,6 +40,7 @@ def test_the_figure_is_what_the_images_show(judgement):
     assert low < judgement.robust < high
 
 
+@pytest.mark.more
 def test_nothing_that_autoattack_breaks_is_left(judgement):
     x, y = images()
     found = attacks.autoattack(jax.random.key(5), curved, x, y, eps=EPS, slots=N, progress=False)
@@ -153,6 +154,7 @@ def test_interrupted_it_goes_on_bit_for_bit(judgement, stop, tmp_path, monkeypat
     assert not (tmp_path / "partial").exists()
 
 
+@pytest.mark.more
 def test_a_finished_folder_is_read_and_another_call_refused(judgement, tmp_path, monkeypatch):
     first = judged(folder=tmp_path)
     monkeypatch.setattr(sound_protocol, "execute", None)
@@ -171,6 +173,8 @@ def test_a_finished_folder_is_read_and_another_call_refused(judgement, tmp_path,
         (dict(eps=-1.0), "eps must be >= 0"),
         (dict(slots=0), "slots must be at least 1"),
         (dict(folder=""), "folder must be a path"),
+        (dict(seed="a"), "seed must be a whole number"),
+        (dict(seed=0.5), "seed must be a whole number"),
         (dict(x=np.zeros((0, 6, 6, 1), np.float32), y=np.zeros(0, int)), "no images"),
     ],
 )
@@ -232,6 +236,7 @@ def test_what_an_audit_breaks_is_broken(judgement, missed, status, monkeypatch):
     assert found.believable == (status == "PASS")
 
 
+@pytest.mark.more
 def test_a_model_that_the_protocol_changed_is_noticed(monkeypatch):
     """20: the first digest is of before the protocol, not of before the checks."""
     x, y = images()

@@ -43,6 +43,17 @@ class Nnx(nnx.Module):
         return 5 * self.head(jnp.tanh(self.norm(self.hidden(x.reshape(len(x), -1)))))
 
 
+class Dropping(nnx.Module):
+    """It holds a key and a counter, which evaluation does not use."""
+
+    def __init__(self, rngs):
+        self.hidden, self.head = nnx.Linear(36, 16, rngs=rngs), nnx.Linear(16, CLASSES, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return 5 * self.head(self.drop(jnp.tanh(self.hidden(x.reshape(len(x), -1)))))
+
+
 class Linen(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -70,6 +81,29 @@ def of_nnx():
     return model
 
 
+def of_dropping():
+    model = Dropping(nnx.Rngs(0))
+    model.eval()
+    return model
+
+
+def of_equinox_dropping():
+    first, second = jax.random.split(jax.random.key(0))
+    layers = [eqx.nn.Linear(36, 16, key=first), eqx.nn.Dropout(0.5), eqx.nn.Linear(16, CLASSES, key=second)]
+    model = eqx.nn.inference_mode(eqx.nn.Sequential(layers))
+    return jax.vmap(lambda x: 5 * model(x.reshape(-1)))
+
+
+def of_fixed_noise():
+    """A function that holds a key, and draws the same weights with it each time, of a type that it names."""
+    key = jax.random.key(3)
+
+    def model(x):
+        return x.reshape(len(x), -1) @ jax.random.normal(jax.random.clone(key), (36, CLASSES), jnp.float32)
+
+    return model
+
+
 def params():
     return Linen().init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
 
@@ -93,6 +127,9 @@ def of_channels_first():
 
 MODELS = {
     "nnx": of_nnx,
+    "nnx dropout": of_dropping,
+    "equinox dropout": of_equinox_dropping,
+    "a key": of_fixed_noise,
     "linen": lambda: Linen().bind(params()),
     "equinox": of_equinox,
     "keras": of_keras,

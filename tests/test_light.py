@@ -74,9 +74,24 @@ print(json.dumps(found.robust.tolist()))
     assert python(BLOCKED.format(blocked=sum(EXTRAS.values(), ()), code=code)) == [False, True]
 
 
+REPORT_ALONE = tuple(sorted(HEAVY - {*EXTRAS["report"], "rich", "PIL"}))
+
+
+def test_a_judgements_page_needs_the_extra_report_alone():
+    code = "from clustr_jax.report import judgement_page; print(json.dumps(judgement_page.__name__))"
+    assert python(BLOCKED.format(blocked=REPORT_ALONE, code=code)) == "clustr_jax.report.judgement_page"
+
+
 @pytest.mark.slow
-def test_judge_runs_without_any_extra(tmp_path):
-    """The bundle lacks report.html alone, and one line says what would make it."""
+@pytest.mark.parametrize(
+    ("blocked", "files"),
+    [
+        (tuple(sorted(HEAVY)), {"judgement.json", "witness.npz", "CARD.md"}),
+        (REPORT_ALONE, {"judgement.json", "witness.npz", "CARD.md", "report.html"}),
+    ],
+)
+def test_judge_runs_without_extras(tmp_path, blocked, files):
+    """Without any the bundle lacks report.html alone, and one line says what would make it."""
     code = f"""
 import jax.numpy as jnp, numpy as np
 import clustr_jax
@@ -87,8 +102,8 @@ x = np.stack([np.full((4, 4, 1), 0.55), np.full((4, 4, 1), 0.9)]).astype(np.floa
 j = clustr_jax.judge(logits, x, np.array([0, 0]), eps=0.1, slots=2, folder={str(tmp_path)!r})
 print(json.dumps([j.robust, clustr_jax.verify({str(tmp_path)!r}, logits).ok]))
 """
-    assert python(BLOCKED.format(blocked=sum(EXTRAS.values(), ()), code=code)) == [0.5, True]
-    assert {p.name for p in tmp_path.iterdir()} == {"judgement.json", "witness.npz", "CARD.md"}
+    assert python(BLOCKED.format(blocked=blocked, code=code)) == [0.5, True]
+    assert {p.name for p in tmp_path.iterdir()} == files
 
 
 @pytest.mark.parametrize(
@@ -137,8 +152,10 @@ def test_extras_are_those_of_the_project():
 def test_the_wheel_has_every_package_and_the_configs():
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "clustr_jax").rglob("*.py")}
-    assert set(tools["packages"]) == folders | {"clustr_jax.configs"}
-    assert tools["package-dir"] == {"clustr_jax.configs": "configs"}
+    places = {p.parent.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.py")}
+    configs = {f"clustr_jax.{'.'.join(place.parts)}": place.as_posix() for place in places}
+    assert set(tools["packages"]) == folders | configs.keys()
+    assert tools["package-dir"] == configs
 
 
 def console(*arguments, blocked=()):

@@ -114,6 +114,7 @@ SETTINGS = {
     "lip_sll": IMAGES | {"std": (1.0,)},
     "lip_aol": IMAGES | {"std": (1.0,)},
     "lip_cpl": IMAGES | {"std": (1.0,)},
+    "lip_orthogonal": IMAGES | {"std": (1.0,)},
 }
 
 
@@ -135,7 +136,7 @@ def setup(name, seed=0, scale=1.0):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", in_ci(["cnn", "mlp", "lip_sll", "lip_aol", "lip_cpl"], "cnn", "mlp", "lip_sll")
+    "name", in_ci(["cnn", "mlp", "lip_sll", "lip_aol", "lip_cpl", "lip_orthogonal"], "cnn", "mlp", "lip_sll")
 )
 def test_the_bound_is_above_explicit_jacobians(name):
     """The sandwich: largest singular value of explicit Jacobians <= bound, and jacobian_norm finds it."""
@@ -294,7 +295,7 @@ def test_batch_activation_variance_does_not_grow_through_unit_layers():
         assert np.var(np.asarray(f(x)), axis=0).sum() <= before * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("name", ["lip_sll", "lip_aol"])
+@pytest.mark.parametrize("name", ["lip_sll", "lip_aol", "lip_orthogonal"])
 def test_images_that_cannot_be_halved_three_times_are_refused(name):
     with pytest.raises(ValueError, match="multiples of 8"):
         models.build(name, **IMAGES | {"input_shape": (12, 8, 3)})

@@ -14,7 +14,7 @@ import pytest
 from marks import in_ci
 
 HERE = pathlib.Path(__file__).parent
-METHODS = ("nominal", "free_at", "pgd_at", "trades", "magnet", "clustr_qtrades", "clustr_trades")
+METHODS = ("nominal", "free_at", "pgd_at", "trades", "magnet", "clustr_qtrades", "clustr_trades", "clustr_at")
 # Training-mode passes of one step, whose batch statistics are sent: the attack's steps (of train.attack_bn
 # "batch"; its target is the clean pass), then those that are differentiated.
 PASSES = {
@@ -25,6 +25,7 @@ PASSES = {
     "magnet": 1,
     "clustr_qtrades": 3,
     "clustr_trades": 2,
+    "clustr_at": 3,
 }
 # Their adversaries start where the divergence is flat: in float32 some signs of the first step are rounding,
 # other images are seen, and with them go the batch statistics.

@@ -14,6 +14,7 @@ import pytest
 
 import reference
 import reference_objectives as naive
+import reference_one_stage
 from clustr_jax import models
 from clustr_jax.clusters import Clusters
 from clustr_jax.settings import TrainingSettings
@@ -26,6 +27,31 @@ from linear_problems import (
     get_config,
     label,
 )
+
+
+def heads_of(t, method):
+    """(logits, adversarial, held ones) of the head that predicts, and the same of its single clusters."""
+    if METHODS[method].head == "linear":
+        logits = t.logits, t.logits_adv, t.logits_fixed
+        return logits, logits
+    each = [reference_one_stage.cluster_scores(z, t.centroids, t.variance, t.exists)
+            for z in (t.z, t.z_adv, t.z_fixed)]  # fmt: skip
+    return [t.log_scores(z) for z in (t.z, t.z_adv, t.z_fixed)], each
+
+
+def one_stage(t, method):
+    """CE(x, y) + beta KL(p(x) held || p(x_adv)), or CE(x_adv, y); + the weight of IKL's term times it."""
+    (clean, adversarial, held), (each, moved, fixed) = heads_of(t, method)
+    if t.c.train.loss == "ce":
+        loss = reference.cross_entropy(adversarial, t.y)
+    else:
+        target = reference.softmax(held if t.c.train.stop_target else clean)
+        loss = reference.cross_entropy(clean, t.y) + t.c.train.beta * reference.kl(adversarial, target)
+    if t.c.train.ikl:
+        weights = reference_one_stage.class_weights(fixed, t.y, t.mask, t.c.train.ikl_temperature)
+        loss = loss + t.c.train.ikl * reference_one_stage.ikl(each, moved, weights)
+    return loss
+
 
 LOSSES = {
     "nominal": lambda t: reference.cross_entropy(t.logits, t.y),
@@ -51,9 +77,21 @@ LOSSES = {
         + t.c.train.lam * reference.kl(t.log_scores(t.z_adv), t.probs(t.z))
         + t.c.train.xent_lam * reference.cross_entropy(t.log_scores(t.z), t.y)
     ),
+    "clustr_at": lambda t: one_stage(t, "clustr_at"),
+    "linear_at": lambda t: one_stage(t, "linear_at"),
 }
 
 OPTIONS = [
+    *(
+        (method, changes, LOSSES[method])
+        for method in ("clustr_at", "linear_at")
+        for changes in (
+            {"train.ikl": 0.0, "train.stop_target": False},
+            {"train.loss": "ce"},
+            {"train.loss": "ce", "train.ikl": 0.0},
+            {"train.ikl_temperature": 1.0, "train.beta": 0.0},
+        )
+    ),
     ("trades", {"train.beta": 1.5}, LOSSES["trades"]),
     (
         "trades",
@@ -269,10 +307,18 @@ def check_metrics(method, terms, aux):
         "accuracy": clean.argmax(axis=1) == terms.y,
         "adversarial_accuracy": adversarial.argmax(axis=1) == terms.y,
     }
+    one_stage = METHODS[method].objective is objectives.single_stage
     only_adversarial = method in ("free_at", "fast_at", "pgd_at", "at_pretrain")
     assert ("accuracy" in aux.metrics) != only_adversarial
     per_example, weight = LOSSES[method](terms), 1.0
-    if METHODS[method].objective in (objectives.trades, objectives.qtrades):
+    if one_stage:
+        (clean, adversarial, held), (each, moved, fixed) = heads_of(terms, method)
+        own["natural"] = per_example = reference.cross_entropy(clean, terms.y)
+        own["consistency"] = reference.kl(adversarial, reference.softmax(held))
+        weights = reference_one_stage.class_weights(fixed, terms.y, terms.mask, terms.c.train.ikl_temperature)
+        own["ikl"] = reference_one_stage.ikl(each, moved, weights)
+        assert aux.metrics.keys() == own.keys()
+    elif METHODS[method].objective in (objectives.trades, objectives.qtrades):
         own["natural"] = per_example = reference.cross_entropy(terms.logits, terms.y)
         weight = terms.c.train.beta if method == "trades" else terms.c.train.lam
     elif head:
@@ -282,7 +328,8 @@ def check_metrics(method, terms, aux):
     rest = LOSSES[method](terms) - per_example
     if head:
         rest = rest - terms.c.train.xent_lam * reference.cross_entropy(clean, terms.y)
-    own["consistency"] = rest / weight
+    if not one_stage:
+        own["consistency"] = rest / weight
     for name in aux.metrics.keys() & own.keys():  # accuracies are float32 even here
         np.testing.assert_allclose(aux.metrics[name], terms.mean(own[name]), rtol=1e-6, err_msg=name)
     np.testing.assert_allclose(aux.per_example, per_example, rtol=1e-10, atol=1e-12)

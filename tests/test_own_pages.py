@@ -5,7 +5,9 @@ file of the method is trained from the command line.
 """
 
 import dataclasses
+import json
 import re
+import shutil
 import sys
 
 import jax
@@ -14,8 +16,9 @@ import pytest
 
 import test_objectives
 import test_registry
-from clustr_jax import attacks
+from clustr_jax import attacks, report, stages
 from clustr_jax.attacks import scheduler
+from clustr_jax.report import words
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.storage import loading
 from clustr_jax.training.objectives import METHODS
@@ -106,12 +109,45 @@ def test_the_file_trains(run, tmp_path):
     workdir = tmp_path / "runs" / "mart"
     assert read(workdir / "results" / "sound.json")["method"] == "mart"
     assert read(workdir / "config.json")["train"]["beta"] == 5.0
-    with pytest.raises(UserError, match=r"method 'mart', which is not known here; import the file"):
-        loading.load(workdir)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import mart, clustr_jax; "
-    code += "print(clustr_jax.load('runs/mart').clusters)"
-    stdout, _ = run(program=["-c", code], PYTHONPATH=f"{ROOT}:{tmp_path}")
-    assert stdout.strip() == "None"
+    assert loading.load(workdir).clusters is None  # here, where nobody knows mart
+    stdout, _ = run(program=["-m", "clustr_jax.report", "runs/mart"], PYTHONPATH=str(ROOT))
+    assert stdout.startswith("report: ")
+    assert "2_train (mart): BCE(p(x_adv), y)" in (workdir / "report.html").read_text()
+    shutil.copytree(workdir, tmp_path / "runs" / "again")
+    _, stderr = run(program=["-m", "clustr_jax.report", "runs/mart", "runs/again"], PYTHONPATH=str(ROOT))
+    assert "warning" not in stderr and (tmp_path / "compare.html").exists()
+
+
+@pytest.mark.parametrize("head", ["linear", "clusters"])
+def test_a_directory_needs_its_method_no_more(tmp_path, monkeypatch, capsys, head):
+    """Of both stages, where the method is not known: loaded, and said in a report; without the note, told."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from configs import common, toy2d
+
+    row = METHODS["clustr"] if head == "clusters" else METHODS["at_pretrain"]
+    row = dataclasses.replace(row, warmup="theirs", source=False, adversary=None)
+    for table, mine, theirs in ((METHODS, row, METHODS["nominal"]), (common.METHODS, common.clustr, None)):
+        monkeypatch.setitem(table, "mine", mine)
+        monkeypatch.setitem(table, "theirs", theirs or common.METHODS["nominal"])
+    config = toy2d.get_config("mine")
+    config.smoke = True
+    stages.run(config, tmp_path / "run", ("1_warmup", "2_train"))
+    capsys.readouterr()
+    before = [loading.load(tmp_path / "run" / stage) for stage in ("1_warmup", "2_train")]
+    said = words.method(report.read(tmp_path / "run"))
+    for name in ("mine", "theirs"):
+        monkeypatch.delitem(METHODS, name)
+    after = [loading.load(tmp_path / "run" / stage) for stage in ("1_warmup", "2_train")]
+    assert [loading.digest(clf) for clf in before] == [loading.digest(clf) for clf in after]
+    assert before[0].clusters is None and (after[1].clusters is not None) == (head == "clusters")
+    assert words.method(report.read(tmp_path / "run")) == said and len(said) == 3 and "theirs" in said[0]
+    path = tmp_path / "run" / "2_train" / "done.json"
+    wrong = {**read(path)["method"], "head": "x"}
+    for damaged in ({}, {"method": "mine"}, {"method": {"name": "mine"}}, {"method": wrong}):
+        path.write_text(json.dumps({k: v for k, v in read(path).items() if k != "method"} | damaged))
+        with pytest.raises(UserError, match=r"method 'mine', which is not known here; import the file"):
+            loading.load(tmp_path / "run")
+        assert words.method(report.read(tmp_path / "run")) == ["mine, a method that is not known here."]
 
 
 def test_what_a_page_needs_is_imported_by_it():

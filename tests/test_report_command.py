@@ -135,6 +135,23 @@ def test_differences_are_of_the_same_images(tmp_path, rng):
     assert paired.rows([first, kept(folders[2], np.arange(N), robust[1], eps=0.1)], ["a", "c"]) == []
 
 
+@pytest.mark.parametrize(("more", "said"), [(0, "no: 0 is inside"), (2, "no: 0 is inside"), (25, "yes")])
+def test_a_difference_is_clear_where_its_interval_leaves_out_0(tmp_path, more, said):
+    """A row's `clear` was the method of every dict, which is always true."""
+    records = [
+        kept(make(tmp_path / name, ("clean", "sound")), np.arange(N), np.arange(N) < count)
+        for name, count in (("a", 5 + more), ("b", 5))
+    ]
+    document, _ = assert_sound_page(compare.compare(records), scripts=1)
+    assert document.row("a minus b")[-1] == said
+
+
+@pytest.mark.parametrize("name", ["clear", "items", "get", "values", "colour"])
+def test_entries_come_before_methods_in_templates(name):
+    template = page._environment().from_string(f"{{{{ row.{name} }}}}")
+    assert template.render(row={name: "mine"}) == "mine"
+
+
 def test_many_runs_are_held_against_the_best(tmp_path):
     records = [
         kept(make(tmp_path / str(i), ("clean", "sound")), np.arange(N), np.arange(N) < 3 * i)

@@ -9,7 +9,11 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "results").glob("*/README.md")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def test_the_picture_is_that_of_the_results(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_tables_are_those_of_the_results(path, tables):
     text = path.read_text()
     assert tables.rendered(text) == text, "run python experiments/tables.py"

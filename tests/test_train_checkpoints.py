@@ -20,6 +20,11 @@ from small_training import problem
         ("clustr_qtrades", {"train.ema": 0.9, "magnet.k_per_class": (1, 2, 3)}),
         ("clustr", {"train.optimizer": "sgd"}),
         ("nominal", {"train.lookahead": 2, "train.norm_bias_rate": 64.0}),
+        ("clustr_at", {"train.ema": 0.0, "train.learn_variance": True, "magnet.k_per_class": (1, 2, 3)}),
+        ("clustr_at", {"train.ema": 0.9, "train.sampler": "magnet"}),
+        ("clustr_at", {"train.ema": 0.9, "train.centroids": "simplex", "magnet.k": 1}),
+        ("clustr_at", {"train.ema": 0.0, "train.centroids": "simplex", "train.learn_variance": True}),
+        ("linear_at", {"train.ema": 0.9, "train.sampler": "magnet"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

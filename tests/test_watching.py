@@ -32,7 +32,9 @@ def images():
     return np.ones((N, 4, 4, 1), np.float32) * levels[:, None, None, None], np.zeros(N, np.int32)
 
 
-@pytest.mark.parametrize("name", list(SCHEDULED))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.more] * (n != "apgd")) for n in SCHEDULED]
+)
 def test_ctrl_c_keeps_what_was_found(name, monkeypatch):
     """The signal comes between two calls of the device; what was broken by then is as in a whole run."""
     x, y = images()

@@ -25,6 +25,8 @@ SETTINGS = {
     "lip_aol": IMAGES,
     "lip_cpl": IMAGES | dict(input_shape=(8, 24, 3)),
     "lip_cpl points": IMAGES | dict(input_shape=(3,)),
+    "lip_orthogonal": IMAGES | dict(input_shape=(8, 24, 3)),
+    "lip_orthogonal points": IMAGES | dict(input_shape=(3,)),
 }
 READABLE = ("resnet18", "resnet8", "cnn", "fast", "fast_plain", "mlp")
 
@@ -37,7 +39,7 @@ def network(name):
 
     def shake(path, leaf):
         leaf, kind = np.asarray(leaf), path[-1].key
-        if kind in ("kernel", "top"):
+        if kind in ("kernel", "top", "free"):
             return leaf + 0.3 * leaf.std() * rng.standard_normal(leaf.shape).astype(np.float32)
         if kind in ("scale", "var"):
             return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)

@@ -6,8 +6,10 @@ with clusters. `untargeted` turns a loss (logits, y) into a function (outputs, y
 are module-level or cached: a fresh lambda would compile again.
 """
 
+import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 
 import jax
@@ -18,6 +20,24 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import losses
 from clustr_jax.runtime import struct
+from clustr_jax.runtime.errors import UserError, first_line
+
+# What JAX says of a function without a derivative (a callback, a while_loop, integers).
+_WITHOUT = re.compile("differentiat|JVP|transpose rule", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def differentiated():
+    """A block that takes a gradient: UserError where the model has none."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        if isinstance(error, UserError) or not _WITHOUT.search(str(error)):
+            raise
+        raise UserError(
+            f"logits_fn or the loss has no gradient by the image ({first_line(error, 160)}); mend that, give "
+            f"it a jax.custom_vjp, or take attacks.square, which needs none"
+        ) from error
 
 
 class AttackLoss(struct.PyTreeNode):

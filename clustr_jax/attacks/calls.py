@@ -1,4 +1,4 @@
-"""One call of a scheduled attack, on the host: what its door has in common with every other one."""
+"""What the public functions of all scheduled attacks share: one call, on the host."""
 
 from collections.abc import Callable
 from typing import Any

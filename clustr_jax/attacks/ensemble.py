@@ -33,12 +33,14 @@ from clustr_jax.runtime.promotion import promoting
 class AutoAttackResult:
     """x_adv [B, ...] (x where nothing succeeded), robust [B], and the attack that broke each ("": none, or
     "clean": misclassified before). `notes`: what makes these numbers doubtful, of a model that was wrapped
-    with steady=False, and of attacks that had no gradient to follow."""
+    with steady=False, and of attacks that had no gradient to follow. `cost`: what each attack spent
+    (`scheduler.Outcome.cost`)."""
 
     x_adv: Float[np.ndarray, "B ..."]
     robust: Bool[np.ndarray, "B"]
     broken_by: np.ndarray
     notes: tuple[str, ...] = ()
+    cost: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
 
 @promoting
@@ -131,7 +133,7 @@ def autoattack(
     kept = resuming.begin(place, given, logits, plans, slots, "autoattack")
     broken_by = np.where(alive, "", "clean").astype(f"U{max(16, *(len(e.name) for e in entries))}")
     notes = (given.note,) if given.note else ()
-    followed = []  # of each attack that follows gradients: "", or that it had none
+    cost, followed = {}, []  # of each attack that follows gradients: "", or that it had none
     x_adv = x.copy()
     for number, plan in enumerate(plans):
         index = np.flatnonzero(alive)
@@ -142,10 +144,11 @@ def autoattack(
             own, plan, given, index, slots=slots, progress=progress, kept=kept, record=record
         )
         x_adv[index] = outcome.x_adv
+        cost[plan.name] = outcome.cost(plan.attack)
         broken_by[index[outcome.broken]] = plan.name
         alive[index] = ~outcome.broken
         if stopped is not None:
-            found = AutoAttackResult(x_adv, alive, broken_by, (*notes, f"interrupted in {plan.name}"))
+            found = AutoAttackResult(x_adv, alive, broken_by, (*notes, f"interrupted in {plan.name}"), cost)
             raise Interrupted(found, STOPPED + stopped)
         if plan.attack.gradients and float(eps):
             followed.append(unattacked.told(outcome.unattacked, f"{plan.name}: "))
@@ -155,7 +158,7 @@ def autoattack(
     notes = (*notes, *filter(None, followed))
     if followed and all(followed):  # what one of them cannot see another one may
         unattacked.warn(followed[0])
-    return AutoAttackResult(x_adv, alive, broken_by, notes)
+    return AutoAttackResult(x_adv, alive, broken_by, notes, cost)
 
 
 def _made(entry, budget):
@@ -334,10 +337,10 @@ def square(
 ) -> Float[np.ndarray, "B H W C"]:
     """Square (Andriushchenko et al. 2020): random search without gradients.
 
-    The squares shrink by a schedule for 10,000 queries. Stretched over `queries`, as the authors of Square
-    and the `sound` protocol have it, it breaks a little more than AutoAttack's "standard"
-    (`resc_schedule=False`): there 5,000 queries end at squares of 3 x 3 pixels on 32 x 32 images, not of one,
-    and none reaches the last row or column.
+    The squares shrink by a schedule for 10,000 queries. The authors of Square, and the `sound` protocol,
+    stretch it over `queries`, which breaks a little more. AutoAttack's "standard" does not
+    (`resc_schedule=False`): its 5,000 queries end at squares of 3 x 3 pixels on 32 x 32 images instead of
+    one, and none reaches the last row or column.
 
     Args:
         key: of `jax.random.key`. The draws of an image hang on its id and restart alone.

@@ -1,9 +1,9 @@
 """Targeted FAB (Croce & Hein 2020, "Minimally distorted adversarial examples ..."), linf and l2.
 
-Looks for the nearest point of the target class: the boundary z_y = z_t is linearised, the iterate and the
-original image are both projected onto that hyperplane within the box, and the next iterate is a mixture of
-the two, overshot a little. Beyond the boundary it steps back towards the image. What counts here is an
-adversarial point within eps; the first one ends the restart.
+Looks for the nearest point of the target class. The boundary z_y = z_t is linearised; the iterate and the
+original image are projected onto that hyperplane within the box; the next iterate is a mixture of the two,
+overshot a little. Beyond the boundary it steps back towards the image. What counts here is an adversarial
+point within eps; the first one ends the restart.
 """
 
 from collections.abc import Callable
@@ -83,9 +83,9 @@ def onto_hyperplane(
 ):
     """The smallest move from x to {z in the box: w.z + offset = 0}; as far as it goes if there is none.
 
-    Along the path z(t) = x - sign t r (r = 1 for linf, |w| for l2), each coordinate stopping at the box,
-    w.z is concave and piecewise linear in t, so Newton's method from t = 0 ends exactly. O(coordinates)
-    per step, where sorting would do too.
+    Each coordinate moves along z(t) = x - sign t r (r = 1 for linf, |w| for l2) and stops at the box. Then
+    w.z is concave and piecewise linear in t, so Newton's method from t = 0 ends exactly. A step costs
+    O(coordinates); sorting would do too.
     """
     inner = tuple(range(1, x.ndim))
     distance = jnp.sum(w * x, axis=inner) + offset

@@ -121,8 +121,8 @@ class FMN(Nearest):
     def move(self, work: Work, state: NearestState, seen: Seen, step: Int[Array, "S"]):
         """Until a point is found the radius is where the linearised boundary lies; then it moves by gamma.
 
-        The former grows by gamma as well, and never shrinks, unlike the paper's: where the model is linear
-        the iterate would else end on the boundary itself, or where the box holds it back, and stay there.
+        Unlike the paper's, the radius before that also grows by gamma and never shrinks. Otherwise the
+        iterate would end on the boundary of a linear model, or stay where the box holds it back.
         """
         gradient, value, fooled = seen
         share = self._cosine(step)

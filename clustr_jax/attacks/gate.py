@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from clustr_jax.attacks import input_checks, models, options, placement, trust
+from clustr_jax.runtime.arrays import native, readable
 from clustr_jax.runtime.errors import UserError
 
 
@@ -50,6 +51,8 @@ def admit(
     norm, bounds = options.norm_of(norm), options.bounds_of(bounds)
     options.check_radius("eps", eps)
     options.check_radius("step_size", step_size)
+    for name, array in (("key", key), ("x", x), ("y", y), ("ids", ids)):
+        readable(array, name)
     key, x, y, ids = (placement.beside(placement.home(()), a) for a in (key, x, y, ids))
     key = options.key_of(key)
     traced = isinstance(jnp.zeros(()), jax.core.Tracer) or not input_checks.concrete(x, y)
@@ -57,7 +60,7 @@ def admit(
     input_checks.check_sizes(x, y)
     count = x.shape[0]
     ids = np.arange(count, dtype=np.int32) if ids is None else ids
-    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    ids = ids if isinstance(ids, jax.Array) else native(np.asarray(ids))
     input_checks.check_ids(ids, count)
     if input_checks.concrete(x):
         # while something else is traced, operations of JAX give no values

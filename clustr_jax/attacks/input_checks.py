@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from clustr_jax.runtime.arrays import check_rows, native, readable
 from clustr_jax.runtime.errors import UserError
 
 # Pixels may be off the box by float rounding (of a division by 255, say), and by no more.
@@ -23,6 +24,7 @@ _BOUNDED = 2.0 + 1e-4
 
 def images_of(x: Any, bounds: tuple[float, float] | None = (0.0, 1.0)):
     """x as a float32 array, on the host or where it is; UserError for what holds no numbers, or levels."""
+    readable(x, "x")
     if not isinstance(x, jax.Array):
         try:
             x = np.asarray(x)
@@ -46,7 +48,8 @@ def images_of(x: Any, bounds: tuple[float, float] | None = (0.0, 1.0)):
 
 def labels_of(y: Any):
     """y as an array, whole numbers [B] or probabilities [B, Y]; UserError for one-hot labels."""
-    y = y if isinstance(y, jax.Array) else np.asarray(y)
+    readable(y, "y")
+    y = y if isinstance(y, jax.Array) else native(np.asarray(y))
     whole = jnp.issubdtype(y.dtype, jnp.integer) or y.dtype == bool
     if y.ndim == 2 and y.shape[1] == 1:
         raise UserError(
@@ -84,8 +87,13 @@ def check_pixels(x: Array | np.ndarray, bounds: tuple[float, float] | None) -> N
     text = f"x must lie in bounds={bounds}, got values from {low:.4g} to {high:.4g}; "
     if low >= 0 and 2 < high <= 255 and bounds[1] <= 2:
         raise UserError(f"{text}divide by 255")
+    if low >= 0 and 255 < high <= 65535 and bounds[1] <= 2:
+        raise UserError(f"{text}of 16-bit levels divide by 65535")
     if low >= -1.01 and high <= 1.01 and low < -0.5:
-        raise UserError(f"{text}of pixels in [-1, 1] give (x + 1) / 2, or set bounds=(-1, 1)")
+        raise UserError(
+            f"{text}of pixels in [-1, 1] give (x + 1) / 2, or set bounds=(-1, 1) and double eps, which is in "
+            f"units of x"
+        )
     raise UserError(f"{text}give pixels before normalisation, or set bounds")
 
 
@@ -129,6 +137,7 @@ def check_labels(y: Array | np.ndarray, classes: int) -> None:
             )
         if not bool(np.all(np.isfinite(np.asarray(y, np.float32)))):
             raise UserError("y has probabilities that are not finite")
+        check_rows(np.asarray(y, np.float32), "y")
         return
     low, high = int(y.min()), int(y.max())
     if not 0 <= low <= high < classes:
@@ -137,11 +146,18 @@ def check_labels(y: Array | np.ndarray, classes: int) -> None:
 
 
 def check_ids(ids: Array | np.ndarray, count: int) -> None:
-    """UserError unless they are one whole number for each image."""
+    """UserError unless they are one whole number for each image, of 32 bits: a key takes no more."""
     if ids.shape != (count,) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise UserError(
             f"ids must be one whole number for each of the {count} images, got {ids.dtype} {ids.shape}"
         )
+    if count and ids.dtype.itemsize > 4 and concrete(ids):
+        low, high = int(ids.min()), int(ids.max())
+        if low < -(2**31) or high >= 2**32:
+            raise UserError(
+                f"ids must fit in 32 bits, got {low} to {high}: two images would share random numbers; "
+                f"number the images: ids=np.arange({count})"
+            )
 
 
 def check_logits(logits: Array | np.ndarray, y: Array | np.ndarray, *, warned: bool = True) -> None:

@@ -1,11 +1,10 @@
 """Opening a model: whatever it holds at the call becomes traced arguments, and nothing else is compiled in.
 
 An attack is compiled once and called with many models. JAX keys a compiled program by the identity of the
-function, and bakes in the arrays that it captures: attacked again after an update, a function or a model
-object would be attacked with the weights of its first call. So a model is traced anew at every call
-(tens of milliseconds, no compilation), and the trace decides: the arrays that it captures become
-arguments of the program, and what remains (the operations, the numbers in them) is its name. The same
-operations with other arrays run the same program; other operations are another program.
+function, and bakes in the arrays that it captures. So an attack after an update would use the weights of its
+first call. Here a model is traced anew at every call (tens of milliseconds, no compilation). The arrays that
+the trace captures become arguments of the program; the operations and the numbers in them are its name. The
+same operations with other arrays run the same program; other operations are another program.
 """
 
 import contextlib
@@ -25,6 +24,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
+from clustr_jax.attacks import kept
 from clustr_jax.attacks.attack_losses import View, logits_of
 from clustr_jax.attacks.names import aval, coarsest, name_of, output_of, written
 from clustr_jax.runtime.errors import UserError, first_line
@@ -219,7 +219,7 @@ def _open(logits_fn, shape, sizes, layout="NHWC") -> Opened:
     traced = [_is_array(a) or type(a) in (int, float, complex) for a in leaves]
     if not all(map(_is_array, leaves)):
         try:
-            _trace(caller(traced), [a for t, a in zip(traced, leaves, strict=True) if t], images)
+            kept.trace(caller(traced), [a for t, a in zip(traced, leaves, strict=True) if t], images)
         except Exception:  # told below, if this was not the reason
             traced = [_is_array(a) for a in leaves]
     call = caller(traced)
@@ -227,12 +227,13 @@ def _open(logits_fn, shape, sizes, layout="NHWC") -> Opened:
     closed = _outputs(call, values, images, kind)
     if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
         return Opened(partial, kind)
-    name, jitted = name_of(closed, call, values, images)
-    fickle, known = False, (name, sizes, written(partial.func))
+    found = name_of(closed, values, images)
+    name, fickle, known = found.digest, False, (found.digest, sizes, written(partial.func))
     if known not in _KNOWN:
-        again = _outputs(call, values, images, kind)
-        fickle = name_of(again, call, values, images)[0] != name
+        fickle = kept.is_fickle(name, call, values, images)
         _KNOWN[known] = hashlib.sha256(name + b"".join(_names(call, values, images, sizes))).digest()
+    if found.kept and not fickle:
+        fickle = kept.check(closed, name, call, values, images)
     name = _KNOWN[known]
     while len(_KNOWN) > _MOST_KNOWN:
         del _KNOWN[next(iter(_KNOWN))]
@@ -244,11 +245,11 @@ def _open(logits_fn, shape, sizes, layout="NHWC") -> Opened:
 
     program = Partial(_Program(name, call, captured), values, captured)
     classes, rounding = output_of(closed).shape[1], coarsest(closed.jaxpr)
-    return Opened(program, kind, True, eager if jitted else None, fickle, classes, rounding)
+    return Opened(program, kind, True, eager if found.jitted else None, fickle, classes, rounding)
 
 
-# Names of programs that were traced twice, by their name at one size and how they are written; the oldest are
-# forgotten. What is written alike and is the same at one size is not traced at the others again.
+# Two models that are written alike and have one name at one size are not traced at the other sizes again.
+# These are the names, by both; the oldest are forgotten.
 _KNOWN: dict[tuple, bytes] = {}
 _MOST_KNOWN = 1000
 
@@ -258,20 +259,15 @@ def _names(call, values, images, sizes):
     for size in sizes:
         others = jax.ShapeDtypeStruct((size, *images.shape[1:]), images.dtype)
         try:
-            yield name_of(_trace(call, values, others), call, values, others)[0]
+            yield name_of(kept.trace(call, values, others), values, others).digest
         except Exception:  # told when it is called on so many
             yield b"none"
-
-
-def _trace(call, values, images):
-    # a new function each time: JAX would otherwise give the trace of the last time
-    return jax.make_jaxpr(lambda values, x: call(values, x))(values, images)
 
 
 def _outputs(call, values, images, kind):
     """The trace; UserError with a remedy where there is none, or where its result is not [B, Y]."""
     try:
-        closed = _trace(call, values, images)
+        closed = kept.trace(call, values, images)
     except UserError:
         raise
     except Exception as error:
@@ -327,7 +323,7 @@ def _takes_one(call, values, images) -> bool:
 
 def _works(call, values, images, dimensions=2) -> bool:
     try:
-        return len(output_of(_trace(call, values, images)).shape) == dimensions
+        return len(output_of(kept.trace(call, values, images)).shape) == dimensions
     except Exception:  # whatever a model says of images that are not its own
         return False
 

@@ -6,13 +6,15 @@ Two functions with the same name compute the same of their arguments and of what
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as trace
+
+from clustr_jax.runtime import arrays
 
 ClosedJaxpr = trace.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
@@ -58,25 +60,53 @@ def written(function: Any, depth: int = 4) -> Any:
     return function.__code__, tuple(written(value, depth - 1) for value in held)
 
 
-def name_of(
-    closed: ClosedJaxpr, call: Callable, values: Any, images: jax.ShapeDtypeStruct
-) -> tuple[bytes, bool]:
-    """(the name of the trace of `call(values, x)`, whether a jit inside holds arrays of its own)."""
+class Name(NamedTuple):
+    """Of a trace: its hash, whether a jit inside holds arrays of its own, and whether anything inside is kept
+    by JAX from one trace to the next."""
+
+    digest: bytes
+    jitted: bool = False
+    kept: bool = False
+
+
+def name_of(closed: ClosedJaxpr, values: Any, images: jax.ShapeDtypeStruct) -> Name:
+    """The name of the trace of a `call(values, x)`."""
     writer = Writer()
     writer.closed(closed)
     if writer.ruled:  # the gradient of somebody's rule can hold what the forward pass does not
         direction = jax.ShapeDtypeStruct(*aval(output_of(closed)))
+        given = [isinstance(c, jax.Array) for c in closed.consts]
+
+        def backward(values, captured, x, d):
+            """As the attack differentiates it: what the forward pass captures is an argument, and what a rule
+            captures is compiled in, though it be the same array."""
+            rest = iter(captured)
+            consts = [next(rest) if g else c for g, c in zip(given, closed.consts, strict=True)]
+            return jax.vjp(
+                lambda x: jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves((values, x)))[0], x
+            )[1](d)
+
+        captured = [c for g, c in zip(given, closed.consts, strict=True) if g]
         with contextlib.suppress(Exception):  # a model without a gradient: Square takes it all the same
-            backward = jax.make_jaxpr(lambda values, x, d: jax.vjp(lambda x: call(values, x), x)[1](d))
-            writer.closed(backward(values, images, direction), arguments={id(c) for c in closed.consts})
-    return writer.hash.digest(), writer.jitted
+            writer.closed(jax.make_jaxpr(backward)(values, captured, images, direction), arguments=set())
+    return Name(writer.hash.digest(), writer.jitted, writer.cached)
+
+
+# Objects that callbacks hold, known by their ids: one that went away would leave its id to another. The
+# programs that call them hold them as well.
+_ON_HOST: dict[int, object] = {}
 
 
 class Writer:
-    """Writes a trace into a hash. `jitted`: a jit inside of it holds arrays of its own."""
+    """Writes a trace into a hash.
+
+    `jitted`: a jit inside of it holds arrays of its own. `ruled`: it has derivatives of somebody's own.
+    `cached`: it has parts that JAX keeps from one trace to the next, and that are not of JAX itself.
+    """
 
     def __init__(self):
-        self.hash, self.seen, self.jitted, self.ruled = hashlib.sha256(), {}, False, False
+        self.hash, self.seen, self.jitted, self.ruled, self.cached = hashlib.sha256(), {}, False, False, False
+        self.inside = 0  # of how many jits of JAX itself
         self.kept = []  # what `seen` knows by its id must not go away
 
     def add(self, *parts: object):
@@ -110,10 +140,14 @@ class Writer:
         for eqn in jaxpr.eqns:
             self.add(eqn.primitive.name, len(eqn.invars))
             self.ruled |= eqn.primitive.name.startswith("custom_") and not _known_rule(eqn.params)
+            own = _is_of_jax(eqn)
+            self.cached |= not self.inside and not own and _may_be_kept(eqn)
+            self.inside += own
             variables(eqn.invars)
             for key in sorted(eqn.params):
                 self.add(key)
                 self.value(eqn.params[key], within=eqn.primitive.name)
+            self.inside -= own
             variables(v for v in eqn.outvars if not isinstance(v, trace.DropVar))
         self.add("out")
         variables(jaxpr.outvars)
@@ -137,13 +171,29 @@ class Writer:
             self.array(value)
         elif callable(value):
             self.add(getattr(value, "__module__", ""), getattr(value, "__qualname__", type(value).__name__))
+            if within.endswith("callback"):
+                self.on_host(getattr(value, "callback_func", value))
         else:
             self.add(_ADDRESS.sub("", repr(value)))
 
+    def on_host(self, function: Any, depth: int = 4):
+        """What a callback runs: the compiled program calls this very function, with what it captures."""
+        if isinstance(function, (int, float, complex, str, bytes, type(None))):
+            return self.add(function)
+        if not depth or not hasattr(function, "__code__"):
+            _ON_HOST[id(function)] = function
+            return self.add("object", id(function))
+        _ON_HOST[id(function.__code__)] = function.__code__
+        held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # of a variable that has no value yet
+                held.append(cell.cell_contents)
+        self.add("function", id(function.__code__), len(held))
+        for value in held:
+            self.on_host(value, depth - 1)
+
     def array(self, value: Any):
-        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            value = jax.random.key_data(value)
-        value = np.asarray(value)
+        value = arrays.plain(value)
         self.add(value.shape, str(value.dtype))
         self.hash.update(np.ascontiguousarray(value).tobytes())
 
@@ -155,5 +205,38 @@ def _known_rule(params) -> bool:
     return _LIBRARY.search(source) is not None
 
 
-_LIBRARY = re.compile(r"site-packages/(jax|flax|optax|equinox|keras|haiku)/|/clustr_jax/")
+def _may_be_kept(eqn) -> bool:
+    """Whether JAX may know this part again by the function that made it, which may capture what changes.
+
+    Under vmap the branches of a cond are a selection.
+    """
+    if eqn.primitive.name.startswith("custom_"):  # traced every time
+        return False
+    return eqn.primitive.name == "select_n" or bool(_inner(eqn))
+
+
+def _is_of_jax(eqn) -> bool:
+    """Whether it is a jitted function of jax.numpy, jax.nn and so on, which was given no functions."""
+    inner = _inner(eqn) if eqn.primitive.name in ("jit", "pjit") else []
+    return bool(inner) and all(
+        _OF_JAX.search(getattr(part.debug_info, "func_src_info", None) or "") for part in inner
+    )
+
+
+def _inner(eqn):
+    return [part for value in eqn.params.values() for part in _parts(value)]
+
+
+def _parts(value):
+    if isinstance(value, (tuple, list)):
+        return [part for each in value for part in _parts(each)]
+    value = getattr(value, "jaxpr", value)
+    return [value] if isinstance(value, trace.Jaxpr) else []
+
+
+_OF_JAX = re.compile(r"site-packages/jax/_src/(numpy|nn|random|scipy|image|lax)(?!/control_flow)\b")
+# but for what wraps the rules of others
+_LIBRARY = re.compile(
+    r"site-packages/(jax/_src/(?!custom_derivatives|api)|flax/(?!.*transforms)|optax/|keras/|haiku/)|/clustr_jax/"
+)
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+|id=\d+")

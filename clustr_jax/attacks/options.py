@@ -39,12 +39,21 @@ def bounds_of(bounds: Any) -> tuple[float, float] | None:
     """(low, high) as floats, or None for no box; UserError for anything else."""
     if bounds is None:
         return None
+    if isinstance(bounds, str):
+        raise UserError(f"bounds must be (low, high) or None for no box, got {bounds!r}")
     try:
         low, high = (float(b) for b in bounds)
     except (TypeError, ValueError):
         raise UserError(f"bounds must be (low, high) or None for no box, got {bounds!r}") from None
     if not low < high:
         raise UserError(f"bounds must be (low, high) with low < high, got ({low:g}, {high:g})")
+    if np.isinf(low) and np.isinf(high):
+        return None
+    if np.isinf(low) or np.isinf(high):
+        raise UserError(
+            f"bounds must be two finite numbers, or None for no box, got ({low:g}, {high:g}); give a number "
+            f"that no pixel is beyond"
+        )
     return low, high
 
 
@@ -58,7 +67,8 @@ def check_radius(name: str, value: Any) -> None:
         raise UserError(f"{name} must be a number, got {value!r}; in Python 8 / 255 without quotes")
     kind = np.asarray(value).dtype.kind
     if kind not in "iufV":  # V: of bfloat16 and its like
-        raise UserError(f"{name} must be a number, got {value!r}")
+        remedy = f"; give float({name})" if hasattr(value, "__float__") and kind == "O" else ""
+        raise UserError(f"{name} must be a number, got {value!r}{remedy}")
     if np.ndim(value):
         raise UserError(
             f"{name} must be one number for all images, got shape {np.shape(value)}; "
@@ -111,6 +121,11 @@ def key_of(key: Any) -> Any:
         if key.dtype != np.uint32 or key.ndim != 1:
             raise UserError(
                 f"key must be a JAX key, jax.random.key(0), got an array of {key.dtype} {key.shape}"
+            )
+        if key.shape != (2,):
+            raise UserError(
+                f"key must be a JAX key, jax.random.key(0), got {key.shape[0]} words, which are of another "
+                f"generator: give jax.random.wrap_key_data(words, impl='rbg'), say"
             )
         key = jax.random.wrap_key_data(jnp.asarray(key))
     if key.shape:

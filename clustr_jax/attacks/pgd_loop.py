@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from clustr_jax import losses
 from clustr_jax.attacks import unattacked
-from clustr_jax.attacks.attack_losses import logits_of
+from clustr_jax.attacks.attack_losses import differentiated, logits_of
 from clustr_jax.attacks.geometry import over, projected_step, start_in_ball
 from clustr_jax.attacks.input_checks import check_shape
 
@@ -109,7 +109,8 @@ def pgd_restart(
 
     def step(carry):
         i, x_adv, best, blind = carry
-        gradient, (loss, fooled) = jax.grad(evaluate, has_aux=True)(x_adv)
+        with differentiated():
+            gradient, (loss, fooled) = jax.grad(evaluate, has_aux=True)(x_adv)
         best = keep(best, x_adv, loss, fooled)
         x_adv = jnp.where(over(best[2], x), x_adv, move(x_adv, gradient))
         return i + 1, x_adv, best, watch(blind, gradient)
@@ -122,7 +123,8 @@ def pgd_restart(
 
     def step_on(_, carry):  # where nothing stops
         x_adv, blind = carry
-        gradient, _ = jax.grad(evaluate, has_aux=True)(x_adv)
+        with differentiated():
+            gradient, _ = jax.grad(evaluate, has_aux=True)(x_adv)
         return move(x_adv, gradient), watch(blind, gradient)
 
     x_adv = start_in_ball(keys, x, start=start, clip=clip_start, **ball)

@@ -40,10 +40,10 @@ def beside(devices: frozenset, array: Any) -> Any:
 
 
 def settled(tree: Any, leaves: Iterable[Any]) -> Any:
-    """What a program of these arrays has returned, and takes again, where it was before the first time.
+    """The state of a loop over these arrays, put before the first call where the program will return it.
 
-    JAX compiles a program anew for an argument that was put somewhere: so it is put there from the start, or,
-    where the arrays are spread over devices, never.
+    JAX compiles a program anew for an argument that was put on a device. So the state is put there from the
+    start, or never where the arrays are spread over devices.
     """
     if mesh.devices() > 1:  # the package's own, on which each device has all of it
         return tree

@@ -1,11 +1,11 @@
 """The probability margin attack (Xie et al., CVPR 2025, "Towards Million-Scale Adversarial Robustness
 Evaluation With Stronger Individual Attacks"), linf and l2.
 
-Steps up p_c - p_y, the margin of the softmax's probabilities. Each restart begins at a uniform point, takes
-one step towards the label, then runs half of its steps away from it (first, third ... restart) or towards the
-likeliest other class (second, fourth ...), and the rest up the margin. The steps of each half shrink from
-2 eps to 0 along half a cosine. What is climbed are logarithms of the same odds, whose gradients have the same
-directions and do not underflow.
+Steps up p_c - p_y, the margin of the softmax's probabilities. Each restart begins at a uniform point and
+takes one step towards the label. It then runs half of its steps away from it (first, third ... restart) or
+towards the likeliest other class (second, fourth ...), and the rest up the margin. The steps of each half
+shrink from 2 eps to 0 along half a cosine. What is climbed are logarithms of the same odds, whose gradients
+have the same directions and do not underflow.
 """
 
 import os

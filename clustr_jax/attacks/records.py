@@ -12,7 +12,8 @@ from clustr_jax.runtime import preemption, processes
 
 # Arrays of an Outcome that are kept as they are.
 _OUTCOME = ("broken", "restart", "step", "spent", "unconfirmed", "blind")
-# Between two records; where writing one takes more than that many seconds, as many times longer.
+# Seconds between two records. Where writing one takes longer than the second number, they are as many times
+# rarer.
 _RECORD_SECONDS, _WRITING_SECONDS = 20.0, 0.4
 
 

@@ -1,9 +1,9 @@
 """`folder=`: an interrupted attack keeps what it had done, and the same call goes on from there.
 
-The same call is one of the same images, labels, ids, key and settings on a model that answers as before: with
-the same logits on all images, and the same first step of each attack (a model with other gradients is
-another one). The rest of an interrupted attack is then bit for bit that of an uninterrupted one. Records
-of other calls are left alone, and a RecordWarning says what is different.
+The same call has the same images, labels, ids, key and settings, and a model that answers as before: with the
+same logits on all images, and the same first step of each attack. A model with other gradients is another
+one. The rest of an interrupted attack is then bit for bit that of an uninterrupted one. Records of other
+calls are left alone, and a RecordWarning says what is different.
 """
 
 import hashlib

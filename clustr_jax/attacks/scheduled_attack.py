@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from clustr_jax.attacks.attack_losses import misclassified
+from clustr_jax.attacks.attack_losses import differentiated, misclassified
 from clustr_jax.attacks.options import GENERATOR
 from clustr_jax.runtime import struct
 
@@ -76,5 +76,6 @@ def climb(model: Callable, loss: Callable, work: Work, x: Float[Array, "S ..."])
         value = loss(outputs, work.y, work.target)
         return jnp.sum(value), (value, misclassified(outputs, work.y))
 
-    gradient, (value, fooled) = jax.grad(total, has_aux=True)(x)
+    with differentiated():
+        gradient, (value, fooled) = jax.grad(total, has_aux=True)(x)
     return gradient, value, fooled

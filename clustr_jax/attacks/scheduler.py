@@ -1,7 +1,7 @@
 """The scheduler under every evaluation: a fixed number of slots, each working on one (example, restart).
 
 An attack is three pure functions over slots (`scheduled_attack`), and the loop that advances them is compiled
-(`device_loop`). Memory on the device is that of `slots` images, whatever the size of the set: the host hands
+(`device_loop`). Memory on the device is that of `slots` images, whatever the size of the set. The host hands
 over a queue of a few slots' worth and takes back what has ended, which it verifies in a fresh forward pass.
 """
 
@@ -67,6 +67,14 @@ class Outcome:
         spent = np.zeros((restarts, len(x)), np.int32)
         no = np.zeros(len(x), bool)
         return cls(no, nothing, nothing.copy(), spent, np.array(x, np.float32), no.copy(), ~no)
+
+    def cost(self, attack: Attack) -> dict[str, int]:
+        """Evaluations of the model: with a gradient, without, and those that no schedule could leave out."""
+        return {
+            "gradient_evaluations": attack.gradients * self.evaluations,
+            "forward_evaluations": attack.forwards * self.evaluations,
+            "evaluations_needed": self.needed,
+        }
 
     def copied(self) -> "Outcome":
         """One of its own to note in, but for the images."""
@@ -137,9 +145,9 @@ def run(
     """Every restart of every example, until it breaks (`first`), through a fixed number of slots.
 
     With `targets` each of the T targets has `restarts` restarts, target by target. The randomness of
-    (example, restart) is fold_in(fold_in(key, id), restart), so with the same `slots` the outcome of an
-    example depends neither on the order nor on what else is attacked (but for float rounding where the
-    network's own rows depend on their place in the batch). first=False runs all restarts to their end.
+    (example, restart) is fold_in(fold_in(key, id), restart). So with the same `slots` the outcome of an
+    example depends neither on the order nor on what else is attacked. Float rounding is the exception, where
+    the network's own rows depend on their place in the batch. first=False runs all restarts to their end.
 
     `outcome` goes on from an earlier, interrupted one, and has what was done where this one is interrupted.
     `collect(example, restart, x, fooled)` receives restarts as they end, `report(outcome)` is called between

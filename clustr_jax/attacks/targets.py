@@ -1,8 +1,8 @@
 """Which targets a targeted attack takes, and in which order: the likeliest ones, or MALT's nearest ones.
 
-MALT (Melamed et al., NeurIPS 2024) ranks a class by the distance to its boundary if the model were linear,
-(z_y - z_c) / |grad (z_y - z_c)|, in the dual norm (l1 for linf, l2 for l2): a likely class may be far, where
-the two logits move together. It costs one gradient per candidate.
+MALT (Melamed et al., NeurIPS 2024) ranks a class by (z_y - z_c) / |grad (z_y - z_c)| in the dual norm (l1 for
+linf, l2 for l2): the distance to its boundary if the model were linear. A likely class may be far, where the
+two logits move together. It costs one gradient per candidate.
 """
 
 import functools
@@ -15,7 +15,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from clustr_jax.attacks import scheduler
-from clustr_jax.attacks.attack_losses import Outputs, View, centroid, logits_of, margin_targeted
+from clustr_jax.attacks.attack_losses import (
+    Outputs,
+    View,
+    centroid,
+    differentiated,
+    logits_of,
+    margin_targeted,
+)
 from clustr_jax.attacks.gate import admit
 from clustr_jax.attacks.geometry import dual_length
 from clustr_jax.attacks.input_checks import concrete
@@ -233,7 +240,8 @@ def _linear_distances(model, x, y, candidates, *, loss, norm) -> Float[Array, "B
     """-loss / |grad loss| towards each candidate [B, C]: one forward pass, and a gradient per candidate."""
 
     def rows(model, x, y, candidates):
-        outputs, pull_back = jax.vjp(model, x)
+        with differentiated():
+            outputs, pull_back = jax.vjp(model, x)
 
         def distance(target):
             value, to_outputs = jax.vjp(lambda outputs: loss(outputs, y, target).astype(jnp.float32), outputs)
@@ -241,6 +249,7 @@ def _linear_distances(model, x, y, candidates, *, loss, norm) -> Float[Array, "B
             size = dual_length(gradient, norm)
             return jnp.where(size > 0, -value / jnp.where(size > 0, size, 1.0), jnp.finfo(value.dtype).max)
 
-        return jax.lax.map(distance, candidates.T).T
+        with differentiated():
+            return jax.lax.map(distance, candidates.T).T
 
     return mesh.by_rows(rows, model, x, y, candidates)

@@ -20,17 +20,18 @@ from clustr_jax.runtime.errors import UserError, first_line, warn_caller
 # Images of a pass: some of them are looked at, the rest are their company. One pass has twice as many, and
 # where there are few images one has half of them.
 _ROWS = 8
-# The same program on the same row rounds alike, or (another place in the batch, several threads) by a few
-# units in the last of float32's seven digits: 1e-5 of the largest logit. What batch norm and dropout do is of
-# the size of the differences between logits; a ten-thousandth of them is far below and far above either.
+# The same program on the same row may round otherwise in another place of the batch, or on several threads:
+# by a few units in the last of float32's seven digits, 1e-5 of the largest logit. Batch norm and dropout
+# change logits by about as much as they differ among each other. A ten-thousandth of those differences lies
+# between the two.
 _OF_SPREAD, _OF_SIZE = 1e-4, 1e-5
 # Narrower types round by so many units in their last place, through all layers.
 _UNITS = 8
-# Between a compiled program and one that is run operation by operation, sums are ordered otherwise; so they
-# are in one for another number of rows, where a rounding inside the model may turn out another way as well.
-# What branches on that number gives logits that have nothing to do with each other.
+# Sums are ordered otherwise in a program that is not compiled, or compiled for another number of rows; a
+# rounding inside the model may then turn out another way. What branches on that number gives logits that have
+# nothing to do with each other.
 _COMPILED, _OTHER_SIZE = 10.0, 500.0
-# However coarse: a difference like those between logits, and of their own size, is none of rounding.
+# However coarsely a model rounds: a change as large as the differences between its logits is no rounding.
 _MOST_OF_SPREAD, _MOST_OF_SIZE = 0.5, 0.25
 # What a product of float32s may go through by default.
 _PRODUCTS = {"cpu": 0.0, "gpu": 2.0**-10, "tpu": 2.0**-7}  # TF32, bfloat16

@@ -1,8 +1,8 @@
 """What is said of an attack that attacks nothing: a radius, a step or steps of 0, a model without a gradient.
 
-Every image survives it, and what it leaves is taken for robustness. Whether the gradient of an image was
-exactly 0 at every step is known where the gradient is: the attacks carry it along, one bool an image, and it
-is judged here over all images that an attack looked at. Black boxes have no gradient, and nothing to say.
+Every image survives it, and what it leaves is taken for robustness. Attacks carry one bool an image along:
+whether its gradient was exactly 0 at every step. It is judged here over all images that an attack looked at.
+Black boxes have no gradient, and nothing to say.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def still_blind(blind: Bool[Array, "B"], gradient: Float[Array, "B ..."]):
     return blind & jnp.all(gradient == 0, axis=tuple(range(1, gradient.ndim)))
 
 
-# Of pixels up to 1, half of what float32 tells apart: less than that is added to them in vain.
+# Half of what float32 tells apart near 1: a smaller step changes no such pixel.
 _UNSEEN = 2.0**-25
 
 

@@ -3,6 +3,7 @@
 JAX would know it by its identity, and keep the arrays and numbers that it captured at its first call.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from clustr_jax.attacks import kept
 from clustr_jax.attacks.attack_losses import AttackLoss, Untargeted
 from clustr_jax.attacks.names import Writer
 from clustr_jax.attacks.scheduled_attack import Attack
 from clustr_jax.runtime.errors import UserError, first_line
+from clustr_jax.runtime.retracing import traced_anew
 
 _OWN = "clustr_jax."
 
@@ -59,11 +62,27 @@ def current(loss_fn: Callable, rows: int, classes: int | None, y: Array | np.nda
         raise UserError(f"loss_fn must return the loss of each image, [B], here ({rows},), got {told}{hint}")
     if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
         return loss_fn
-    writer = Writer()
-    writer.closed(closed, arguments=set())
+    writer = _written(closed, loss_fn, logits, labels)
+    if writer.cached:
+        with traced_anew():
+            fresh = jax.make_jaxpr(lambda logits, y: loss_fn(logits, y))(logits, labels)
+            same = _written(fresh, loss_fn, logits, labels).hash.digest() == writer.hash.digest()
+        if not same:
+            raise UserError(f"loss_fn has a jax.jit inside (or a scan, a cond) that keeps what it {kept.OLD}")
     if writer.jitted:
         _check_own_jit(loss_fn, logits, np.resize(np.asarray(y), labels.shape))
     return Named(writer.hash.digest(), loss_fn)
+
+
+def _written(closed, loss_fn, logits, labels) -> Writer:
+    """Its name; what a derivative of its own captures is a part of it."""
+    writer = Writer()
+    writer.closed(closed, arguments=set())
+    if writer.ruled:
+        with contextlib.suppress(Exception):  # told when it is differentiated
+            backward = jax.make_jaxpr(lambda z, y: jax.grad(lambda z: jnp.sum(loss_fn(z, y)))(z))
+            writer.closed(backward(logits, labels), arguments=set())
+    return writer
 
 
 def of_attack(attack: Attack, rows: int, classes: int, y: Array | np.ndarray):

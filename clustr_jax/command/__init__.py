@@ -20,6 +20,17 @@ COMMANDS = {
     "completion": ("clustr_jax.command.completion", "a script for bash, zsh or fish that completes all this"),
 }
 _OF_A_DIRECTORY = ("report", "quirks")
+# What other programs call it.
+_MEANT = {
+    "compare": "clustr-jax report DIR DIR",
+    "run": "clustr-jax train",
+    "list": "clustr-jax train --list",
+    "--list": "clustr-jax train --list",
+    "demo": "make demo, in a clone",
+    **dict.fromkeys(
+        ("attack", "evaluate", "eval", "test"), "clustr-jax judge module:function, or clustr-jax train"
+    ),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,6 +75,8 @@ def _unknown(name):
     if name.startswith("--config") or ":" in name:
         spec = name if name.startswith("--") else f"--config={name}"
         return f"unknown command {shown(name)!r}; to train: clustr-jax train {shown(spec)}"
+    if name in _MEANT:
+        return f"unknown command {name!r}; try: {_MEANT[name]}"
     return f"unknown command {shown(name)!r}{nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}"
 
 

@@ -4,10 +4,11 @@
     clustr-jax judge runs/digits-clustr_qtrades --data=digits --eps=0.1
     clustr-jax judge own:make_model --data=images.npz --eps=0.5 --norm=l2
 
-MODEL is module:name of a function of images [B, H, W, C] in [0, 1] -> logits [B, Y] or of a model (a function
-that takes nothing is called once, and makes it), or a work directory. DATA is a prepared set, a folder of
-images, or an .npz file with x and y (or x_test and y_test). Run again, the same command goes on where it was
-interrupted. The exit code is 0 where no check failed, 1 where one did, 2 for a mistake of the user.
+MODEL is a work directory, or module:name of a model or of a function of images [B, H, W, C] in [0, 1] ->
+logits [B, Y]. A function that takes nothing is called once, and makes the model. DATA is a prepared set, a
+folder of images, or an .npz file with x and y (or x_test and y_test). Run again, the same command goes on
+where it was interrupted. The exit code is 0 where no check failed, 1 where one did, 2 for a mistake of the
+user.
 """
 
 import argparse

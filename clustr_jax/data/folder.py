@@ -22,6 +22,9 @@ from clustr_jax.data.folder_layout import LAYOUT
 from clustr_jax.runtime.errors import UserError, cut, shown
 from clustr_jax.runtime.paths import local
 
+# A split whose brightest pixel is below this may be one of other levels: 0 to 1, 0 to 16, 0 to 100.
+_DARK = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -86,7 +89,19 @@ def _read(path):
             )
     if len(np.unique(train.labels)) < 2:
         raise UserError(f"{shown(path)} has only one class; expected two or more")
-    return Folder(train, test, names, _sha(parts, names), val, notes)
+    return Folder(train, test, names, _sha(parts, names), val, (*notes, *_dark(parts)))
+
+
+def _dark(parts):
+    """A note on splits without a bright pixel: of levels of their own, radii would be something else."""
+    brightest = {split: int(part.images.max()) for split, part in parts.items() if part.images.size}
+    dark = [f"{most} in {split}" for split, most in brightest.items() if most < _DARK]
+    if not dark:
+        return ()
+    return (
+        f"the brightest pixel is {', '.join(dark)}, of 255: if that is white, the levels are not 0 to 255, "
+        f"and a radius of 8/255 is no small one; multiply them",
+    )
 
 
 def _expect_npz(path):

@@ -47,6 +47,9 @@ def look(path: pathlib.Path) -> Layout:
     places, notes = _splits(path)
     found = Layout({}, [], notes)
     hidden = _Hidden(path)
+    for entry in entries_of(path):
+        if entry.startswith("."):
+            hidden.see(path / entry)
     for split, place in places.items():
         found.files[split] = _classes(place, found.faults, hidden)
     for split in ("test", "val"):

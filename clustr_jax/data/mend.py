@@ -1,10 +1,10 @@
 """python -m clustr_jax.data.mend DIR OUT [--size HxW]: a copy of an image folder that clustr_jax can read.
 
-Every picture under DIR/<split>/<class>/, in folders inside it as well, becomes an 8-bit PNG in OUT of the
-size (or --size) and kind, grey or colour, that most of them have: turned as its EXIF says, transparency on
-white, the upper 8 of 16 bits, of animations the first frame. Pictures that cannot be read or whose class is
-not in train, and training images whose pixels are in another split as well, are left out. All of it is told;
-other files and hidden ones stay behind, and DIR is not changed.
+Every picture under DIR/<split>/<class>/, in folders inside it as well, becomes an 8-bit PNG in OUT. It gets
+the size (or --size) and the kind, grey or colour, that most of them have. It is turned as its EXIF says;
+transparency becomes white; of 16 bits the upper 8 are kept, of animations the first frame. Left out are
+pictures that cannot be read, classes that are not in train, and training images whose pixels are in another
+split as well. All of it is told. Other files and hidden ones stay behind, and DIR is not changed.
 """
 
 import argparse

@@ -24,10 +24,11 @@ _NAMES = {
 class Remarks:
     """Sentences, and equal images of two splits, or of one under several labels.
 
-    `duplicates`: "train/test" -> `images` of the second that are in the first as well, `other_labels` of
-    those that have none of its labels there (None where the labels are of another set), and `pairs` of
-    indices in both, at most 100. "train" -> `images` of one split that are in it under another label as well,
-    their different `contents`, and `pairs`. None where it was not looked for: points have no pixels.
+    `duplicates` has two kinds of keys. "train/test": how many `images` of the second split are in the first
+    as well, and how many of those have none of its labels there (`other_labels`, None where the labels are of
+    another set). `pairs` are indices in both, at most 100. "train": `images` of one split that are in it
+    under another label as well, their different `contents`, and `pairs`. None where it was not looked for:
+    points have no pixels.
     """
 
     notes: tuple[str, ...] = ()

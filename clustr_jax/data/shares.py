@@ -49,9 +49,9 @@ def chosen(
 ) -> Int[np.ndarray, "size"]:
     """Sorted indices of `quota[c]` examples of each class c, always the same ones.
 
-    With `hashes` no content is on both sides: what occurs once goes first, images of one content and class
-    go together, as long as one of another content stays behind (a class can then have fewer than its quota,
-    or more), and what has two labels is left out.
+    With `hashes` no content is on both sides. What occurs once goes first. Images of one content and class go
+    together, as long as one of another content stays behind: a class can then have fewer than its quota, or
+    more. Content with two labels is left out.
     """
     order = np.random.default_rng(0).permutation(len(labels))
     shared = None if hashes is None else _shared(labels, hashes)

@@ -158,6 +158,25 @@ class Sorted(nn.Module):
         return torch.cat([torch.maximum(a, b), torch.minimum(a, b), x[:, even:]], dim=1)
 
 
+class Shifted(nn.Module):
+    """An orthogonal layer: channels moved around the image, a matrix, and |x| on half of the channels."""
+
+    def __init__(self, channels: int, features: int):
+        super().__init__()
+        self.part = max(channels // 8, 1)
+        self.conv = nn.Conv2d(channels, features, 1)
+
+    def forward(self, x: torch.Tensor):
+        moves = ((1, 0), (-1, 0), (0, 1), (0, -1))
+        pieces = [
+            torch.roll(x[:, i * self.part : (i + 1) * self.part], move, dims=(2, 3))
+            for i, move in enumerate(moves)
+        ]
+        x = self.conv(torch.cat([*pieces, x[:, len(moves) * self.part :]], dim=1))
+        half = x.shape[1] // 2
+        return torch.cat([x[:, :half].abs(), x[:, half:]], dim=1)
+
+
 class UnitNet(nn.Module):
     """The 1-Lipschitz networks; `plan` lists (kind, channels in, features, kernel size) of each step."""
 
@@ -169,6 +188,8 @@ class UnitNet(nn.Module):
                 self.add_module(f"layer_{i}", Residual(channels, features, size))
             elif kind == "aol":
                 self.add_module(f"layer_{i}", Sorted(channels, features, size))
+            elif kind == "orthogonal":
+                self.add_module(f"layer_{i}", Shifted(channels, features))
             elif kind == "reduce":
                 self.add_module(f"layer_{i}", nn.Conv2d(channels, features, size, 1, size // 2))
         self.linear = nn.Linear(self.plan[-1][2], num_classes)
@@ -193,10 +214,10 @@ class UnitNet(nn.Module):
 class Model(nn.Module):
     """A network with its normalisation and its head: pixels NCHW in [0, 1] (or points [B, F]) -> [B, Y].
 
-    `output` says what comes out: "logits", the log-domain scores of all clusters (or the linear head);
-    "scores", the exp scores over the `nearest` clusters that the ClusTR paper attacks; "deployed", log
-    scores over the `nearest` clusters, whose argmax is the prediction (-inf for a class without one).
-    `centroids` [Y, K, E], `variance` [], `valid` Bool [Y, K]; all None for a linear head; nearest 0 = all.
+    `output` says what comes out. "logits": the log-domain scores of all clusters, or the linear head.
+    "scores": the exp scores over the `nearest` clusters that the ClusTR paper attacks. "deployed": log scores
+    over the `nearest` clusters, whose argmax is the prediction (-inf for a class without one). `centroids`
+    [Y, K, E], `variance` [], `valid` Bool [Y, K]; all None for a linear head; nearest 0 = all.
     """
 
     mean: torch.Tensor

@@ -84,7 +84,7 @@ def checkpoint(clf: Classifier, **about: Any) -> dict:
     nets = _nets()
     net = clf.net
     meta = {"format": nets.FORMAT, **description.describe(clf), **about}
-    if isinstance(net.module, models.UnitNet):
+    if isinstance(net.module, (models.UnitNet, models.OrthogonalNet)):
         meta["plan"], state = _folded(clf)
     else:
         state = {}
@@ -202,6 +202,7 @@ def _folded(clf):
             continue
         params, stats = clf.variables["params"][name], clf.variables["batch_stats"].get(name, {})
         what, kernel, *rest = unit.describe(params, stats)
+        kernel = kernel[None, None] if what == "pointwise" else kernel
         place = name if kind == "reduce" else f"{name}.conv"
         state[f"{place}.weight"] = np.transpose(kernel, (3, 2, 0, 1))
         state[f"{place}.bias"] = params["bias"]

@@ -1,7 +1,8 @@
 """The audit of a judgement: the same protocol with another seed, order and number of slots.
 
-Whatever it breaks is broken: the figure that is reported is the union. How many images only it broke says
-whether the attacks have come to rest; that a net count agrees would hide as many on either side.
+Whatever it breaks is broken: the figure that is reported is the union. The number of images that only the
+audit broke says whether the attacks have converged. Equal totals would not say it, for each could have broken
+images that the other did not.
 """
 
 import dataclasses

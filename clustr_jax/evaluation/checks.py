@@ -42,8 +42,8 @@ def run(
 ) -> list[Check]:
     """All checks of a classifier or subject and its sound result, by number.
 
-    `sound` and `paper` are results, `outcomes` the sound one's per-example arrays; `radius` [N] the
-    certified l2 radii of the same examples, where there are any; `before` the subject's digest before the
+    `sound` and `paper` are results, `outcomes` the sound one's per-example arrays. `radius` [N] are the
+    certified l2 radii of the same examples, where there are any. `before` is the subject's digest before the
     protocol ran, where that was just now: check 20 is then of the protocol too.
     """
     # in any order but their own: image folders are stored class by class

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from clustr_jax.attacks.attack_losses import logits_of
+from clustr_jax.attacks.attack_losses import differentiated, logits_of
 from clustr_jax.runtime import memory, mesh
 
 # Images that a slot holds beside what the model keeps: its queue, the attack's state, what has ended.
@@ -75,7 +75,8 @@ def _kept(model, shape) -> int:
         outputs, pull_back = jax.vjp(lambda x: logits_of(model(x)), x)
         return outputs, pull_back
 
-    kept = jax.eval_shape(backward, model, jax.ShapeDtypeStruct(shape, jnp.float32))
+    with differentiated():
+        kept = jax.eval_shape(backward, model, jax.ShapeDtypeStruct(shape, jnp.float32))
     own = sum(_size(leaf) for leaf in jax.tree.leaves(model))
     return max(0, sum(_size(leaf) for leaf in jax.tree.leaves(kept)) - own)
 

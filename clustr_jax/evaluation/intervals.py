@@ -45,6 +45,22 @@ def paired(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float]:
     return p - q, max(low, -1.0), min(high, 1.0)
 
 
+def over_seeds(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float]:
+    """(difference of two fractions, low, high) of S pairs of runs on the same N images: bool [S, N].
+
+    Runs are of the same images and err on the same ones. So an image is one observation, the mean of its
+    differences. The interval is 95 % by their standard error, and at least 3 / N: what N images without a
+    difference leave open. What another seed would give beyond these S is no part of it.
+
+    >>> intervals.over_seeds([[True, True, False, False]] * 2, [[True, False, False, False]] * 2)
+    (0.25, -0.5, 1.0)
+    """
+    by_image = np.mean(np.asarray(first, np.float64) - np.asarray(second, np.float64), axis=0)
+    n, mean = len(by_image), float(np.mean(by_image))
+    half = max(1.96 * float(np.std(by_image, ddof=1)) / math.sqrt(n), 3 / n)
+    return mean, max(mean - half, -1.0), min(mean + half, 1.0)
+
+
 def points(value: float) -> str:
     """A difference of two fractions as "+1.2" or "-1.2", in points of a percent."""
     return f"{100 * value:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")

@@ -1,11 +1,12 @@
 """The sound protocols: log-domain losses, attacks made for cluster heads, AutoAttack; the union per example.
 
-sound-2: PGD on the cross entropy and on the margin; for cluster heads also PGD towards the nearest clusters
-of other classes (in logit and in feature distance) and away from the own one first; APGD-CE, APGD-T, FAB-T
-and Square as in AutoAttack; transfer from the network's own linear head and from other checkpoints. Every
-attack runs on all examples that are classified correctly, so each has an accuracy of its own, and unique
-kills. quick-1: margin PGD, cluster PGD and APGD-T with 20 steps, each on what the one before left. The
-attacks are those of `evaluation.plans`; what is attacked is a `Subject`, or the Classifier it is made of.
+sound-2 is PGD on the cross entropy and on the margin; APGD-CE, APGD-T, FAB-T and Square as in AutoAttack;
+transfer from the network's own linear head and from other checkpoints. For cluster heads it is also PGD
+towards the nearest clusters of other classes (in logit and in feature distance) and away from the own one
+first. Every attack runs on all examples that are classified correctly, so each has an accuracy of its own,
+and unique kills. quick-1 is margin PGD, cluster PGD and APGD-T with 20 steps, each on what the one before
+left. The attacks are those of `evaluation.plans`; what is attacked is a `Subject`, or the Classifier it is
+made of.
 """
 
 import dataclasses
@@ -104,12 +105,11 @@ def execute(
     outcome = so_far.outcome
     cost = {
         "targets": 0 if targets is None else len(targets),
-        "gradient_evaluations": plan.attack.gradients * outcome.evaluations + ranking,
-        "forward_evaluations": plan.attack.forwards * outcome.evaluations,
-        "evaluations_needed": outcome.needed,
+        **outcome.cost(plan.attack),
         "evaluations_bound": bound(plan.attack, outcome, slots),
         "wall_seconds": time.perf_counter() - started,
     }
+    cost["gradient_evaluations"] += ranking
     return outcome, cost
 
 

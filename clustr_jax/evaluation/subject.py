@@ -6,13 +6,11 @@ A part that a model does not have is None, and the checks that would look at it 
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 
 from clustr_jax.attacks import models
@@ -20,6 +18,7 @@ from clustr_jax.attacks.attack_losses import logits_of
 from clustr_jax.attacks.gate import Admitted
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.classifier import Classifier
+from clustr_jax.runtime import arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,8 @@ def of_classifier(clf: Classifier) -> Subject:
     if clf.clusters is not None:
         sources["transfer-linear-head"] = clf.replace(clusters=None, nearest=0).logits
     return Subject(
-        model=as_partial(clf.view), logits=clf.logits, digest=lambda: digest((clf.variables, clf.clusters)),
+        model=as_partial(clf.view), logits=clf.logits,
+        digest=lambda: arrays.digest((clf.variables, clf.clusters)),
         bounds=clf.bounds, clustered=clf.clusters is not None, predict=clf.predict,
         opened=Partial(_of_net, clf), transfer=sources,
     )  # fmt: skip
@@ -79,18 +79,10 @@ def of_model(logits_fn: Callable, given: Admitted, rows: int) -> Subject:
         logits=own,
         bounds=given.bounds,
         norm=given.norm,
-        digest=lambda: digest(models.open_model(logits_fn, shape).model),
+        digest=lambda: arrays.digest(models.open_model(logits_fn, shape).model),
         opened=Partial(_precise, opened),
         unsteady=given.note,
     )
-
-
-def digest(tree: Any) -> str:
-    """Short SHA-256 of all arrays in a tree, in their order."""
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        found.update(np.asarray(leaf).tobytes())
-    return found.hexdigest()[:16]
 
 
 def _precise(model, x):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from clustr_jax.models.fast import FastNet
 from clustr_jax.models.networks import CNN, MLP, UNIT_STAGES, ResNet, UnitNet
+from clustr_jax.models.orthogonal import OrthogonalNet
 from clustr_jax.models.parts import HEAD, Outputs
 from clustr_jax.runtime.errors import UserError, nearest
 
@@ -25,6 +26,7 @@ __all__ = [
     "UNIT",
     "FastNet",
     "Net",
+    "OrthogonalNet",
     "Outputs",
     "ResNet",
     "UnitNet",
@@ -87,13 +89,14 @@ _MODULES = {
     "lip_sll": functools.partial(UnitNet, layer="sll"),
     "lip_aol": functools.partial(UnitNet, layer="aol"),
     "lip_cpl": functools.partial(UnitNet, layer="cpl"),
+    "lip_orthogonal": OrthogonalNet,
 }
 # Networks that are 1-Lipschitz by construction (times 1 / min(std)): their certificates are not vacuous.
-UNIT = ("lip_sll", "lip_aol", "lip_cpl")
+UNIT = ("lip_sll", "lip_aol", "lip_cpl", "lip_orthogonal")
 # Of networks that cannot take any image: the smallest side.
 LEAST_SIDE = {"fast": 9, "fast_plain": 8}
-# Networks that can compute in bfloat16, and all that have batch norm. Of the fast ones' gradients bfloat16
-# leaves little: a max pool passes on one value, and which one hangs on digits that it does not have.
+# Networks that can compute in bfloat16, and all that have batch norm. bfloat16 spoils the gradients of the
+# fast ones: a max pool passes on one value, and which one it is depends on digits that bfloat16 lacks.
 _MIXED = ("resnet18", "resnet8", "cnn")
 _NORMED = (*_MIXED, "fast", "fast_plain")
 # `width` 0 in a config means the usual one.
@@ -107,6 +110,7 @@ DEFAULT_WIDTH = {
     "lip_sll": 32,
     "lip_aol": 32,
     "lip_cpl": 32,
+    "lip_orthogonal": 64,
 }
 
 

@@ -1,11 +1,11 @@
 """2-d convolution whose gradients are fast on CPU.
 
-XLA's CPU backend rewrites a convolution for its fast kernels only when the dimension numbers are
-the canonical ones, and inside a loop (`lax.scan`, `while_loop`) it does not rewrite at all: the
-gradients that JAX derives are then up to 20 times slower. Here the CPU gradients are written with
-canonical convolutions and matrix products, so that a compiled epoch or attack loop costs what its
-passes cost. Other platforms keep the derivatives of `lax.conv_general_dilated`. Training steps may use
-faster forms with other rounding, where `forms.py` knows one.
+XLA's CPU backend rewrites a convolution for its fast kernels only when the dimension numbers are the
+canonical ones. Inside a loop (`lax.scan`, `while_loop`) it does not rewrite at all, and the gradients that
+JAX derives are up to 20 times slower. Here the CPU gradients are written with canonical convolutions and
+matrix products, so that a compiled epoch or attack loop costs what its passes cost. Other platforms keep the
+derivatives of `lax.conv_general_dilated`. Training steps may use faster forms with other rounding, where
+`forms.py` knows one.
 """
 
 import functools

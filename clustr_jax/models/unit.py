@@ -46,8 +46,8 @@ def correlation_sums(
 ) -> Float[Array, "O"]:
     """sum over filters j and shifts s of |<filter i, filter j shifted by s>| w_j / w_i.
 
-    The row sums of |C C^T| for the convolution C on an infinite grid: by Schur's test C scaled by
-    1 / sqrt(sums) has norm at most 1 there, and so has its zero-padded restriction to any image.
+    These are the row sums of |C C^T| for the convolution C on an infinite grid. By Schur's test C scaled by 1
+    / sqrt(sums) has norm at most 1 there, and so has its zero-padded restriction to any image.
     """
     k = kernel.shape[0]
     filters = jnp.transpose(kernel, (3, 0, 1, 2))
@@ -169,6 +169,32 @@ def cpl_scale(kernel: Float[Array, "k k C O"], top: Float[Array, "1 H W C"]) -> 
     return 1 / (jnp.sum(jnp.square(_circular(_unit_vector(top), kernel))) + _TINY)
 
 
+def cayley(free: Float[Array, "N M"]) -> Float[Array, "N M"]:
+    """A matrix with orthonormal columns, N >= M, from any matrix (Trockman & Kolter 2021, section 4).
+
+    free = [U; V], A = U - U^T + V^T V, Z = (I + A)^-1: [2 Z - I; -2 V Z].
+    """
+    m = free.shape[1]
+    upper, lower = free[:m], free[m:]
+    skew = upper - upper.T
+    z = inverse(jnp.eye(m, dtype=free.dtype) + skew + lower.T @ lower)
+    return jnp.concatenate([2 * z - jnp.eye(m, dtype=free.dtype), -2 * lower @ z])
+
+
+@jax.custom_vjp
+def inverse(matrix: Float[Array, "M M"]) -> Float[Array, "M M"]:
+    """Its gradient is two products, where JAX would solve once more."""
+    return jnp.linalg.inv(matrix)
+
+
+def _inverse_forward(matrix):
+    z = jnp.linalg.inv(matrix)
+    return z, z
+
+
+inverse.defvjp(_inverse_forward, lambda z, dz: (-(z.T @ dz @ z.T),))
+
+
 def as_image(x: Float[Array, "B C"]) -> Float[Array, "B 1 1 C"]:
     """Vectors as images of one pixel, so that a dense layer is a 1 x 1 convolution."""
     return x[:, None, None, :]
@@ -180,6 +206,9 @@ def describe(params: dict, stats: dict) -> tuple:
     Computed in float32 as a Classifier's forward pass does (also on devices whose default is less), so that
     the bound is that of the network as it runs.
     """
+    if "free" in params:
+        with jax.default_matmul_precision("highest"):
+            return "pointwise", np.asarray(cayley(jnp.asarray(params["free"])))
     kernel = jnp.asarray(params["kernel"])
     size = kernel.shape[0]
     with jax.default_matmul_precision("highest"):

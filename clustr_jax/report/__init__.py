@@ -25,7 +25,6 @@ from clustr_jax.runtime import mesh, streams
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.stage_names import TRAIN
 from clustr_jax.settings import DataSettings, EvalSettings, MagnetSettings
-from clustr_jax.storage import loading
 from clustr_jax.storage.files import write_bytes
 
 __all__ = ["Looks", "Record", "Report", "current", "look", "read", "write", "write_comparison"]
@@ -45,6 +44,8 @@ def look(record: Record, key: jax.Array, splits: tuple[data.Split, data.Split, d
 
     Without the data there is a report all the same, which says so.
     """
+    from clustr_jax.storage import loading  # a judgement's page does without what "train" brings
+
     images, config = DataSettings.of(record.config["data"]), record.config
     stages = {name: mesh.place(loading.load(record.root / name)) for name in record.stages}
     last = next(reversed(stages.values()))

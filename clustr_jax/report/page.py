@@ -8,6 +8,7 @@ import io
 import json
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -57,10 +58,19 @@ class Report:
     failures: dict[str, str] = dataclasses.field(default_factory=dict)  # what could not be shown -> why
 
 
+class _Environment(jinja2.Environment):
+    """row.clear is a row's entry of this name, and not the method of every dict."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if isinstance(obj, Mapping) and attribute in obj:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+
 @functools.cache
 def _environment():
     """Templates that escape what they are given (the card is no HTML) and raise at a name that is missing."""
-    return jinja2.Environment(
+    return _Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -12,7 +12,6 @@ from clustr_jax.runtime.stage_names import TRAINING
 from clustr_jax.settings import DataSettings
 from clustr_jax.storage import results
 from clustr_jax.storage.files import read_json
-from clustr_jax.storage.loading import find_stage, read_config
 from clustr_jax.storage.workdir import Workdir
 
 # Bumped when a report says something else about the same results.
@@ -70,6 +69,8 @@ def read(path: str | pathlib.Path, network: str | None = None) -> Record:
     of another one, from before the stage was trained again, are left out, and so are those of another D
     (`eval.nearest`) than the config has now: with it the clusters are another classifier.
     """
+    from clustr_jax.storage.loading import find_stage, read_config  # a judgement's page does without "train"
+
     place = Workdir(path)
     if find_stage(place.root).parent != place.root:
         raise UserError(f"{place.root} is a stage; expected the work directory, {place.root.parent}")

@@ -1,7 +1,6 @@
 """What a report says in sentences: pure functions of a record; every number comes from it."""
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 
@@ -12,7 +11,6 @@ from clustr_jax.report.record import Record
 from clustr_jax.report.tables import Cell, cell
 from clustr_jax.runtime.stage_names import TRAIN, WARMUP
 from clustr_jax.settings import DataSettings
-from clustr_jax.training.objectives import METHODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +136,19 @@ def facts(record: Record) -> list[tuple[str, Cell, str]]:
 
 def method(record: Record) -> list[str]:
     """What was trained, stage by stage, in the words of the objectives' docstrings."""
-    row, config = METHODS[record.config["method"]], record.config
+    from clustr_jax.training import described  # a judgement's page does without what "train" brings
+
+    config = record.config
+    row = described.told(config["method"], record.stages.get(TRAIN))
+    if row is None:
+        return [f"{config['method']}, a method that is not known here."]
     stages = [(WARMUP, row.warmup, config["warmup"])] if row.warmup else []
     lines = []
-    for stage, name, recipe in [*stages, (TRAIN, record.config["method"], config["train"])]:
-        known = METHODS[name]
-        text = f"{stage} ({name}): {first_sentence(known.objective)}"
+    for stage, name, recipe in [*stages, (TRAIN, row.name, config["train"])]:
+        known = described.told(name, record.stages.get(stage))
+        if known is None:
+            continue
+        text = f"{stage} ({name}): {known.what}"
         epochs = (record.stages[stage] if stage in record.stages else recipe)["epochs"]
         text += f" {epochs} epoch{'s' * (epochs != 1)} of {recipe['optimizer']}, rate {recipe['lr']:g}."
         if stage == WARMUP and row.source:
@@ -167,12 +172,6 @@ def method(record: Record) -> list[str]:
     head = "the clusters of the embeddings" if row.head == "clusters" else "a linear layer"
     lines.append(f"Predictions come from {head}.")
     return lines
-
-
-def first_sentence(function: Callable) -> str:
-    """The first line of a docstring."""
-    lines = (function.__doc__ or "").strip().splitlines()  # python -OO has none
-    return lines[0] if lines else function.__name__
 
 
 def subset(record: Record) -> str:

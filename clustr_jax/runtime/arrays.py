@@ -6,6 +6,7 @@ right comes back as it is (the same object), but for types that are widened: flo
 numbers to float32, labels to int32. Concrete arrays are read once, without a copy where they are on the CPU.
 """
 
+import hashlib
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -42,8 +43,29 @@ def is_array(value: Any) -> bool:
     return isinstance(value, (np.ndarray, np.generic, jax.Array, float, int, list)) and value is not None
 
 
+def readable(value: Any, name: str) -> None:
+    """UserError for an array without values: one that was given away to a jit, or has masked entries."""
+    if isinstance(value, jax.Array) and concrete(value) and value.is_deleted():
+        raise UserError(
+            f"{name} was given away, to a jit with donate_argnums, or deleted: give a copy of it there"
+        )
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise UserError(
+            f"{name} is a NumPy array with {int(np.ma.count_masked(value)):,} masked entries, which hold "
+            f"something all the same; leave their rows out, or fill them ({name}.filled(...))"
+        )
+
+
+def native(array: Any) -> Any:
+    """A NumPy array in this machine's order of bytes, which is the only one that JAX takes."""
+    if isinstance(array, np.ndarray) and not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array
+
+
 def as_array(value: Any, name: str) -> Any:
     """`value` itself if it is an array, else as one; UserError for what is none."""
+    readable(value, name)
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         found = value
     else:
@@ -56,7 +78,7 @@ def as_array(value: Any, name: str) -> Any:
             f"{name} must be an array of numbers, got {_word(value)}"
             + (f" of {found.dtype}" if found is value else "")
         )
-    return found
+    return native(found)
 
 
 def floats(
@@ -98,16 +120,23 @@ def floats(
 def probabilities(value: Any, name: str, shape: str, sizes: dict[str, int]) -> Any:
     """As `floats`, with rows that lie in [0, 1] and add up to 1."""
     found = floats(value, name, shape, sizes, empty=True)
-    if concrete(found) and found.size:
-        low, high = extent(found)
-        with jax.ensure_compile_time_eval():
-            sums = extent(found.sum(axis=-1))
-        if low < 0 or max(abs(s - 1) for s in sums) > _SUM:
-            raise UserError(
-                f"{name} must hold probabilities, rows in [0, 1] that add up to 1, got values from {low:.4g} "
-                f"to {high:.4g} and sums from {sums[0]:.4g} to {sums[1]:.4g}; of logits take jax.nn.softmax"
-            )
+    if concrete(found):
+        check_rows(found, name)
     return found
+
+
+def check_rows(found: Array | np.ndarray, name: str) -> None:
+    """UserError unless the rows of a concrete array [B, Y] lie in [0, 1] and add up to 1."""
+    if not found.size:
+        return
+    low, high = extent(found)
+    with jax.ensure_compile_time_eval():
+        sums = extent(found.sum(axis=-1))
+    if not (low >= 0 and max(abs(s - 1) for s in sums) <= _SUM):
+        raise UserError(
+            f"{name} must hold probabilities, rows in [0, 1] that add up to 1, got values from {low:.4g} "
+            f"to {high:.4g} and sums from {sums[0]:.4g} to {sums[1]:.4g}; of logits take jax.nn.softmax"
+        )
 
 
 def labels(
@@ -229,6 +258,21 @@ def key(value: Any) -> None:
     if not (typed and value.ndim == 0) and not raw:
         many = f"; one of these {value.shape} keys" if typed else "; a seed makes one: jax.random.key(seed)"
         raise UserError(f"key must be a key of jax.random, got {_word(value)}{many}")
+
+
+def plain(leaf: Any) -> np.ndarray:
+    """A pytree's leaf in NumPy; a PRNG key is its data, as models hold one for dropout."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
+
+
+def digest(tree: Any) -> str:
+    """Short SHA-256 of all arrays in a tree, in their order."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        found.update(plain(leaf).tobytes())
+    return found.hexdigest()[:16]
 
 
 def extent(array: Array | np.ndarray, where: Array | np.ndarray | None = None) -> tuple[Any, Any]:

@@ -1,9 +1,8 @@
 """SIGTERM and SIGINT: what is under way is finished and saved, then the run leaves with a code of its own.
 
-Long work asks `check` between its pieces, after saving them. A piece can be longer than the patience
-of whoever sent the signal (the compilation of a large network, say): a thread then ends the process
-from outside, which costs what came after the newest checkpoint and nothing else, for files are only
-ever replaced whole.
+Long work asks `check` between its pieces, after saving them. A piece can take longer than whoever sent the
+signal will wait: the compilation of a large network, say. A thread then ends the process from outside. That
+costs what came after the newest checkpoint and nothing else, for files are only ever replaced whole.
 """
 
 import contextlib

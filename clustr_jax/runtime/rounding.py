@@ -1,7 +1,7 @@
 """How far an adversarial image may lie outside the ball because x + delta is rounded, with NumPy alone.
 
-One allowance for attacks, checks and `verify`: a pixel is rounded in proportion to its own size, so that the
-allowance goes with the unit of the pixels, and a large one does not excuse a small one.
+One allowance for attacks, checks and `verify`. A pixel is rounded in proportion to its own size. So the
+allowance goes with the unit of the pixels, and a large pixel does not excuse a small one.
 """
 
 import numpy as np

@@ -19,6 +19,7 @@ class Training:
     REFIT = 2  # k-means++, then the number of the step
     MONITOR = 3  # single-step and multi-step accuracy
     PROBE = 5  # the attacks of train.probe
+    HEAD = 6  # what a trained cluster head starts from
     FLIPS = 4  # which images alternating flips turn first, then the image's number
 
 

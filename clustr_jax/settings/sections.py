@@ -125,8 +125,17 @@ class TermSettings(Section):
     monitor: bool
     attack: AdversarySettings
     label_smoothing: float = 0.0
+    temperature: float = 0.0
     on_collapse: str = "warn"
     probe: int = 0
+    noise: float = 0.0
+    loss: str = "ce"
+    aim: str = "labels"
+    ikl: float = 0.0
+    ikl_temperature: float = 4.0
+    centroids: str = "learned"
+    learn_variance: bool = False
+    sampler: str = "uniform"
 
 
 @dataclasses.dataclass(frozen=True)

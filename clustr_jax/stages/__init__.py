@@ -27,7 +27,7 @@ from clustr_jax.stages.context import Run
 from clustr_jax.storage import loading, results
 from clustr_jax.storage.workdir import Workdir
 from clustr_jax.training import trainers
-from clustr_jax.training.objectives import METHODS
+from clustr_jax.training.objectives import METHODS, draws_clusters
 
 __all__ = ["CERTIFY", "EVALUATE", "REPORT", "STAGES", "TRAIN", "WARMUP", "Run", "run", "stage_key"]
 
@@ -227,7 +227,7 @@ def _introduce(this):
     if names:
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         progress.line(f"{len(names)} classes: {shown}")
-    if METHODS[settings.method].sampler == "magnet":
+    if draws_clusters(METHODS[settings.method], settings.training):
         magnet = settings.training.magnet
         clusters = trainers.per_class(magnet, this.net.num_classes)
         progress.line(

@@ -19,7 +19,8 @@ from clustr_jax.stages import guarding
 from clustr_jax.storage import loading
 from clustr_jax.storage.workdir import Workdir
 from clustr_jax.training import refit, trainers
-from clustr_jax.training.objectives import CERTIFIED, METHODS, Method
+from clustr_jax.training.adversaries import AIMS, towards_chosen
+from clustr_jax.training.objectives import CERTIFIED, METHODS, Method, both_sides, draws_clusters
 from clustr_jax.training.train_state import ALTERNATE
 
 # Switches of `fidelity` that change the clusters or statistics of weights trained with Magnet batches,
@@ -70,7 +71,7 @@ def check(
     points = len(net.input_shape) == 1
     check_augment("data", settings.data, points=points)
     check_augment("pretrain", settings.pretrain, points=points and method.source)
-    if method.sampler == "magnet":
+    if method.head == "clusters" or draws_clusters(method, settings.training):
         _check_clusters(settings.training.magnet, settings.method, method, net, train_split)
 
 
@@ -139,7 +140,8 @@ def _batches(settings: Settings, stages: dict[str, tuple[Method, Images]], net: 
     """Images in a batch of each training stage, by the setting that decides it."""
     found = {}
     for name, (method, (size, _)) in stages.items():
-        what = "magnet.clusters x magnet.samples" if method.sampler == "magnet" else f"{name}.batch_size"
+        drawn = draws_clusters(method, settings.training)
+        what = "magnet.clusters x magnet.samples" if drawn else f"{name}.batch_size"
         trainer = trainers.Trainer(net, method, settings.training, _recipe(settings, name), size)
         found[what] = trainer.batch_size
     return found
@@ -147,7 +149,7 @@ def _batches(settings: Settings, stages: dict[str, tuple[Method, Images]], net: 
 
 def check_terms(train: TermSettings) -> None:
     """Of `train`: the weights of the objectives, and their adversary."""
-    for name in ("lam", "beta", "xent_lam", "radius"):
+    for name in ("lam", "beta", "xent_lam", "radius", "temperature", "noise", "ikl"):
         if not 0 <= getattr(train, name) < math.inf:
             raise UserError(f"train.{name} must be >= 0, got {getattr(train, name)}")
     if not 0 <= train.label_smoothing < 1:
@@ -156,9 +158,20 @@ def check_terms(train: TermSettings) -> None:
         ("consistency", ("ce", "kl", "mse")),
         ("attack_bn", ("batch", "eval")),
         ("on_collapse", guarding.ANSWERS),
+        ("loss", ("ce", "trades")),
+        ("aim", tuple(AIMS)),
+        ("centroids", ("learned", "simplex")),
+        ("sampler", ("uniform", "magnet")),
     ):
         if getattr(train, name) not in known:
             raise UserError(f"train.{name} must be one of {', '.join(known)}, got {getattr(train, name)!r}")
+    if not 0 < train.ikl_temperature < math.inf:
+        raise UserError(f"train.ikl_temperature must be > 0, got {train.ikl_temperature}")
+    if train.noise and train.attack.steps != 1:
+        raise UserError(
+            f"train.noise={train.noise} is of one step (N-FGSM), and train.attack.steps is "
+            f"{train.attack.steps}; set train.noise=0, or take one step"
+        )
     if train.probe < 0:
         raise UserError(f"train.probe is a number of held-out images, 0 for none, got {train.probe}")
     if train.attack.steps < 1 or train.nearest < 0:
@@ -245,6 +258,12 @@ def _check_stage(name: str, method: Method, images: Images, settings: Settings, 
             f"{name}.replays={recipe.replays} carries its own perturbation along (Free AT), which leaves "
             f"out {what}; set {name}.replays=1" + (f", or {name}.awp=0" if recipe.awp else "")
         )
+    one_sided = not both_sides(settings.training)
+    if method.adversary is towards_chosen and settings.training.train.aim == "clean" and one_sided:
+        raise UserError(
+            "train.aim=clean leads away from the prediction on clean images, which train.loss=ce does not "
+            "make; set train.loss=trades, or train.aim=labels"
+        )
     if method.objective in CERTIFIED and recipe.replays > 1:
         raise UserError(
             f"{name}.replays={recipe.replays} carries a perturbation along (Free AT), and this method's "
@@ -255,7 +274,8 @@ def _check_stage(name: str, method: Method, images: Images, settings: Settings, 
             f"{settings.method} needs a 1-Lipschitz network ({', '.join(models.UNIT)}), got "
             f"model.name={settings.model.name}"
         )
-    for switch in _NOT_AVERAGED if recipe.ema and method.sampler == "magnet" else ():
+    averaged = recipe.ema and draws_clusters(method, settings.training)
+    for switch in _NOT_AVERAGED if averaged else ():
         value = getattr(settings.training.switches, switch)
         if value == SWITCHES[switch].authors:
             raise UserError(

@@ -22,7 +22,7 @@ from clustr_jax.storage import loading
 from clustr_jax.storage.checkpoints import Checkpoints
 from clustr_jax.storage.files import write_json
 from clustr_jax.storage.workdir import config_dict, training_sha
-from clustr_jax.training import cost, guard, refit, train, train_state, trainers
+from clustr_jax.training import cost, described, guard, refit, train, train_state, trainers
 from clustr_jax.training.objectives import METHODS
 
 # A compiled chunk of steps lasts about this long: progress and signals are served in between.
@@ -90,6 +90,7 @@ def run(this: Run, stage: str) -> None:
             "input_shape": list(this.net.input_shape),
             "switches": SWITCHES_VERSION,
             "commit": provenance.commit(),
+            "method": dataclasses.asdict(described.of(name)),
         },
     )
     processes.wait(f"{stage} is done")
@@ -123,10 +124,10 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
         some = this.train_split.pixels(np.arange(min(len(this.train_split), _FITTED)))
         fresh = variables = this.net.fitted(fresh, some)
     state = train.create(trainer, variables)
-    if trainer.magnet:
+    if trainer.magnet or trainer.learned:
         progress.status(f"{stage}: first k-means++ on the network's own embeddings")
-        state = refit.refit(trainer, state, train_set, key)
-    clf = None if variables is fresh else _deployed(this, state)
+    state = refit.begin(trainer, state, train_set, key)
+    clf = None if variables is fresh else _deployed(this, trainer, state)
     guarding.note_handed(this, stage, clf)
     state = train.with_totals(trainer, state, train_set, key)
     if clf is not None and trainer.settings.train.on_collapse == guarding.RESTORE and len(this.val_split):
@@ -135,8 +136,10 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
     return state
 
 
-def _deployed(this, state) -> Classifier:
+def _deployed(this, trainer, state) -> Classifier:
     variables, clusters = state.deployed
+    if trainer.method.head == "linear":  # and clusters for its batches alone
+        clusters = None
     return Classifier(variables, clusters, this.net, bounds=this.train_split.bounds)
 
 
@@ -195,7 +198,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             for split, batch in zip((this.train_split, this.test_split), batches, strict=True):
                 stats = refit.pass_in_train_mode(this.net, state.variables, split.pixels(), batch)
                 state = state.replace(batch_stats=stats)
-        clf = _deployed(this, state)
+        clf = _deployed(this, trainer, state)
         val = intervals.fraction(correct(clf, val_x, val_y)) if len(val_y) else None
         if trainer.method.adversary or trainer.replays > 1:
             totals |= guarding.monitor(this, clf, key)

@@ -19,8 +19,17 @@ ADDED = {
     ("warmup", "lookahead"): 0,
     ("train", "lookahead"): 0,
     ("train", "label_smoothing"): 0.0,
+    ("train", "temperature"): 0.0,
     ("train", "on_collapse"): "warn",
     ("train", "probe"): 0,
+    ("train", "noise"): 0.0,
+    ("train", "loss"): "ce",
+    ("train", "aim"): "labels",
+    ("train", "ikl"): 0.0,
+    ("train", "ikl_temperature"): 4.0,
+    ("train", "centroids"): "learned",
+    ("train", "learn_variance"): False,
+    ("train", "sampler"): "uniform",
 }
 
 

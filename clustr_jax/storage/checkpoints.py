@@ -19,6 +19,7 @@ from clustr_jax.clusters import Clusters
 from clustr_jax.runtime import processes
 from clustr_jax.runtime.errors import UserError, first_line
 from clustr_jax.storage import integrity
+from clustr_jax.training import learned
 from clustr_jax.training.sampling import Sampler
 from clustr_jax.training.train_state import TrainState
 
@@ -168,7 +169,8 @@ class Checkpoints:
         """The newest TrainState; `template` is one of the same structure and shapes."""
         items = self._load(_items(template))
         training = items["training"]
-        raw = training["raw"] if template.average else items["model"]
+        raw = training.get("raw", items["model"])
+        average = training.get("average", items["model"])
         state = template.replace(
             **raw,
             step=training["step"],
@@ -176,16 +178,16 @@ class Checkpoints:
             totals=training["totals"],
             delta=training.get("delta"),
             slow=training.get("slow"),
-            average=items["model"] if template.average else None,
+            average=average if template.average else None,
         )
+        if template.clusters is not None:
+            raw_clusters = training.get("raw_clusters", items.get("clusters"))
+            state = state.replace(clusters=Clusters(**raw_clusters))
+        if template.average_clusters is not None:
+            of_average = raw_clusters if learned.HEAD in template.params else items["clusters"]
+            state = state.replace(average_clusters=Clusters(**of_average))
         if template.sampler is not None:
-            clusters = Clusters(**items["clusters"])
-            raw_clusters = Clusters(**training["raw_clusters"]) if template.average else clusters
-            state = state.replace(
-                sampler=Sampler(**training["sampler"]),
-                clusters=raw_clusters,
-                average_clusters=clusters if template.average else None,
-            )
+            state = state.replace(sampler=Sampler(**training["sampler"]))
         return state
 
     def model(self, abstract_variables: dict, step: int | None = None) -> dict:
@@ -239,7 +241,8 @@ def _score(metrics) -> float:
 def _items(state) -> dict:
     """A TrainState as named items of plain dicts, so that files do not depend on the names of classes.
 
-    `model` and `clusters` are what is deployed (the moving average where there is one).
+    `model` and `clusters` are what is deployed (the moving average where there is one, a trained head as it
+    is now); `raw` and `raw_clusters`, and `average` of a trained head, are what training goes on with.
     """
     model, clusters = state.deployed
     training = {"step": state.step, "opt_state": state.opt_state, "totals": state.totals}
@@ -249,10 +252,13 @@ def _items(state) -> dict:
         training["slow"] = state.slow
     if state.sampler is not None:
         training["sampler"] = {k: v for k, v in vars(state.sampler).items() if v is not None}
-    if state.average is not None:
+    trained_head = learned.HEAD in state.params
+    if state.average is not None or trained_head:
         training["raw"] = state.variables
         if state.clusters is not None:
             training["raw_clusters"] = vars(state.clusters)
+    if state.average is not None and trained_head:
+        training["average"] = state.average
     items = {"model": model, "training": training}
     if clusters is not None:
         items["clusters"] = vars(clusters)

@@ -1,14 +1,13 @@
 """From a work directory, or a stage's folder, back to a network."""
 
-import hashlib
 import pathlib
 
 import jax
-import numpy as np
 
 from clustr_jax import data, models
 from clustr_jax.classifier import Classifier
 from clustr_jax.models import Net
+from clustr_jax.runtime import arrays
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.paths import local
 from clustr_jax.runtime.stage_names import TRAIN, WARMUP
@@ -17,6 +16,7 @@ from clustr_jax.storage import safetensors_file
 from clustr_jax.storage.checkpoints import Checkpoints
 from clustr_jax.storage.files import read_json
 from clustr_jax.storage.workdir import training_sha
+from clustr_jax.training import described
 from clustr_jax.training.objectives import METHODS
 
 
@@ -44,10 +44,7 @@ def build_net(model: ModelSettings, split: data.Split, running_variance: str = "
 
 def digest(clf: Classifier) -> str:
     """Short SHA-256 of the parameters, statistics and clusters."""
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves((clf.variables, clf.clusters)):
-        found.update(np.asarray(leaf).tobytes())
-    return found.hexdigest()[:16]
+    return arrays.digest((clf.variables, clf.clusters))
 
 
 def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
@@ -88,11 +85,7 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
     stage = find_stage(path)
     config = read_config(stage.parent)
     done = read_json(stage / "done.json")
-    method = _method(config["method"], stage.parent)
-    if stage.name != TRAIN:
-        assert method.warmup is not None  # else there is no such stage
-        method = METHODS[method.warmup]
-    own = method.head
+    own = _head(config["method"], stage, done)
     if head == "clusters" and own == "linear":
         raise UserError(
             f"{stage} has no clusters: {config['method']} ends in a linear head there; "
@@ -121,14 +114,18 @@ def load(path: str | pathlib.Path, head: str | None = None) -> Classifier:
     )
 
 
-def _method(name, workdir):
-    """UserError for one that this process does not know: a user's own is known where its file was read."""
-    if name not in METHODS:
+def _head(name, stage, done):
+    """What predicts after this stage; UserError where neither this process nor done.json knows its method."""
+    own = name
+    if stage.name != TRAIN:  # the method of stage 1, which only a known one names
+        own = METHODS[name].warmup if name in METHODS else None
+    method = described.told(own, done)
+    if method is None:
         raise UserError(
-            f"{workdir} was trained by the method {str(name)[:100]!r}, which is not known here; import the "
-            f"file that enters it into METHODS first (docs/own_method.md)"
+            f"{stage.parent} was trained by the method {str(name)[:100]!r}, which is not known here; import "
+            f"the file that enters it into METHODS first (docs/own_method.md)"
         )
-    return METHODS[name]
+    return method.head
 
 
 def model_variables(path: str | pathlib.Path, net: Net, *, body: bool = False) -> dict:

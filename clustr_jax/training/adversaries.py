@@ -14,12 +14,13 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from clustr_jax import losses
+from clustr_jax import losses, models
 from clustr_jax.attacks import pgd
 from clustr_jax.clusters import Clusters
 from clustr_jax.models import Net, Outputs
 from clustr_jax.runtime import mesh, struct
 from clustr_jax.settings import TrainingSettings
+from clustr_jax.training import between
 from clustr_jax.training.batches import Batch
 from clustr_jax.training.heads import head_logits, head_probs
 
@@ -104,6 +105,53 @@ def towards_clean(
     )
 
 
+def towards_rival(
+    net: Net,
+    variables: dict,
+    batch: Batch,
+    clusters: Clusters | None,
+    key: Array,
+    settings: TrainingSettings,
+    strength: ArrayLike = 1.0,
+):
+    """Steps on the cross entropy between the label and the one rival that `between.against_rival` picks.
+
+    It is picked anew at every step, from that step's own forward pass.
+    """
+    head = variables["params"][models.HEAD]["kernel"] if clusters is None else clusters
+    label = jnp.zeros(len(batch.x), jnp.int32)  # the first of the two
+    what = {"of_outputs": _against_rival, "target": label, "loss_fn": losses.cross_entropy}
+    return _adversary(net, variables, batch, (head, batch.y), key, settings, strength, **what)
+
+
+def _against_rival(outputs, head_and_labels, settings):
+    return between.against_rival(outputs, *head_and_labels)
+
+
+def towards_chosen(
+    net: Net,
+    variables: dict,
+    batch: Batch,
+    clusters: Clusters | None,
+    key: Array,
+    settings: TrainingSettings,
+    strength: ArrayLike = 1.0,
+    **known: Any,
+):
+    """The adversary that `train.aim` names."""
+    adversary = AIMS[settings.train.aim]
+    return adversary(net, variables, batch, clusters, key, settings, strength, **known)
+
+
+# What train.aim can be.
+AIMS = {"labels": towards_labels, "clean": towards_clean, "rival": towards_rival}
+
+
+def of_method(method: Any, settings: TrainingSettings) -> Callable | None:
+    """The adversary of a method, where it is a setting the one that is set."""
+    return AIMS[settings.train.aim] if method.adversary is towards_chosen else method.adversary
+
+
 def embeddings_of(outputs: Outputs, clusters: Clusters | None, settings: TrainingSettings):
     """What `_adversary` moves where it is not the logits."""
     return outputs.embeddings
@@ -124,25 +172,38 @@ def _adversary(
         return of_outputs(outputs, clusters, settings)
 
     frozen = jax.lax.stop_gradient((variables, clusters))
-    attack = functools.partial(
+    eps, step_size = (getattr(settings.train.attack, name) * strength for name in ("eps", "step_size"))
+    attack_from = functools.partial(
         pgd,
         key,
         Partial(attacked, *frozen),
-        batch.x,
-        jax.lax.stop_gradient(target),
+        y=jax.lax.stop_gradient(target),
         ids=mesh.numbers(len(batch.x)),
-        eps=settings.train.attack.eps * strength,
-        step_size=settings.train.attack.step_size * strength,
-        start=settings.train.attack.start,
         bounds=settings.bounds,
         select="last",
         loss_fn=loss_fn,
     )
-    x_adv = attack(steps=settings.train.attack.steps)
+    attack = functools.partial(
+        attack_from, batch.x, eps=eps, step_size=step_size, start=settings.train.attack.start
+    )
+    if settings.train.noise:
+        x_adv = _after_noise(attack_from, batch.x, settings.train.noise * eps, step_size)
+    else:
+        x_adv = attack(steps=settings.train.attack.steps)
     stats = variables["batch_stats"] if statistics is None else statistics
     if settings.switches.attack_statistics == "update":  # as one forward pass of the attack would
         stats = net.train({**variables, "batch_stats": stats}, attack(steps=0))[1]
     return jax.lax.stop_gradient(x_adv), jax.lax.stop_gradient(stats)
+
+
+def _after_noise(attack_from, x, noise, step_size):
+    """N-FGSM (de Jorge et al. 2022): one step from x + U(-noise, noise), kept in the box and in no ball.
+
+    The noise, which is larger than the radius, is what keeps training with a single step from catastrophic
+    overfitting at no further pass; cutting the step off at the radius would undo it.
+    """
+    noisy = attack_from(x, eps=noise, step_size=0.0, steps=0, start="uniform")
+    return attack_from(noisy, eps=step_size, step_size=step_size, steps=1, start="zero")
 
 
 def shares_clean(method: Any, settings: TrainingSettings) -> bool:
@@ -153,7 +214,8 @@ def shares_clean(method: Any, settings: TrainingSettings) -> bool:
     running statistics, for the authors' order is clean, attack, adversarial.
     """
     updates = settings.switches.attack_statistics == "update"
-    return method.adversary is towards_clean and (updates or settings.train.attack_bn != "eval")
+    adversary = of_method(method, settings)
+    return adversary is towards_clean and (updates or settings.train.attack_bn != "eval")
 
 
 def authors_kl(logits: Float[Array, "B Y"], probs: Float[Array, "B Y"]):

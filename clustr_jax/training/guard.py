@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from clustr_jax.runtime import mesh
-from clustr_jax.training import train
+from clustr_jax.training import learned, train
 from clustr_jax.training.train_state import TrainSet, TrainState
 from clustr_jax.training.trainers import Trainer
 
@@ -101,7 +101,7 @@ def alarms(
 
 
 # Weights of a term of the objectives, beside the one that has none.
-_WEIGHTS = ("lam", "beta", "xent_lam")
+_WEIGHTS = ("lam", "beta", "xent_lam", "ikl")
 
 
 def term_gradients(
@@ -115,10 +115,11 @@ def term_gradients(
 @jax.jit(static_argnums=0)
 def _term_gradients(trainer, state, train_set, order, key):
     batch, _, adversarial, stats = train.prepare(trainer, state, train_set, order, key)
-    clusters = state.clusters if trainer.method.head == "clusters" else None
+    start = train.head_clusters(trainer, state)
 
     def gradient(settings):
         def loss(params):
+            params, clusters = learned.split(params, start)
             variables = {"params": params, "batch_stats": stats}
             found = trainer.method.objective(
                 trainer.step_net, variables, batch, adversarial, clusters, settings

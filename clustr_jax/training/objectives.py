@@ -8,6 +8,7 @@ them on explicitly.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -19,10 +20,12 @@ from clustr_jax.clusters import Clusters
 from clustr_jax.models import Net
 from clustr_jax.runtime import mesh, struct
 from clustr_jax.settings import TrainingSettings
+from clustr_jax.training import between
 from clustr_jax.training.adversaries import (
     Adversarial,
     authors_kl,
     mean_square,
+    towards_chosen,
     towards_clean,
     towards_labels,
 )
@@ -165,6 +168,53 @@ def clustr_qtrades(
     return loss, Aux(stats, magnet, metrics)
 
 
+def single_stage(
+    net: Net,
+    variables: dict,
+    batch: Batch,
+    adversarial: Adversarial,
+    clusters: Clusters | None,
+    settings: TrainingSettings,
+):
+    """One stage through whichever head: CE(x_adv, y), or CE(x, y) + beta KL(p(x) || p(x_adv)); + IKL's term.
+
+    `train.loss` says which; with `train.stop_target` no gradient flows into p(x), as in IKL (Cui et al.
+    2024). `train.ikl` weighs `between.consistency`. clustr_at has the cluster head, linear_at the linear one.
+    """
+    train, clean, stats = settings.train, None, variables["batch_stats"]
+    x_adv = adversarial.images
+    if both_sides(settings):
+        clean, stats = net.train(variables, batch.x)
+        x_adv, stats = adversarial.after(clean, stats)
+    assert x_adv is not None
+    adv, stats = net.train({**variables, "batch_stats": stats}, x_adv)
+    logits = head_logits(adv, clusters, settings)
+    metrics = {"adversarial_accuracy": accuracy(logits, batch)}
+    if clean is None:
+        loss = losses.smoothed_cross_entropy(logits, batch.y, train.label_smoothing)
+        return mean(loss, batch.mask), Aux(stats, loss, metrics)
+    clean_logits = head_logits(clean, clusters, settings)
+    metrics["accuracy"] = accuracy(clean_logits, batch)
+    fitted = logits if train.loss == "ce" else clean_logits
+    natural = total = losses.smoothed_cross_entropy(fitted, batch.y, train.label_smoothing)
+    if train.loss == "trades":
+        target = jax.nn.softmax(clean_logits)
+        divergence = losses.kl(logits, jax.lax.stop_gradient(target) if train.stop_target else target)
+        total = total + train.beta * divergence
+        metrics |= {"natural": mean(natural, batch.mask), "consistency": mean(divergence, batch.mask)}
+    if train.ikl:
+        each, moved = between.scores(clean, clusters), between.scores(adv, clusters)
+        term = between.consistency(each, moved, batch.y, batch.mask, train.ikl_temperature)
+        total = total + train.ikl * term
+        metrics["ikl"] = mean(term, batch.mask)
+    return mean(total, batch.mask), Aux(stats, natural, metrics)
+
+
+def both_sides(settings: TrainingSettings) -> bool:
+    """Whether `single_stage` trains on clean images beside the adversary's."""
+    return settings.train.loss == "trades" or settings.train.ikl > 0
+
+
 def nominal_certified(
     net: Net,
     variables: dict,
@@ -176,11 +226,17 @@ def nominal_certified(
     """Cross entropy of the linear head's logits at their worst within the l2 ball of train.radius.
 
     For a 1-Lipschitz network z_c - z_y grows by at most radius |w_c - w_y| in the ball, so that amount
-    is added to every wrong logit (Leino et al. 2021; Hu et al. 2023).
+    is added to every wrong logit (Leino et al. 2021; Hu et al. 2023). With `train.temperature` both are
+    divided by it and by the mean of |w_c - w_y| / sqrt(2) over pairs of classes: a head of orthonormal rows
+    (Prach & Lampert 2022) keeps its length, and no other gains by growing.
     """
     outputs, stats = net.train(variables, batch.x)
     weights = variables["params"][models.HEAD]["kernel"].T
-    worst = outputs.logits + settings.train.radius * losses.distances(weights, weights)[batch.y]
+    apart = losses.distances(weights, weights)
+    worst = outputs.logits + settings.train.radius * apart[batch.y]
+    if settings.train.temperature:
+        pairs = len(weights) * (len(weights) - 1)
+        worst = worst / (settings.train.temperature * jnp.sum(apart) / (pairs * math.sqrt(2)))
     loss = losses.cross_entropy(worst, batch.y)
     metrics = {"accuracy": accuracy(outputs.logits, batch), "certified": accuracy(worst, batch)}
     return mean(loss, batch.mask), Aux(stats, loss, metrics)
@@ -266,7 +322,8 @@ class Method:
     `sampler`: "uniform" shuffles the set, "magnet" draws neighbouring clusters. `head`: what
     predicts, "linear" or "clusters". `warmup`: the method of stage 1, or None; with `source` it runs
     on another data set (config.pretrain). Free AT has no adversary: its perturbation is carried by
-    the train step (`train.replays` > 1).
+    the train step (`train.replays` > 1). `learned`: the cluster head is trained with the network
+    (`training.learned`). With the adversary `towards_chosen` the sampler is a setting as well.
     """
 
     objective: Callable
@@ -275,6 +332,13 @@ class Method:
     head: str = "linear"
     warmup: str | None = None
     source: bool = False
+    learned: bool = False
+
+
+def draws_clusters(method: Method, settings: TrainingSettings) -> bool:
+    """Whether batches are drawn by clusters: the method's sampler, or the one that train.sampler chooses."""
+    chosen = method.adversary is towards_chosen and settings.train.sampler == "magnet"
+    return method.sampler == "magnet" or chosen
 
 
 # Worst cases of a 1-Lipschitz network, with no adversary.
@@ -292,6 +356,8 @@ METHODS = {
     "clustr": _clustered(clustr, warmup="nominal"),
     "clustr_qtrades": _clustered(clustr_qtrades, towards_clean, warmup="nominal"),
     "clustr_trades": _clustered(clustr_qtrades, towards_clean, warmup="trades"),
+    "clustr_at": Method(single_stage, towards_chosen, head="clusters", learned=True),
+    "linear_at": Method(single_stage, towards_chosen),
     "nominal_certified": Method(nominal_certified),
     "clustr_certified": _clustered(clustr_certified, warmup="nominal_certified"),
 }

@@ -6,15 +6,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from clustr_jax import clusters as clusters_lib
-from clustr_jax import models
+from clustr_jax import data, models
 from clustr_jax.clusters import Clusters
 from clustr_jax.models import Net
 from clustr_jax.runtime import mesh, streams
 from clustr_jax.runtime.errors import UserError
-from clustr_jax.training import sampling, trainers
+from clustr_jax.training import learned, sampling, trainers
 from clustr_jax.training.train_state import TrainSet, TrainState
 from clustr_jax.training.trainers import Trainer
 
+# Images that a trained head starts from.
+_HEAD_IMAGES = 5000
 # Images of one forward pass.
 _EVAL_BATCH = 200
 
@@ -49,6 +51,51 @@ def embed_all(
     return mesh.spread(part, inputs, mesh.SAME)(variables, train_set, key, ids)[:size]
 
 
+def begin(trainer: Trainer, state: TrainState, train_set: TrainSet, key: Array) -> TrainState:
+    """A fresh state with the clusters that its head and its batches need."""
+    if trainer.learned:
+        state = first_head(trainer, state, train_set, key)
+    return refit(trainer, state, train_set, key) if trainer.magnet else state
+
+
+def first_head(trainer: Trainer, state: TrainState, train_set: TrainSet, key: Array) -> TrainState:
+    """The state with the cluster head that training starts from, where the head is trained.
+
+    Of the embeddings in train mode, for a fresh network's running statistics are none yet: of up to 5,000
+    images, a stratified and shuffled part of the set in batches of the size that training has.
+    """
+    train, num_classes = trainer.settings.train, trainer.net.num_classes
+    key = jax.random.fold_in(key, streams.Training.HEAD)
+    order_key, fit_key = jax.random.split(key)
+    k = trainers.per_class(trainer.settings.magnet, num_classes)
+    labels = np.asarray(train_set.labels)
+    some = data.stratified(labels, min(len(labels), _HEAD_IMAGES), num_classes)
+    if (np.bincount(labels[some], minlength=num_classes) < k).any():  # of rare classes all are needed
+        some = np.arange(len(labels))
+    some = jnp.asarray(some)[jax.random.permutation(order_key, len(some))]
+    labels, batch = train_set.labels[some], min(trainer.batch_size, len(some))
+    part = train_set.replace(
+        images=train_set.images[some], labels=labels, augment="none", authors_batch=batch
+    )
+    params, _ = learned.split(state.params, None)
+    z = embed_all(trainer.net, {**state.variables, "params": params}, part, train_mode=True)
+    if train.centroids == "simplex":
+        head = learned.around(fit_key, z, num_classes, max(k))
+    else:
+        magnet = trainer.settings.magnet
+        head = clusters_lib.fit(
+            fit_key,
+            z,
+            labels,
+            num_classes=num_classes,
+            k=k,
+            n_init=magnet.n_init,
+            max_iter=magnet.max_iter,
+        )
+    head = _sharpened(head, trainer.settings.magnet)
+    return state.replace(clusters=head, average_clusters=None if state.average is None else head)
+
+
 def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key: Array) -> TrainState:
     """Cluster the training set by the network as it is now; examples keep their last seen losses."""
     magnet, switches = trainer.settings.magnet, trainer.settings.switches
@@ -57,8 +104,12 @@ def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key: Array) 
     fit_key, images_key, variance_key, average_key = jax.random.split(key, 4)
     augmented = images_key if switches.cluster_images == "augmented" else None
     train_mode = first and switches.first_clusters == "train"
-    clusters, assignments = _fit(trainer, state.variables, train_set, fit_key, augmented, train_mode)
-    if switches.variance_images == "augmented":
+    if trainer.learned:
+        clusters, assignments = state.clusters, _belongings(trainer, state, train_set)
+    else:
+        clusters, assignments = _fit(trainer, state.variables, train_set, fit_key, augmented, train_mode)
+    assert clusters is not None  # `begin` has made those of a trained head
+    if not trainer.learned and switches.variance_images == "augmented":
         z = embed_all(trainer.net, state.variables, train_set, variance_key, train_mode=True)
         clusters = _sharpened(clusters_lib.with_variance(clusters, z, train_set.labels), magnet)
     if state.sampler is None:
@@ -68,9 +119,17 @@ def refit(trainer: Trainer, state: TrainState, train_set: TrainSet, key: Array) 
     else:
         sampler = sampling.refit(state.sampler, assignments)
     state = state.replace(clusters=clusters, sampler=sampler)
-    if state.average is not None:
+    if state.average is not None and trainer.method.head == "clusters" and not trainer.learned:
         state = state.replace(average_clusters=_fit(trainer, state.average, train_set, average_key)[0])
     return state
+
+
+def _belongings(trainer, state, train_set):
+    """The cluster of each training image, by the trained head as it is."""
+    params, head = learned.split(state.params, state.clusters)
+    assert head is not None  # `begin` has made it
+    z = embed_all(trainer.net, {**state.variables, "params": params}, train_set)
+    return learned.assign(head, z, train_set.labels)
 
 
 def _fit(trainer, variables, train_set, key, augmented=None, train_mode=False):

@@ -43,9 +43,9 @@ def init(
     """A sampler for these assignments [N]. Unseen examples (`losses` None) start at `initial`.
 
     `initial` should be high (the margin alpha), so that clusters that were never seen are drawn. `stale` does
-    as the authors: a cluster's mean is 0 until one of its members was in a batch, it is of the members seen
-    so far, and it is taken again only when the cluster is in a batch: after a refit it is that of the
-    old members until then.
+    as the authors. A cluster's mean is 0 until one of its members was in a batch, and is of the members seen
+    so far. It is renewed only when the cluster is in a batch: until then, after a refit, it is that of the
+    old members.
     """
     order = jnp.argsort(assignments, stable=True).astype(jnp.int32)
     counts = jnp.bincount(assignments, length=num_clusters)

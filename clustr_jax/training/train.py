@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from clustr_jax.clusters import Clusters
 from clustr_jax.runtime import mesh, streams
-from clustr_jax.training import sampling, train_state
+from clustr_jax.training import learned, sampling, train_state
 from clustr_jax.training.adversaries import Adversarial, shares_clean
 from clustr_jax.training.objectives import Batch
 from clustr_jax.training.train_state import TrainSet, TrainState
@@ -23,6 +23,9 @@ SKIPPED = "skipped"
 
 def create(trainer: Trainer, variables: dict) -> TrainState:
     """A fresh state at step 0: new optimiser, no clusters yet."""
+    if trainer.learned:
+        params = {**variables["params"], **_head(trainer, variables)}
+        variables = {**variables, "params": params}
     transform, _ = optimizer(trainer.recipe, trainer.steps_per_epoch)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -40,27 +43,42 @@ def create(trainer: Trainer, variables: dict) -> TrainState:
     return state
 
 
+def _head(trainer, variables):
+    """What is learned of the head, at its start: one more entry of the parameters, or none."""
+    num_classes, size = trainer.net.num_classes, _embedding(trainer, variables)
+    k = max(per_class(trainer.settings.magnet, num_classes))
+    head = learned.parameters(trainer.settings.train, num_classes, k, size)
+    return {learned.HEAD: head} if head else {}
+
+
+def _embedding(trainer, variables):
+    x = jax.ShapeDtypeStruct((1, *trainer.net.input_shape), jnp.float32)
+    return jax.eval_shape(trainer.net.eval, variables, x).embeddings.shape[-1]
+
+
 def blank(trainer: Trainer, variables: dict, train_set: TrainSet, key: Array) -> TrainState:
     """A state of the right structure and shapes to restore into; nothing in it is meaningful."""
     state = create(trainer, variables)
-    if trainer.magnet:
+    if trainer.magnet or trainer.learned:
         num_classes = trainer.net.num_classes
         k = max(per_class(trainer.settings.magnet, num_classes))
-        x = jax.ShapeDtypeStruct((1, *trainer.net.input_shape), jnp.float32)
-        embedding = jax.eval_shape(trainer.net.eval, variables, x).embeddings.shape[-1]
         clusters = Clusters(
-            jnp.zeros((num_classes, k, embedding)), jnp.ones(()), jnp.ones((num_classes, k), bool)
+            jnp.zeros((num_classes, k, _embedding(trainer, variables))),
+            jnp.ones(()),
+            jnp.ones((num_classes, k), bool),
+        )
+        averaged = state.average and trainer.method.head == "clusters"
+        sampler = sampling.init(
+            None,
+            jnp.zeros(trainer.size, jnp.int32),
+            num_classes * k,
+            initial=0.0,
+            stale=trainer.settings.switches.sampler == "stale",
         )
         state = state.replace(
             clusters=clusters,
-            sampler=sampling.init(
-                None,
-                jnp.zeros(trainer.size, jnp.int32),
-                num_classes * k,
-                initial=0.0,
-                stale=trainer.settings.switches.sampler == "stale",
-            ),
-            average_clusters=clusters if state.average else None,
+            sampler=sampler if trainer.magnet else None,
+            average_clusters=clusters if averaged else None,
         )
     return with_totals(trainer, state, train_set, key)
 
@@ -80,11 +98,12 @@ def draw_batch(
     draw_key, augment_key = jax.random.split(key)
     magnet, stale = trainer.settings.magnet, trainer.settings.switches.sampler == "stale"
     if trainer.magnet:
-        assert state.sampler is not None and state.clusters is not None  # `refit` has made them
+        clusters = learned.split(state.params, state.clusters)[1]
+        assert state.sampler is not None and clusters is not None  # `refit` has made them
         drawn = sampling.draw(
             draw_key,
             state.sampler,
-            state.clusters,
+            clusters,
             num_clusters=rows(magnet, trainer.net.num_classes),
             samples=magnet.samples,
             floor=0.0 if stale else magnet.seed_floor,
@@ -98,8 +117,11 @@ def draw_batch(
     return Batch(x, y, mesh.own(mask), classes), ids
 
 
-def _head_clusters(trainer, state):
-    """What the objective and the adversary see of the clusters: nothing, where the head is linear."""
+def head_clusters(trainer: Trainer, state: TrainState) -> Clusters | None:
+    """What the objective and the adversary see of the clusters: nothing, where the head is linear.
+
+    Where the head is trained, what it started from: `learned.split` has the rest.
+    """
     return state.clusters if trainer.method.head == "clusters" else None
 
 
@@ -113,12 +135,13 @@ def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order: Int
     batch, ids = draw_batch(trainer, state, train_set, order, draw_key, flips)
     adversarial, stats = Adversarial(), state.batch_stats
     if trainer.method.adversary is not None:
+        params, clusters = learned.split(state.params, head_clusters(trainer, state))
         adversary = functools.partial(
             trainer.method.adversary,
             trainer.step_net,
-            state.variables,
+            {**state.variables, "params": params},
             batch,
-            _head_clusters(trainer, state),
+            clusters,
             attack_key,
             trainer.settings,
             strength(trainer, state.step),
@@ -159,10 +182,11 @@ def train_step(
     Returns (state, metrics of the batch). All randomness comes from (key, state.step).
     """
     settings, recipe, before = trainer.settings, trainer.recipe, state
-    clusters = _head_clusters(trainer, state)
+    start = head_clusters(trainer, state)
     batch, ids, adversarial, stats = prepare(trainer, state, train_set, order, key)
 
     def loss_fn(params, adversarial):
+        params, clusters = learned.split(params, start)
         variables = {"params": params, "batch_stats": stats}
         return trainer.method.objective(trainer.step_net, variables, batch, adversarial, clusters, settings)
 

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 from clustr_jax import data
 from clustr_jax.clusters import Clusters
 from clustr_jax.runtime import struct
+from clustr_jax.training import learned
 from clustr_jax.training.sampling import Sampler
 
 # The augmentation that turns every image in every other epoch.
@@ -14,7 +15,10 @@ ALTERNATE = "translate_alternate"
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that a stage changes; saved and restored as a whole. `totals` sums metrics of the epoch."""
+    """Everything that a stage changes; saved and restored as a whole. `totals` sums metrics of the epoch.
+
+    Where the head is trained (`learned`), `clusters` is what it started from and `params` has the rest.
+    """
 
     step: Int[Array, ""]
     params: dict
@@ -36,9 +40,13 @@ class TrainState(struct.PyTreeNode):
     @property
     def deployed(self) -> tuple[dict, Clusters | None]:
         """(variables, clusters) to evaluate: the moving average where there is one."""
-        if self.average is None:
-            return self.variables, self.clusters
-        return self.average, self.average_clusters
+        variables, clusters = self.variables, self.clusters
+        if self.average is not None:
+            variables, clusters = self.average, self.average_clusters
+        params, clusters = learned.split(variables["params"], clusters)
+        if params is variables["params"]:  # no head among them
+            return variables, clusters
+        return {**variables, "params": params}, clusters
 
 
 class TrainSet(struct.PyTreeNode):

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from clustr_jax.models import Net
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import MagnetSettings, Recipe, TrainingSettings
-from clustr_jax.training.objectives import Method
+from clustr_jax.training.objectives import Method, draws_clusters
 
 SCHEDULES = "multistep, cosine, onecycle or triangle"
 # Of "triangle": the rate at the start and at the end as shares of its largest, and when it is that.
@@ -36,10 +36,10 @@ def optimizer(recipe: Recipe, steps_per_epoch: int) -> tuple[optax.GradientTrans
     """(optax transformation at rate 1, learning rate as a function of the step) of a config section.
 
     The rate goes by the step, not by the transformation's own count: a step that is passed over has its turn.
-    schedule "multistep" multiplies the rate by `decay` at the epochs `milestones` (paper, appendix D);
-    "cosine" anneals to 0; "onecycle" warms up over the first 30 % and anneals to 0; "triangle" (of
-    cifar10-airbench) rises from 0.2 of the rate over the first 23 % and falls to 0.07 of it in straight
-    lines. SGD has Nesterov's momentum, unless `nesterov` is False; with `norm_bias_rate` the biases of batch
+    Schedules: "multistep" multiplies the rate by `decay` at the epochs `milestones` (paper, appendix D).
+    "cosine" anneals to 0. "onecycle" warms up over the first 30 % and anneals to 0. "triangle" (of
+    cifar10-airbench) rises from 0.2 of the rate over the first 23 % and falls to 0.07 of it, in straight
+    lines. SGD has Nesterov's momentum, unless `nesterov` is False. With `norm_bias_rate` the biases of batch
     norm have so many times the rate, and the same decay per step.
     """
     total = max(1, recipe.epochs * steps_per_epoch)
@@ -90,7 +90,12 @@ class Trainer:
     @property
     def magnet(self) -> bool:
         """Whether batches are drawn by clusters."""
-        return self.method.sampler == "magnet"
+        return draws_clusters(self.method, self.settings)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the cluster head is trained with the network."""
+        return self.method.learned
 
     @property
     def step_net(self) -> Net:

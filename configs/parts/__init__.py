@@ -1,0 +1,1 @@
+"""Parts of configs; no file here is one of a run."""
