@@ -61,9 +61,9 @@ class Net:
 
     @property
     def tuned(self) -> "Net":
-        """The same network for training steps: its convolutions by the fastest form, with its rounding.
+        """The same network for training steps: by faster forms, with other rounding (docs/performance.md).
 
-        Evaluation never sees it: an attack's figure must not hang on Winograd's digits.
+        Evaluation never sees it: an attack's figure must not hang on these digits.
         """
         if not hasattr(self.module, "tuned"):
             return self

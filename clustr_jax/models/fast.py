@@ -49,8 +49,6 @@ def patches_of(images: Float[np.ndarray, "N H W C"]) -> Float[np.ndarray, "M F"]
 class Whitening(nn.Module):
     """2 x 2 convolution without padding. Its bias is trained, its kernel is not: `FastNet.fitted` sets it."""
 
-    tuned: bool = False
-
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]):
         channels = x.shape[-1]
@@ -63,7 +61,7 @@ class Whitening(nn.Module):
 
         kernel = self.variable("batch_stats", "kernel", unfitted).value
         bias = self.param("bias", nn.initializers.zeros, (features,))
-        x = conv2d(x, jax.lax.stop_gradient(kernel).astype(x.dtype), 1, 0, tuned=self.tuned)
+        x = conv2d(x, jax.lax.stop_gradient(kernel).astype(x.dtype), 1, 0)
         return x + bias.astype(x.dtype)[None, None, None, :]
 
 
@@ -130,6 +128,28 @@ def _max_pool_backward(window, x, dy):
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
+@jax.custom_vjp
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x Phi(x), with Phi the normal distribution, for training steps: two passes in place of about ten.
+
+    It keeps x alone for its gradient, Phi(x) + x phi(x), and computes Phi from erf: for x far below zero the
+    rounding error is that of 1, not that of Phi.
+    """
+    return x * _normal(x)
+
+
+def _normal(x):
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_backward(x, dy):
+    density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return ((_normal(x) + x * density) * dy,)
+
+
+quick_gelu.defvjp(lambda x: (quick_gelu(x), x), _gelu_backward)
+
+
 class FastNet(nn.Module):
     """Square images [H, H, C] -> an embedding of 2 width features, what the last pool leaves.
 
@@ -162,10 +182,10 @@ class FastNet(nn.Module):
             dtype=x.dtype,
             axis_name=mesh.axis(),
         )
-        gelu = functools.partial(nn.gelu, approximate=False)
+        gelu = quick_gelu if self.tuned else functools.partial(nn.gelu, approximate=False)
         conv = functools.partial(DiracConv, tuned=self.tuned)
         if self.whitened:
-            x = gelu(Whitening(self.tuned, name="first")(x))
+            x = gelu(Whitening(name="first")(x))
         else:
             x = gelu(norm(name="first_norm")(conv(2 * PATCH * PATCH * x.shape[-1], name="first")(x)))
         for i, features in enumerate(self.groups):
