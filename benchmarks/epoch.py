@@ -74,7 +74,7 @@ def ours(args):
     pixels = train_set.batch(jnp.arange(trainer.batch_size))[0]
 
     def loss(params, x):
-        return jnp.mean(net.train({**state.variables, "params": params}, x)[0].embeddings ** 2)
+        return jnp.mean(trainer.step_net.train({**state.variables, "params": params}, x)[0].embeddings ** 2)
 
     gradient = jax.jit(
         mesh.spread(lambda p, x: mesh.average(jax.grad(loss)(p, x)), (mesh.SAME, mesh.ROWS), mesh.SAME)

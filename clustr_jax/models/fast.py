@@ -95,34 +95,38 @@ def max_pool(x: Float[Array, "B H W C"], window: int) -> Float[Array, "B H2 W2 C
     The gradient goes to the first of equal maxima, as in PyTorch. XLA's own gradient of a pooling window is
     about fifty times slower on CPU than these slices.
     """
-    return _max_pool(x, window)[0]
+    return functools.reduce(jnp.maximum, _places(x, window))
 
 
-def _max_pool(x, window):
+def _places(x, window):
+    """x at each place of its squares: window^2 of [B, H2, W2, C]."""
     height, width = (n // window * window for n in x.shape[1:3])
-    parts_of = [[x[:, i:height:window, j:width:window] for j in range(window)] for i in range(window)]
-    return functools.reduce(jnp.maximum, (part for row in parts_of for part in row)), parts_of
+    return [x[:, i:height:window, j:width:window] for i in range(window) for j in range(window)]
 
 
 def _max_pool_forward(x, window):
-    return max_pool(x, window), x
+    y, places = max_pool(x, window), _places(x, window)
+    # kept for the gradient, in place of x: the place of the first maximum, or none (of NaN)
+    first = jnp.full(y.shape, len(places), jnp.uint8 if len(places) < 256 else jnp.int32)
+    for number, part in reversed(list(enumerate(places))):
+        first = jnp.where(part == y, jnp.asarray(number, first.dtype), first)
+    return y, (first, jnp.zeros((0, *x.shape[1:3])))
 
 
-def _max_pool_backward(window, x, dy):
-    y, parts_of = _max_pool(x, window)
-    left, rows = jnp.ones(y.shape, bool), []
-    for row in parts_of:
-        columns = []
-        for part in row:
-            here = left & (part == y)
-            columns.append(jnp.where(here, dy, 0))
-            left &= ~here
-        pixels = jnp.stack(columns, axis=3)  # [B, H2, W2, window, C]
-        rows.append(pixels.reshape(*pixels.shape[:2], -1, pixels.shape[4]))
-    squares = jnp.stack(rows, axis=2)
-    squares = squares.reshape(squares.shape[0], -1, *squares.shape[3:])
-    missing = [(0, n - m) for n, m in zip(x.shape[1:3], squares.shape[1:3], strict=True)]
-    return (jnp.pad(squares, ((0, 0), *missing, (0, 0))),)
+def _max_pool_backward(window, residuals, dy):
+    first, like = residuals
+
+    def squares(a):
+        """Each pixel as a square of window^2 equal ones."""
+        batch, height, width, channels = a.shape
+        a = jnp.broadcast_to(a[:, :, None, :, None], (batch, height, window, width, window, channels))
+        return a.reshape(batch, height * window, width * window, channels)
+
+    big = squares(dy)
+    row, column = (jax.lax.broadcasted_iota(first.dtype, big.shape, axis) % window for axis in (1, 2))
+    dx = jnp.where(squares(first) == row * window + column, big, 0)
+    missing = [(0, n - m) for n, m in zip(like.shape[1:], dx.shape[1:3], strict=True)]
+    return (jnp.pad(dx, ((0, 0), *missing, (0, 0))),)
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
@@ -132,8 +136,8 @@ max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x Phi(x), with Phi the normal distribution, for training steps: two passes in place of about ten.
 
-    It keeps x alone for its gradient, Phi(x) + x phi(x), and computes Phi from erf: for x far below zero the
-    rounding error is that of 1, not that of Phi.
+    It keeps x alone for its gradient, Phi(x) + x phi(x), and computes Phi from erf, in both: for x far below
+    zero the rounding error is that of 1, not that of Phi.
     """
     return x * _normal(x)
 
@@ -143,6 +147,7 @@ def _normal(x):
 
 
 def _gelu_backward(x, dy):
+    x = jax.lax.optimization_barrier(x)  # else the compiler keeps Phi(x) from the forward pass as well
     density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
     return ((_normal(x) + x * density) * dy,)
 
