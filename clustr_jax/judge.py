@@ -165,7 +165,7 @@ class Judgement:
 
 @promoting
 def judge(
-    model: Callable,
+    model: Callable | Any,
     x: Float[np.ndarray, "N ..."],
     y: Int[np.ndarray, "N"],
     *,

@@ -348,7 +348,8 @@ def fast(c):
     """
     own = c.model.name
     cpu(c)
-    if c.method.endswith("_certified"):  # their layers are what they are
+    if c.method.endswith("_certified"):
+        _certified(c)
         return
     if own not in ("resnet18", "auto"):
         raise ValueError(f"variant fast is for images of 9 pixels or more a side, this data set takes {own}")
@@ -367,6 +368,24 @@ def fast(c):
         c.magnet.samples = 8
         c.train.epochs, c.train.lr, c.train.schedule = 12, 1e-4, "multistep"
         c.train.probe = 200
+
+
+def _certified(c):
+    """Convex potential layers, trained by cross entropy with the certified margin; no second stage.
+
+    CIFAR-10: 64.9 % clean and 53.9 % certified at 36/255 on all test images, after 49 minutes on two cores
+    that were not idle (results/certified/long-cpl-0.json, seed 0). Temperature and radius are of Prach and
+    Lampert 2022: twice the radius of the certificates, which is a margin of 2 sqrt(2) x 36/255.
+    """
+    c.model.name, c.model.width = "lip_cpl", 32
+    if c.data.augment == "flip":
+        c.data.augment = c.pretrain.augment = "translate_alternate"
+    c.train.radius, c.train.temperature = 72 / 255, 0.25
+    c.warmup.epochs, c.warmup.lr, c.warmup.batch_size = 40, 5e-3, 256
+    if c.method == "nominal_certified":
+        recipes.as_warmup(c)
+    else:
+        c.magnet.fit, c.train.epochs = "linear_head", 0
 
 
 VARIANTS = {"cpu": cpu, "fast": fast}

@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Mapping
 
 DOCS = pathlib.Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -41,8 +42,20 @@ python_maximum_signature_line_length = 80
 default_role = "code"
 toc_object_entries_show_parents = "hide"
 
-# A repository's address, for links to files that are no pages; without one they lead to copies of the files.
-SOURCE = os.environ.get("DOCS_SOURCE", "")
+GITHUB = "https://github.com/"
+
+
+def source(environment: Mapping[str, str]) -> str:
+    """Where files that are no pages are linked to, as ADDRESS/blob/REF; "" for copies of the files.
+
+    DOCS_SOURCE says it. On GitHub's own machines the repository is known.
+    """
+    repository, ref = environment.get("GITHUB_REPOSITORY"), environment.get("GITHUB_REF_NAME", "main")
+    known = f"{GITHUB}{repository}/blob/{ref}" if repository else ""
+    return environment.get("DOCS_SOURCE", known)
+
+
+SOURCE = source(os.environ)
 
 
 # Docstrings
@@ -151,13 +164,14 @@ def page(notebook: dict, name: str, folder: pathlib.Path) -> str:
 
 
 def colab(name: str) -> str:
-    """The link that opens a notebook in Colab, where DOCS_SOURCE is https://github.com/OWNER/NAME/blob/REF."""
-    host = "https://github.com/"
-    if not SOURCE.startswith(host):
+    """The link that opens a notebook in Colab and what to run there first; "" where GitHub has no source."""
+    if not SOURCE.startswith(GITHUB):
         return ""
-    place = f"https://colab.research.google.com/github/{SOURCE.removeprefix(host)}/examples/{name}.ipynb"
+    place = f"https://colab.research.google.com/github/{SOURCE.removeprefix(GITHUB)}/examples/{name}.ipynb"
     badge = "https://colab.research.google.com/assets/colab-badge.svg"
-    return f" [![Open {name} in Colab]({badge})]({place})"
+    address, _, ref = SOURCE.partition("/blob/")
+    install = f'%pip install "clustr_jax[all] @ git+{address}@{ref}"'
+    return f" [![Open {name} in Colab]({badge})]({place}) Run this there first:\n\n```text\n{install}\n```"
 
 
 def _tutorials(app):

@@ -1,11 +1,15 @@
 """Certified l2 accuracy on CIFAR-10: layers and recipes at equal training time, then one long row.
 
     python experiments/certified.py [--only=NAME,...] [--seed=0] [--list] | --table
+    python experiments/certified.py --only=NAME --judged=1000    # of a finished row
 
 Every row trains a 1-Lipschitz network by cross entropy with the certified margin (`nominal_certified`, all
 images but the held-out ones), takes its linear head as one centroid per class, which is the same classifier,
 and certifies all test images. "NAME+HEAD" is the network of NAME with another head. Writes
 results/certified/NAME-SEED.json. What is there is not made again, and a row that was interrupted goes on.
+
+--judged has some test images of a finished row judged in l2 at 36/255 by `clustr_jax.judge`, and writes into
+NAME-SEED.judged.json whether any certified image was broken.
 """
 
 import argparse
@@ -22,10 +26,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import child  # noqa: E402
 from result_tables import markdown  # noqa: E402
 
+import clustr_jax  # noqa: E402
+from clustr_jax import data  # noqa: E402
 from clustr_jax.evaluation import intervals  # noqa: E402
 from clustr_jax.runtime import provenance  # noqa: E402
-from clustr_jax.storage import results  # noqa: E402
-from clustr_jax.storage.files import read_json  # noqa: E402
+from clustr_jax.runtime.errors import UserError  # noqa: E402
+from clustr_jax.storage import loading, results  # noqa: E402
+from clustr_jax.storage.files import read_json, write_json  # noqa: E402
 from clustr_jax.storage.workdir import Workdir  # noqa: E402
 
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
@@ -126,6 +133,29 @@ def measured(name: str, seed: int) -> dict:
     }  # fmt: skip
 
 
+def judged(name: str, seed: int, size: int) -> dict:
+    """The package's own judgement in l2 of a stratified part of the test images, beside certificates."""
+    root = ROOT / RUNS / f"{name}-{seed}"
+    found = results.load(root / "results", "certified")
+    if found is None:
+        raise UserError(f"{root} holds no certificates; make the row first: --only={name} without --judged")
+    clf, split = loading.load(root), data.load_split("cifar10", "test")
+    some = data.stratified(split.labels, min(size, len(split)), split.num_classes)
+    with np.load(root / "results" / "certified.npz") as outcomes:
+        certified = (outcomes["clean"] & (outcomes[f"radius_{found['rule']}"] >= found["eps"]))[some]
+    j = clustr_jax.judge(
+        clf, split.pixels(some), split.labels[some], eps=found["eps"], norm="l2",
+        ids=some.astype(np.int32), seed=seed, folder=root / "judgement",
+    )  # fmt: skip
+    return {
+        "row": name, "seed": seed, "n": len(some), "eps": found["eps"], "protocol": j.content["protocol"],
+        "clean": j.clean, "robust": j.robust, "robust_interval": j.interval,
+        "certified": float(certified.mean()),
+        "certified_and_broken": int(np.sum(certified & (j.broken_by != ""))),
+        "failed": j.content["failed"], "verdict": j.verdict, "versions": provenance.versions(),
+    }  # fmt: skip
+
+
 def table() -> str:
     """What each finished row certifies."""
     rows = []
@@ -157,6 +187,7 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="rows, comma-separated; default: all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--judged", type=int, default=0, help="test images that are judged in l2")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
     args = parser.parse_args()
@@ -171,6 +202,12 @@ def main() -> int:
             some = f"{', '.join(ROWS)}, each with +{' or +'.join(HEADS)}"
             print(f"error: --only: unknown {name!r}; known: {some}", file=sys.stderr)
             return 2
+    if args.judged:
+        for name in names:
+            found = judged(name, args.seed, args.judged)
+            write_json(ROOT / RESULTS / f"{name}-{args.seed}.judged.json", found)
+            print(f"{name}: {found['verdict']}; certified and broken: {found['certified_and_broken']}")
+        return 0
     for name in names:
         target = ROOT / RESULTS / f"{name}-{args.seed}.json"
         commands = [command(name, args.seed)]
@@ -189,4 +226,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -17,6 +17,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import certified  # noqa: E402
 import lever_tables  # noqa: E402
 import result_tables  # noqa: E402
 from result_tables import markdown  # noqa: E402
@@ -265,7 +266,7 @@ for _name in (
 ):  # fmt: skip
     _of, _, _dataset = _name.partition("-")
     TABLES[_name] = functools.partial(getattr(result_tables, _of), *([_dataset] if _dataset else []))
-TABLES |= {"levers": lever_tables.levers, "levers-curve": lever_tables.curve}
+TABLES |= {"certified": certified.table, "levers": lever_tables.levers, "levers-curve": lever_tables.curve}
 DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(RESULTS.glob("*/README.md"))]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import compiled
+import marks
 import shapes  # noqa: F401  before clustr_jax is imported
 from clustr_jax.runtime import canary
 from clustr_jax.runtime.errors import UserError
@@ -64,6 +65,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks
 def pytest_collection_modifyitems(items):
+    for item in marks.beyond_one_in(items):
+        item.add_marker(pytest.mark.more)
     for item in items:
         if item.get_closest_marker("long") or item.get_closest_marker("more"):
             item.add_marker(pytest.mark.slow)

@@ -164,6 +164,7 @@ def test_the_scale_of_the_logits_costs_nothing(scale):
     functools.partial(attacks.ddn, steps=20), functools.partial(attacks.fmn, steps=20, targeted=True),
     functools.partial(attacks.adaptive_restarts, eps=EPS["linf"], steps=5, most=3),
 ])  # fmt: skip
+@pytest.mark.one_in(3)
 def test_logits_of_half_precision(door, dtype):
     """They are attacked, and what is returned is misclassified with them."""
     _, _, model, x, y = problem(5)

@@ -69,6 +69,7 @@ def _one_step(config, method, recipe, net, split):
 @pytest.mark.parametrize("smoke", [False, True], ids=["full", "smoke"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["digits", "toy2d"])
+@pytest.mark.one_in(3)
 def test_train_step_of_the_small_configs(name, method, smoke):
     one_step_of_each_stage(name, method, smoke)
 

@@ -130,3 +130,11 @@ def test_notebooks_open_in_colab_where_the_source_is_on_github(conf, monkeypatch
     monkeypatch.setattr(conf, "SOURCE", "https://github.com/me/it/blob/main")
     said = conf.page({"cells": [cell]}, "certify", tmp_path)
     assert "(https://colab.research.google.com/github/me/it/blob/main/examples/certify.ipynb)" in said
+    assert '"clustr_jax[all] @ git+https://github.com/me/it@main"' in said
+
+
+def test_the_source_is_known_on_github(conf):
+    there = {"GITHUB_REPOSITORY": "me/it", "GITHUB_REF_NAME": "v1"}
+    assert conf.source({}) == ""
+    assert conf.source(there) == "https://github.com/me/it/blob/v1"
+    assert conf.source(there | {"DOCS_SOURCE": "https://example.org"}) == "https://example.org"

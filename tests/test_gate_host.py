@@ -58,6 +58,7 @@ def holders():
 
 @pytest.mark.parametrize("call", CALLBACKS)
 @pytest.mark.parametrize("name", holders())
+@pytest.mark.one_in(3)
 def test_callbacks_are_those_of_now(name, call):
     x, _ = images()
     for sign in (1.0, -1.0):

@@ -139,6 +139,7 @@ def test_counts_are_whole_numbers(name, value):
 @pytest.mark.parametrize(
     "norms", [("linf", "Linf", "inf", np.inf, float("inf"), "L_inf"), ("l2", "L2", 2, 2.0)]
 )
+@pytest.mark.one_in(3)
 def test_spellings_of_norms(door, norms):
     x, y = images()
     found = [np.asarray(DOORS[door](jax.random.clone(KEY), linear, x, y, norm=norm)) for norm in norms]
@@ -168,6 +169,7 @@ def test_a_radius_in_other_units_is_warned_about(door, norm, eps):
 
 
 @pytest.mark.parametrize("door", list(DOORS))
+@pytest.mark.one_in(3)
 def test_a_radius_of_unit_pixels_for_levels_is_warned_about(door):
     """It would leave the clean accuracy."""
     x, y = images()
@@ -221,6 +223,7 @@ def test_old_style_keys_are_the_same_keys():
 
 
 @pytest.mark.parametrize("door", list(DOORS))
+@pytest.mark.one_in(3)
 def test_randomised_models_are_attacked_when_that_is_said(door):
     x, y = images()
     with pytest.warns(attacks.UnsteadyWarning, match="in another batch"):
@@ -238,6 +241,7 @@ def test_randomised_models_are_attacked_when_that_is_said(door):
 @pytest.mark.filterwarnings("ignore::clustr_jax.attacks.UnattackedWarning")  # logits of 1e4 saturate
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.one_in(3)
 def test_rounding_is_not_chance(dtype, scale):
     """A deep network, whose rows round by their place; logits of any size."""
     rng = np.random.default_rng(5)

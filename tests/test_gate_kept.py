@@ -110,6 +110,7 @@ def changed(change):
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", KEPT)
+@pytest.mark.one_in(3)
 def test_what_is_kept_and_old_is_refused(name, change):
     x, _ = images()
     model = KEPT[name]()
@@ -134,6 +135,7 @@ def test_what_is_kept_is_current_without_the_caches():
 @pytest.mark.parametrize("door", SOME)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", RULED)
+@pytest.mark.one_in(3)
 def test_rules_of_derivatives_are_current(name, change, door):
     x, _ = images()
     model = RULED[name]()

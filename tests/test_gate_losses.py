@@ -62,6 +62,7 @@ def holders():
 
 @pytest.mark.parametrize("door", list(DOORS))
 @pytest.mark.parametrize("name", list(holders()))
+@pytest.mark.one_in(3)
 def test_the_loss_is_that_of_now(name, door, compilations):
     """As a function that is new finds it; and one that has not changed compiles nothing."""
     put, loss = holders()[name]

@@ -21,6 +21,7 @@ def repeated(count):
 
 @pytest.mark.parametrize("count", [2, 7, B, 20])
 @pytest.mark.parametrize("door", list(EVERY))
+@pytest.mark.one_in(4)
 def test_logits_that_depend_on_the_size_of_the_batch(door, count):
     """The attack's own program answers otherwise than another one: it would attack another model."""
     x, y = repeated(count)
@@ -37,6 +38,7 @@ def test_logits_that_depend_on_the_size_of_the_batch(door, count):
 
 
 @pytest.mark.parametrize("count", range(2, 21))
+@pytest.mark.one_in(3)
 def test_more_images_than_some_number(count):
     """Than nine, half of them, all but one of them, and (of few) more than there are."""
     x, y = repeated(count)

@@ -89,6 +89,7 @@ EVERY_DOOR = [
 
 @pytest.mark.parametrize("door", EVERY_DOOR)
 @pytest.mark.parametrize("name", list(holders()))
+@pytest.mark.one_in(3)
 def test_current_weights_are_attacked(name, door, compilations):
     """As a model that never was anything else; and nothing is compiled for them, but for NumPy's arrays."""
     put, model = holders()[name]

@@ -149,6 +149,7 @@ def problem(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.one_in(3)
 def test_it_is_looked_at_from_inside(name):
     """The same logits in its program and outside, and (but for Keras, which casts) gradients in float64."""
     model = MODELS[name]()

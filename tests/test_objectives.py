@@ -348,6 +348,7 @@ def test_logged_loss_plus_k(alpha):
 
 
 @pytest.mark.parametrize(("method", "changes", "formula"), OPTIONS, ids=label)
+@pytest.mark.one_in(3)
 def test_options(method, changes, formula):
     check(Golden(method, changes), formula)
 

@@ -118,6 +118,7 @@ def singular_values(channels, features, side, shift=True, seed=0):
 
 @pytest.mark.parametrize(("channels", "features"), [(8, 8), (16, 16), (5, 5), (3, 3), (16, 6)])
 @pytest.mark.parametrize("side", [1, 2, 4, 5])
+@pytest.mark.one_in(4)
 def test_the_symbol_is_unitary_at_every_frequency(double, channels, features, side):
     """All singular values are 1: the circular convolution keeps norms, or those of its range."""
     np.testing.assert_allclose(singular_values(channels, features, side), 1.0, atol=EXACT)
@@ -175,6 +176,7 @@ def test_fold_is_maxmin_turned_by_45_degrees_and_moves_nothing_apart(seed, chann
 
 
 @pytest.mark.parametrize(("width", "side"), [(4, 8), (8, 16), (20, 8)])
+@pytest.mark.one_in(3)
 def test_the_network_is_the_slow_one(rng, width, side):
     net, variables = images_network(width, side)
     params = jax.tree.map(
@@ -187,6 +189,7 @@ def test_the_network_is_the_slow_one(rng, width, side):
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+@pytest.mark.one_in(3)
 def test_its_bound_is_1_whatever_its_weights_and_a_jacobian_comes_near(scale):
     net, variables = images_network()
     scaled = {"params": jax.tree.map(lambda a: scale * a, variables["params"]), "batch_stats": {}}

@@ -98,6 +98,7 @@ def test_a_signal_to_one_stops_all_with_everything_saved(start, tmp_path):
         (("--platform=gpu",), "platform"),
     ],
 )
+@pytest.mark.one_in(3)
 def test_mistakes_are_told_in_one_line(run, arguments, words):
     _, stderr = run(*TINY, *arguments, code=2)
     assert words in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr

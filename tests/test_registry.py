@@ -88,6 +88,7 @@ def attacked(entry, budget, model, x, y, ids=None):
 
 
 @pytest.mark.parametrize(("entry", "norm"), each(norms=True))
+@pytest.mark.one_in(3)
 def test_outcomes(entry, norm):
     """Inside ball and box, success is misclassification, and an outcome does not depend on the place."""
     steps = STEPS.get(entry.name, SMALL.steps)

@@ -150,6 +150,7 @@ SLOW = ("autoattack", "square", "fab")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FUNCTIONS]
 )
+@pytest.mark.one_in(3)
 def test_functions_give_the_same_under_switches_of_the_caller(name):
     expected = np.asarray(FUNCTIONS[name]())
     for what, within in SWITCHES.items():

@@ -21,6 +21,7 @@ from small_training import STEPS, assert_close, ids_of, problem, spy
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
+@pytest.mark.one_in(3)
 def test_the_length_of_a_chunk_changes_nothing(method, changes, rng):
     """5 steps at once, 1 + 4, and five times 1: the same state to the last bit, and one compilation."""
     # a learning rate of its own: compiled by no other test before
@@ -70,6 +71,7 @@ def test_epoch_order_is_a_permutation(size, key):
     ],
 )
 @pytest.mark.parametrize("attack_bn", ["batch", "eval"])
+@pytest.mark.one_in(4)
 def test_a_shared_clean_pass_changes_nothing(method, attack_bn, rng):
     """The adversary that starts from the objective's clean outputs is the one that makes its own."""
     p = problem(method, rng, **{"train.attack_bn": attack_bn, "train.lr": 0.1})

@@ -132,6 +132,7 @@ def test_black_and_white_images_are_no_warning(door):
 @pytest.mark.parametrize(
     "door", ["pgd", "pgd restarts", "fgsm", "apgd", "apgd of few slots", "pma", "adaptive"]
 )
+@pytest.mark.one_in(4)
 def test_it_is_judged_over_all_images(door, alive, said, first):
     """Of forty, whichever come first; and those that are misclassified already do not count."""
     x = np.random.default_rng(2).uniform(0.2, 0.8, size=(50, 6, 6, 1)).astype(np.float32)
@@ -155,6 +156,7 @@ def test_it_is_judged_over_all_images(door, alive, said, first):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("door", ["pgd", "apgd", "apgd of few slots", "pma", "fab"])
+@pytest.mark.one_in(4)
 def test_half_precision_with_a_gradient_is_no_warning(door, dtype):
     x, y = images()
     narrow = weights().astype(dtype)

@@ -67,6 +67,7 @@ def test_ctrl_c_keeps_what_was_found(name, monkeypatch):
 @pytest.mark.parametrize("progress, terminal, drawn", [
     (None, False, False), (None, True, True), (True, False, True), (False, True, False),
 ])  # fmt: skip
+@pytest.mark.one_in(3)
 def test_a_bar_where_somebody_looks(name, progress, terminal, drawn, monkeypatch, capsys):
     made = []
 
