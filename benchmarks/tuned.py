@@ -15,7 +15,6 @@ import glob
 import gzip
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -64,7 +63,7 @@ def stepping(name: str, method: str):
     )
     state = refit.begin(trainer, mesh.place(train.create(trainer, net.init(key))), train_set, key)
     state = train.with_totals(trainer, state, train_set, key)
-    return trainer, (state, train_set, train.epoch_order(key, SIZE, 0), key)
+    return trainer, (state, train_set, train.epoch_order(key, SIZE, 0), key, 1)
 
 
 class Plain(trainers.Trainer):
@@ -75,8 +74,9 @@ class Plain(trainers.Trainer):
 
 def compiled(trainer, arguments):
     """(program of one step, processor's seconds of its compilation)"""
+    jax.clear_caches()  # the second is to trace as much as the first
     started = time.process_time()
-    program = train.run_steps.lower(trainer, *arguments, 1).compile()
+    program = train.run_steps.lower(trainer, *arguments).compile()
     return program, time.process_time() - started
 
 
@@ -165,7 +165,7 @@ def main():
             say(f"  {milliseconds:8.1f} ms {kind}, was {row['plain']['ms_by_kind'].get(kind, 0):.1f}")
         for one in row["tuned"]["largest"]:
             say(f"  {one['ms']:8.1f} ms, writes {one['bytes'] / 1e6:.1f} MB: {one['where']}")
-    content = {"method": args.method, "runs": args.runs, "load": os.getloadavg()[0], "rows": rows}
+    content = {"method": args.method, "runs": args.runs, "rows": rows}
     process.finish("tuned", content, args.save)
 
 
