@@ -9,6 +9,12 @@ separates these two. Every run is one of run.py and resumes. Prints a table and 
 accuracy on eight devices lies where one more seed would (95 % prediction interval), and between the lowest
 and the highest of the seeds (which one more seed on one device does with probability 1 - 2 / (seeds + 1));
 and the share of attack outcomes that are equal.
+
+    python benchmarks/devices.py --warmups=20,20 [--folder=runs/warmups] [--only=digits] [--save]
+
+Warm-ups alone (warmups.py) of so many seeds of each set, on one device and on eight: whether their accuracies scatter
+alike, whether a seed on eight devices ends twice in the same weights, and how far one seed's weights on one
+device and on eight are apart, in float32 and in float64.
 """
 
 import argparse
@@ -99,19 +105,82 @@ def compare(name: str, folder: pathlib.Path, seeds: int, eights: int, continued:
     }  # fmt: skip
 
 
+def warmups(name: str, folder: pathlib.Path, seeds: int) -> dict:
+    """Accuracies of warm-ups on one device and on eight, and tests of whether they scatter alike.
+
+    The same seeds are on both, so that the accuracies go together. Pitman's and Morgan's test allows for it:
+    variances are equal where sums and differences of the pairs are uncorrelated. The F test and
+    Levene's (Brown's and Forsythe's, by medians) are of independent samples.
+    """
+    found = {
+        devices: called(
+            devices, f"--set={name}", f"--seeds={seeds}", f"--folder={folder / f'{name}-{devices}'}"
+        )
+        for devices in (1, 8)
+    }
+    one, eight = (np.asarray([row["accuracy"] for row in found[devices]["rows"]]) for devices in (1, 8))
+    ratio = float(np.var(eight, ddof=1) / np.var(one, ddof=1))
+    tail = scipy.stats.f.sf(ratio, seeds - 1, seeds - 1)
+    return {
+        "set": name, "seeds": seeds, "one_device": one.tolist(), "eight_devices": eight.tolist(),
+        "spread": [float(np.std(one, ddof=1)), float(np.std(eight, ddof=1))],
+        "variance_ratio": ratio,
+        "p_of_equal_variances": {
+            "F": float(2 * min(tail, 1 - tail)),
+            "Levene": float(scipy.stats.levene(one, eight, center="median").pvalue),
+            "Pitman-Morgan": float(scipy.stats.pearsonr(one + eight, one - eight).pvalue),
+        },
+        "correlation": float(np.corrcoef(one, eight)[0, 1]),
+        "p_of_equal_means": float(scipy.stats.ttest_rel(one, eight).pvalue),
+        "same_weights_again": {
+            devices: rows["again"]["weights"] == rows["rows"][0]["weights"] for devices, rows in found.items()
+        },
+        "drift": [kept_drift(name, bits, folder / f"{name}-drift-{bits}.json") for bits in (32, 64)],
+    }  # fmt: skip
+
+
+def kept_drift(name: str, bits: int, path: pathlib.Path) -> dict:
+    """That of warmups.py, read where it is there already."""
+    if not path.exists():
+        path.write_text(json.dumps(called(8, f"--set={name}", f"--drift={bits}")))
+    return json.loads(path.read_text())
+
+
+def called(devices: int, *arguments: str) -> dict:
+    """What warmups.py prints last, with that many virtual devices; without threads within one, as run.py."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false"
+    done = subprocess.run(
+        [sys.executable, "benchmarks/warmups.py", *arguments],
+        cwd=process.ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=pathlib.Path, default=process.ROOT / "runs" / "devices")
+    parser.add_argument("--folder", type=pathlib.Path)
+    parser.add_argument("--warmups", help="warm-ups alone: how many seeds of each set, as 20,20")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--eight", type=int, default=8)
     parser.add_argument("--continued", type=int, default=3)
     parser.add_argument("--only", choices=SETS)
-    parser.add_argument("--save", action="store_true", help="write results/benchmarks/devices.json")
+    parser.add_argument("--save", action="store_true", help="write devices.json or warmups.json")
     args = parser.parse_args()
     names = [args.only] if args.only else SETS
-    rows = [compare(name, args.folder.resolve(), args.seeds, args.eight, args.continued) for name in names]
+    folder = (args.folder or process.ROOT / "runs" / ("warmups" if args.warmups else "devices")).resolve()
+    if args.warmups:
+        folder.mkdir(parents=True, exist_ok=True)
+        counts = [int(count) for count in args.warmups.split(",")]
+        content = [warmups(name, folder, count) for name, count in zip(names, counts, strict=True)]
+        process.finish("warmups", {"rows": content}, args.save)
+        return
+    rows = [compare(name, folder, args.seeds, args.eight, args.continued) for name in names]
     print("| set | on 8 devices, by seed | on 1 | one more seed | p | stage 2 on 8 | equal attack outcomes |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:

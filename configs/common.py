@@ -32,6 +32,8 @@ def base(dataset: str) -> ConfigDict:
     c.data.test_size = 0
     c.data.val_size = 0.02  # share of the training split held out for stopping and selection
     c.data.augment = "none"  # "crop_flip", "crop", "flip", "translate_alternate" or "none"
+    # Of the training images: "every_device", "sharded" by rows, or "auto", by their bytes (docs/scaling.md).
+    c.data.placement = "auto"
 
     c.model = ConfigDict()
     c.model.name = "resnet18"  # "auto": by the size of the images
@@ -88,6 +90,7 @@ def base(dataset: str) -> ConfigDict:
     c.pretrain.test_size = 0
     c.pretrain.val_size = 0.02
     c.pretrain.augment = "crop_flip"
+    c.pretrain.placement = "auto"
 
     c.magnet = ConfigDict()
     c.magnet.alpha = 12.5  # margin of Eq. 3

@@ -90,19 +90,19 @@ def tuned() -> str:
         rows.append(
             [
                 f"{row['network'].replace('-', ', width ')}, batch {row['batch']}",
-                f"{row['seconds_ratio']:.2f}",
                 f"{row['cpu_seconds_ratio']:.2f}",
                 *(f"{ratio:.2f}" for ratio in ratios),
             ]
         )
-    header = ["plain / training's forms", "step", "processor's time", "temporaries", "compilation"]
-    header[3:] = [f"{what}, training's / plain" for what in header[3:]]
+    header = ["one step", "plain / training's forms: processor's time"]
+    header += [f"training's / plain: {what}" for what in ("temporaries", "compilation")]
     return markdown(header, rows)
 
 
 def work() -> str:
     """Milliseconds of a device in a training step, by kind of work: before and with training's forms."""
-    measured = read("benchmarks/tuned.json")["rows"]
+    quiet = ("fast-64", "resnet8-64")  # other processes ran while the others were profiled
+    measured = [row for row in read("benchmarks/tuned.json")["rows"] if row["network"] in quiet]
     kinds = list(dict.fromkeys(kind for row in measured for kind in row["plain"]["ms_by_kind"]))
     rows = []
     for kind in kinds:
@@ -224,6 +224,30 @@ def devices() -> str:
     return markdown(header, rows)
 
 
+def warmups() -> str:
+    """Warm-ups of the same seeds on one device and on eight."""
+    rows = []
+    for row in read("benchmarks/warmups.json")["rows"]:
+        one, eight = (
+            f"{100 * sum(row[key]) / row['seeds']:.2f} ± {100 * spread:.2f}"
+            for key, spread in zip(("one_device", "eight_devices"), row["spread"], strict=True)
+        )
+        tests = row["p_of_equal_variances"]
+        narrow, wide = (drift["apart"][-1] for drift in row["drift"])
+        rows.append(
+            [
+                f"{row['set']}, {row['seeds']} seeds", one, eight,
+                *(f"{tests[name]:.2f}" for name in ("F", "Levene", "Pitman-Morgan")),
+                f"{row['correlation']:.2f}", f"{narrow:.0e}", f"{wide:.0e}",
+            ]
+        )  # fmt: skip
+    header = [
+        "accuracy after the warm-up, %", "1 device", "8 devices", "p of equal spread: F", "Levene",
+        "Pitman-Morgan", "correlation", "weights apart, float32", "float64",
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
 def digits() -> str:
     """What `make run` ends with: both protocols on digits."""
     clean, paper, sound = (read(f"digits/{name}.json") for name in ("clean", "paper", "sound"))
@@ -257,7 +281,20 @@ def digits() -> str:
 
 TABLES = {
     f.__name__: f
-    for f in (digits, steps, epochs, tuned, work, kmeans, startup, growth, certificates, devices, sound3)
+    for f in (
+        digits,
+        steps,
+        epochs,
+        tuned,
+        work,
+        kmeans,
+        startup,
+        growth,
+        certificates,
+        devices,
+        warmups,
+        sound3,
+    )  # fmt: skip
 }
 # Those of docs/results.md and the lab notes that results/ can fill so far: FUNCTION or FUNCTION-DATASET.
 for _name in (

@@ -59,7 +59,7 @@ def of(model: Partial, x: np.ndarray, classes: int, slots: int) -> Footprint:
     rows = -(-slots // devices)
     per_slot = _PER_SLOT * image + _kept(model, (rows, *x.shape[1:])) // rows
     images = _COPIES * len(x) * image
-    limit = _limit()
+    limit = memory.of_device()
     fitting = slots
     if limit is not None:
         here = jax.default_backend() == "cpu"  # elsewhere the host keeps the set
@@ -83,11 +83,3 @@ def _kept(model, shape) -> int:
 
 def _size(leaf: Any) -> int:
     return int(np.prod(leaf.shape)) * leaf.dtype.itemsize if hasattr(leaf, "dtype") else 0
-
-
-def _limit() -> int | None:
-    """Memory of a device, or of this process where the device is the CPU."""
-    if jax.default_backend() == "cpu":
-        return memory.total()
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit")

@@ -8,6 +8,8 @@ import contextlib
 import os
 import pathlib
 
+import jax
+
 from clustr_jax.runtime.errors import UserError
 
 _CGROUPS = pathlib.Path("/sys/fs/cgroup")
@@ -25,6 +27,14 @@ def total() -> int | None:
     """Bytes that this process may ever take, whatever is in use now; None where the system does not say."""
     known = [found for found in (_whole_machine(), _groups(limits=True), _limit(left=False)) if found]
     return min(known) if known else None
+
+
+def of_device() -> int | None:
+    """Bytes of one device that JAX may take, of the CPU those of this process; None where it is not told."""
+    if jax.default_backend() == "cpu":
+        return total()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
 
 
 def check(needed: int, what: str, remedy: str) -> None:

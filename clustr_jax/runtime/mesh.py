@@ -47,6 +47,42 @@ def place(tree: Any):
     return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), SAME))
 
 
+def scatter(rows: np.ndarray) -> Array:
+    """Put on each device its share of the rows [N, ...] alone; zeros fill the last share up."""
+    if devices() == 1:
+        return jnp.asarray(rows)
+    share = -(-len(rows) // devices())
+
+    def part(index):
+        start = index[0].start or 0
+        own = rows[start : start + share]
+        return np.pad(own, [(0, share - len(own))] + [(0, 0)] * (rows.ndim - 1))
+
+    place = NamedSharding(jax.sharding.get_mesh(), ROWS)
+    return jax.make_array_from_callback((share * devices(), *rows.shape[1:]), place, part)
+
+
+def taken(rows: Array, ids: Int[Array, "B"]) -> Array:
+    """`rows[ids]` of what `scatter` has placed; inside `spread` each device has its share, and its own ids.
+
+    Every device looks for what all of them want among its rows, and has zeros for the others. The sum of all
+    answers is the rows, bit for bit, and each device receives only the sum for its own ids.
+    """
+    if devices() == 1:
+        return rows[ids]
+    if axis():
+        return lax.psum_scatter(_held(rows, gather(ids)), AXIS, tiled=True)
+    return spread(lambda rows, ids: total(_held(rows, ids)), (ROWS, SAME), SAME)(rows, ids)
+
+
+def _held(share, ids):
+    """The rows of these ids that this device has, and zeros for the others'."""
+    place = ids - lax.axis_index(AXIS) * share.shape[0]
+    here = (place >= 0) & (place < share.shape[0])
+    found = share[jnp.where(here, place, 0)]
+    return jnp.where(here.reshape(-1, *[1] * (share.ndim - 1)), found, jnp.zeros_like(found))
+
+
 def spread(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """`f` on every device at once, each with its part of the inputs whose spec is ROWS; `f` without a mesh.
 
@@ -123,10 +159,22 @@ def sent(compiled: jax.stages.Compiled) -> int:
 
     A train step is the body of one loop, so of `train.run_steps` it is what one step sends.
     """
+    return sum(size for _, _, size in _collectives(compiled))
+
+
+def received(compiled: jax.stages.Compiled) -> int:
+    """The same in bytes; of a reduce-scatter what all devices have for this one. Within `over`."""
     found = 0
+    for name, kind, size in _collectives(compiled):
+        width = max(8, int(re.sub(r"\D", "", kind) or 8)) // 8
+        found += width * size * (devices() if name == "reduce-scatter" else 1)
+    return found
+
+
+def _collectives(compiled):
+    """(its name, type and number of elements) of each result of a collective."""
     for line in (compiled.as_text() or "").splitlines():
         match = re.search(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-\w+|reduce-\w+)\(", line)
         if match:
-            for shape in re.findall(r"\w\d+\[([\d,]*)\]", match[1]):
-                found += int(np.prod([int(n) for n in shape.split(",") if n]))
-    return found
+            for kind, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match[1]):
+                yield match[2], kind, int(np.prod([int(n) for n in shape.split(",") if n]))

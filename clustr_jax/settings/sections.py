@@ -56,6 +56,7 @@ class DataSettings(Section):
     test_size: int = 0
     val_size: float = 0.0
     augment: str = "none"
+    placement: str = "auto"
     sha: str = ""  # of own images: names the content of both splits
 
     @property

@@ -26,7 +26,7 @@ from clustr_jax.stages import configuration, evaluation, refusals, reporting, tr
 from clustr_jax.stages.context import Run
 from clustr_jax.storage import loading, results
 from clustr_jax.storage.workdir import Workdir
-from clustr_jax.training import trainers
+from clustr_jax.training import placement, trainers
 from clustr_jax.training.objectives import METHODS, draws_clusters
 
 __all__ = ["CERTIFY", "EVALUATE", "REPORT", "STAGES", "TRAIN", "WARMUP", "Run", "run", "stage_key"]
@@ -100,6 +100,11 @@ def _run(config, asked, place, wanted, progress, command, profile):
         source=images[1],
         devices=len(devices),
     )
+    lies = placement.of("data", known.data.placement, splits[0].images.nbytes, len(devices))
+    refusals.check_leak(known, lies)
+    if source is not None:
+        whole = source.train_split.images.nbytes
+        source.placement = placement.of("pretrain", known.pretrain.placement, whole, len(devices))
     found_in_data = remarks.of(*splits, attacked=known.eval.n)
     seen = {"data": data.digest(*splits)}
     if source is not None:
@@ -117,6 +122,7 @@ def _run(config, asked, place, wanted, progress, command, profile):
             *splits,
             source=source,
             profiler=profiler,
+            placement=lies,
             remarks=found_in_data,
         )
         _introduce(this)
@@ -243,3 +249,5 @@ def _introduce_data(what, this):
         f"{what}: {len(this.train_split):,} train, {len(this.val_split):,} held out, "
         f"{len(this.test_split):,} test" + (f" (a subset: {subset})" if subset else "")
     )
+    if this.placement.devices > 1:
+        this.progress.line(str(this.placement))

@@ -11,6 +11,7 @@ from clustr_jax.runtime.progress import Progress
 from clustr_jax.runtime.streams import stage_key
 from clustr_jax.settings import Settings
 from clustr_jax.storage.workdir import Workdir
+from clustr_jax.training.placement import Placement
 
 
 @dataclasses.dataclass
@@ -27,6 +28,7 @@ class Run:
     test_split: data.Split
     source: "Run | None" = None  # the same for the data set of at_pretrain's first stage
     profiler: Profiler = dataclasses.field(default_factory=lambda: Profiler(None))
+    placement: Placement = Placement()  # of the training images
     remarks: Remarks = Remarks()  # on the images; results keep them
 
     def key(self, stage: str):

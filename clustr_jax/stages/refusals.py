@@ -21,6 +21,7 @@ from clustr_jax.storage.workdir import Workdir
 from clustr_jax.training import refit, trainers
 from clustr_jax.training.adversaries import AIMS, towards_chosen
 from clustr_jax.training.objectives import CERTIFIED, METHODS, Method, both_sides, draws_clusters
+from clustr_jax.training.placement import Placement
 from clustr_jax.training.train_state import ALTERNATE
 
 # Switches of `fidelity` that change the clusters or statistics of weights trained with Magnet batches,
@@ -291,6 +292,15 @@ def check_augment(section: str, images: DataSettings, *, points: bool) -> None:
         raise UserError(f"{section}.augment must be {known}, got {images.augment!r}")
     if images.augment != "none" and points:
         raise UserError(f"{section}.augment is of images, and these are points; set it to none")
+
+
+def check_leak(settings: Settings, lies: Placement) -> None:
+    """UserError where all training images would be on a device at once, and are too many for it."""
+    if lies.sharded and settings.training.switches.epoch_statistics == "leak_test":
+        raise UserError(
+            "fidelity.epoch_statistics=leak_test puts all training images on every device, and they are "
+            "sharded (data.placement); set fidelity.epoch_statistics=keep, or data.placement=every_device"
+        )
 
 
 def _check_clusters(magnet: MagnetSettings, name: str, method: Method, net: Net, train_split: Split) -> None:

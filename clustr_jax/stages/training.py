@@ -49,14 +49,13 @@ def run(this: Run, stage: str) -> None:
     if stage == WARMUP and this.source:
         this, augment = this.source, settings.pretrain.augment
     recipe = settings.warmup if stage == WARMUP else settings.recipe
-    train_set = mesh.place(
-        train_state.TrainSet(
-            jnp.asarray(this.train_split.images),
-            jnp.asarray(this.train_split.labels),
-            scale=this.train_split.scale,
-            augment=augment,
-            authors_batch=authors_batches(settings.data.name)[0],
-        )
+    train_set = train_state.TrainSet(
+        this.placement.put(this.train_split.images),
+        mesh.place(jnp.asarray(this.train_split.labels)),
+        scale=this.train_split.scale,
+        augment=augment,
+        authors_batch=authors_batches(settings.data.name)[0],
+        sharded=this.placement.sharded,
     )
     trainer = trainers.Trainer(this.net, METHODS[name], settings.training, recipe, len(this.train_split))
     key = this.key(stage)
@@ -85,6 +84,7 @@ def run(this: Run, stage: str) -> None:
             "reason": reason,
             "epochs": epochs,
             "step": step,
+            "placement": this.placement.name,
             "gradient_passes": images * cost.gradients(name, settings.training, recipe),
             "num_classes": this.net.num_classes,
             "input_shape": list(this.net.input_shape),

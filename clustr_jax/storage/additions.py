@@ -30,11 +30,18 @@ ADDED = {
     ("train", "centroids"): "learned",
     ("train", "learn_variance"): False,
     ("train", "sampler"): "uniform",
+    ("data", "placement"): "auto",
+    ("pretrain", "placement"): "auto",
 }
 
 
 # Settings that change no step of a training: whoever resumes it may choose anew.
-FREE = (("train", "on_collapse"), ("train", "probe"))
+FREE = (
+    ("train", "on_collapse"),
+    ("train", "probe"),
+    ("data", "placement"),
+    ("pretrain", "placement"),
+)
 
 
 def filled(content: dict) -> dict:

@@ -29,6 +29,8 @@ def embed_all(
     size = train_set.labels.shape[0]
 
     def part(variables, train_set, key, ids):
+        if train_set.sharded and mesh.axis():  # its own images: nothing has to be sent
+            train_set, ids = train_set.share(), jnp.arange(ids.shape[0])
         count, batch = ids.shape[0], train_set.authors_batch if train_mode else _EVAL_BATCH
         whole = count // batch * batch
 
@@ -47,7 +49,7 @@ def embed_all(
     if train_mode or key is not None:  # the authors' ways depend on who shares a batch: as on one device
         return part(variables, train_set, key, jnp.arange(size))
     ids = jnp.arange(-(-size // mesh.devices()) * mesh.devices()) % size
-    inputs = (mesh.SAME, mesh.SAME, mesh.SAME, mesh.ROWS)
+    inputs = (mesh.SAME, train_set.specs, mesh.SAME, mesh.ROWS)
     return mesh.spread(part, inputs, mesh.SAME)(variables, train_set, key, ids)[:size]
 
 
@@ -75,7 +77,7 @@ def first_head(trainer: Trainer, state: TrainState, train_set: TrainSet, key: Ar
     some = jnp.asarray(some)[jax.random.permutation(order_key, len(some))]
     labels, batch = train_set.labels[some], min(trainer.batch_size, len(some))
     part = train_set.replace(
-        images=train_set.images[some], labels=labels, augment="none", authors_batch=batch
+        images=train_set.take(some), labels=labels, augment="none", authors_batch=batch, sharded=False
     )
     params, _ = learned.split(state.params, None)
     z = embed_all(trainer.net, {**state.variables, "params": params}, part, train_mode=True)

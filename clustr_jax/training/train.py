@@ -291,7 +291,8 @@ def with_totals(trainer: Trainer, state: TrainState, train_set: TrainSet, key: A
     """The state with metric sums at zero, under the names that this objective reports."""
     state = state.replace(totals={})
     specs = _specs(state)
-    step = mesh.spread(functools.partial(traced_step, trainer), _inputs(specs), (specs, mesh.SAME))
+    inputs = _inputs(specs, train_set)
+    step = mesh.spread(functools.partial(traced_step, trainer), inputs, (specs, mesh.SAME))
     order = jax.ShapeDtypeStruct((trainer.size,), jnp.int32)
     metrics = jax.eval_shape(step, state, train_set, order, key)[1]
     names = (*metrics, SKIPPED) if trainer.recipe.nonfinite == "skip" else tuple(metrics)
@@ -309,9 +310,9 @@ def _specs(state: TrainState) -> TrainState:
     return specs.replace(delta=None if state.delta is None else mesh.ROWS)
 
 
-def _inputs(specs: TrainState) -> tuple:
-    """The state, and train set, order, key (and count) that every device has."""
-    return specs, mesh.SAME, mesh.SAME, mesh.SAME
+def _inputs(specs: TrainState, train_set: TrainSet) -> tuple:
+    """The state, the train set, and order and key (and count) that every device has."""
+    return specs, train_set.specs, mesh.SAME, mesh.SAME
 
 
 @jax.jit(static_argnums=0)
@@ -349,7 +350,8 @@ def run_steps(
         return jax.lax.while_loop(lambda c: (c[0].step < end) & c[1], body, (state, jnp.array(True)))[0]
 
     specs = _specs(state)
-    return mesh.spread(steps, (*_inputs(specs), mesh.SAME), specs)(state, train_set, order, key, count)
+    inputs = (*_inputs(specs, train_set), mesh.SAME)
+    return mesh.spread(steps, inputs, specs)(state, train_set, order, key, count)
 
 
 @jax.jit(static_argnums=1)

@@ -1,12 +1,15 @@
 """What a stage of training changes, and the images that it trains on."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax import data
 from clustr_jax.clusters import Clusters
-from clustr_jax.runtime import struct
+from clustr_jax.runtime import mesh, struct
 from clustr_jax.training import learned
 from clustr_jax.training.sampling import Sampler
 
@@ -50,7 +53,10 @@ class TrainState(struct.PyTreeNode):
 
 
 class TrainSet(struct.PyTreeNode):
-    """The training split on the device: uint8 images (float32 points) and labels."""
+    """The training split on the device: uint8 images (float32 points) and labels.
+
+    `sharded`: each device has its share of the images (`mesh.scatter`), and all have the labels.
+    """
 
     images: Array
     labels: Int[Array, "N"]
@@ -58,13 +64,31 @@ class TrainSet(struct.PyTreeNode):
     augment: str = struct.field(pytree_node=False)
     # images of a pass in train mode, as the authors make them (reference.switches)
     authors_batch: int = struct.field(pytree_node=False, default=125)
+    sharded: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def specs(self) -> Any:
+        """For `mesh.spread`: what of it each device has."""
+        if not self.sharded:
+            return mesh.SAME
+        return jax.tree.map(lambda _: mesh.SAME, self).replace(images=mesh.ROWS)
+
+    def take(self, ids: Int[Array, "B"]) -> Array:
+        """The images of these examples, undecoded; inside `mesh.spread` each device has ids of its own."""
+        return mesh.taken(self.images, ids) if self.sharded else self.images[ids]
+
+    def share(self) -> "TrainSet":
+        """Inside `mesh.spread`, where it is sharded: this device's images as a set, the last filled up."""
+        rows = self.images.shape[0]
+        filled = jnp.pad(self.labels, (0, mesh.whole(rows) - self.labels.shape[0]))
+        return self.replace(labels=mesh.own(filled), sharded=False)
 
     def batch(self, ids: Int[Array, "B"], key: Array | None = None, flips: Bool[Array, "B"] | None = None):
         """(pixels in [0, 1], labels) of these examples; augmented where there is a key.
 
         `flips` [B]: the images that "translate_alternate" turns, chance where there is none.
         """
-        images = self.images[ids]
+        images = self.take(ids)
         if key is not None and self.augment == ALTERNATE:
             images = data.translate_flip(key, images, flips)
         elif key is not None and self.augment != "none":
