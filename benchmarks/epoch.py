@@ -1,6 +1,7 @@
 """An epoch of ClusTR+QTRADES, everything included, against the same epoch in PyTorch.
 
     python benchmarks/epoch.py [--model=resnet8] [--width=32] [--n=9600] [--runs=3] [--save]
+    python benchmarks/epoch.py --model=fast --width=64 --n=4800 --save
 
 Needs benchmarks/requirements-bench.txt and a prepared TFDS CIFAR-10. Sampling, augmentation, attack, both
 losses, optimiser, embedding the set and k-means per class. PyTorch's side (torch_clustr.py) is channels
@@ -20,7 +21,7 @@ import time
 import numpy as np
 import process
 
-STAGES = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}
+STAGES = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2), "fast": ()}
 
 
 def images(n):
@@ -73,7 +74,7 @@ def ours(args):
     pixels = train_set.batch(jnp.arange(trainer.batch_size))[0]
 
     def loss(params, x):
-        return jnp.mean(net.train({**state.variables, "params": params}, x)[0].embeddings ** 2)
+        return jnp.mean(trainer.step_net.train({**state.variables, "params": params}, x)[0].embeddings ** 2)
 
     gradient = jax.jit(
         mesh.spread(lambda p, x: mesh.average(jax.grad(loss)(p, x)), (mesh.SAME, mesh.ROWS), mesh.SAME)

@@ -127,7 +127,7 @@ def measure(method, args):
         if n
     }
     x, y = mesh.place((x, jnp.asarray(labels[:batch])))
-    functions = bare(net, state.variables, x, y)
+    functions = bare(trainer.step_net, state.variables, x, y)
     taken = {name: [] for name in (*needed, "step", "rest")}
     for _ in range(args.runs):
         for name in needed:

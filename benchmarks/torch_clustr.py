@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 
-from clustr_jax.doors.clustr_torch import ResNet
+from clustr_jax.doors.clustr_torch import FastNet, ResNet
 
 
 class Images(torch.utils.data.Dataset):
@@ -48,15 +48,26 @@ class MagnetBatches:
             yield [int(i) for c in chosen for i in np.random.choice(o.members[c], self.samples)]
 
 
+def network(stages, width):
+    """A ResNet of these stages; without any the fast network, whose first convolution is not trained."""
+    if stages:
+        return ResNet(3, width, stages, 10)
+    net = FastNet(3, width, True, 10)
+    net.first.weight.requires_grad_(False)
+    net(torch.zeros(2, 3, 32, 32))  # its head finds out how wide it is
+    return net
+
+
 class Clustr:
     """Model, data and clusters; `epoch` trains once through the set and refits."""
 
     def __init__(self, images, labels, *, stages, width, mean, std, workers, settings):
         torch.manual_seed(0)
         self.s, self.k = settings, settings["k"]
-        self.net = ResNet(3, width, stages, 10).to(memory_format=torch.channels_last)
+        self.net = network(stages, width).to(memory_format=torch.channels_last)
         self.mean, self.std = (torch.tensor(value).view(1, 3, 1, 1) for value in (mean, std))
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-4)
+        trained = [p for p in self.net.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=1e-4)
         self.labels, self.set = labels, Images(images, labels)
         self.pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
         self.losses = np.ones(10 * self.k)

@@ -59,22 +59,57 @@ def network(measured: dict) -> str:
     return f"{measured['model']}, width {measured['width'] or 64}"
 
 
+NETWORKS = ("epoch-fast-64", *(f"epoch-resnet8-{width}" for width in (64, 32, 16)), "epoch-resnet18-64")
+
+
 def epochs() -> str:
     """An epoch of ClusTR+QTRADES and its parts against PyTorch."""
     rows = []
-    for name in ("epoch-resnet8-32", "epoch-resnet8-16", "epoch-resnet18-64"):
+    for name in NETWORKS:
         measured = read(f"benchmarks/{name}.json")
         ratios = [f"{measured['rows'][what]['ratio']:.2f}" for what in ("epoch", "gradient", "batch")]
         label = f"{network(measured)}, {measured['n']} images"
-        rows.append([label, *ratios, str(measured["workers"])])
+        rows.append([label, *ratios, str(measured["workers"]), measured["versions"]["jaxlib"]])
     header = [
         "PyTorch's time / ours",
         "whole epoch",
         "parameter gradient alone",
         "drawing a batch alone",
         "PyTorch's best number of workers",
+        "jaxlib",
     ]
     return markdown(header, rows)
+
+
+def tuned() -> str:
+    """A step of training by its own forms against one by those of evaluation."""
+    rows = []
+    for row in read("benchmarks/tuned.json")["rows"]:
+        plain, other = row["plain"], row["tuned"]
+        ratios = (other[what] / plain[what] for what in ("temporary_bytes", "compile_cpu_seconds"))
+        rows.append(
+            [
+                f"{row['network'].replace('-', ', width ')}, batch {row['batch']}",
+                f"{row['cpu_seconds_ratio']:.2f}",
+                *(f"{ratio:.2f}" for ratio in ratios),
+            ]
+        )
+    header = ["one step", "plain / training's forms: processor's time"]
+    header += [f"training's / plain: {what}" for what in ("temporaries", "compilation")]
+    return markdown(header, rows)
+
+
+def work() -> str:
+    """Milliseconds of a device in a training step, by kind of work: before and with training's forms."""
+    quiet = ("fast-64", "resnet8-64")  # other processes ran while the others were profiled
+    measured = [row for row in read("benchmarks/tuned.json")["rows"] if row["network"] in quiet]
+    kinds = list(dict.fromkeys(kind for row in measured for kind in row["plain"]["ms_by_kind"]))
+    rows = []
+    for kind in kinds:
+        cells = ([row[form]["ms_by_kind"].get(kind, 0) for form in ("plain", "tuned")] for row in measured)
+        rows.append([kind, *(f"{before:,.0f}, {after:,.0f}" for before, after in cells)])
+    names = [row["network"].replace("-", ", width ") for row in measured]
+    return markdown(["ms of a device: plain, training's forms", *names], rows)
 
 
 def kmeans() -> str:
@@ -246,7 +281,20 @@ def digits() -> str:
 
 TABLES = {
     f.__name__: f
-    for f in (digits, steps, epochs, kmeans, startup, growth, certificates, devices, warmups, sound3)
+    for f in (
+        digits,
+        steps,
+        epochs,
+        tuned,
+        work,
+        kmeans,
+        startup,
+        growth,
+        certificates,
+        devices,
+        warmups,
+        sound3,
+    )  # fmt: skip
 }
 # Those of docs/results.md and the lab notes that results/ can fill so far: FUNCTION or FUNCTION-DATASET.
 for _name in (

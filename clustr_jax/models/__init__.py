@@ -59,6 +59,16 @@ class Net:
         # a pair only where something is mutable
         return self.module.apply(variables, x, train=False)  # pyright: ignore[reportReturnType]
 
+    @property
+    def tuned(self) -> "Net":
+        """The same network for training steps: by faster forms, with other rounding (docs/performance.md).
+
+        Evaluation never sees it: an attack's figure must not hang on these digits.
+        """
+        if not hasattr(self.module, "tuned"):
+            return self
+        return dataclasses.replace(self, module=self.module.clone(tuned=True))
+
     def fitted(self, variables: dict, images: Float[np.ndarray, "N ..."]) -> dict:
         """Fresh variables with what a network takes from training images (pixels in [0, 1]), if anything."""
         fit = getattr(self.module, "fitted", None)

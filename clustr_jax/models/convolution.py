@@ -4,7 +4,7 @@ XLA's CPU backend rewrites a convolution for its fast kernels only when the dime
 canonical ones. Inside a loop (`lax.scan`, `while_loop`) it does not rewrite at all, and the gradients that
 JAX derives are up to 20 times slower. Here the CPU gradients are written with canonical convolutions and
 matrix products, so that a compiled epoch or attack loop costs what its passes cost. Other platforms keep the
-derivatives of `lax.conv_general_dilated`.
+derivatives of `lax.conv_general_dilated`. Training steps take Winograd's kernel gradient where it pays.
 """
 
 import functools
@@ -14,25 +14,37 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from clustr_jax.models import winograd
+
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # Images of one block of the kernel gradient: small enough to stay in the cache.
 _BLOCK = 8
 
 
 def conv2d(
-    x: Float[Array, "N H W C"], kernel: Float[Array, "k k C O"], stride: int = 1, padding: int = 1
+    x: Float[Array, "N H W C"],
+    kernel: Float[Array, "k k C O"],
+    stride: int = 1,
+    padding: int = 1,
+    *,
+    tuned: bool = False,
 ) -> Float[Array, "N H2 W2 O"]:
     """Zero-padded convolution with a square kernel, the same stride and padding in both directions.
 
     Its gradients have the `jax.default_matmul_precision` of the call, not that of the moment in which JAX
-    traces them, when a `with` around the call is over.
+    traces them, when a `with` around the call is over. `tuned`, for training steps: on a CPU, in float32 and
+    without a precision asked for, the kernel's gradient is Winograd's where that is faster. Its rounding
+    errors are some ten times larger.
     """
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return _conv2d(x, kernel, stride, padding, precision)
+    tuned = tuned and precision is None and x.dtype == kernel.dtype == jnp.float32
+    return _conv2d(
+        x, kernel, stride, padding, precision, tuned and winograd.pays(kernel.shape, stride, padding)
+    )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _conv2d(x, kernel, stride, padding, precision):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _conv2d(x, kernel, stride, padding, precision, by_tiles):
     return _convolve(x, kernel, stride, padding, precision)
 
 
@@ -43,11 +55,11 @@ def _convolve(x, kernel, stride, padding, precision):
     )
 
 
-def _forward(x, kernel, stride, padding, precision):
+def _forward(x, kernel, stride, padding, precision, by_tiles):
     return _convolve(x, kernel, stride, padding, precision), (x, kernel)
 
 
-def _backward(stride, padding, precision, residuals, dy):
+def _backward(stride, padding, precision, by_tiles, residuals, dy):
     x, kernel = residuals
 
     def default(x, kernel, dy):
@@ -56,7 +68,9 @@ def _backward(stride, padding, precision, residuals, dy):
     def cpu(x, kernel, dy):
         return (
             _input_gradient(dy, kernel, x.shape[1:3], stride, padding, precision),
-            _kernel_gradient(x, dy, kernel.shape[0], stride, padding, precision),
+            _winograd_gradient(x, dy, padding)
+            if by_tiles
+            else _kernel_gradient(x, dy, kernel.shape[0], stride, padding, precision),
         )
 
     return lax.platform_dependent(x, kernel, dy, cpu=cpu, default=default)
@@ -91,24 +105,19 @@ def _kernel_gradient(x, dy, k, stride, padding, precision):
     if pointwise:
         x, stride = x[:, ::stride, ::stride], 1
     precise = jnp.promote_types(x.dtype, jnp.float32)  # bfloat16 sums of many terms would be coarse
-    block = min(_BLOCK, x.shape[0])
-    blocks = -(-x.shape[0] // block)
-    x, dy = (_filled(a, blocks * block) for a in (x, dy))
     # the last tap ends where the padded image ends, or before
     pads = [
         (padding, (m - 1) * stride + k - n - padding)
         for n, m in zip(x.shape[1:3], dy.shape[1:3], strict=True)
     ]
 
-    def add(i, total):
-        # slices of the arrays as they are: given as blocks, the compiler makes them a second time
-        images, gradient = (lax.dynamic_slice_in_dim(a, i * block, block) for a in (x, dy))
+    def part(images, gradient):
         if pointwise:
             product = jnp.einsum(
                 "nhwc,nhwo->co", images, gradient, precision=precision, preferred_element_type=precise
             )
-            return total + product[:, None, None]
-        return total + lax.conv_general_dilated(
+            return product[:, None, None]
+        return lax.conv_general_dilated(
             images.transpose(3, 1, 2, 0),
             gradient.transpose(1, 2, 0, 3),
             (1, 1),
@@ -120,7 +129,26 @@ def _kernel_gradient(x, dy, k, stride, padding, precision):
         )
 
     start = jnp.zeros((x.shape[-1], k, k, dy.shape[-1]), precise)
-    return lax.fori_loop(0, blocks, add, start).transpose(1, 2, 0, 3).astype(x.dtype)
+    return _summed(part, start, x, dy).transpose(1, 2, 0, 3).astype(x.dtype)
+
+
+def _winograd_gradient(x, dy, padding):
+    """`_kernel_gradient` of a 3 x 3 kernel and stride 1 by Winograd's tiles."""
+    start = jnp.zeros((winograd.POINTS**2, x.shape[-1], dy.shape[-1]), x.dtype)
+    return winograd.kernel(_summed(functools.partial(winograd.products, padding=padding), start, x, dy))
+
+
+def _summed(part, start, x, dy):
+    """start + the sum of part(images, gradient) over blocks of images."""
+    block = min(_BLOCK, x.shape[0])
+    blocks = -(-x.shape[0] // block)
+    x, dy = (_filled(a, blocks * block) for a in (x, dy))
+
+    def add(i, total):
+        # slices of the arrays as they are: given as blocks, the compiler makes them a second time
+        return total + part(*(lax.dynamic_slice_in_dim(a, i * block, block) for a in (x, dy)))
+
+    return lax.fori_loop(0, blocks, add, start)
 
 
 def _filled(a, size):

@@ -1,5 +1,6 @@
 """The networks as flax modules: residual, convolutional, the toy in the plane, and 1-Lipschitz ones."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -17,12 +18,13 @@ class Conv(nn.Module):
     features: int
     size: int = 3
     stride: int = 1
+    tuned: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", parts.kernel_init, shape).astype(x.dtype)
-        return conv2d(x, kernel, self.stride, self.size // 2)
+        return conv2d(x, kernel, self.stride, self.size // 2, tuned=self.tuned)
 
 
 class Block(nn.Module):
@@ -30,13 +32,15 @@ class Block(nn.Module):
 
     features: int
     stride: int
+    tuned: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], norm: Callable):
-        y = nn.relu(norm()(Conv(self.features, stride=self.stride)(x)))
-        y = norm()(Conv(self.features)(y))
+        conv = functools.partial(Conv, self.features, tuned=self.tuned)
+        y = nn.relu(norm()(conv(stride=self.stride)(x)))
+        y = norm()(conv()(y))
         if x.shape[-1] != self.features or self.stride != 1:
-            x = norm()(Conv(self.features, size=1, stride=self.stride)(x))
+            x = norm()(conv(size=1, stride=self.stride)(x))
         return nn.relu(x + y)
 
 
@@ -56,7 +60,7 @@ class ResNet(nn.Module):
     """ResNet for 32x32 images: 3x3 stem, no stem pooling, global average pool after the last ReLU.
 
     `dtype` is that of the layers in training mode; embeddings, logits and eval mode are float32. `unbiased`:
-    the running variances are those of PyTorch.
+    the running variances are those of PyTorch. `tuned`: convolutions as in `conv2d`.
     """
 
     num_classes: int
@@ -66,16 +70,17 @@ class ResNet(nn.Module):
     std: tuple[float, ...]
     dtype: str = "float32"
     unbiased: bool = False
+    tuned: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], *, train: bool):
         x = parts.normalise(x, self.mean, self.std)
         x = parts.reduced(x, self.dtype, train)
         norm = parts.batch_norm(train, x.dtype, self.unbiased)
-        x = nn.relu(norm()(Conv(self.width)(x)))
+        x = nn.relu(norm()(Conv(self.width, tuned=self.tuned)(x)))
         for i, blocks in enumerate(self.stages):
             for j in range(blocks):
-                x = Block(self.width * 2**i, 2 if i > 0 and j == 0 else 1)(x, norm)
+                x = Block(self.width * 2**i, 2 if i > 0 and j == 0 else 1, self.tuned)(x, norm)
         embeddings = jnp.mean(parts.full(x), axis=(1, 2))
         return parts.Outputs(parts.head(self.num_classes)(embeddings), embeddings)
 

@@ -121,7 +121,10 @@ def _term_gradients(trainer, state, train_set, order, key):
         def loss(params):
             params, clusters = learned.split(params, start)
             variables = {"params": params, "batch_stats": stats}
-            return trainer.method.objective(trainer.net, variables, batch, adversarial, clusters, settings)[0]
+            found = trainer.method.objective(
+                trainer.step_net, variables, batch, adversarial, clusters, settings
+            )
+            return found[0]
 
         return mesh.average(jax.grad(loss)(state.params))
 

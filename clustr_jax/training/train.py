@@ -138,7 +138,7 @@ def prepare(trainer: Trainer, state: TrainState, train_set: TrainSet, order: Int
         params, clusters = learned.split(state.params, head_clusters(trainer, state))
         adversary = functools.partial(
             trainer.method.adversary,
-            trainer.net,
+            trainer.step_net,
             {**state.variables, "params": params},
             batch,
             clusters,
@@ -188,7 +188,7 @@ def train_step(
     def loss_fn(params, adversarial):
         params, clusters = learned.split(params, start)
         variables = {"params": params, "batch_stats": stats}
-        return trainer.method.objective(trainer.net, variables, batch, adversarial, clusters, settings)
+        return trainer.method.objective(trainer.step_net, variables, batch, adversarial, clusters, settings)
 
     if trainer.replays > 1:
         # Free AT (Shafahi et al. 2019): one backward pass moves the weights and the perturbation

@@ -98,6 +98,11 @@ class Trainer:
         return self.method.learned
 
     @property
+    def step_net(self) -> Net:
+        """The network of training steps and their adversaries; what is evaluated and kept is `net`."""
+        return getattr(self.net, "tuned", self.net)
+
+    @property
     def replays(self) -> int:
         """Steps on the same batch (Free AT); 1 otherwise."""
         return self.recipe.replays
