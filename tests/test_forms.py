@@ -120,6 +120,7 @@ def gradients(net, mode, variables, x):
 
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet18", "fast", "fast_plain", "cnn", "lip_sll"])
+@pytest.mark.one_in(5)
 def test_only_the_tuned_network_has_other_forms(everywhere, name, rng):
     """The plain one neither evaluates nor trains by them: an attack's figures stay bit for bit."""
     net = network(name)
