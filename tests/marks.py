@@ -27,7 +27,8 @@ def beyond_one_in(items):
     """
     families = collections.defaultdict(list)
     for item in items:
-        if mark := item.get_closest_marker("one_in"):
+        mark, own = item.get_closest_marker("one_in"), ("slow", "more", "long")
+        if mark and not any(map(item.get_closest_marker, own)):  # those have their time
             families[item.nodeid.partition("[")[0], *mark.args].append(item)
     for (_, n), cases in families.items():
         cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
