@@ -33,7 +33,7 @@ _TAPS = (
 )
 # A, of outputs
 _OUTPUTS = ((1, 0, 0, 0), (1, 1, 1, 1), (1, -1, 1, -1), (1, 2, 4, 8), (1, -2, 4, -8), (0, 0, 0, 1))
-# Channels between which it is 1.5 times faster, or more (benchmarks/convolutions.py): with fewer the
+# Channels between which it is faster at every measured shape (benchmarks/convolutions.py): with fewer the
 # transforms cost too much, with more the sums of all points do not fit into the cache.
 _LEAST, _MOST = 32, 256
 
