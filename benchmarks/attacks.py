@@ -34,7 +34,7 @@ from clustr_jax import attacks, data, losses
 from clustr_jax.attacks import attack_losses, ensemble, scheduler
 from clustr_jax.attacks.pgd import as_partial
 from clustr_jax.attacks.scheduled_pgd import PGD
-from clustr_jax.doors.pytorch import as_jax
+from clustr_jax.doors.torch_layout import as_jax
 from clustr_jax.models.convolution import conv2d
 
 EPS, STEPS, RESTARTS = 8 / 255, 20, 10
