@@ -1,4 +1,4 @@
-"""What the scripts of benchmarks/ and experiments/ take from the package is there: no test runs most of them."""
+"""The names that scripts take from the package exist: no test runs most of these scripts."""
 
 import ast
 import importlib

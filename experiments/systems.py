@@ -1,0 +1,194 @@
+"""The paper's systems and their baselines at its operating point: one network, all of CIFAR-10, equal passes.
+
+    python experiments/systems.py [--only=NAME,...] [--seed=0] [--long] [--trained] [--list | --table]
+
+The network is that of the variant `fast`. What the paper fine-tunes starts from `nominal` (16 epochs) and
+makes 6,120 updates (12 epochs). With an adversary that is 52 gradient passes per image in all, and baselines
+get as many within 5 %. Each row is evaluated on 1,000 test images at 8/255 by the paper's protocol (PGD^20,
+with --long PGD^100 too) and by the sound one, and on all test images without an attack. Writes
+results/systems/NAME-SEED.json, and the outcomes image by image beside it. What is there is not made again,
+and what was interrupted goes on.
+
+--trained leaves the evaluation out. Rows of ClusTR+QTRADES are those of experiments/levers.py.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import sys
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+import beyond_rows  # noqa: E402
+import child  # noqa: E402
+import levers  # noqa: E402
+import system_tables  # noqa: E402
+
+from clustr_jax.evaluation import intervals  # noqa: E402
+from clustr_jax.runtime import provenance  # noqa: E402
+from clustr_jax.storage import results  # noqa: E402
+from clustr_jax.storage.files import read_json  # noqa: E402
+from clustr_jax.storage.workdir import Workdir  # noqa: E402
+
+# Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
+RUNS, RESULTS = pathlib.Path("runs", "systems"), pathlib.Path("results", "systems")
+WARM, TUNING = 16, 12  # epochs of the warm start, and of what starts from it
+PASSES = WARM + 3 * TUNING
+EVALUATION = {"eval.n": 1000, "eval.diagnostics": False}
+LONG = {"eval.paper_steps": "(20,100)"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A system: its method and settings, the row that it starts from, or the row of levers.py that it is."""
+
+    method: str
+    settings: dict = dataclasses.field(default_factory=dict)
+    start: str = ""
+    lever: str = ""
+
+
+def _baseline(method: str, passes: int, settings: dict) -> Row:
+    """`passes` gradient passes per image and epoch."""
+    epochs = round(PASSES / passes)
+    ramp = {} if method == "magnet" else {"train.eps_ramp": round(beyond_rows.RAMP * epochs, 1)}
+    return Row(method, settings | {"train.epochs": epochs} | ramp)
+
+
+_FROM_ZERO = {"train.lr": 2e-3, "train.schedule": "onecycle"}  # as experiments/campaign.py has it
+_ROBUST = beyond_rows.SHARED
+# At the paper's lambda QTRADES falls to one class (docs/lab-notes.md).
+_GENTLE = {"train.lr": 2e-3, "train.lam": 1.0}
+_LINEAR_HEAD = {"magnet.fit": "linear_head", "magnet.k": 1, "magnet.clusters": 10}
+ROWS = {
+    "nominal": Row("nominal", lever="warm"),
+    "magnet": _baseline("magnet", 1, _FROM_ZERO),
+    "clustr": Row("clustr", start="nominal"),
+    "qtrades": Row("qtrades", _GENTLE | {"train.epochs": TUNING, "model.name": "fast"}, "nominal"),
+    "clustr_qtrades": Row("clustr_qtrades", lever="text"),
+    "clustr_qtrades+exp": Row("clustr_qtrades", lever="exp"),
+    "clustr_qtrades+paper_code": Row("clustr_qtrades", lever="authors"),
+    "trades": _baseline("trades", 3, _ROBUST | beyond_rows.RECIPES["trades"][0]),
+    "pgd_at": _baseline("pgd_at", 3, _ROBUST | beyond_rows.RECIPES["pgd_at"][0]),
+    "fast_at": _baseline("fast_at", 2, _ROBUST | beyond_rows.RECIPES["fast_at"][0]),
+    "free_at": _baseline("free_at", 4, _ROBUST | {"train.replays": 4}),
+    "clustr_trades": Row("clustr_trades", _LINEAR_HEAD | {"train.epochs": 0}, "trades"),
+}
+
+
+def workdir(name: str, seed: int) -> pathlib.Path:
+    """Of one row."""
+    lever = ROWS[name].lever
+    return levers.RUNS / f"{lever}-{seed}" if lever else RUNS / f"{name}-{seed}"
+
+
+def training(name: str, seed: int) -> list[str]:
+    """The command that trains a row; `evaluation` adds what is asked of it."""
+    found = ROWS[name]
+    if found.lever == "warm":
+        return levers.warm_command("warm", seed)
+    if found.lever:
+        words = levers.command(found.lever, seed)
+        return [*words[:-1], "--stages=1_warmup,2_train"]
+    settings, stages = found.settings | {"seed": seed}, "2_train"
+    if found.start:
+        settings |= {"init_from": workdir(found.start, seed) / "2_train"}
+        if found.method.startswith("clustr"):
+            settings |= {"warmup.epochs": 0}
+            stages = "1_warmup,2_train"
+    return [
+        "run.py",
+        f"--config=configs/cifar10.py:{found.method},fast",
+        f"--workdir={workdir(name, seed)}",
+        *levers.words(settings),
+        f"--stages={stages}",
+    ]
+
+
+def evaluation(name: str, seed: int, long: bool) -> list[str]:
+    """The command that evaluates a trained row; of two settings of the same name the last one counts."""
+    *words, _ = training(name, seed)
+    fresh = {"eval.quick": False, "eval.attack.restarts": 10} | EVALUATION | (LONG if long else {})
+    names = {f"--config.{key}=" for key in fresh}
+    kept = [w for w in words if not any(w.startswith(n) for n in names)]
+    return [*kept, *levers.words(fresh), "--stages=evaluate"]
+
+
+def commands(name: str, seed: int, long: bool, trained: bool) -> list[list[str]]:
+    """All that a row needs, in order, what it starts from first; finished stages cost nothing."""
+    start = "nominal" if ROWS[name].lever not in ("", "warm") else ROWS[name].start
+    found = commands(start, seed, long, True) if start else []
+    found.append(training(name, seed))
+    return found if trained else [*found, evaluation(name, seed, long)]
+
+
+def measured(name: str, seed: int) -> dict:
+    """What a finished row is worth, and what it cost."""
+    root = ROOT / workdir(name, seed)
+    config = read_json(root / "config.json")
+    found = {key: results.load(root / "results", key) or {} for key in ("clean", "paper", "sound")}
+    records = [m for m in Workdir(root).records() if m["stage"] == "2_train"]
+    done = {p.parent.name: read_json(p) for p in sorted(root.glob("*/done.json"))}
+    n, paper, sound = found["paper"]["n"], found["paper"], found["sound"]
+    outcomes = {key: np.load(root / "results" / f"{key}.npz") for key in found}
+    left = {"clean": outcomes["clean"]["clean"], "sound": outcomes["sound"]["robust"]}
+    left |= {k.partition("_")[0]: outcomes["paper"][k] for k in outcomes["paper"] if k.startswith("pgd")}
+    np.savez_compressed(ROOT / RESULTS / f"{name}-{seed}.npz", ids=outcomes["sound"]["ids"], **left)
+    return {
+        "method": config["method"], "row": name, "seed": seed, "n": n, "eps": paper["eps"],
+        "updates": records[-1]["step"] if records else 0,
+        "gradient_passes": {stage: d["gradient_passes"] for stage, d in done.items()},
+        "training_seconds": sum(m["epoch_seconds"] for m in records),
+        "clean": found["clean"]["clean"],
+        "paper": {key: float(np.mean(v)) for key, v in left.items() if key.startswith("pgd")},
+        "sound": sound["robust"], "protocols": [paper["protocol"], sound["protocol"]],
+        "sound_interval": intervals.wilson(int(left["sound"].sum()), n),
+        "notes": sound.get("notes", []),
+        "alarms": [{"step": m["step"], "alarms": m["alarms"]} for m in records if m.get("alarms")],
+        "config_sha": provenance.sha(config), "versions": provenance.versions(),
+        "commit": done["2_train"]["commit"],
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="rows, comma-separated; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--long", action="store_true", help="PGD^100 too")
+    parser.add_argument("--trained", action="store_true", help="train and do not evaluate")
+    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    parser.add_argument("--table", action="store_true", help="print the tables of what is there")
+    args = parser.parse_args()
+    if args.table:
+        print(system_tables.systems(), system_tables.claims(), sep="\n\n")
+        return 0
+    names = args.only.split(",") if args.only else [*ROWS]
+    if unknown := set(names) - set(ROWS):
+        print(f"error: --only: unknown {sorted(unknown)[0]!r}; known: {', '.join(ROWS)}", file=sys.stderr)
+        return 2
+    for name in names:
+        target = ROOT / RESULTS / f"{name}-{args.seed}.json"
+        found = commands(name, args.seed, args.long, args.trained)
+        if args.list:
+            print(child.listed(found))
+        elif args.trained:
+            for words in found:
+                print("python", *words, flush=True)
+                if code := child.run(words):
+                    return code
+        elif not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if code := child.make(target, found, functools.partial(measured, name, args.seed)):
+                return code
+            print(system_tables.systems(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
