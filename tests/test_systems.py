@@ -1,0 +1,99 @@
+"""experiments/systems.py: rows of equal passes that run.py accepts, and verdicts from files made by hand."""
+
+import importlib
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from clustr_jax.settings import Recipe, Settings, TrainingSettings
+from clustr_jax.stages import configuration, refusals
+from clustr_jax.training import cost
+from linear_problems import get_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODULES = ("systems", "system_tables", "levers", "lever_tables", "beyond_rows", "result_tables")
+
+
+@pytest.fixture(scope="module")
+def experiments():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        patch.syspath_prepend(str(ROOT / "experiments"))
+        yield {name: importlib.import_module(name) for name in MODULES}
+        for name in MODULES:
+            sys.modules.pop(name)
+
+
+def _passes(row):
+    """Gradient passes per image of a row's own training, by the definition of its method's step."""
+    config = configuration.resolve(get_config(f"{row.method},fast", "cifar10", **row.settings))
+    known = Settings.of(config)
+    refusals.check_terms(known.training.train)
+    refusals.check_magnet(known.training.magnet)
+    refusals.check_recipe("train", known.recipe)
+    recipe = Recipe.of(config.train)
+    return (
+        config.train.epochs * recipe.replays * cost.gradients(row.method, TrainingSettings.of(config), recipe)
+    )
+
+
+def test_baselines_have_as_many_passes_as_clustr_qtrades_in_all(experiments):
+    rows = experiments["systems"].ROWS
+    whole = _passes(rows["nominal"]) + _passes(rows["clustr_qtrades"])
+    assert whole == experiments["systems"].PASSES
+    for name in ("magnet", "trades", "pgd_at", "fast_at", "free_at"):
+        assert abs(_passes(rows[name]) - whole) <= 0.05 * whole, name
+    assert _passes(rows["nominal"]) + _passes(rows["qtrades"]) == whole
+    assert _passes(rows["clustr"]) < _passes(rows["clustr_qtrades"])
+
+
+def test_what_starts_from_a_row_has_its_network(experiments):
+    """The commands of the source come first, and both describe the same layers."""
+    systems = experiments["systems"]
+    for name, row in systems.ROWS.items():
+        if not row.start:
+            continue
+        source = systems.ROWS[row.start]
+        assert systems.commands(name, 1, False, True)[0] == systems.training(row.start, 1)
+        assert f"--config.init_from={systems.workdir(row.start, 1) / '2_train'}" in systems.training(name, 1)
+        networks = {
+            get_config(f"{one.method},fast", "cifar10", **one.settings).model.name for one in (row, source)
+        }
+        assert len(networks) == 1, name
+
+
+def test_an_evaluation_says_each_setting_once(experiments):
+    systems = experiments["systems"]
+    for name in systems.ROWS:
+        words = systems.evaluation(name, 0, long=True)
+        names = [word.partition("=")[0] for word in words]
+        assert len(set(names)) == len(names)
+        assert "--config.eval.n=1000" in words and "--config.eval.quick=False" in words
+        assert set(systems.training(name, 0)[:3]) <= set(words)  # the same config in the same directory
+
+
+def test_verdicts_come_from_intervals_of_the_same_images(experiments, tmp_path, monkeypatch):
+    tables = experiments["system_tables"]
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    rng = np.random.default_rng(0)
+    low, high = rng.random(1000) < 0.2, rng.random(1000) < 0.4
+    for seed in (0, 1):
+        np.savez(tmp_path / f"magnet-{seed}.npz", pgd20=low, sound=low)
+        np.savez(tmp_path / f"clustr-{seed}.npz", pgd20=high, sound=low)
+        for name, left in (("magnet", low), ("clustr", high)):
+            row = {
+                "row": name, "seed": seed, "n": 1000, "clean": 0.9, "paper": {"pgd20": float(left.mean())},
+                "sound": 0.2, "gradient_passes": {"2_train": 1_000_000},
+            }  # fmt: skip
+            (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(row))
+    first, *others = tables.claims().splitlines()[2:]
+    assert "ClusTR above Magnet" in first and "| holds |" in first and "undecided" in first
+    assert all("not run" in line for line in others)
+    value, lowest, highest = tables.difference("clustr", "magnet", "pgd20")
+    assert lowest < value < highest and value == pytest.approx(high.mean() - low.mean())
+    assert tables.difference("magnet", "clustr", "pgd20")[2] < 0
+    assert tables.verdict(-0.2, -0.1) == "does not hold"
+    assert "83.1 / 23.7 / 22.5" in tables.systems() and "1.00" in tables.systems()
