@@ -1,0 +1,104 @@
+"""experiments/surplus.py: calibration and rejection against slow references, and the table of a file."""
+
+import importlib
+import math
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from clustr_jax.storage.files import write_json
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def surplus():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        patch.syspath_prepend(str(ROOT / "experiments"))
+        yield importlib.import_module("surplus")
+        for name in ("surplus", "beyond", "beyond_rows", "beyond_tables", "result_tables"):
+            sys.modules.pop(name, None)
+
+
+def _softmax(row):
+    values = [math.exp(v - max(row)) for v in row]
+    return [v / sum(values) for v in values]
+
+
+def _calibration_error(logits, labels, bins):
+    """Guo et al. 2017, Eq. 3, bin by bin."""
+    total = 0.0
+    for b in range(bins):
+        inside = []
+        for row, label in zip(logits, labels, strict=True):
+            probs = _softmax(row)
+            confidence = max(probs)
+            if b / bins < confidence <= (b + 1) / bins:
+                inside.append((confidence, probs.index(confidence) == label))
+        if inside:
+            accuracy = sum(right for _, right in inside) / len(inside)
+            total += len(inside) / len(labels) * abs(accuracy - sum(c for c, _ in inside) / len(inside))
+    return total
+
+
+@pytest.fixture
+def outputs():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, 300)
+    return rng.normal(size=(300, 5)) * 3 + 2 * np.eye(5)[labels], labels
+
+
+def test_calibration_error_and_likelihood(surplus, outputs):
+    logits, labels = outputs
+    for bins in (5, 15):
+        found = surplus.calibration_error(logits, labels, bins)
+        assert found == pytest.approx(_calibration_error(logits.tolist(), labels.tolist(), bins), abs=1e-12)
+    expected = -np.mean([math.log(_softmax(r)[y]) for r, y in zip(logits.tolist(), labels, strict=True)])
+    assert surplus.nll(logits, labels) == pytest.approx(expected, abs=1e-12)
+    assert surplus.nll(1e4 * logits, labels) > 100  # no overflow
+    certain = 100.0 * np.eye(5)[labels]
+    assert surplus.calibration_error(certain, labels) == 0.0
+    assert surplus.calibration_error(certain, (labels + 1) % 5) == 1.0
+
+
+def test_temperature_undoes_a_scale(surplus, outputs):
+    logits, labels = outputs
+    once, twice = (surplus.best_temperature(s * logits, labels) for s in (1.0, 4.0))
+    step = surplus.TEMPERATURES[1] / surplus.TEMPERATURES[0]
+    assert 0.999 / step < twice / once / 4 < 1.001 * step  # both are on the grid
+    assert surplus.nll(4 * logits / twice, labels) < surplus.nll(4 * logits, labels)
+
+
+def test_area_under_the_curve_counts_pairs(surplus):
+    rng = np.random.default_rng(1)
+    own, strange = rng.integers(0, 9, 60) / 2, rng.integers(0, 7, 40) / 2  # with ties
+    pairs = [(a > b) + 0.5 * (a == b) for a in own for b in strange]
+    assert surplus.auroc(own, strange) == pytest.approx(np.mean(pairs), abs=1e-12)
+    assert surplus.auroc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1.0
+    assert surplus.auroc(np.zeros(3), np.zeros(5)) == 0.5
+
+
+def test_the_table_of_a_file(surplus, tmp_path):
+    found = {
+        "row": "clustr_at-1", "seed": 0,
+        "calibration": {k: {"ece": 0.012, "nll": 1.234} for k in ("plain", "tempered")},
+        "rejection": {
+            "svhn_cropped": {"n": 10, "largest probability": 0.7, "nearest centroid": 0.8},
+            "cifar100": {"n": 10, "largest probability": 0.6, "nearest centroid": 0.65},
+        },
+        "twice_the_radius": 0.1, "twice_the_radius_interval": [0.08, 0.12],
+        "transfer": {"clustr_at-1": 0.3, "trades-1": 0.55, "linear_at-1": 0.5},
+    }  # fmt: skip
+    write_json(tmp_path / "clustr_at-1-0.json", found)
+    line = surplus.table(tmp_path).splitlines()[2]
+    for cell in (
+        "| 1.2, 1.2 |",
+        "| 0.700 / 0.800 |",
+        "| 0.600 / 0.650 |",
+        "| 10.0 [8.0, 12.0] |",
+        "| 50.0 |",
+    ):
+        assert cell in line
