@@ -3,31 +3,16 @@
 The work is done by `sharded_models.py` in a process with eight virtual devices.
 """
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
+import eight_devices
+
 pytestmark = pytest.mark.slow
-HERE = pathlib.Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def found():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "sharded_models.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return eight_devices.run("sharded_models")
 
 
 def test_outcomes_are_those_on_one_device(found):

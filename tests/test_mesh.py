@@ -3,7 +3,6 @@
 The work is done by `on_devices.py` in a process of its own, for the number of devices is fixed at its start.
 """
 
-import json
 import os
 import pathlib
 import subprocess
@@ -11,6 +10,7 @@ import sys
 
 import pytest
 
+import eight_devices
 from marks import in_ci
 
 HERE = pathlib.Path(__file__).parent
@@ -32,27 +32,13 @@ PASSES = {
 FOLLOWS_ROUNDING = ("trades", "clustr_qtrades", "clustr_trades")
 
 
-def on_devices(*arguments):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "on_devices.py"), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "tolerance"), in_ci([("float32", 1e-4), ("float64", 1e-9)], ("float32", 1e-4))
 )
 def test_five_steps_on_eight_devices_are_those_on_one(width, tolerance):
     """By SGD. (Adam divides tiny gradients by their own size, so that it enlarges what is only rounding.)"""
-    for method, found in on_devices(width, *METHODS).items():
+    for method, found in eight_devices.run("on_devices", width, *METHODS).items():
         assert found["params"] <= tolerance and found["moved"] >= 3e-4, (method, found)
         assert found.get("losses", 0.0) <= tolerance, (method, found)
         if width == "float64" or method not in FOLLOWS_ROUNDING:
@@ -68,7 +54,7 @@ def test_five_steps_on_eight_devices_are_those_on_one(width, tolerance):
 
 @pytest.mark.slow
 def test_clusters_and_checkpoints_move_between_one_and_eight_devices(tmp_path):
-    found = on_devices("other", str(tmp_path))
+    found = eight_devices.run("on_devices", "other", str(tmp_path))
     assert found["kmeans"] == 0.0
     assert found["moved"] == {way: {"equal": True, "step": 10} for way in ("8 to 1", "1 to 8")}
 
@@ -76,7 +62,7 @@ def test_clusters_and_checkpoints_move_between_one_and_eight_devices(tmp_path):
 @pytest.mark.long
 def test_attacks_on_eight_devices_break_what_they_break_on_one():
     """At least 99.5 % of the outcomes; on these, neither nothing nor everything is broken."""
-    for attack, found in on_devices("attacks").items():
+    for attack, found in eight_devices.run("on_devices", "attacks").items():
         assert found["equal"] >= 0.995 and 0.05 < found["broken"] < 0.95, (attack, found)
 
 

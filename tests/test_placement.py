@@ -3,17 +3,12 @@
 The work of eight virtual devices is done by `sharded_sets.py` in a process of its own, as for test_mesh.py.
 """
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import eight_devices
 from clustr_jax.reference.switches import SWITCHES
 from clustr_jax.runtime import memory, mesh
 from clustr_jax.runtime.errors import UserError
@@ -25,7 +20,6 @@ from clustr_jax.training.train_state import TrainSet
 from linear_problems import get_config
 from marks import in_ci
 
-HERE = pathlib.Path(__file__).parent
 GB = 10**9
 # Those of sharded_sets.KINDS.
 KINDS = (
@@ -34,22 +28,8 @@ KINDS = (
 )  # fmt: skip
 
 
-def on_eight(*arguments):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "sharded_sets.py"), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def test_rows_are_taken_by_id_from_the_devices_that_have_them():
-    assert on_eight("taken") == []
+    assert eight_devices.run("sharded_sets", "taken") == []
 
 
 @pytest.mark.slow
@@ -60,7 +40,7 @@ def test_a_sharded_set_trains_bit_for_bit_as_one_on_every_device(kind):
     A device holds a share of the images. It receives a batch of them for each step, with the ids, and nothing
     for embedding the set.
     """
-    found = on_eight("compared", kind)[kind]
+    found = eight_devices.run("sharded_sets", "compared", kind)[kind]
     assert found["equal"] == [True] * 6 and found["moved"]
     every, own = found["every_device"], found["sharded"]
     assert every["arguments"] - own["arguments"] == (163 - 21) * found["image"]
@@ -70,13 +50,13 @@ def test_a_sharded_set_trains_bit_for_bit_as_one_on_every_device(kind):
 
 @pytest.mark.slow
 def test_a_checkpoint_goes_on_with_the_other_placement(tmp_path):
-    assert set(on_eight("resumed", tmp_path).values()) == {True}
+    assert set(eight_devices.run("sharded_sets", "resumed", tmp_path).values()) == {True}
 
 
 @pytest.mark.slow
 def test_a_work_directory_goes_on_with_the_other_placement(tmp_path):
     """The second stage of run.py is sharded: equal metrics and weights; done.json says which it was."""
-    found = on_eight("run", tmp_path)
+    found = eight_devices.run("sharded_sets", "run", tmp_path)
     assert [found[name].pop("placement") for name in ("same", "other")] == ["every_device", "sharded"]
     assert found["same"] == found["other"] and len(found["same"]["metrics"]) == 2
 
