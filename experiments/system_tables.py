@@ -7,16 +7,10 @@ from lever_tables import share
 from result_tables import RESULTS, markdown
 
 from clustr_jax.evaluation import intervals
+from clustr_jax.reference import claims as paper
 
 FOLDER = RESULTS / "systems"
 PAPER_ROW = "clustr_qtrades+exp"
-# Table 1 of the paper, CIFAR-10: clean, PGD^20, PGD^100.
-CLAIMED = {
-    "magnet": (83.14, 23.71, 22.54),
-    "clustr": (87.34, 49.04, 47.76),
-    "clustr_qtrades": (91.03, 74.44, 74.04),
-    "qtrades": (81.07, 44.18, 43.42),
-}
 
 
 def _rows() -> list[dict]:
@@ -28,7 +22,7 @@ def systems() -> str:
     """What each system is worth by both protocols, in %; the paper's own figures beside it."""
     rows = []
     for row in _rows():
-        n, claimed = row["n"], CLAIMED.get(row["row"].partition("+")[0])
+        n, claimed = row["n"], paper.CLAIMS["cifar10"].get(row["row"].partition("+")[0])
         passes = sum(row["gradient_passes"].values())
         rows.append(
             [
@@ -103,3 +97,27 @@ def claims() -> str:
         rows.append(cells)
     header = ["claim", "paper's protocol, points", "", "sound, points", ""]
     return markdown(header, rows)
+
+
+def more(name: str = PAPER_ROW, seed: int = 0) -> str:
+    """Table 4 and Fig. 4 of one row: other radii, and the D nearest clusters, by both protocols."""
+    row = json.loads((FOLDER / f"{name}-{seed}.json").read_text())
+    found = json.loads((FOLDER / f"{name}-{seed}.more.json").read_text())["results"]
+    rows = []
+    for key in sorted(k for k in found if k.startswith("paper-")):
+        what = key.partition("-")[2]
+        theirs, true = found[key], found[f"quick-{what}"]
+        label, claim = f"the {what.removeprefix('nearest')} nearest clusters", None
+        if what.startswith("eps"):
+            label = f"{what.removeprefix('eps')}/255"
+            claim = paper.claim("cifar10", row["method"], "pgd20", float(what.removeprefix("eps")) / 255)
+        rows.append(
+            [
+                label,
+                share(theirs["clean"], theirs["n"]),
+                share(theirs["robust"], theirs["n"]),
+                share(true["robust"], true["n"]),
+                f"{100 * claim:.2f}" if claim is not None else "",
+            ]
+        )
+    return markdown(["", "clean", "paper's protocol", "sound attacks", "the paper says"], rows)

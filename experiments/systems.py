@@ -1,6 +1,7 @@
 """The paper's systems and their baselines at its operating point: one network, all of CIFAR-10, equal passes.
 
     python experiments/systems.py [--only=NAME,...] [--seed=0] [--long] [--trained] [--list | --table]
+    python experiments/systems.py --more=NAME [--seed=0]
 
 The network is that of the variant `fast`. What the paper fine-tunes starts from `nominal` (16 epochs) and
 makes 6,120 updates (12 epochs). With an adversary that is 52 gradient passes per image in all, and baselines
@@ -10,12 +11,16 @@ results/systems/NAME-SEED.json, and the outcomes image by image beside it. What 
 and what was interrupted goes on.
 
 --trained leaves the evaluation out. Rows of ClusTR+QTRADES are those of experiments/levers.py.
+
+--more evaluates a trained row at other radii and with the D nearest clusters (NAME-SEED.more.json), and
+measures what each departure of the paper's protocol is worth and the adaptive attack (NAME-SEED.quirks.json).
 """
 
 import argparse
 import dataclasses
 import functools
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -24,6 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import beyond_rows  # noqa: E402
+import campaign  # noqa: E402
 import child  # noqa: E402
 import levers  # noqa: E402
 import system_tables  # noqa: E402
@@ -31,7 +37,7 @@ import system_tables  # noqa: E402
 from clustr_jax.evaluation import intervals  # noqa: E402
 from clustr_jax.runtime import provenance  # noqa: E402
 from clustr_jax.storage import results  # noqa: E402
-from clustr_jax.storage.files import read_json  # noqa: E402
+from clustr_jax.storage.files import read_json, write_json  # noqa: E402
 from clustr_jax.storage.workdir import Workdir  # noqa: E402
 
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
@@ -68,6 +74,7 @@ ROWS = {
     "nominal": Row("nominal", lever="warm"),
     "magnet": _baseline("magnet", 1, _FROM_ZERO),
     "clustr": Row("clustr", start="nominal"),
+    "clustr+kmeans": Row("clustr", {"train.epochs": 0}, "nominal"),  # appendix E.1
     "qtrades": Row("qtrades", _GENTLE | {"train.epochs": TUNING, "model.name": "fast"}, "nominal"),
     "clustr_qtrades": Row("clustr_qtrades", lever="text"),
     "clustr_qtrades+exp": Row("clustr_qtrades", lever="exp"),
@@ -154,6 +161,34 @@ def measured(name: str, seed: int) -> dict:
     }  # fmt: skip
 
 
+def more(name: str, seed: int) -> int:
+    """Table 4, Fig. 4 and the departures of one trained row; the exit code of what failed, or 0."""
+    root, folder = ROOT / workdir(name, seed), ROOT / RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{name}-{seed}.more.json"
+    found = read_json(target) if target.exists() else {"row": name, "seed": seed, "results": {}}
+    *words, stages = evaluation(name, seed, long=False)
+    for key, (protocol, settings) in campaign.others().items():
+        if key in found["results"]:
+            continue
+        changed = {word.partition("=")[0] for word in settings} | {"--config.eval.quick"}
+        kept = [word for word in words if word.partition("=")[0] not in changed]
+        quick = [] if any("eval.quick" in word for word in settings) else ["--config.eval.quick=False"]
+        if code := child.run([*kept, *settings, *quick, f"--config.eval.protocols={(protocol,)}", stages]):
+            return code
+        result = read_json(root / "results" / f"{protocol}.json")
+        kept_keys = ("protocol", "n", "eps", "clean", "robust", "robust_interval", "versions", "config_sha")
+        found["results"][key] = {k: result[k] for k in kept_keys}
+        write_json(target, found)
+    target = folder / f"{name}-{seed}.quirks.json"
+    if not target.exists():
+        radius = [f"--eps={8 / 255}", f"--step_size={2 / 255}"]
+        if code := child.run(["-m", "clustr_jax.quirks", str(root), "--n=1000", "--restarts=3", *radius]):
+            return code
+        shutil.copy(root / "results" / "quirks.json", target)
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -161,6 +196,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="rows, comma-separated; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--long", action="store_true", help="PGD^100 too")
+    parser.add_argument("--more", metavar="NAME", help="other radii, nearest clusters, quirks of a row")
     parser.add_argument("--trained", action="store_true", help="train and do not evaluate")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--table", action="store_true", help="print the tables of what is there")
@@ -168,10 +204,13 @@ def main() -> int:
     if args.table:
         print(system_tables.systems(), system_tables.claims(), sep="\n\n")
         return 0
-    names = args.only.split(",") if args.only else [*ROWS]
+    names = [args.more] if args.more else args.only.split(",") if args.only else [*ROWS]
     if unknown := set(names) - set(ROWS):
-        print(f"error: --only: unknown {sorted(unknown)[0]!r}; known: {', '.join(ROWS)}", file=sys.stderr)
+        option = "--more" if args.more else "--only"
+        print(f"error: {option}: unknown {sorted(unknown)[0]!r}; known: {', '.join(ROWS)}", file=sys.stderr)
         return 2
+    if args.more:
+        return more(args.more, args.seed)
     for name in names:
         target = ROOT / RESULTS / f"{name}-{args.seed}.json"
         found = commands(name, args.seed, args.long, args.trained)

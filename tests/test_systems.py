@@ -14,7 +14,7 @@ from clustr_jax.training import cost
 from linear_problems import get_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-MODULES = ("systems", "system_tables", "levers", "lever_tables", "beyond_rows", "result_tables")
+MODULES = ("systems", "system_tables", "campaign", "levers", "lever_tables", "beyond_rows", "result_tables")
 
 
 @pytest.fixture(scope="module")
