@@ -14,7 +14,16 @@ from clustr_jax.training import cost
 from linear_problems import get_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-MODULES = ("systems", "system_tables", "campaign", "levers", "lever_tables", "beyond_rows", "result_tables")
+MODULES = (
+    "collapse",
+    "systems",
+    "system_tables",
+    "campaign",
+    "levers",
+    "lever_tables",
+    "beyond_rows",
+    "result_tables",
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +82,21 @@ def test_an_evaluation_says_each_setting_once(experiments):
         assert len(set(names)) == len(names)
         assert "--config.eval.n=1000" in words and "--config.eval.quick=False" in words
         assert set(systems.training(name, 0)[:3]) <= set(words)  # the same config in the same directory
+
+
+def test_rows_of_the_collapse_differ_by_the_form_alone(experiments):
+    collapse = experiments["collapse"]
+    (first, text), (again, exp) = (collapse.commands(name, 0) for name in collapse.ROWS)
+    assert first == again
+    assert set(text) ^ set(exp) == {
+        f"--{key}={value}"
+        for name, form in (("text", "log"), ("exp", "exp"))
+        for key, value in (("workdir", f"runs/collapse/{name}-0"), ("config.fidelity.scores", form))
+    }
+    config = configuration.resolve(get_config("clustr_qtrades,cpu", "cifar10", **collapse.SETTINGS))
+    paper = {"alpha": 12.5, "k": 2, "samples": 20}
+    assert {key: config.magnet[key] for key in paper} == paper
+    assert config.train.lam == 8.0 and config.train.attack.steps == 1 and config.train.epochs == 1
 
 
 def test_verdicts_come_from_intervals_of_the_same_images(experiments, tmp_path, monkeypatch):
