@@ -9,8 +9,8 @@ them by the quick forms of the paper's and of the sound protocol. Writes results
 is there is not made again, and a row that was interrupted goes on.
 
 --start measures the warm start. --curve writes and prints what a row measured after each epoch so far, on
-held-out images, into NAME-SEED.curve.json. --export writes the network of a finished row and 100 test images
-to results/operating-point, which `make demo` attacks.
+held-out images, into NAME-SEED.curve.json. --export writes the network of a finished row, or of a warm start,
+and 100 test images to results/operating-point, which `make demo` attacks.
 """
 
 import argparse
@@ -197,15 +197,14 @@ def measure_start(seed: int) -> None:
 
 
 def export(name: str, seed: int) -> None:
-    """The network of a finished row as one file, and a stratified 100 of the test images."""
+    """The network of a finished row or a warm start as one file, and a stratified 100 of the test images."""
     folder = ROOT / RESULTS.parent / "operating-point"
     folder.mkdir(parents=True, exist_ok=True)
     root = ROOT / RUNS / f"{name}-{seed}"
     done = read_json(root / "2_train" / "done.json")
-    about = (
-        f"CIFAR-10, clustr_qtrades,fast, row {name}, seed {seed}, {done['step']} updates, {done['commit']}"
-    )
-    safetensors_file.save(loading.load(root), folder / "clustr_qtrades.safetensors", trained=about)
+    method = "nominal" if name in WARM else "clustr_qtrades"
+    about = f"CIFAR-10, {method},fast, row {name}, seed {seed}, {done['step']} updates, {done['commit']}"
+    safetensors_file.save(loading.load(root), folder / f"{method}.safetensors", trained=about)
     split = data.load_split("cifar10", "test")
     ids = data.stratified(split.labels, EXPORTED, 10).astype(np.int32)
     np.savez_compressed(
@@ -224,7 +223,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
     parser.add_argument("--start", action="store_true", help="measure the warm start of --seed")
     parser.add_argument("--curve", metavar="NAME", help="of a row, finished or not; with --seed")
-    parser.add_argument("--export", metavar="NAME", help="of a finished row; with --seed")
+    parser.add_argument("--export", metavar="NAME", help="of a finished row or a warm start; with --seed")
     args = parser.parse_args()
     if args.start:
         measure_start(args.seed)
