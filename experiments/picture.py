@@ -1,9 +1,13 @@
-"""docs/figures/protocols.svg: each run of the campaign by the paper's protocol and by the sound one.
+"""Pictures of docs/results.md, from the JSONs in results/.
 
-python experiments/picture.py
+    python experiments/picture.py
+
+docs/figures/protocols.svg: each run of the campaign by the paper's protocol and by the sound one.
+docs/figures/levers.svg: what rows of experiments/levers.py measured over the updates.
 """
 
 import argparse
+import json
 import pathlib
 import sys
 
@@ -16,9 +20,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "experiments"))
 
-from result_tables import DATASETS, LABELS, seeds  # noqa: E402
+from result_tables import DATASETS, LABELS, RESULTS, seeds  # noqa: E402
 
-OUT = ROOT / "docs" / "figures" / "protocols.svg"
+FIGURES = ROOT / "docs" / "figures"
 # Methods whose head is made of clusters (of the names too), against all others.
 _CLUSTERS, _OTHERS = "#cc6677", "#4477aa"
 _WIDTH = 4.4  # inches, as wide as the figures of a report: 422 pixels, legible on a phone
@@ -77,7 +81,49 @@ def draw() -> Figure:
     return figure
 
 
-def save(path: pathlib.Path) -> None:
+# Rows of experiments/levers.py: the form of the consistency term, and its colour.
+FORMS = {
+    "text": ("log scores (the text)", "#cc6677"),
+    "exp": ("exp scores (default)", "#4477aa"),
+    "authors": ("all of the authors' switches", "#228833"),
+}
+_LINES = {"val_accuracy": "--", "paper_accuracy": "-", "quick_accuracy": ":"}
+
+
+def curves(seed: int = 0) -> dict[str, list[dict]]:
+    """Row -> what it measured after each epoch, of the rows that have begun."""
+    found = {}
+    for name in FORMS:
+        path = RESULTS / "levers" / f"{name}-{seed}.curve.json"
+        if path.exists():
+            found[name] = json.loads(path.read_text())["curve"]
+    return found
+
+
+def draw_curves() -> Figure:
+    """Held-out images over the updates: clean, after the paper's attack, and after a sound one."""
+    figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
+    ax = figure.subplots()
+    for name, measured in curves().items():
+        steps = [m["step"] for m in measured]
+        for key, line in _LINES.items():
+            values = [100 * m[key] for m in measured]
+            ax.plot(steps, values, line, color=FORMS[name][1], linewidth=2, marker="o", markersize=3)
+    ax.set(
+        xlabel="updates of the second stage", ylabel="held-out accuracy, %", ylim=(-3, 100), xlim=(0, None)
+    )
+    ax.grid(axis="y", color="0.9")
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    handles = [Line2D([], [], color=colour, linewidth=4, label=form) for form, colour in FORMS.values()]
+    styles = zip(("clean", "the paper's protocol", "sound"), _LINES.values(), strict=True)
+    handles += [Line2D([], [], color="0.35", linestyle=line, label=what) for what, line in styles]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
+    return figure
+
+
+def save(path: pathlib.Path, draw=draw) -> None:
     """The same results, the same bytes."""
     with rc_context({"svg.hashsalt": "clustr_jax", "svg.fonttype": "none", "font.size": 11}):
         FigureCanvasSVG(figure := draw())
@@ -88,8 +134,9 @@ def main():
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    save(OUT)
-    print(OUT.relative_to(ROOT))
+    for name, drawn in (("protocols", draw), ("levers", draw_curves)):
+        save(FIGURES / f"{name}.svg", drawn)
+        print((FIGURES / f"{name}.svg").relative_to(ROOT))
 
 
 if __name__ == "__main__":

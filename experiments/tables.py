@@ -66,7 +66,9 @@ for _name in (
 ):  # fmt: skip
     _of, _, _dataset = _name.partition("-")
     TABLES[_name] = functools.partial(getattr(result_tables, _of), *([_dataset] if _dataset else []))
-TABLES |= {"certified": certified.table, "levers": lever_tables.levers, "levers-curve": lever_tables.curve}
+TABLES |= {"certified": certified.table, "levers": lever_tables.levers}
+for _name in ("authors", "exp", "text"):
+    TABLES[f"levers-{_name}"] = functools.partial(lever_tables.curve, _name)
 DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(RESULTS.glob("*/README.md"))]
 
 

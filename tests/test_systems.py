@@ -74,6 +74,19 @@ def test_what_starts_from_a_row_has_its_network(experiments):
         assert len(networks) == 1, name
 
 
+def test_levers_are_accepted_and_make_the_updates_that_their_names_say(experiments):
+    levers = experiments["levers"]
+    assert len(levers.ROWS) >= 20
+    for name, settings in levers.ROWS.items():
+        config = configuration.resolve(get_config("clustr_qtrades,fast", "cifar10", **settings))
+        batch = (config.magnet.clusters or 12) * config.magnet.samples
+        updates = config.train.epochs * (49_000 // batch)
+        expected = 510 if name.endswith("-510") else 1020 if name.endswith("-short") else 6120
+        assert abs(updates - expected) <= 0.04 * expected, (name, updates)
+        assert levers.warm(name) in levers.WARM
+    assert levers.warm("warm-8-short") == "warm-8" and levers.warm("text") == "warm"
+
+
 def test_an_evaluation_says_each_setting_once(experiments):
     systems = experiments["systems"]
     for name in systems.ROWS:

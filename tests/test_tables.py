@@ -24,13 +24,13 @@ def tables():
     return module
 
 
-def test_the_picture_is_that_of_the_results(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "draw"), [("protocols", "draw"), ("levers", "draw_curves")])
+def test_the_pictures_are_those_of_the_results(tmp_path, monkeypatch, name, draw):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     picture = importlib.import_module("picture")
-    picture.save(tmp_path / "again.svg")
-    assert (tmp_path / "again.svg").read_bytes() == picture.OUT.read_bytes(), (
-        "run python experiments/picture.py"
-    )
+    picture.save(tmp_path / "again.svg", getattr(picture, draw))
+    kept = (picture.FIGURES / f"{name}.svg").read_bytes()
+    assert (tmp_path / "again.svg").read_bytes() == kept, "run python experiments/picture.py"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
