@@ -10,7 +10,7 @@ from clustr_jax.evaluation import intervals
 from clustr_jax.reference import claims as paper
 
 FOLDER = RESULTS / "systems"
-PAPER_ROW = "clustr_qtrades+exp"
+PAPER_ROW = "clustr_qtrades"
 
 
 def _rows() -> list[dict]:

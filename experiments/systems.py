@@ -76,8 +76,7 @@ ROWS = {
     "clustr": Row("clustr", start="nominal"),
     "clustr+kmeans": Row("clustr", {"train.epochs": 0}, "nominal"),  # appendix E.1
     "qtrades": Row("qtrades", _GENTLE | {"train.epochs": TUNING, "model.name": "fast"}, "nominal"),
-    "clustr_qtrades": Row("clustr_qtrades", lever="text"),
-    "clustr_qtrades+exp": Row("clustr_qtrades", lever="exp"),
+    "clustr_qtrades": Row("clustr_qtrades", lever="exp"),
     "clustr_qtrades+paper_code": Row("clustr_qtrades", lever="authors"),
     "trades": _baseline("trades", 3, _ROBUST | beyond_rows.RECIPES["trades"][0]),
     "pgd_at": _baseline("pgd_at", 3, _ROBUST | beyond_rows.RECIPES["pgd_at"][0]),
