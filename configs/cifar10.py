@@ -1,4 +1,6 @@
-"""CIFAR-10 with the paper's hyperparameters (appendix D; authors' code where the text is silent).
+"""CIFAR-10 with the paper's hyperparameters (appendix D).
+
+Where the text is silent, and in the form of the consistency term, the authors' code.
 
     python run.py --config=configs/cifar10.py:clustr_qtrades
 

@@ -351,7 +351,7 @@ def fast(c):
 
     Its first convolution whitens where clean images train it, and is an ordinary one where an adversary does
     from the first step: whitening amplifies what images hardly vary in. Adversaries are as in `cpu`. Magnet
-    batches are small, for the number of updates decides (docs/fidelity.md).
+    batches are small, for the number of updates decides (docs/results.md).
     """
     own = c.model.name
     cpu(c)

@@ -25,5 +25,5 @@ def get_config(method="clustr_qtrades"):
     c.certify.steps, c.certify.restarts = 20, 1  # this network's certificate is vacuous
     c = common.configure(c, method)
     if c.method == "clustr_qtrades":
-        c.fidelity.scores = ""  # the text's: so few updates do not harm, and the network ends more robust
+        c.fidelity.scores = ""  # the text's, which does no harm in so few updates
     return c

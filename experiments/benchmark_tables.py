@@ -29,9 +29,12 @@ def steps() -> str:
                     ", ".join(f"{n} {kind}" for kind, n in gradients.items() if n),
                     f"{row['ratio']:.2f}",
                     f"{100 * row['rest']:.1f} %",
+                    measured["versions"]["jaxlib"],
                 ]
             )
-    return markdown(["network, method", "batch", "bare passes", "step / passes", "all but the network"], rows)
+    return markdown(
+        ["network, method", "batch", "bare passes", "step / passes", "all but the network", "jaxlib"], rows
+    )
 
 
 def network(measured: dict) -> str:

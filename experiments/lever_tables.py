@@ -61,7 +61,7 @@ def curve(name: str = "authors", seed: int = 0) -> str:
         for m in found["curve"]
     ]
     header = [
-        "updates", "clean", "paper's protocol", "sound, quick", "adversary of training",
+        "updates", "held out, clean", "paper's protocol", "quick-1", "adversary of training",
         "Magnet, open hinges", "variance",
     ]  # fmt: skip
     return markdown(header, rows)

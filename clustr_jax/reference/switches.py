@@ -1,8 +1,9 @@
 """Where the authors' code and the paper's text differ: one named switch each.
 
 `config.fidelity.<switch>` is "" (follow the preset), this package's value, or the authors'. The preset ""
-means this package's throughout; "paper_code" the authors', a leak of test-set statistics included.
-docs/fidelity.md is this table, with the reasons.
+means this package's, but for what a config sets by itself (that of clustr_qtrades sets `scores`);
+"paper_code" the authors', a leak of test-set statistics included. docs/fidelity.md is this table, with the
+reasons.
 """
 
 import dataclasses
