@@ -1,4 +1,4 @@
-"""ClusTR + QTRADES on CIFAR-10, a twelfth of the paper's updates, attacked twice: nothing to download.
+"""ClusTR + QTRADES on CIFAR-10, about as many updates as the paper's, attacked twice: nothing to download.
 
     python examples/demo.py [--n=100] [--folder=runs/demo] [--no-browser]        # or: make demo
 
