@@ -39,7 +39,8 @@ def levers() -> str:
             ]
         )
     header = [
-        "row", "seed", "updates", "clean", "paper's protocol", "sound, quick", "adversary of training",
+        "row", "seed", "updates", "clean", "PGD^20 of the paper, one restart", "sound, quick",
+        "adversary of training",
         "Magnet, open hinges", "variance", "d² / 2σ², own / other",
     ]  # fmt: skip
     return markdown(header, rows)
@@ -61,7 +62,7 @@ def curve(name: str = "authors", seed: int = 0) -> str:
         for m in found["curve"]
     ]
     header = [
-        "updates", "held out, clean", "paper's protocol", "quick-1", "adversary of training",
+        "updates", "held out, clean", "PGD^20 of the paper, one restart", "quick-1", "adversary of training",
         "Magnet, open hinges", "variance",
     ]  # fmt: skip
     return markdown(header, rows)

@@ -124,11 +124,27 @@ def evaluation(name: str, seed: int, long: bool) -> list[str]:
     return [*kept, *levers.words(fresh), "--stages=evaluate"]
 
 
+def start_of(name: str) -> str:
+    """The row that another starts from, "" for none."""
+    return "nominal" if ROWS[name].lever not in ("", "warm") else ROWS[name].start
+
+
+def spent(name: str, seed: int) -> dict[str, int]:
+    """Gradient passes by row and stage, those of what it starts from included."""
+    root = ROOT / workdir(name, seed)
+    own = {
+        f"{name} {path.parent.name}": read_json(path)["gradient_passes"]
+        for path in sorted(root.glob("*/done.json"))
+    }
+    return (spent(start_of(name), seed) if start_of(name) else {}) | own
+
+
 def commands(name: str, seed: int, long: bool, trained: bool) -> list[list[str]]:
-    """All that a row needs, in order, what it starts from first; finished stages cost nothing."""
-    start = "nominal" if ROWS[name].lever not in ("", "warm") else ROWS[name].start
+    """All that a row needs and that is not there yet, in order: what it starts from first."""
+    start = start_of(name)
     found = commands(start, seed, long, True) if start else []
-    found.append(training(name, seed))
+    if Workdir(ROOT / workdir(name, seed)).finished("2_train") is None:
+        found.append(training(name, seed))
     return found if trained else [*found, evaluation(name, seed, long)]
 
 
@@ -138,7 +154,6 @@ def measured(name: str, seed: int) -> dict:
     config = read_json(root / "config.json")
     found = {key: results.load(root / "results", key) or {} for key in ("clean", "paper", "sound")}
     records = [m for m in Workdir(root).records() if m["stage"] == "2_train"]
-    done = {p.parent.name: read_json(p) for p in sorted(root.glob("*/done.json"))}
     n, paper, sound = found["paper"]["n"], found["paper"], found["sound"]
     outcomes = {key: np.load(root / "results" / f"{key}.npz") for key in found}
     left = {"clean": outcomes["clean"]["clean"], "sound": outcomes["sound"]["robust"]}
@@ -147,7 +162,7 @@ def measured(name: str, seed: int) -> dict:
     return {
         "method": config["method"], "row": name, "seed": seed, "n": n, "eps": paper["eps"],
         "updates": records[-1]["step"] if records else 0,
-        "gradient_passes": {stage: d["gradient_passes"] for stage, d in done.items()},
+        "gradient_passes": spent(name, seed),
         "training_seconds": sum(m["epoch_seconds"] for m in records),
         "clean": found["clean"]["clean"],
         "paper": {key: float(np.mean(v)) for key, v in left.items() if key.startswith("pgd")},
@@ -156,7 +171,7 @@ def measured(name: str, seed: int) -> dict:
         "notes": sound.get("notes", []),
         "alarms": [{"step": m["step"], "alarms": m["alarms"]} for m in records if m.get("alarms")],
         "config_sha": provenance.sha(config), "versions": provenance.versions(),
-        "commit": done["2_train"]["commit"],
+        "commit": read_json(root / "2_train" / "done.json")["commit"],
     }  # fmt: skip
 
 

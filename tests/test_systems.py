@@ -59,9 +59,10 @@ def test_baselines_have_as_many_passes_as_clustr_qtrades_in_all(experiments):
     assert _passes(rows["clustr"]) < _passes(rows["clustr_qtrades"])
 
 
-def test_what_starts_from_a_row_has_its_network(experiments):
-    """The commands of the source come first, and both describe the same layers."""
+def test_what_starts_from_a_row_has_its_network(experiments, tmp_path, monkeypatch):
+    """The commands of the source come first where it is not trained, and both describe the same layers."""
     systems = experiments["systems"]
+    monkeypatch.setattr(systems, "ROOT", tmp_path)
     for name, row in systems.ROWS.items():
         if not row.start:
             continue
