@@ -3,8 +3,8 @@
     python benchmarks/refit.py [--model=fast] [--width=64] [--size=49000] [--runs=3] [--save]
 
 ClusTR+QTRADES as `configs/cifar10.py:clustr_qtrades,fast` has it, on random images of CIFAR-10's size,
-with two clusters a class. `forward` is the network's pass in eval mode over ready pixels: as many images
-as the set has, in the batches of the refit. `embedding` draws, decodes and embeds the set. `kmeans`
+with two clusters a class. `forward` is the network's pass in eval mode over ready pixels: as many whole
+batches of the refit as the set has. `embedding` draws, decodes and embeds the set. `kmeans`
 clusters the embeddings. `refit` is all of it, as training does it. They take turns, and medians are
 compared. The epoch is so many measured steps and one refit.
 """
@@ -29,7 +29,7 @@ from configs import cifar10
 
 
 def forward(net, variables, count):
-    """A compiled pass over `count` ready images, in the batches of the refit, each device its share."""
+    """(compiled pass over `count` ready images but for an incomplete batch of a device, images of a batch)"""
     batch = refit._EVAL_BATCH
 
     def part(variables, x):

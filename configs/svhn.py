@@ -1,5 +1,7 @@
 """SVHN (cropped digits) with the paper's hyperparameters (appendix D).
 
+The form of the consistency term is that of the authors' code.
+
     python run.py --config=configs/svhn.py:clustr_qtrades
 
 `METHOD,cpu` is the variant for two CPU cores; without a prepared ImageNet 32x32, at_pretrain needs

@@ -25,5 +25,5 @@ def get_config(method="clustr"):
     c.certify.radii = (0.1, 0.2, 0.3)
     c = common.configure(c, method)
     c.magnet.clusters = 0  # all, which are two
-    c.fidelity.scores = ""
+    c.fidelity.scores = ""  # the text's, as for digits: the settings are ours and the updates few
     return c

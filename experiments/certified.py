@@ -196,7 +196,7 @@ def main() -> int:
         return 0
     # with threads that wait for each other a small inverse takes a hundred times as long on a busy machine
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    names = args.only.split(",") if args.only else [*ROWS]
+    names = child.chosen(args.only, ROWS)
     for name in names:
         if not known(name):
             some = f"{', '.join(ROWS)}, each with +{' or +'.join(HEADS)}"

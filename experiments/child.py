@@ -5,7 +5,7 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from clustr_jax.storage.files import write_json
 
@@ -43,6 +43,15 @@ def make(target: pathlib.Path, commands: list[list[str]], measure: Callable[[], 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, measure())
     return 0
+
+
+def chosen(text: str, known: Collection[str], option: str = "--only") -> list[str]:
+    """The names of a comma-separated list, all of them for ""; ends the program with 2 for an unknown one."""
+    names = text.split(",") if text else [*known]
+    if unknown := set(names) - set(known):
+        print(f"error: {option}: unknown {sorted(unknown)[0]!r}; known: {', '.join(known)}", file=sys.stderr)
+        raise SystemExit(2)
+    return names
 
 
 def listed(commands: list[list[str]]) -> str:

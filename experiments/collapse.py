@@ -105,10 +105,7 @@ def main() -> int:
     if args.table:
         print(table())
         return 0
-    names = args.only.split(",")
-    if unknown := set(names) - set(ROWS):
-        print(f"error: --only: unknown {sorted(unknown)[0]!r}; known: {', '.join(ROWS)}", file=sys.stderr)
-        return 2
+    names = child.chosen(args.only, ROWS)
     for name in names:
         target = ROOT / levers.RESULTS / f"{name}-{args.seed}.collapse.json"
         if args.list:

@@ -234,10 +234,7 @@ def main() -> int:
     if args.table:
         print(lever_tables.levers())
         return 0
-    names = args.only.split(",") if args.only else [*ROWS]
-    if unknown := set(names) - set(ROWS):
-        print(f"error: --only: unknown {sorted(unknown)[0]!r}; known: {', '.join(ROWS)}", file=sys.stderr)
-        return 2
+    names = child.chosen(args.only, ROWS)
     for name in names:
         target = ROOT / RESULTS / f"{name}-{args.seed}.json"
         commands = [command(name, args.seed)]

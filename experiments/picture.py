@@ -117,7 +117,7 @@ def draw_curves() -> Figure:
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     handles = [Line2D([], [], color=colour, linewidth=4, label=form) for form, colour in FORMS.values()]
-    styles = zip(("clean", "the paper's protocol", "sound"), _LINES.values(), strict=True)
+    styles = zip(("clean", "the paper's, 1 restart", "sound (quick-1)"), _LINES.values(), strict=True)
     handles += [Line2D([], [], color="0.35", linestyle=line, label=what) for what, line in styles]
     figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
     return figure

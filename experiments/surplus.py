@@ -31,7 +31,9 @@ from result_tables import markdown  # noqa: E402
 from clustr_jax import attacks, data  # noqa: E402
 from clustr_jax.evaluation import intervals  # noqa: E402
 from clustr_jax.runtime import provenance  # noqa: E402
+from clustr_jax.runtime.errors import UserError  # noqa: E402
 from clustr_jax.runtime.programs import program  # noqa: E402
+from clustr_jax.settings import DataSettings  # noqa: E402
 from clustr_jax.stages import EVALUATE, stage_key  # noqa: E402
 from clustr_jax.storage import loading  # noqa: E402
 from clustr_jax.storage.files import read_json, write_json  # noqa: E402
@@ -94,7 +96,7 @@ def scores(clf, x: np.ndarray) -> dict[str, np.ndarray]:
 
 def calibration(clf, config: dict) -> dict:
     """Of all test images, as they are and at the temperature that other images choose."""
-    train, held = data.splits(beyond.DataSettings.of(config["data"]))[:2]
+    train, held = data.splits(DataSettings.of(config["data"]))[:2]
     split = data.load_split("cifar10", "test")
     source, on = (held, "held out") if len(held) else (train, "training")
     some = data.stratified(source.labels, min(FITTED, len(source)), source.num_classes)
@@ -125,7 +127,7 @@ def transferred(clf, others: dict, x, y, eps: float, seed: int) -> dict:
     found = {}
     for name, other in others.items():
         key = stage_key(seed, EVALUATE)
-        x_adv = attacks.pgd(key, other, x, y, eps=eps, step_size=eps / 10, steps=50)
+        x_adv = attacks.pgd(key, other.logits, x, y, eps=eps, step_size=eps / 10, steps=50)
         found[name] = float(np.mean(np.asarray(clf.predict(x_adv)) == y))
     return found
 
@@ -202,7 +204,7 @@ def main(argv):
     asked = args.only.split(",") if args.only else rows
     if unknown := set(asked) - set(rows):
         known = ", ".join(rows) or "none; train with experiments/beyond.py --final"
-        raise beyond.UserError(f"--only: {sorted(unknown)[0]!r} is not trained; trained: {known}")
+        raise UserError(f"--only: {sorted(unknown)[0]!r} is not trained; trained: {known}")
     folder.mkdir(parents=True, exist_ok=True)
     for row in asked:
         target = folder / f"{row}-{args.seed}.json"

@@ -64,9 +64,9 @@ def difference(first: str, second: str, what: str) -> tuple[float, float, float]
     return intervals.over_seeds([a[s] for s in both], [b[s] for s in both])
 
 
-def verdict(low: float, high: float, claimed: float = 0.0) -> str:
-    """Of "the first is above the second by more than `claimed`"."""
-    return "holds" if low > claimed else "does not hold" if high <= claimed else "undecided"
+def verdict(low: float, high: float) -> str:
+    """Of "the first is above the second", by the interval of their difference."""
+    return "holds" if low > 0 else "does not hold" if high <= 0 else "undecided"
 
 
 # claim -> the row that is said to be above, and the one below

@@ -218,11 +218,8 @@ def main() -> int:
     if args.table:
         print(system_tables.systems(), system_tables.claims(), sep="\n\n")
         return 0
-    names = [args.more] if args.more else args.only.split(",") if args.only else [*ROWS]
-    if unknown := set(names) - set(ROWS):
-        option = "--more" if args.more else "--only"
-        print(f"error: {option}: unknown {sorted(unknown)[0]!r}; known: {', '.join(ROWS)}", file=sys.stderr)
-        return 2
+    option = "--more" if args.more else "--only"
+    names = child.chosen(args.more or args.only, ROWS, option)
     if args.more:
         return more(args.more, args.seed)
     for name in names:

@@ -1,5 +1,6 @@
 """The switches: presets, overrides, and the table in the docs."""
 
+import importlib
 import pathlib
 
 import pytest
@@ -42,3 +43,18 @@ def test_the_authors_epochs_are_those_of_fine_tuning(method, epochs):
 def test_docs_have_the_table():
     text = (pathlib.Path(__file__).parents[1] / "docs" / "fidelity.md").read_text()
     assert switches.table() in text
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100", "svhn", "folder", "digits", "toy2d"])
+def test_which_form_of_the_consistency_term_each_config_takes(data):
+    """clustr_qtrades the authors', but where the settings are ours; other methods the text's."""
+    module = importlib.import_module(f"configs.{data}")
+    ours = data in ("digits", "toy2d")
+    variants = [""] if ours else ["", ",cpu"] + [",fast"] * (data != "folder")
+    for variant in variants:
+        forms = {
+            method: switches.resolve(module.get_config(f"{method}{variant}").fidelity)["scores"]
+            for method in ("clustr_qtrades", "clustr", "magnet", "clustr_trades")
+        }
+        assert forms.pop("clustr_qtrades") == ("log" if ours else "exp")
+        assert set(forms.values()) == {"log"}

@@ -98,6 +98,22 @@ def test_an_evaluation_says_each_setting_once(experiments):
         assert set(systems.training(name, 0)[:3]) <= set(words)  # the same config in the same directory
 
 
+def test_rows_of_the_campaign_say_the_form_that_was_their_default(experiments):
+    said = "--config.fidelity.scores=log"
+    for name in experiments["campaign"].NAMES:
+        assert (said in experiments["campaign"].run("cifar10", name, 0)) == (name == "clustr_qtrades")
+
+
+def test_names_that_no_row_has_are_one_line(experiments, capsys):
+    """For every experiment with --only."""
+    chosen = importlib.import_module("child").chosen
+    assert chosen("", {"a": 1, "b": 2}) == ["a", "b"] and chosen("b", {"a": 1, "b": 2}) == ["b"]
+    with pytest.raises(SystemExit) as left:
+        chosen("a,c", {"a": 1, "b": 2})
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: --only: unknown 'c'; known: a, b\n"
+
+
 def test_rows_of_the_collapse_differ_by_the_form_alone(experiments):
     collapse = experiments["collapse"]
     (first, text), (again, exp) = (collapse.commands(name, 0) for name in collapse.ROWS)
