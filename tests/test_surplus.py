@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from centroid_classifiers import linear_classifier
 from clustr_jax.storage.files import write_json
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,6 +80,26 @@ def test_area_under_the_curve_counts_pairs(surplus):
     assert surplus.auroc(own, strange) == pytest.approx(np.mean(pairs), abs=1e-12)
     assert surplus.auroc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1.0
     assert surplus.auroc(np.zeros(3), np.zeros(5)) == 0.5
+
+
+def test_attacks_of_another_network_are_transferred(surplus):
+    """Two nearest-centroid heads on the two pixels; each attack moves along its own axis alone."""
+    centroids = [[[0.0]], [[1.0]]]
+    own, other = (linear_classifier(w, centroids, 1.0) for w in ([[1.0], [0.0]], [[0.0], [1.0]]))
+    x = np.repeat(np.array([[0.4, 0.4], [0.6, 0.6]], np.float32), 4, axis=0)
+    y = np.repeat([0, 1], 4)
+    found = surplus.transferred(own, {"own": own, "other": other}, x, y, 0.2, 0)
+    assert found["own"] == 0.0 and found["other"] > 0.5
+
+
+def test_images_look_like_the_training_sets_where_a_centroid_is_near(surplus):
+    clf = linear_classifier(np.eye(2), [[[0.0, 0.0]], [[1.0, 1.0]]], 1.0)
+    found = surplus.scores(clf, np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 0.5]], np.float32))
+    assert found["nearest centroid"] == pytest.approx([0.0, -0.5, -0.25])  # -d^2 / 2 sigma^2
+    assert found["log-sum-exp"] == pytest.approx(
+        [np.log(1 + np.exp(-1.0)), np.log(2 * np.exp(-0.5)), np.log(2 * np.exp(-0.25))], abs=1e-6
+    )
+    assert found["largest probability"][1] == found["largest probability"][2] == pytest.approx(0.5)
 
 
 def test_the_table_of_a_file(surplus, tmp_path):
