@@ -22,14 +22,15 @@ def systems() -> str:
     """What each system is worth by both protocols, in %; the paper's own figures beside it."""
     rows = []
     for row in _rows():
-        n, claimed = row["n"], paper.CLAIMS["cifar10"].get(row["row"].partition("+")[0])
+        n, variant = row["n"], "+" in row["row"].removesuffix("+paper_code")
+        claimed = paper.CLAIMS[row.get("dataset", "cifar10")].get("" if variant else row["method"])
         passes = sum(row["gradient_passes"].values())
         rows.append(
             [
                 row["row"],
                 str(row["seed"]),
                 f"{passes / 1e6:.2f}",
-                share(row["clean"], 10_000),
+                share(row["clean"], row.get("clean_n", 10_000)),
                 share(row["paper"]["pgd20"], n),
                 share(row["paper"]["pgd100"], n) if "pgd100" in row["paper"] else "",
                 share(row["sound"], n),

@@ -38,7 +38,7 @@ def experiments():
 
 def _passes(row):
     """Gradient passes per image of a row's own training, by the definition of its method's step."""
-    config = configuration.resolve(get_config(f"{row.method},fast", "cifar10", **row.settings))
+    config = configuration.resolve(get_config(f"{row.method},fast", row.config, **row.settings))
     known = Settings.of(config)
     refusals.check_terms(known.training.train)
     refusals.check_magnet(known.training.magnet)
@@ -70,9 +70,19 @@ def test_what_starts_from_a_row_has_its_network(experiments, tmp_path, monkeypat
         assert systems.commands(name, 1, False, True)[0] == systems.training(row.start, 1)
         assert f"--config.init_from={systems.workdir(row.start, 1) / '2_train'}" in systems.training(name, 1)
         networks = {
-            get_config(f"{one.method},fast", "cifar10", **one.settings).model.name for one in (row, source)
+            get_config(f"{one.method},fast", one.config, **one.settings).model.name for one in (row, source)
         }
-        assert len(networks) == 1, name
+        assert len(networks) == 1 and row.config == source.config, name
+
+
+def test_other_data_sets_make_as_many_updates(experiments):
+    rows = experiments["systems"].ROWS
+    images = {"svhn": round(8001 * 0.98), "cifar100": round(20_000 * 0.98)}  # 2 % are held out
+    for config, trained in images.items():
+        found = get_config("clustr_qtrades,fast", config, **rows[f"{config}-clustr_qtrades"].settings)
+        updates = found.train.epochs * (trained // ((found.magnet.clusters or 12) * found.magnet.samples))
+        assert 6000 <= updates <= 6240, config
+        assert found.data.val_size == 0.02
 
 
 def test_levers_are_accepted_and_make_the_updates_that_their_names_say(experiments):
@@ -139,7 +149,7 @@ def test_verdicts_come_from_intervals_of_the_same_images(experiments, tmp_path, 
         np.savez(tmp_path / f"clustr-{seed}.npz", pgd20=high, sound=low)
         for name, left in (("magnet", low), ("clustr", high)):
             row = {
-                "row": name, "seed": seed, "n": 1000, "clean": 0.9, "paper": {"pgd20": float(left.mean())},
+                "row": name, "method": name, "seed": seed, "n": 1000, "clean": 0.9, "paper": {"pgd20": float(left.mean())},
                 "sound": 0.2, "gradient_passes": {"2_train": 1_000_000},
             }  # fmt: skip
             (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(row))
