@@ -1,9 +1,6 @@
 """experiments/beyond.py: rows of equal passes and equal numbers of recipes, one dry row from end to end."""
 
-import importlib
 import json
-import pathlib
-import sys
 
 import numpy as np
 import pytest
@@ -12,20 +9,14 @@ from clustr_jax.evaluation import intervals
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import Settings
 from clustr_jax.stages import configuration, refusals
+from experiment_modules import imported
 from linear_problems import get_config
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def experiments():
-    """The modules, as `python experiments/beyond.py` has them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        patch.syspath_prepend(str(ROOT / "experiments"))
-        yield {name: importlib.import_module(name) for name in ("beyond", "beyond_rows", "beyond_tables")}
-        for name in ("beyond", "beyond_rows", "beyond_tables"):
-            sys.modules.pop(name)
+    with imported("beyond", "beyond_rows", "beyond_tables") as modules:
+        yield modules
 
 
 @pytest.fixture

@@ -1,27 +1,19 @@
 """experiments/surplus.py: calibration and rejection against slow references, and the table of a file."""
 
-import importlib
 import math
-import pathlib
-import sys
 
 import numpy as np
 import pytest
 
 from centroid_classifiers import linear_classifier
 from clustr_jax.storage.files import write_json
-
-ROOT = pathlib.Path(__file__).parents[1]
+from experiment_modules import imported
 
 
 @pytest.fixture(scope="module")
 def surplus():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        patch.syspath_prepend(str(ROOT / "experiments"))
-        yield importlib.import_module("surplus")
-        for name in ("surplus", "beyond", "beyond_rows", "beyond_tables", "result_tables"):
-            sys.modules.pop(name, None)
+    with imported("surplus") as modules:
+        yield modules["surplus"]
 
 
 def _softmax(row):

@@ -1,9 +1,6 @@
 """experiments/systems.py: rows of equal passes that run.py accepts, and verdicts from files made by hand."""
 
-import importlib
 import json
-import pathlib
-import sys
 
 import numpy as np
 import pytest
@@ -11,10 +8,11 @@ import pytest
 from clustr_jax.settings import Recipe, Settings, TrainingSettings
 from clustr_jax.stages import configuration, refusals
 from clustr_jax.training import cost
+from experiment_modules import imported
 from linear_problems import get_config
 
-ROOT = pathlib.Path(__file__).parents[1]
 MODULES = (
+    "child",
     "collapse",
     "systems",
     "system_tables",
@@ -28,12 +26,8 @@ MODULES = (
 
 @pytest.fixture(scope="module")
 def experiments():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        patch.syspath_prepend(str(ROOT / "experiments"))
-        yield {name: importlib.import_module(name) for name in MODULES}
-        for name in MODULES:
-            sys.modules.pop(name)
+    with imported(*MODULES) as modules:
+        yield modules
 
 
 def _passes(row):
@@ -116,7 +110,7 @@ def test_rows_of_the_campaign_say_the_form_that_was_their_default(experiments):
 
 def test_names_that_no_row_has_are_one_line(experiments, capsys):
     """For every experiment with --only."""
-    chosen = importlib.import_module("child").chosen
+    chosen = experiments["child"].chosen
     assert chosen("", {"a": 1, "b": 2}) == ["a", "b"] and chosen("b", {"a": 1, "b": 2}) == ["b"]
     with pytest.raises(SystemExit) as left:
         chosen("a,c", {"a": 1, "b": 2})
@@ -149,8 +143,8 @@ def test_verdicts_come_from_intervals_of_the_same_images(experiments, tmp_path, 
         np.savez(tmp_path / f"clustr-{seed}.npz", pgd20=high, sound=low)
         for name, left in (("magnet", low), ("clustr", high)):
             row = {
-                "row": name, "method": name, "seed": seed, "n": 1000, "clean": 0.9, "paper": {"pgd20": float(left.mean())},
-                "sound": 0.2, "gradient_passes": {"2_train": 1_000_000},
+                "row": name, "method": name, "seed": seed, "n": 1000, "clean": 0.9, "sound": 0.2,
+                "paper": {"pgd20": float(left.mean())}, "gradient_passes": {"2_train": 1_000_000},
             }  # fmt: skip
             (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(row))
     first, *others = tables.claims().splitlines()[2:]
