@@ -57,6 +57,7 @@ ROWS: dict[str, dict] = {
     "text": _TEXT,
     "exp": _EXP,
     "authors": _AUTHORS,
+    "lr-3e-4": _EXP | {"train.lr": 3e-4},
     "text-510": _TEXT | {"train.epochs": 1},
     "exp-510": _EXP | {"train.epochs": 1},
 }
