@@ -16,9 +16,11 @@ made again.
 """
 
 import argparse
+import functools
 import pathlib
 import signal
 import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -111,7 +113,7 @@ def held_out(scale: str, name: str, seed: int) -> dict:
     }  # fmt: skip
 
 
-def attacked(root: pathlib.Path, clf, seed: int, size: int, names: tuple[str, ...], folder: str):
+def attacked(root: pathlib.Path, clf, seed: int, size: int, *, names: tuple[str, ...], folder: str):
     """(figures, outcomes by image) of a stratified part of the test images under an ensemble of attacks."""
     split, eps = data.load_split("cifar10", "test"), read_json(root / "config.json")["train"]["attack"]["eps"]
     index = data.stratified(split.labels, min(size, len(split)), split.num_classes)
@@ -135,18 +137,31 @@ def attacked(root: pathlib.Path, clf, seed: int, size: int, names: tuple[str, ..
     return content, {"ids": index, "robust": found.robust, "broken_by": found.broken_by}
 
 
-def judged(root: pathlib.Path, clf, seed: int, size: int) -> dict:
+def judged(root: pathlib.Path, clf, seed: int, size: int, *, folder: str) -> tuple[dict, dict]:
     """The package's own judgement of a stratified part of the test images."""
     split, eps = data.load_split("cifar10", "test"), read_json(root / "config.json")["train"]["attack"]["eps"]
     some = data.stratified(split.labels, min(size, len(split)), split.num_classes)
     found = clustr_jax.judge(
         clf, split.pixels(some), split.labels[some], eps=eps, ids=some.astype(np.int32), seed=seed,
-        folder=root / "judgement",
+        folder=root / folder,
     )  # fmt: skip
     return {
         "n": len(some), "protocol": found.content["protocol"], "robust": found.robust,
         "failed": found.content["failed"],
-    }  # fmt: skip
+    }, {}  # fmt: skip
+
+
+def kept(root: pathlib.Path, name: str, make: Callable[[], tuple[dict, dict]]) -> tuple[dict, dict]:
+    """What `make` gives (figures, outcomes by image), made once: later calls read it."""
+    path = root / "tested" / f"{name}.json"
+    if path.exists():
+        with np.load(path.with_suffix(".npz")) as outcomes:
+            return read_json(path), dict(outcomes)
+    figures, outcomes = make()
+    path.parent.mkdir(exist_ok=True)
+    np.savez_compressed(path.with_suffix(".npz"), **outcomes)
+    write_json(path, figures)
+    return figures, outcomes
 
 
 def tested(scale: str, name: str, seed: int, sizes: dict[str, int]) -> tuple[dict, dict]:
@@ -155,14 +170,23 @@ def tested(scale: str, name: str, seed: int, sizes: dict[str, int]) -> tuple[dic
     clf, split = loading.load(root), data.load_split("cifar10", "test")
     clean = np.asarray(clf.predict(split.pixels())) == split.labels
     content: dict = {"on": "test", "clean": float(np.mean(clean)), "clean_n": len(clean), "judgement": {}}
+    parts = {
+        "screened": functools.partial(attacked, names=("pma",)),
+        "attacked": functools.partial(attacked, names=STANDARD),
+        "judged": judged,
+    }
+    left = {}
+    for what, part in parts.items():
+        if size := sizes[what]:
+            named = f"{what}-{size}"
+            left[what] = kept(root, named, functools.partial(part, root, clf, seed, size, folder=named))
     outcomes = {"clean": clean}
-    if sizes["screened"]:
-        content["screen"], found = attacked(root, clf, seed, sizes["screened"], ("pma",), "screen")
+    if "screened" in left:
+        content["screen"], found = left["screened"]
         outcomes |= {f"screen_{key}": value for key, value in found.items()}
-    figures, found = attacked(root, clf, seed, sizes["attacked"], STANDARD, "autoattack")
+    figures, found = left["attacked"]
     content |= {"protocol": "AutoAttack standard", **figures}
-    if sizes["judged"]:
-        content["judgement"] = judged(root, clf, seed, sizes["judged"])
+    content["judgement"], _ = left.get("judged", ({}, {}))
     return content, outcomes | found
 
 

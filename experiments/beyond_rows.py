@@ -78,20 +78,21 @@ RECIPES: dict[str, tuple[dict, ...]] = {
         {"train.sampler": "magnet", "magnet.clusters": 10, "magnet.samples": 12},
         {"train.learn_variance": True},
     ),
-    "linear_at": (*_ONE_STAGE, _decay(2e-3), _FGSM, {"train.beta": 6.0}, {"train.ema": 0.9995}),
+    "linear_at": (*_ONE_STAGE, _decay(2e-3), _FGSM, {"train.beta": 6.0}, {"train.ema": 0.98}),
     "fast_at": (
         _steps(1, 10), _NOISE, _NOISE | _lr(0.2), _lr(0.2), _lr(0.05), _steps(1, 8), _NOISE | _decay(2e-3),
-        _NOISE | _lr(0.05), _decay(2e-3), _NOISE | {"train.ema": 0.9995}, _NOISE | _lr(0.4), _lr(0.4),
+        _NOISE | _lr(0.05), _decay(2e-3), _NOISE | {"train.ema": 0.98}, _NOISE | _lr(0.4), _lr(0.4),
     ),
     "pgd_at": (
         _steps(2, 5), _steps(2, 5) | _lr(0.2), _steps(2, 5) | _lr(0.05), _steps(5, 3), _steps(9, 2),
         _steps(2, 5) | _decay(2e-3), _steps(5, 3) | _lr(0.2), _steps(2, 6), _steps(5, 3) | _lr(0.05),
-        _steps(2, 5) | {"train.ema": 0.9995}, _steps(2, 5) | _lr(0.4), _steps(5, 3) | _decay(2e-3),
+        _steps(2, 5) | {"train.ema": 0.98}, _steps(2, 5) | _lr(0.4), _steps(5, 3) | _decay(2e-3),
     ),
     "trades": (
-        _FEW, _FEW | _lr(0.2), _FEW | {"train.beta": 9.0}, _FEW | {"train.beta": 4.0}, _FEW | _lr(0.05),
-        _steps(3, 4), _FEW | {"train.noise": 2.0}, _FEW | _decay(2e-3), _steps(3, 4) | {"train.beta": 9.0},
-        _steps(8, 2), _FEW | {"train.ema": 0.9995}, _FEW | {"train.stop_target": True},
+        _FEW, _steps(3, 4), _FEW | _lr(0.2), _FEW | {"train.beta": 9.0}, _FEW | {"train.beta": 4.0},
+        _FEW | _lr(0.05), _FEW | {"train.noise": 2.0}, _FEW | _decay(2e-3),
+        _steps(3, 4) | {"train.beta": 9.0}, _steps(8, 2), _FEW | {"train.ema": 0.98},
+        _FEW | {"train.stop_target": True},
     ),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ rejection: area under the ROC curve of telling CIFAR-10 test images from those o
     (Hendrycks and Gimpel 2017), by the largest probability, the log-sum-exp of the logits, and, of clusters,
     the distance to the nearest centroid.
 twice the radius: PMA at twice the radius of training on --n stratified test images.
-transfer: the images that PGD-50 makes against every other row, shown to this one.
+transfer: the images that PGD-50 makes against every other row that is there, shown to this one (run it last).
 
 Writes results/beyond/SCALE/surplus/ROW-SEED.json. What is there is not made again.
 """
@@ -112,7 +112,7 @@ def calibration(clf, config: dict) -> dict:
 
 
 def rejection(clf) -> dict:
-    """AUROC by stranger and measure, of as many images of both sides as the smaller one has."""
+    """AUROC by stranger and measure, of all test images against at most as many strangers."""
     own, found = scores(clf, data.load_split("cifar10", "test").pixels()), {}
     for name in STRANGERS:
         split = data.load_split(name, "test")

@@ -25,7 +25,6 @@ def test_every_row_is_a_config_that_can_be_certified(rows):
     names = [*rows.ROWS, *(f"orthogonal+{head}" for head in rows.HEADS)]
     for name in names:
         config = importlib.import_module("configs.cifar10").get_config("clustr_certified,cpu")
-        assert rows.known(name)
         for key, value in rows.settings(name, 1).items():
             section, _, field = key.rpartition(".")
             place = config[section] if section else config
@@ -38,9 +37,22 @@ def test_every_row_is_a_config_that_can_be_certified(rows):
         )
 
 
-@pytest.mark.parametrize("name", ["", "orthogonl", "orthogonal+", "orthogonal+nothing", "+centroids"])
-def test_other_names_are_refused(rows, name):
-    assert not rows.known(name)
+@pytest.mark.parametrize("name", ["orthogonl", "orthogonal+", "orthogonal+nothing", "+centroids"])
+def test_other_names_are_refused(rows, name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["certified.py", f"--only=cpl,{name}", "--list"])
+    with pytest.raises(SystemExit) as left:
+        rows.main()
+    told = capsys.readouterr()
+    assert left.value.code == 2 and not told.out
+    assert told.err.startswith(f"error: --only: unknown {name!r}; known: orthogonal, ")
+
+
+def test_rows_and_other_heads_have_their_commands(rows, monkeypatch, capsys):
+    for asked, lines in (("--only=cpl+centroids-2", 2), ("--only=cpl", 1), ("--seed=0", len(rows.ROWS))):
+        monkeypatch.setattr("sys.argv", ["certified.py", asked, "--list"])
+        monkeypatch.setattr(rows, "RUNS", pathlib.Path("nowhere"))
+        assert rows.main() == 0
+        assert len(capsys.readouterr().out.splitlines()) == lines
 
 
 def test_another_head_starts_from_the_row_s_network_and_trains_nothing(rows):

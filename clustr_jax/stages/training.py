@@ -17,6 +17,7 @@ from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.progress import duration
 from clustr_jax.runtime.stage_names import WARMUP
 from clustr_jax.stages import guarding
+from clustr_jax.stages.clock import EpochClock
 from clustr_jax.stages.context import Run
 from clustr_jax.storage import loading
 from clustr_jax.storage.checkpoints import Checkpoints
@@ -150,6 +151,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
     _, rate = trainers.optimizer(recipe, per_epoch)
     val_x, val_y = this.val_split.pixels(), this.val_split.labels
     step, chunk, saved = int(state.step), 1, time.monotonic()
+    clock = EpochClock(this.workdir.stage(stage) / "clock.json")
     records = [r for r in this.workdir.records() if r["stage"] == stage]
     handed, answer = guarding.handed(this, stage), trainer.settings.train.on_collapse
     said = {kind for r in records for kind in r.get("alarms", ())}
@@ -163,7 +165,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
     while step < recipe.epochs * per_epoch:
         epoch = step // per_epoch
         order = train.epoch_order(key, trainer.size, epoch)
-        started, start_step = time.monotonic(), step
+        start_step = clock.start(step, epoch * per_epoch)
         while step < (epoch + 1) * per_epoch:
             count = min(chunk, (epoch + 1) * per_epoch - step)
             before = time.monotonic()
@@ -177,17 +179,19 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             if count == chunk:  # grow, or shrink, towards the wanted length
                 chunk = max(1, min(int(chunk * _CHUNK_SECONDS / max(seconds, 1e-3)), 4 * chunk))
             chunk, due = processes.agree([chunk, time.monotonic() - saved > _CHECKPOINT_SECONDS])
-            speed = (step - start_step) * trainer.batch_size / (time.monotonic() - started)
+            speed = (step - start_step) * trainer.batch_size / clock.seconds()
             left = (recipe.epochs * per_epoch - step) * trainer.batch_size / speed
             this.progress.status(
                 f"{stage} {epoch + 1}/{recipe.epochs}  step {step - epoch * per_epoch}/{per_epoch}  "
                 f"{_metrics(totals)}  {speed:.0f} img/s  at most {duration(left)} left"
             )
             if due and step < (epoch + 1) * per_epoch:
+                clock.note(step)
                 checkpoints.save(state)
                 saved = time.monotonic()
             # at its end an epoch is refitted, logged and saved first: a checkpoint before that would skip it
             if preemption.requested() and step < (epoch + 1) * per_epoch:
+                clock.note(step)
                 checkpoints.save(state)
                 checkpoints.wait()
                 preemption.check(f"{stage} after {step} steps (epoch {epoch + 1} of {recipe.epochs})")
@@ -213,7 +217,7 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             "val_accuracy": val,
             **guarding.recorded(now, alarms),
             "learning_rate": float(rate(step - 1)),
-            "epoch_seconds": time.monotonic() - started,
+            "epoch_seconds": clock.seconds(),
             "images_per_second": speed,
         }
         this.workdir.log(record)
