@@ -8,7 +8,10 @@ from clustr_jax.evaluation import intervals
 from clustr_jax.storage import results
 
 
-@pytest.mark.parametrize("change", [{"n": 9}, {"eps": 0.2}, {"nearest": 2}])
+@pytest.mark.parametrize(
+    "change",
+    [{"n": 9}, {"eps": 0.2}, {"nearest": 2}, {"protocol": "sound-2-quick"}],
+)
 def test_results_of_other_images_radii_or_rules_are_not_compared(change):
     one = {"n": 8, "eps": 0.1, "nearest": 0, "robust": 0.5}
     assert results.comparable(one, one | {"robust": 0.1, "restarts": 3})

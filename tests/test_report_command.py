@@ -75,7 +75,7 @@ def test_a_page_compares_several_runs(tmp_path, capsys):
     assert told.err.count("is not known: ") == 3  # there are no weights beside these results
     document, drawings = assert_sound_page(out.read_text(), scripts=1)
     assert document.row("one") == [
-        shown(0.15), shown(0.2), shown(0.95), shown(0.425), "0.2", "40", "digits", "PARTLY ROBUST",
+        shown(0.15), shown(0.2), shown(0.95), shown(0.425), "0.2", "40", "digits", "NOT KNOWN",
         "NONE FAILED",
     ]  # fmt: skip
     assert document.row("three")[:4] == ["–", "–", shown(0.95), "–"]
@@ -170,10 +170,16 @@ def test_the_papers_protocol_is_the_worst_of_its_attacks(tmp_path):
         content, arrays = result("paper")
         arrays |= {"pgd20_0.200000": np.arange(N) < 10 + i, "pgd100_0.200000": np.arange(N) > 4}
         arrays |= {"pgd20_0.100000": np.zeros(N, bool)}
+        arrays["clean"] = np.arange(N) != 7  # wrong as it is, and left alone by every attack
         results.save(root / "results", "paper", content, arrays)
         records.append(report.read(root))
     (row,) = paired.rows(records, ["a", "b"])
     assert (row["ours"], row["theirs"], row["n"]) == (0, 1, N) and row["protocol"] == "paper-1"
+    root = make(tmp_path / "c", ("clean", "paper"))
+    arrays["clean"] = np.ones(N, bool)
+    results.save(root / "results", "paper", content, arrays)
+    (row,) = paired.rows([records[1], report.read(root)], ["b", "c"])
+    assert (row["ours"], row["theirs"]) == (0, 1)
 
 
 def test_mistakes_are_told_in_one_line(tmp_path, capsys):

@@ -21,7 +21,9 @@ def content(robust=0.5, clean=0.9, constant=0.1, **by_status):
         (0.6, 1.0, "Partly robust: most"),
         (0.6, None, "Partly robust: most"),
         (0.0, 1.0, "Not robust: no image withstood the attacks."),
-        (0.26, 0.25, "Partly robust: fewer than half"),
+        (0.26, 0.25, "No verdict: so few images cannot tell it from always guessing one class."),
+        (0.33, 0.25, "No verdict: so few images"),  # Wilson's interval begins at 24.6 %
+        (0.34, 0.25, "Partly robust: fewer than half"),
     ],
 )
 def test_a_constant_answer(robust, constant, said):

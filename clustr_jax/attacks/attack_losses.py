@@ -103,13 +103,13 @@ def _at(values, index):
 
 def margin_targeted(outputs: Outputs, y: Int[Array, "B"], target: Int[Array, "B"]) -> Float[Array, "B"]:
     """z_t - z_y."""
-    logits = logits_of(outputs)
+    logits = _in_float32(outputs)
     return _at(logits, target) - _at(logits, y)
 
 
 def dlr_targeted(outputs: Outputs, y: Int[Array, "B"], target: Int[Array, "B"]) -> Float[Array, "B"]:
     """(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2): Croce & Hein 2020, eq. 7; below 4 classes the margin."""
-    logits = logits_of(outputs)
+    logits = _in_float32(outputs)
     difference = margin_targeted(logits, y, target)
     if logits.shape[1] < 4:
         return difference

@@ -110,7 +110,7 @@ def _advance_here(attack, model, slots, queue, waiting, best, orders, *, first):
             jnp.any(~slots.active) & jnp.any(waiting), refill, lambda c: c, (slots, waiting, best)
         )
         work = slots.work
-        state = attack.update(model, work, slots.state, slots.step)
+        state = _typed_as(slots.state, attack.update(model, work, slots.state, slots.step))
         step = slots.step + 1
         success = slots.active & state.fooled
         blind = getattr(state, "blind", jnp.zeros(count, bool))  # of a black box nothing is said
@@ -124,7 +124,7 @@ def _advance_here(attack, model, slots, queue, waiting, best, orders, *, first):
             step=ended.step.at[place].set(step, mode="drop"),
             fooled=ended.fooled.at[place].set(state.fooled, mode="drop"),
             blind=ended.blind.at[place].set(blind, mode="drop"),
-            x=ended.x.at[place].set(state.candidate, mode="drop"),
+            x=ended.x.at[place].set(state.candidate.astype(ended.x.dtype), mode="drop"),
             count=ended.count + jnp.sum(over, dtype=jnp.int32),
         )
         return Slots(work, state, step, alive & ~over), waiting, best, ended, i + 1
@@ -140,6 +140,15 @@ def _advance_here(attack, model, slots, queue, waiting, best, orders, *, first):
     slots, _, _, ended, i = lax.while_loop(going, iterate, (slots, waiting, best, ended, zero))
     ended = ended.replace(count=ended.count[None])
     return jax.tree.map(mesh.gather, (slots, ended, i[None]))
+
+
+def _typed_as(old, new):
+    """`new` in the types of `old`: a model of float64, where JAX has that, makes wider ones."""
+
+    def cast(a, b):
+        return b if a.dtype == b.dtype else b.astype(a.dtype)
+
+    return jax.tree.map(cast, old, new)
 
 
 def _where(take, new, old):

@@ -32,6 +32,11 @@ class Records:
         """Where the record of this attack lies."""
         return self.directory / f"{self.identity}-{name}.npz"
 
+    def strangers(self, prefix: str) -> bool:
+        """Whether there are records whose identity begins with `prefix`, and none of this one."""
+        paths = [path.name for path in self.directory.glob(f"{prefix}*")]
+        return bool(paths) and not any(name.startswith(f"{self.identity}-") for name in paths)
+
     def load(
         self, name: str, x: Float[np.ndarray, "N ..."], restarts: int
     ) -> tuple[Outcome | None, dict[str, np.ndarray]]:
@@ -44,10 +49,6 @@ class Records:
                 found = {key: file[key] for key in file.files}
         except Exception:  # cut off by a crash, or damaged in any other way: start this attack again
             return None, {}
-        if "blind" not in found:  # of an earlier version: nothing is known, and its slots held other fields
-            if found.get("leaves"):
-                return None, {}
-            found["blind"] = np.zeros(len(x), bool)
         outcome = Outcome.fresh(x, restarts)
         wanted = {*_OUTCOME, "leaves", "evaluations"} | ({"images"} if self.images else set())
         if not found.keys() >= wanted or found["spent"].shape != outcome.spent.shape:

@@ -191,17 +191,22 @@ def parts_of(
     attacks = [
         [p.name, p.restarts, p.targets is None, type(p.attack).__name__, _numbers(p.attack)] for p in planned
     ]
-    place = [mesh.devices(), jax.default_backend(), jax.devices()[0].device_kind]
     return {
         "images": _digest(given.x),
         "labels": _digest(given.y),
         "ids": _digest(given.ids),
         "key": _digest(jax.random.key_data(given.key)),
         "settings": provenance.sha([door, attacks, slots]),
-        "versions or device": provenance.sha([provenance.versions(), place, _source()]),
+        "versions or device": surroundings(),
         "model": _digest(*jax.tree.leaves(logits)),
         "gradients or loss": provenance.sha([_first_steps(p, given, slots) for p in planned]),
     }
+
+
+def surroundings() -> str:
+    """A short hash of what computes an attack: libraries, devices, and the attacks' own code."""
+    place = [mesh.devices(), jax.default_backend(), jax.devices()[0].device_kind]
+    return provenance.sha([provenance.versions(), place, _source()])
 
 
 def _numbers(attack) -> dict[str, str]:

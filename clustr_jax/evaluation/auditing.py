@@ -28,7 +28,7 @@ def run(
     """What the audit of `case` came to, and its check; `outcomes` and `found` become the union's."""
     x, n = case.examples.x, len(case.examples)
     key = jax.random.fold_in(jax.random.key(case.seed), streams.Evaluation.AUDIT)
-    order = np.random.default_rng(case.seed + 1).permutation(n)
+    order = np.random.default_rng(abs(case.seed + 1)).permutation(n)
     slots = max(1, case.settings.slots // 2 + 1)
     own = sound_protocol.Found.of(x[order])
     settings = dataclasses.replace(case.settings, slots=slots, curve=())

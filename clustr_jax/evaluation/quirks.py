@@ -61,7 +61,7 @@ def evaluate(
     steps: int,
     restarts: int,
 ):
-    """Bool [N]: who survives PGD with the departures `on`, all others switched off."""
+    """Bool [N]: who is right, and survives PGD with the departures `on`, all others switched off."""
     budget = settings.attack
     anywhere = clf.replace(bounds=None)  # a start may leave the box
     model = as_partial(anywhere.scores if "exp_scores" in on else anywhere.logits)
@@ -75,10 +75,8 @@ def evaluate(
         clip_start="start_outside" not in on,
     )
     found = largest_loss(key, model, attack, examples, restarts=restarts, slots=settings.slots)
-    if "max_loss" in on:
-        return found["robust"]
     right = np.argmax(scheduler.forward(model, examples.x, settings.slots), axis=1) == examples.y
-    return found["any_restart"] & right
+    return found["robust" if "max_loss" in on else "any_restart"] & right
 
 
 def table(
@@ -198,7 +196,7 @@ def main(argv: list[str]) -> None:
     console.print(shown)
     content = {
         "dataset": data.label(images), "subset": test.subset, "n": count, "method": config["method"],
-        "protocol": "quirks-3", "eps": settings.attack.eps, "clean": intervals.fraction(
+        "protocol": "quirks-4", "eps": settings.attack.eps, "clean": intervals.fraction(
             np.asarray(clf.predict(examples.x)) == examples.y),
         "robust": rows[-1]["robust"], "nearest": clf.nearest,
         "attack": budget | {"step_size": settings.attack.step_size},

@@ -51,6 +51,9 @@ def _robustness(content, failed) -> str:
     # of images of one class a constant answer is always right: it says nothing of a model
     if constant is not None and robust <= constant < 1:
         return "Not robust: no better than always guessing one class."
+    low, _ = intervals.wilson(round(robust * content["n"]), content["n"])
+    if constant is not None and low <= constant < 1:
+        return "No verdict: so few images cannot tell it from always guessing one class."
     if failed:
         return "No verdict: the figure is an upper bound only."
     if robust >= _MOST * content["clean"]:

@@ -49,6 +49,8 @@ def _robust(record, protocol):
     else:
         end = f"_{record.results[protocol]['eps']:.6f}"
         kept = [array for name, array in arrays.items() if name.endswith(end)]
+        # what the attacks leave says nothing of images that are wrong as they are
+        kept += [arrays["clean"]] if kept else []
     return (arrays["ids"], np.all(kept, axis=0)) if kept and "ids" in arrays else None
 
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from clustr_jax import data
+from clustr_jax.attacks import resuming
 from clustr_jax.evaluation import certificates, checks, intervals, protocols, resume
 from clustr_jax.runtime import mesh, preemption, processes, provenance, streams
 from clustr_jax.runtime.errors import UserError, first_line
@@ -27,8 +28,11 @@ def run(this: Run) -> None:
         if _kept(results.load(folder, name), identity, network):
             progress.line(f"evaluate: {name} was done before")
             continue
-        # what was begun goes on with the same images only
+        # what was begun goes on with the same images only, and where it would have ended the same
         record = f"{identity}-{network}-{provenance.sha(examples.ids.tolist())}"
+        records = resume.Records(folder, f"{record}-{resuming.surroundings()}")
+        if records.strangers(record):
+            progress.line(f"evaluate: {name} was begun by other libraries, devices or code, and begins anew")
         started = time.monotonic()
 
         def report(unbroken, what, name=name, started=started):
@@ -43,7 +47,6 @@ def run(this: Run) -> None:
             if test.class_names:
                 result["class_names"] = list(test.class_names)
         else:
-            records = resume.Records(folder, record)
             result, outcomes, seconds = protocols.run(
                 name, key, clf, examples, settings.eval, report, records
             )
@@ -68,7 +71,7 @@ def run(this: Run) -> None:
         for figure in ("clean", "robust"):
             header[f"{figure}_interval"] = intervals.wilson(round(result[figure] * header["n"]), header["n"])
         results.save(folder, name, {**header, **result, **footer}, outcomes)
-        resume.Records(folder, record).clear()
+        records.clear()
         most = ""
         if name == "clean":
             top = int(np.argmax(result["predicted"]))

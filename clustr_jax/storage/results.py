@@ -22,8 +22,13 @@ PROTOCOLS = {
 
 
 def comparable(one: dict, other: dict) -> bool:
-    """Whether two results are about the same network, images, radius and D: else there is no difference."""
-    return all(one.get(what) == other.get(what) for what in ("network_sha", "n", "eps", "nearest"))
+    """Whether there is a difference to be had of two results.
+
+    Both are about the same network, images, radius and D, and both or neither of a protocol's quick form.
+    """
+    quick = [result.get("protocol", "").endswith("-quick") for result in (one, other)]
+    same = ("network_sha", "n", "eps", "nearest")
+    return quick[0] == quick[1] and all(one.get(what) == other.get(what) for what in same)
 
 
 def save(directory: pathlib.Path, name: str, result: dict, outcomes: dict[str, np.ndarray]) -> None:
