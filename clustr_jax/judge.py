@@ -7,6 +7,7 @@ j.save("judgement")         # judgement.json, witness.npz, report.html, CARD.md
 python -m clustr_jax.verify judgement        # measures the stored images again, with NumPy alone
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -25,7 +26,7 @@ from clustr_jax.attacks.watching import Interrupted
 from clustr_jax.evaluation import card, judging, robustbench, witness, wording
 from clustr_jax.evaluation import distances as nearest_images
 from clustr_jax.evaluation.witness import Witness
-from clustr_jax.runtime import callable_module, extras
+from clustr_jax.runtime import callable_module, extras, locks
 from clustr_jax.runtime.errors import UserError, shown
 from clustr_jax.runtime.promotion import promoting
 from clustr_jax.settings import EvalSettings
@@ -234,6 +235,12 @@ def judge(
         slots=slots, seed=seed,
     )  # fmt: skip
     say = _Teller(progress)
+    with contextlib.nullcontext() if place is None else locks.held(place):
+        return _judged(case, place, say, audit)
+
+
+def _judged(case, place, say, audit):
+    """The judgement of `case`; with a folder the one that is there, or what goes on from its records."""
     if place is None:
         kept, parts = resuming.Kept(None, {}), {}
     else:

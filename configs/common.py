@@ -304,8 +304,7 @@ def cpu(c):
     instead of eight. Their radius grows over the first epochs: from the full radius on, a small network
     predicts one class only for many epochs.
     """
-    if c.model.name == "resnet18":  # "auto" looks at the variant itself
-        c.model.name = "resnet8"
+    c.model.name = {"resnet18": "resnet8", "auto": "auto_small"}.get(c.model.name, c.model.name)
     c.warmup.epochs, c.warmup.lr, c.warmup.schedule, c.warmup.target = 12, 5e-3, "onecycle", 0.0
     c.warmup.optimizer, c.warmup.weight_decay, c.warmup.milestones = "adam", 1e-4, ()
     c.train.optimizer, c.train.schedule, c.train.milestones = "adam", "onecycle", ()

@@ -8,7 +8,7 @@ from clustr_jax.evaluation import protocols
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import EvalSettings, ModelSettings, Recipe, Settings, TrainingSettings
 from clustr_jax.stages import configuration, refusals
-from clustr_jax.storage import loading
+from clustr_jax.storage import loading, workdir
 from clustr_jax.training import objectives, trainers
 from project_configs import DATA, METHODS, VARIANTS, fake_split, get_config, parse
 
@@ -177,3 +177,20 @@ def test_a_smoke_config_is_smaller_and_leaves_the_original_alone():
         assert small.eval.attack.steps <= 4 and small.eval.attack.restarts <= 2
         # enough images of each class for its clusters
         assert small.data.train_size * (1 - small.data.val_size) // DATA[name][1] >= small.magnet.k
+
+
+def test_numbers_in_tuples_have_one_type():
+    """(0,) and (0.0,) compare equal, and are one setting: one config and one hash."""
+    found = []
+    for mean, sweep in (((0,), (1, 0.5)), ((0.0,), (1.0, 0.5))):
+        config = get_config("digits", "nominal")
+        config.model.mean, config.eval.sweep = mean, sweep
+        found.append(json.dumps(workdir.config_dict(configuration.resolve(config))))
+    assert found[0] == found[1] and '"sweep": [1.0, 0.5]' in found[0]
+
+
+def test_a_smoke_run_has_images_of_all_the_classes_of_its_source():
+    config = get_config("cifar10", "at_pretrain")
+    config.smoke = True
+    assert config.pretrain.name.startswith("imagenet")
+    assert configuration.resolve(config).pretrain.train_size == 2000  # of 1,000 classes, 2 % held out

@@ -98,12 +98,34 @@ def test_a_damaged_file_is_refused(where, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("what", ["std", "nearest", "model"])
+def test_a_changed_description_is_damage(what, tmp_path):
+    """Other normalisation, another rule, another network: with the same arrays."""
+    path, arrays, metadata = saved(tmp_path)
+    about = json.loads(metadata["classifier"])
+    about[what] = {"std": [9.0] * len(about["std"]), "nearest": 1, "model": "mlp"}[what]
+    metadata["classifier"] = json.dumps(about)
+    path.write_bytes(safetensors.numpy.save(arrays, metadata))
+    with pytest.raises(UserError, match="is damaged: its arrays or description are not as they were saved"):
+        door.load(path)
+
+
+def test_files_of_the_format_before_are_read(tmp_path):
+    path, arrays, metadata = saved(tmp_path)
+    expected = door.load(path)
+    metadata |= {"format": "clustr_jax-1", "sha256": door._digest(arrays, "")}
+    path.write_bytes(safetensors.numpy.save(arrays, metadata))
+    found = door.load(path)
+    assert bits(found.variables) == bits(expected.variables) and found.net == expected.net
+
+
 def change(arrays, metadata, **description):
     """Written anew, the digest as it should be: the arrays do not fit the description."""
     about = json.loads(metadata["classifier"]) | description
     about = {name: value for name, value in about.items() if value is not ...}
+    text = json.dumps(about)
     return safetensors.numpy.save(
-        arrays, metadata | {"classifier": json.dumps(about), "sha256": door._digest(arrays)}
+        arrays, metadata | {"classifier": text, "sha256": door._digest(arrays, text)}
     )
 
 
@@ -143,7 +165,7 @@ def test_foreign_and_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match="there is no file .*other.safetensors"):
         clustr_jax.load(path)
     path.write_bytes(safetensors.numpy.save({"weight": np.zeros(3)}, {"format": "pt"}))
-    with pytest.raises(UserError, match="has the format 'pt'; expected 'clustr_jax-1'"):
+    with pytest.raises(UserError, match="has the format 'pt'; expected 'clustr_jax-2'"):
         clustr_jax.load(path)
     path.write_bytes(safetensors.numpy.save({"weight": np.zeros(3)}))
     with pytest.raises(UserError, match="has the format None"):

@@ -208,13 +208,16 @@ def test_smoothed_labels(rng):
     np.testing.assert_allclose(losses.smoothed_cross_entropy(z, y, 0.2), expected, rtol=1e-5)
 
 
-def test_a_step_takes_the_smoothing(rng):
+@pytest.mark.parametrize(
+    ("method", "term"), [("nominal", "loss"), ("trades", "natural"), ("qtrades", "natural")]
+)
+def test_a_step_takes_the_smoothing(method, term):
     loss = {}
     for smoothing in (0.0, 0.2):
-        p = problem("nominal", np.random.default_rng(1), **{"train.label_smoothing": smoothing})
+        p = problem(method, np.random.default_rng(1), **{"train.label_smoothing": smoothing})
         _, metrics, (batch, _) = p.step()
         logits = p.trainer.net.train(p.state.variables, batch.x)[0].logits
         expected = losses.smoothed_cross_entropy(logits, batch.y, smoothing).mean()
-        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
-        loss[smoothing] = float(metrics["loss"])
+        np.testing.assert_allclose(metrics[term], expected, rtol=1e-5)
+        loss[smoothing] = float(metrics[term])
     assert loss[0.0] != loss[0.2]

@@ -51,12 +51,13 @@ def test_mean_and_std_are_those_of_the_training_images():
 
 
 @pytest.mark.parametrize(
-    ("size", "variant", "expected"),
-    [(8, "", "cnn"), (16, "cpu", "cnn"), (17, "", "resnet18"), (32, "cpu", "resnet8")],
+    ("size", "model", "expected"),
+    [(8, "auto", "cnn"), (16, "auto_small", "cnn"), (17, "auto", "resnet18"), (32, "auto_small", "resnet8")],
 )
-def test_the_network_goes_by_the_size_of_the_images(size, variant, expected):
-    c = config()
-    c.variant = variant
+def test_the_network_goes_by_the_size_of_the_images(size, model, expected):
+    """And not by the name of the variant, which is the user's to choose."""
+    c = config(name=model)
+    c.variant = "mine"
     assert configuration.complete(c, own(size), own(size)).model.name == expected
 
 

@@ -5,6 +5,7 @@ import shlex
 import shutil
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from clustr_jax import data
@@ -86,3 +87,35 @@ def test_mend_takes_a_folder_of_classes_for_train(tmp_path, rng):
     make(tmp_path / "own", rng, test=())
     assert mend.main([str(tmp_path / "own" / "train"), str(tmp_path / "out")]) == 0
     assert folder.read(tmp_path / "out").sha == folder.read(tmp_path / "own").sha
+
+
+@pytest.mark.parametrize(
+    ("folders", "named"),
+    [
+        (("training", "test"), "training, test"),
+        (("testing", "train"), "testing, train"),
+        (("val", "test"), "val"),
+        (("val", "valid", "train"), "which all mean val"),
+        (("Train", "train"), "which all mean train"),
+    ],
+)
+def test_no_split_is_taken_for_a_class_and_none_is_lost(folders, named, tmp_path, rng, capsys):
+    for split in folders:
+        for name in ("cat", "dog"):
+            write(tmp_path / "own" / split / name / "0.png", rng.integers(0, 256, SIZE, np.uint8))
+    assert mend.main([str(tmp_path / "own"), str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert named in told and told.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("largest", "shift"), [(300, 8), (255, 0)])
+def test_all_files_of_16_bits_keep_the_same_8(largest, shift, tmp_path):
+    """By the largest level of all of them: darker images are no brighter than others."""
+    levels = (200, 255, 256 if shift else 7, largest)
+    for i, level in enumerate(levels):
+        place = tmp_path / "own" / "train" / "c" / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4), level, np.uint16)).save(place)
+    assert mend.main([str(tmp_path / "own"), str(tmp_path / "out")]) == 0
+    found = [np.asarray(Image.open(tmp_path / "out" / "train" / "c" / f"{i}.png")) for i in range(4)]
+    assert [int(image.max()) for image in found] == [level >> shift for level in levels]

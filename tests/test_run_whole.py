@@ -245,6 +245,21 @@ def test_a_result_of_another_network_is_not_kept(tmp_path):
     assert once["outcomes_sha"] != other["outcomes_sha"]
 
 
+def test_a_start_with_another_normalisation_is_told(tmp_path, capsys):
+    def config(**changes):
+        found = toy2d("nominal")
+        found.smoke, found.train.epochs = False, 0
+        found.update_from_flattened_dict(changes)
+        return found
+
+    stages.run(config(), tmp_path / "first", ("2_train",))
+    start = {"init_from": str(tmp_path / "first" / "2_train")}
+    stages.run(config(**start), tmp_path / "same", ("2_train",))
+    assert "warning" not in capsys.readouterr().out
+    stages.run(config(**start, **{"model.std": (0.1, 0.1)}), tmp_path / "other", ("2_train",))
+    assert "has mean and std" in capsys.readouterr().out
+
+
 def test_the_line_of_an_error_of_a_library_is_one_that_can_be_read():
     """Orbax names every array of a tree in one line."""
     assert errors.first_line(ValueError("\n  \nwrong shape\nat ...")) == "wrong shape"

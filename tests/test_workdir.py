@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from clustr_jax.report import terminal
+from clustr_jax.runtime import locks
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.profiling import Profiler
 from clustr_jax.storage import workdir
@@ -30,7 +31,7 @@ def failing(code):
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_worked_on_all_the_same(code, tmp_path, monkeypatch):
     """And it is said: two processes at once would not be noticed."""
-    monkeypatch.setattr(workdir, "fcntl", failing(code))
+    monkeypatch.setattr(locks, "fcntl", failing(code))
     said = []
     with Workdir(tmp_path).locked(said.append):
         pass
@@ -41,7 +42,7 @@ def test_a_directory_in_use_is_refused(tmp_path, monkeypatch):
     with Workdir(tmp_path).locked(), pytest.raises(UserError, match="in use by process [0-9]+"):
         with Workdir(tmp_path).locked():
             pass
-    monkeypatch.setattr(workdir, "fcntl", failing(errno.EAGAIN))
+    monkeypatch.setattr(locks, "fcntl", failing(errno.EAGAIN))
     with pytest.raises(UserError, match="in use"), Workdir(tmp_path).locked():
         pass
 
@@ -64,7 +65,7 @@ def test_images_of_stages_that_are_finished_stay_on_record(tmp_path):
     config = digits.get_config("at_pretrain")
     Workdir(tmp_path).open(config, "", {"data": "a", "pretrain": "b"})
     Workdir(tmp_path).open(config, "", {"data": "a"})
-    with pytest.raises(UserError, match=r"\(b then, c now\): set pretrain.dir"):
+    with pytest.raises(UserError, match=r"\(b then, c now\): set TFDS_DATA_DIR"):
         Workdir(tmp_path).open(config, "", {"data": "a", "pretrain": "c"})
 
 

@@ -204,7 +204,7 @@ def parts_of(
 
 
 def surroundings() -> str:
-    """A short hash of what computes an attack: libraries, devices, and the attacks' own code."""
+    """A short hash of what computes an attack: libraries, devices, and code."""
     place = [mesh.devices(), jax.default_backend(), jax.devices()[0].device_kind]
     return provenance.sha([provenance.versions(), place, _source()])
 
@@ -254,9 +254,10 @@ def _digest(*arrays) -> str:
 
 
 def _source() -> str:
-    """Of the attacks' own code."""
-    found = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+    """Of the code that an attack, its protocol and the package's own networks are made of."""
+    root, found = pathlib.Path(__file__).parents[1], hashlib.sha256()
+    rooms = ("attacks", "evaluation", "models", "runtime")
+    for path in sorted([*root.glob("*.py"), *(p for room in rooms for p in root.glob(f"{room}/*.py"))]):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
 

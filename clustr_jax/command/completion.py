@@ -102,9 +102,13 @@ def _fish(configs, methods, variants, settings):
 
 def main(argv: list[str]) -> int:
     """Prints the script; exit code 2 for a shell that is not known."""
+    how = 'in ~/.bashrc: eval "$(clustr-jax completion bash)"'
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: clustr-jax completion {{{','.join(SHELLS)}}}; {how}")
+        return 0
     if len(argv) != 1 or argv[0] not in SHELLS:
         told = f"expected one of {', '.join(SHELLS)}, got {' '.join(argv)[:50]!r}"
-        print(f'error: {told}; in ~/.bashrc: eval "$(clustr-jax completion bash)"', file=sys.stderr)
+        print(f"error: {told}; {how}", file=sys.stderr)
         return 2
     from clustr_jax.command import train
 

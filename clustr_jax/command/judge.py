@@ -60,10 +60,24 @@ def images_of(name: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         x, y = data.load("folder", "test", data_dir=str(path))
     else:
         x, y = data.load(name, "test")
+    check_labels(x, y)
     index = np.arange(len(y))
     if size and size < len(y):
         index = data.stratified(y, size, int(y.max()) + 1)
     return x[index], y[index], index.astype(np.int32)
+
+
+def check_labels(x: np.ndarray, y: np.ndarray) -> None:
+    """UserError for labels that no subset can be taken of: those of all images, as whole numbers from 0."""
+    kind, found = np.asarray(y).dtype, f"y {np.asarray(y).dtype} {np.shape(y)}"
+    if np.ndim(y) == 2 and np.shape(y)[1] == 1:
+        found += ", a column: give y[:, 0]"
+    elif np.ndim(y) == 2:
+        found += ": give the classes, y.argmax(axis=1)"
+    if np.ndim(y) != 1 or kind.kind not in "iu" or (len(y) and y.min() < 0):
+        raise UserError(f"--data: labels must be whole numbers >= 0, one for each image, got {found}")
+    if np.ndim(x) == 0 or len(x) != len(y):
+        raise UserError(f"--data: {len(y):,} labels for x of shape {np.shape(x)}; expected as many of both")
 
 
 def _of_file(path):

@@ -88,10 +88,9 @@ def _alike(names):
 # Splits
 
 
-def _splits(path):
-    """({split: its folder}, notes on what else is there)."""
-    entries = entries_of(path)
-    places = {}
+def roles_of(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """{split: its folder}; UserError where two folders mean the same split."""
+    entries, places = entries_of(path), {}
     for split, called in ROLES.items():
         there = [e for e in entries if e.casefold() in called and (path / e).is_dir()]
         if len(there) > 1:
@@ -101,6 +100,17 @@ def _splits(path):
             )
         if there:
             places[split] = path / there[0]
+    return places
+
+
+def nearly(path: pathlib.Path) -> list[str]:
+    """The folders whose names are those of splits by another convention: training, tests."""
+    return [e for e in entries_of(path) if e.casefold() in _NEARLY and (path / e).is_dir()]
+
+
+def _splits(path):
+    """({split: its folder}, notes on what else is there)."""
+    entries, places = entries_of(path), roles_of(path)
     if "train" not in places:
         raise UserError(f"there is no folder {shown(path / 'train')}; {_instead(path, entries)}")
     others = [e for e in entries if path / e not in places.values() and not e.startswith(".")]

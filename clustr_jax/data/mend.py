@@ -2,7 +2,8 @@
 
 Every picture under DIR/<split>/<class>/, in folders inside it as well, becomes an 8-bit PNG in OUT. It gets
 the size (or --size) and the kind, grey or colour, that most of them have. It is turned as its EXIF says;
-transparency becomes white; of 16 bits the upper 8 are kept, of animations the first frame. Left out are
+transparency becomes white; of 16 bits the upper 8 are kept (where any file uses them), of animations the
+first frame. Left out are
 pictures that cannot be read, classes that are not in train, and training images whose pixels are in another
 split as well. All of it is told. Other files and hidden ones stay behind, and DIR is not changed.
 """
@@ -18,11 +19,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from clustr_jax.data import shares
-from clustr_jax.data.folder_layout import ROLES, entries_of, is_picture, pictures_under, same_name
+from clustr_jax.data.folder_layout import (
+    entries_of,
+    is_picture,
+    nearly,
+    pictures_under,
+    roles_of,
+    same_name,
+)
 from clustr_jax.runtime.errors import UserError, first_line, listed, shown
 from clustr_jax.runtime.paths import local
 from clustr_jax.runtime.programs import program
 
+_DEEP = ("I", "I;16", "I;16B")  # Pillow's modes of 16 bits
 _SPLITS = ("test", "val", "train")  # the last one gives up what the others have as well
 
 
@@ -54,11 +63,13 @@ def copy(source: pathlib.Path, out: pathlib.Path, size: tuple[int, int] | None =
     if not files:
         raise UserError(f"{shown(source)} has no images in train/<class>/, and none in <class>/")
     done, left_out, sizes, modes = collections.Counter(), [], collections.Counter(), collections.Counter()
+    deep = 0  # the most levels that a picture of 16 bits uses: one shift for all
     for _, _, file in files:
         head = _head(file)
         if head is not None:
             sizes[head[0]] += 1
             modes[head[1]] += 1
+            deep = max(deep, head[2])
     if not sizes:
         raise UserError(f"none of the {len(files):,} images under {shown(source)} can be read")
     size, mode = size or sizes.most_common(1)[0][0], modes.most_common(1)[0][0]
@@ -66,7 +77,7 @@ def copy(source: pathlib.Path, out: pathlib.Path, size: tuple[int, int] | None =
     seen, names = set(), collections.Counter()
     for split, name, file in sorted(files, key=lambda entry: _SPLITS.index(entry[0])):
         try:
-            image = _picture(file, size, mode, done) if name in trained else None
+            image = _picture(file, size, mode, deep, done) if name in trained else None
             why = "its class has no training images"
         except Exception as error:  # Pillow raises many types for damaged files
             image, why = None, first_line(error, 80)
@@ -99,14 +110,14 @@ def _size(text):
 
 def _files(source):
     """[(split, class, file)]; a folder of classes without splits is all train."""
-    places = {
-        split: source / entry
-        for split, called in ROLES.items()
-        for entry in entries_of(source)
-        if entry.casefold() in called and (source / entry).is_dir()
-    }
-    if "train" not in places:
-        places = {"train": source}
+    places, others = roles_of(source), nearly(source)
+    if others or (places and "train" not in places):
+        there = [*others, *(place.name for place in places.values())]
+        raise UserError(
+            f"{shown(source)} has {listed(there)}; expected splits called train, test and val, or folders of "
+            f"classes alone: rename them, so that no split is taken for a class"
+        )
+    places = places or {"train": source}
     found = []
     for split, place in places.items():
         for entry in entries_of(place):
@@ -122,20 +133,24 @@ def _files(source):
 
 
 def _head(file):
-    """((height, width) as it is to be seen, "L" or "RGB"), or None where it cannot be read."""
+    """((height, width) as it is to be seen, "L" or "RGB", its largest level of 16 bits or 0).
+
+    None where it cannot be read.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file) as image:
                 grey = image.mode in ("1", "L", "LA", "I", "I;16", "I;16B", "F")
                 turned = image.getexif().get(274, 1) in (5, 6, 7, 8)
-                return (image.size if turned else image.size[::-1]), "L" if grey else "RGB"
+                deep = int(np.asarray(image).max()) if image.mode in _DEEP else 0
+                return (image.size if turned else image.size[::-1]), "L" if grey else "RGB", deep
     except Exception:  # it is left out, and named, when its pixels are wanted
         return None
 
 
-def _picture(file, size, mode, done):
-    """The image as all others are; what was done to it is counted."""
+def _picture(file, size, mode, deep, done):
+    """The image as all others are, `deep` the largest level of them; what was done to it is counted."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(file) as opened:
@@ -143,9 +158,9 @@ def _picture(file, size, mode, done):
             image = ImageOps.exif_transpose(opened)
             if opened.getexif().get(274, 1) != 1:
                 done["turned as their EXIF says"] += 1
-    if image.mode in ("I", "I;16", "I;16B"):
+    if image.mode in _DEEP:
         levels = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((levels >> 8 if levels.max() > 255 else levels).astype(np.uint8))
+        image = Image.fromarray((levels >> 8 if deep > 255 else levels).astype(np.uint8))
         done["made of 8 bits"] += 1
     if image.mode == "F":
         raise ValueError("floating-point pixels")

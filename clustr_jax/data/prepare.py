@@ -14,8 +14,12 @@ from clustr_jax.runtime.programs import program
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0 done, 2 a name that does not exist, TensorFlow or the network missing."""
     name = data.ALIASES.get(argv[0], argv[0]) if argv else ""
+    usage = f"usage: python -m clustr_jax.prepare {{{','.join(data.PREPARED)}}} [DIR]"
+    if argv and argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0
     if name not in data.PREPARED or len(argv) > 2:
-        print(f"usage: python -m clustr_jax.prepare {{{','.join(data.PREPARED)}}} [DIR]", file=sys.stderr)
+        print(usage, file=sys.stderr)
         return 2
     directory = argv[1] if len(argv) > 1 else data.default_data_dir()
     try:

@@ -30,7 +30,7 @@ VERSION = "switches-2"
 # The authors go through a set in 400 passes: images of one over their training and test sets. Where batch
 # statistics are those of the images, that is what they are of, and a smaller set does not make it less.
 _CIFAR_BATCHES = (125, 25)
-_BATCHES = {"svhn_cropped": (183, 65)}
+_BATCHES = {"svhn_cropped": (183, 65), "svhn": (183, 65)}
 
 
 def authors_batches(dataset: str) -> tuple[int, int]:

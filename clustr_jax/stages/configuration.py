@@ -59,6 +59,7 @@ def check_values(config: ConfigDict) -> None:
 def resolve(config: ConfigDict) -> ConfigDict:
     """The config as it will run: smoke settings applied, fidelity switches spelled out."""
     check_values(config)
+    config = _floats(config)
     method = METHODS.get(config.method)  # an unknown one is refused later
     return switches.apply(
         shrink(config) if config.smoke else config.copy_and_resolve_references(),
@@ -66,16 +67,27 @@ def resolve(config: ConfigDict) -> ConfigDict:
     )
 
 
+def _floats(config):
+    """Tuples of numbers as numbers of one type: (0,) and (0.0,) are one setting, and have one hash."""
+    config = config.copy_and_resolve_references()
+    for section, entries in _ENTRIES.items():
+        for name, entry in entries.items():
+            if entry is float and section in config:
+                config[section][name] = tuple(float(value) for value in config[section][name])
+    return config
+
+
 def complete(config: ConfigDict, train_split: Split, test_split: Split) -> ConfigDict:
     """The config with what it leaves to the data filled in: config.json can then be loaded without the data.
 
-    An empty mean or std is that of the training images, per channel; the model "auto" is chosen by the
-    size of the images; `data.sha` names the content of own images, whose eval.n is at most all of them.
+    An empty mean or std is that of the training images, per channel; the models "auto" and, for two CPU
+    cores, "auto_small" are chosen by the size of the images; `data.sha` names the content of own images,
+    whose eval.n is at most all of them.
     """
     config = config.copy_and_resolve_references()
     model = config.model
-    if model.name == "auto":
-        small, cheap = max(train_split.images.shape[1:3]) <= _SMALL, config.variant == "cpu"
+    if model.name in ("auto", "auto_small"):
+        small, cheap = max(train_split.images.shape[1:3]) <= _SMALL, model.name == "auto_small"
         model.name = "cnn" if small else "resnet8" if cheap else "resnet18"
     if not model.mean or not model.std:
         mean, std = statistics(train_split)
@@ -116,7 +128,9 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.data.train_size = min(config.data.train_size or math.inf, 400)
     config.data.test_size = min(config.data.test_size or math.inf, 200)
-    config.pretrain.train_size = min(config.pretrain.train_size or math.inf, 400)
+    # of ImageNet's thousand classes each needs an image
+    most = 2000 if config.pretrain.name.startswith("imagenet") else 400
+    config.pretrain.train_size = min(config.pretrain.train_size or math.inf, most)
     config.pretrain.test_size = min(config.pretrain.test_size or math.inf, 100)
     for recipe in (config.warmup, config.train):
         recipe.epochs = min(recipe.epochs, 1)

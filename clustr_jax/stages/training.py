@@ -112,6 +112,12 @@ def _start(this, stage, trainer, checkpoints, train_set, key):
     if first and settings.init_from:
         progress.line(f"{stage}: starting from {settings.init_from}")
         variables = loading.model_variables(settings.init_from, this.net)
+        theirs, ours = loading.normalisation(settings.init_from), this.net.module
+        if theirs != (tuple(ours.mean), tuple(ours.std)):
+            progress.line(
+                f"{stage}: warning: {settings.init_from} has mean and std {theirs}, this network "
+                f"{ours.mean} and {ours.std}: it answers otherwise than there"
+            )
     elif not first:
         if this.workdir.finished(WARMUP) is None:
             raise UserError(

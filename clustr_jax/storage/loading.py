@@ -162,6 +162,15 @@ def model_variables(path: str | pathlib.Path, net: Net, *, body: bool = False) -
     return found
 
 
+def normalisation(path: str | pathlib.Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel of the images that a finished stage, or a .safetensors file, was trained on."""
+    if pathlib.Path(path).suffix == ".safetensors":
+        module = safetensors_file.load(path).net.module
+        return tuple(module.mean), tuple(module.std)
+    model = read_config(find_stage(path).parent)["model"]
+    return tuple(model["mean"]), tuple(model["std"])
+
+
 def check_there(path: str | pathlib.Path) -> None:
     """UserError where `model_variables` would find nothing to load."""
     if pathlib.Path(path).suffix != ".safetensors":

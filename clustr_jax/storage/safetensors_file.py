@@ -4,7 +4,8 @@
     clf = clustr_jax.load("model.safetensors")              # bit for bit the same
 
 Arrays are called params.<layer>.<name>, batch_stats.<layer>.<name> and clusters.<name>, in JAX's order; the
-header's metadata has `format`, `classifier` (JSON: doors/description.py) and `sha256`, that of the arrays.
+header's metadata has `format`, `classifier` (JSON: doors/description.py) and `sha256`, that of both. Files of
+the format before, whose `sha256` is that of the arrays alone, are read as well.
 Any reader of safetensors opens it, without JAX as well.
 """
 
@@ -27,7 +28,7 @@ from clustr_jax.runtime.errors import UserError, first_line
 from clustr_jax.runtime.paths import local
 from clustr_jax.storage import description
 
-FORMAT = "clustr_jax-1"
+FORMAT, _ARRAYS_ALONE = "clustr_jax-2", "clustr_jax-1"
 _CLUSTERS = ("centroids", "variance", "mask")
 
 
@@ -41,11 +42,8 @@ def save(clf: Classifier, path: str | pathlib.Path, **about: Any) -> None:
         found = {name: getattr(clf.clusters, name) for name in _CLUSTERS}
         arrays |= {f"clusters.{name}": value for name, value in found.items() if value is not None}
     arrays = {name: np.array(value, order="C") for name, value in arrays.items()}
-    metadata = {
-        "format": FORMAT,
-        "classifier": json.dumps(description.describe(clf) | {"about": about}),
-        "sha256": _digest(arrays),
-    }
+    described = json.dumps(description.describe(clf) | {"about": about})
+    metadata = {"format": FORMAT, "classifier": described, "sha256": _digest(arrays, described)}
     path = local(path, "the file")
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -72,13 +70,15 @@ def load(path: str | pathlib.Path) -> Classifier:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
     except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
         raise UserError(f"cannot read {path} as a safetensors file: {first_line(error)}") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, _ARRAYS_ALONE):
         raise UserError(
             f"{path} has the format {metadata.get('format')!r}; expected {FORMAT!r}, as "
             f"clustr_jax.doors.safetensors_file.save writes it"
         )
-    if metadata.get("sha256") != _digest(arrays):
-        raise UserError(f"{path} is damaged: its arrays are not those that were saved; get it again")
+    described = "" if metadata["format"] == _ARRAYS_ALONE else metadata.get("classifier", "")
+    if metadata.get("sha256") != _digest(arrays, described):
+        what = "arrays or description are" if described else "arrays are"
+        raise UserError(f"{path} is damaged: its {what} not as they were saved; get it again")
     try:
         return _classifier(json.loads(metadata["classifier"]), arrays)
     except (UserError, ValueError, KeyError, TypeError) as error:
@@ -110,11 +110,12 @@ def _classifier(about, arrays):
     return Classifier(nested, head, net, nearest=int(about["nearest"]), bounds=description.bounds(about))
 
 
-def _digest(arrays):
-    """SHA-256 of names, types, shapes and bytes."""
+def _digest(arrays, described):
+    """SHA-256 of names, types, shapes and bytes, then of the description."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         value = arrays[name]
         digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
         digest.update(value.tobytes())
+    digest.update(described.encode())
     return digest.hexdigest()

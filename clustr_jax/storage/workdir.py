@@ -4,7 +4,6 @@ import contextlib
 import glob
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 from collections.abc import Callable
@@ -12,12 +11,7 @@ from typing import Any
 
 import jax
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: no lock there
-    fcntl = None
-
-from clustr_jax.runtime import processes, provenance
+from clustr_jax.runtime import locks, processes, provenance
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.paths import local
 from clustr_jax.storage import additions
@@ -99,8 +93,8 @@ class Workdir:
                 if seen.get(section, sha) != sha:
                     raise UserError(
                         f"{self.root} was trained on other images of {content[section]['name']} than those "
-                        f"found now ({seen[section]} then, {sha} now): set {section}.dir (or TFDS_DATA_DIR) "
-                        f"to where they are, or use another --workdir"
+                        f"found now ({seen[section]} then, {sha} now): "
+                        f"{_put_back(content[section]['dir'])}, or use another --workdir"
                     )
         processes.wait("config.json is read")
         commands = [c for c in noted.get("commands") or [] if c != command] + ([command] if command else [])
@@ -118,36 +112,9 @@ class Workdir:
         except UserError:
             return {}
 
-    @contextlib.contextmanager
-    def locked(self, say: Callable[[str], None] = print):
-        """Hold the directory for this process (the leader of several); UserError if another one does.
-
-        Some network file systems know no locks: `say` is told so, and the work goes on without one.
-        """
-        if fcntl is None or not processes.leader():
-            yield
-            return
-        path = self.root / "lock"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
-        except OSError as error:
-            raise UserError(f"cannot write to the work directory {self.root}: {error.strerror}") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise UserError(
-                    f"{self.root} is in use by process {file.read().strip() or 'unknown'}; wait for it, stop "
-                    f"it, or use another --workdir"
-                ) from error
-            except OSError as error:
-                say(f"warning: no lock on {self.root} ({error.strerror}); see that one process works on it")
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield  # closing the file, or the end of the process however it comes, frees it
+    def locked(self, say: Callable[[str], None] = print) -> contextlib.AbstractContextManager[None]:
+        """Hold the directory for this process (the leader of several); UserError if another one does."""
+        return locks.held(self.root, "the work directory ", "--workdir", say)
 
     def log(self, record: dict) -> None:
         """Append one record to metrics.jsonl, and to the event files."""
@@ -202,6 +169,10 @@ def environment() -> dict:
         "versions": provenance.versions(),
         "packages": dict(sorted(packages.items())),
     }
+
+
+def _put_back(folder):
+    return f"put them back into {folder}" if folder else "set TFDS_DATA_DIR to where they are"
 
 
 def _difference(section, old, new):

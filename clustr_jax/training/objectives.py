@@ -52,6 +52,14 @@ def accuracy(logits: Float[Array, "B Y"], batch: Batch):
     return mean((jnp.argmax(logits, axis=1) == batch.y).astype(jnp.float32), batch.mask)
 
 
+def _cross_entropy(logits, batch, settings):
+    """To the labels, or to smoothed ones."""
+    smoothing = settings.train.label_smoothing
+    if smoothing:
+        return losses.smoothed_cross_entropy(logits, batch.y, smoothing)
+    return losses.cross_entropy(logits, batch.y)
+
+
 def nominal(
     net: Net,
     variables: dict,
@@ -62,11 +70,7 @@ def nominal(
 ):
     """Cross entropy: on clean images, or on the adversary's where there is one (Madry et al. 2018)."""
     outputs, stats = net.train(variables, batch.x if adversarial.images is None else adversarial.images)
-    smoothing = settings.train.label_smoothing
-    if smoothing:
-        loss = losses.smoothed_cross_entropy(outputs.logits, batch.y, smoothing)
-    else:
-        loss = losses.cross_entropy(outputs.logits, batch.y)
+    loss = _cross_entropy(outputs.logits, batch, settings)
     name = "accuracy" if adversarial.images is None else "adversarial_accuracy"
     return mean(loss, batch.mask), Aux(stats, loss, {name: accuracy(outputs.logits, batch)})
 
@@ -100,7 +104,7 @@ def _consistent(net, variables, batch, adversarial, settings, weight, term):
     clean, stats = net.train(variables, batch.x)
     x_adv, stats = adversarial.after(clean, stats)
     adv, stats = net.train({**variables, "batch_stats": stats}, x_adv)
-    natural = losses.cross_entropy(clean.logits, batch.y)
+    natural = _cross_entropy(clean.logits, batch, settings)
     target = jax.nn.softmax(clean.logits)
     consistency = term(adv.logits, jax.lax.stop_gradient(target) if settings.train.stop_target else target)
     metrics = {
