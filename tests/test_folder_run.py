@@ -15,6 +15,7 @@ from clustr_jax import data
 from clustr_jax.data import folder
 from clustr_jax.settings import DataSettings
 from clustr_jax.stages import configuration
+from clustr_jax.storage import loading
 from marks import in_ci
 from runs import ROOT, assert_one_line, read
 from small_folders import write
@@ -142,6 +143,11 @@ def test_a_run_from_a_folder(method, run, start, tmp_path):
     assert float(np.mean(np.asarray(clf.predict(x)) == y)) == clean["clean"]
     stdout, _ = run(*arguments)
     assert "2_train: finished before" in stdout and "clean was done before" in stdout
+    (tmp_path / "pngs").rename(tmp_path / "moved")
+    stdout, _ = run(*(word.replace("dir=pngs", "dir=moved") for word in arguments))
+    assert "2_train: finished before" in stdout and "clean was done before" in stdout
+    assert loading.digest(clustr_jax.load(place)) == loading.digest(clf)
+    (tmp_path / "moved").rename(tmp_path / "pngs")
     write(tmp_path / "pngs" / "train" / "one" / "more.png", np.full((8, 8), 9, np.uint8))
     process = start(*arguments)
     _, stderr = process.communicate(timeout=300)

@@ -65,8 +65,29 @@ def test_images_of_stages_that_are_finished_stay_on_record(tmp_path):
     config = digits.get_config("at_pretrain")
     Workdir(tmp_path).open(config, "", {"data": "a", "pretrain": "b"})
     Workdir(tmp_path).open(config, "", {"data": "a"})
-    with pytest.raises(UserError, match=r"\(b then, c now\): set TFDS_DATA_DIR"):
+    with pytest.raises(UserError, match=r"\(b then, c now\): set pretrain.dir"):
         Workdir(tmp_path).open(config, "", {"data": "a", "pretrain": "c"})
+
+
+def test_images_that_moved_are_the_same_images(tmp_path):
+    """By their digest, which decides; checkpoints go by where they were when they were trained on."""
+    config = digits.get_config("nominal")
+    place = Workdir(tmp_path)
+    place.open(config, "", {"data": "a"})
+    trained = place.identity(workdir.config_dict(config))
+    assert trained == workdir.training_sha(workdir.config_dict(config))
+    for moved in ("elsewhere", "and/on"):
+        config.data.dir = moved
+        place.open(config, "", {"data": "a"})
+        assert place.identity(workdir.config_dict(config)) == trained
+        assert json.loads((tmp_path / "config.json").read_text())["data"]["dir"] == moved
+    for images in ({"data": "b"}, {}):
+        config.data.dir = "others"
+        with pytest.raises(UserError, match="data.dir"):
+            place.open(config, "", images)
+    config.data.dir, config.data.train_size = "elsewhere", 7
+    with pytest.raises(UserError, match="data.train_size"):
+        place.open(config, "", {"data": "a"})
 
 
 def test_a_package_without_a_name_is_passed_over(monkeypatch):

@@ -22,7 +22,7 @@ from clustr_jax.stages.context import Run
 from clustr_jax.storage import loading
 from clustr_jax.storage.checkpoints import Checkpoints
 from clustr_jax.storage.files import write_json
-from clustr_jax.storage.workdir import config_dict, training_sha
+from clustr_jax.storage.workdir import config_dict
 from clustr_jax.training import cost, described, guard, refit, train, train_state, trainers
 from clustr_jax.training.objectives import METHODS
 
@@ -60,7 +60,7 @@ def run(this: Run, stage: str) -> None:
     )
     trainer = trainers.Trainer(this.net, METHODS[name], settings.training, recipe, len(this.train_split))
     key = this.key(stage)
-    identity = training_sha(config_dict(this.config))
+    identity = this.workdir.identity(config_dict(this.config))
     # that of the network it was handed, and the best of its own
     keep_best = 2 if settings.training.train.on_collapse == guarding.RESTORE else 1
     checkpoints = Checkpoints(

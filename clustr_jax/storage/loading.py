@@ -15,7 +15,7 @@ from clustr_jax.settings import DataSettings, ModelSettings
 from clustr_jax.storage import safetensors_file
 from clustr_jax.storage.checkpoints import Checkpoints
 from clustr_jax.storage.files import read_json
-from clustr_jax.storage.workdir import training_sha
+from clustr_jax.storage.workdir import Workdir
 from clustr_jax.training import described
 from clustr_jax.training.objectives import METHODS
 
@@ -203,7 +203,7 @@ def _own_net(model: ModelSettings, done: dict) -> Net:
 
 
 def _checkpoints(stage):
-    return Checkpoints(stage / "checkpoints", training_sha(read_config(stage.parent)))
+    return Checkpoints(stage / "checkpoints", Workdir(stage.parent).identity(read_config(stage.parent)))
 
 
 def read_config(workdir: pathlib.Path) -> dict:

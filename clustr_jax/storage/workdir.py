@@ -33,6 +33,8 @@ _TRAINING = (
     "fidelity",
 )
 
+_IMAGES = ("data", "pretrain")  # the sections that say where images are
+
 
 class Workdir:
     """Paths and small files under one directory; UserError for a root that no folder can have."""
@@ -64,7 +66,8 @@ class Workdir:
         """Write config.json and environment.json, or check that the directory belongs to this training.
 
         environment.json keeps the `commands` that worked on the directory, each once, the newest last, and
-        which images they saw: `images` is section of the config -> `data.digest` of its splits.
+        which images they saw: `images` is section of the config -> `data.digest` of its splits. Images that
+        are known to be the same may have been moved: `dirs` is where they were at first.
         """
         if glob.has_magic(str(self.root)):  # orbax takes the path for a pattern, and would find nothing
             raise UserError(
@@ -72,18 +75,22 @@ class Workdir:
             )
         content = config_dict(config)
         path = self.root / "config.json"
-        noted = self._noted()
+        noted, first = self._noted(), content
         seen = noted.get("images") or {}
         if path.exists():
-            before = additions.filled(read_json(path))
+            first = before = additions.filled(read_json(path))
             was, now = (c.get("data", {}).get("sha") for c in (before, content))
             if was and now and was != now:
                 raise UserError(
                     f"{content['data']['dir']} has changed since {self.root} was trained on it ({was} then, "
                     f"{now} now); put the images back, or use another --workdir"
                 )
+            same = {s for s, sha in (images or {}).items() if seen.get(s) == sha}
+            same |= {"data"} if was else set()
             for section in _TRAINING:
                 old, new = (additions.fixed(section, c.get(section)) for c in (before, content))
+                if section in same:
+                    old, new = ({**values, "dir": ""} for values in (old, new))
                 if old != new:
                     raise UserError(
                         f"{self.root} was trained with another config ({_difference(section, old, new)}); "
@@ -93,17 +100,24 @@ class Workdir:
                 if seen.get(section, sha) != sha:
                     raise UserError(
                         f"{self.root} was trained on other images of {content[section]['name']} than those "
-                        f"found now ({seen[section]} then, {sha} now): "
-                        f"{_put_back(content[section]['dir'])}, or use another --workdir"
+                        f"found now ({seen[section]} then, {sha} now): set {section}.dir (or TFDS_DATA_DIR) "
+                        f"to where they are, or use another --workdir"
                     )
         processes.wait("config.json is read")
         commands = [c for c in noted.get("commands") or [] if c != command] + ([command] if command else [])
-        note = {"commands": commands, "images": {**seen, **(images or {})}, **environment()}
+        dirs = noted.get("dirs") or {s: first[s]["dir"] for s in _IMAGES if s in first}
+        note = {"commands": commands, "images": {**seen, **(images or {})}, "dirs": dirs, **environment()}
         try:
             write_json(path, content)
             write_json(self.root / "environment.json", note)
         except OSError as error:
             raise UserError(f"cannot write to the work directory {self.root}: {error.strerror}") from error
+
+    def identity(self, content: dict) -> str:
+        """Which training its checkpoints are of, by a config (JSON values); images that moved are the same."""
+        dirs = self._noted().get("dirs") or {}
+        moved = {s: {**content[s], "dir": place} for s, place in dirs.items() if s in content}
+        return training_sha({**content, **moved})
 
     def _noted(self) -> dict:
         """environment.json; what cannot be read there is written anew."""
@@ -169,10 +183,6 @@ def environment() -> dict:
         "versions": provenance.versions(),
         "packages": dict(sorted(packages.items())),
     }
-
-
-def _put_back(folder):
-    return f"put them back into {folder}" if folder else "set TFDS_DATA_DIR to where they are"
 
 
 def _difference(section, old, new):
