@@ -114,7 +114,7 @@ class Workdir:
             raise UserError(f"cannot write to the work directory {self.root}: {error.strerror}") from error
 
     def identity(self, content: dict) -> str:
-        """Which training its checkpoints are of, by a config (JSON values); images that moved are the same."""
+        """Which training its checkpoints are of, by a config (JSON values), wherever its images lie."""
         dirs = self._noted().get("dirs") or {}
         moved = {s: {**content[s], "dir": place} for s, place in dirs.items() if s in content}
         return training_sha({**content, **moved})
