@@ -80,8 +80,8 @@ def _floats(config):
 def complete(config: ConfigDict, train_split: Split, test_split: Split) -> ConfigDict:
     """The config with what it leaves to the data filled in: config.json can then be loaded without the data.
 
-    An empty mean or std is that of the training images, per channel; the models "auto" and, for two CPU
-    cores, "auto_small" are chosen by the size of the images; `data.sha` names the content of own images,
+    An empty mean or std is that of the training images, per channel. The models "auto" and, for two CPU
+    cores, "auto_small" are chosen by the size of the images. `data.sha` names the content of own images,
     whose eval.n is at most all of them.
     """
     config = config.copy_and_resolve_references()
