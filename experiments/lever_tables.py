@@ -21,8 +21,8 @@ def levers() -> str:
     for path in sorted(FOLDER.glob("*.start.json")):
         found = json.loads(path.read_text())
         rows.append(["the start", str(found["seed"]), "0", f"{100 * found['clean']:.1f}", *[""] * 6])
-    for path in sorted(FOLDER.glob("*-[0-9].json"), key=lambda p: json.loads(p.read_text())["updates"]):
-        row = json.loads(path.read_text())
+    read = [(path, json.loads(path.read_text())) for path in FOLDER.glob("*-[0-9].json")]
+    for path, row in sorted(read, key=lambda found: (found[1]["updates"], found[0].name)):
         last = row["curve"][-1]
         rows.append(
             [

@@ -85,7 +85,8 @@ def draw() -> Figure:
 FORMS = {
     "text": ("log scores (the text)", "#cc6677"),
     "exp": ("exp scores (default)", "#4477aa"),
-    "authors": ("all of the authors' switches", "#228833"),
+    "authors": ("authors' switches", "#228833"),
+    "lr-3e-4": ("exp, rate 3e-4", "#ccaa33"),
 }
 _LINES = {"val_accuracy": "--", "paper_accuracy": "-", "quick_accuracy": ":"}
 
@@ -117,7 +118,7 @@ def draw_curves() -> Figure:
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     handles = [Line2D([], [], color=colour, linewidth=4, label=form) for form, colour in FORMS.values()]
-    styles = zip(("clean", "the paper's, 1 restart", "sound (quick-1)"), _LINES.values(), strict=True)
+    styles = zip(("clean", "paper's, 1 restart", "sound (quick-1)"), _LINES.values(), strict=True)
     handles += [Line2D([], [], color="0.35", linestyle=line, label=what) for what, line in styles]
     figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
     return figure
