@@ -52,12 +52,14 @@ _TEXT, _EXP, _AUTHORS = (
     {"fidelity.scores": "exp"},
     {"fidelity.preset": "paper_code"},
 )
+_ONE = _EXP | {"magnet.k": 1, "magnet.clusters": 10, "magnet.samples": 10}  # cluster per class, as large batches
 _KL = _TEXT | {"train.consistency": "kl"}
 ROWS: dict[str, dict] = {
     "text": _TEXT,
     "exp": _EXP,
     "authors": _AUTHORS,
     "lr-3e-4": _EXP | {"train.lr": 3e-4},
+    "k-1": _ONE | {"train.epochs": 13},
     "text-510": _TEXT | {"train.epochs": 1},
     "exp-510": _EXP | {"train.epochs": 1},
 }
@@ -79,7 +81,7 @@ _SHORT = {
     "lr-1e-3": _EXP | {"train.lr": 1e-3},
     "alpha-6": _EXP | {"magnet.alpha": 6.25},
     "alpha-25": _EXP | {"magnet.alpha": 25.0},
-    "k-1": _EXP | {"magnet.k": 1, "magnet.clusters": 10, "magnet.samples": 10},
+    "k-1": _ONE,
     "k-4": _EXP | {"magnet.k": 4},
     "12x20": _EXP | {"magnet.samples": 20, "train.epochs": 5},
     "augmented-variance": _EXP | {"fidelity.variance_images": "augmented"},
