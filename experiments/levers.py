@@ -52,7 +52,8 @@ _TEXT, _EXP, _AUTHORS = (
     {"fidelity.scores": "exp"},
     {"fidelity.preset": "paper_code"},
 )
-_ONE = _EXP | {"magnet.k": 1, "magnet.clusters": 10, "magnet.samples": 10}  # cluster per class, as large batches
+# One cluster for each class, in batches of the same size.
+_ONE = _EXP | {"magnet.k": 1, "magnet.clusters": 10, "magnet.samples": 10}
 _KL = _TEXT | {"train.consistency": "kl"}
 ROWS: dict[str, dict] = {
     "text": _TEXT,
