@@ -235,7 +235,7 @@ def judge(
         slots=slots, seed=seed,
     )  # fmt: skip
     say = _Teller(progress)
-    with contextlib.nullcontext() if place is None else locks.held(place):
+    with contextlib.nullcontext() if place is None else locks.held(place, leave=False):
         return _judged(case, place, say, audit)
 
 

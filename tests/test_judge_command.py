@@ -102,6 +102,7 @@ def test_two_judges_in_one_folder_are_refused(place, capsys):
     assert "judgement is in use by process" in capsys.readouterr().err
     assert not (place / "judgement" / "judgement.json").exists()
     assert main([*words, "--slots=8"]) == 0
+    assert "lock" not in [path.name for path in (place / "judgement").iterdir()]
 
 
 @pytest.mark.parametrize("name", ["judge", "verify", "completion", "prepare", "quirks", "report"])

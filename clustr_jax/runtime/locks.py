@@ -16,12 +16,18 @@ from clustr_jax.runtime.errors import UserError, shown
 
 @contextlib.contextmanager
 def held(
-    folder: pathlib.Path, what: str = "", other: str = "folder", say: Callable[[str], None] = print
+    folder: pathlib.Path,
+    what: str = "",
+    other: str = "folder",
+    say: Callable[[str], None] = print,
+    *,
+    leave: bool = True,
 ) -> Iterator[None]:
     """Hold `folder` for this process (the leader of several); UserError if another one does.
 
     Some network file systems know no locks: `say` is told so, and the work goes on without one. `what` the
-    folder is, and the `other` setting that names another one, are for messages.
+    folder is, and the `other` setting that names another one, are for messages. The file of the lock is
+    left there, or with `leave=False` removed at the end.
     """
     if fcntl is None or not processes.leader():
         yield
@@ -43,7 +49,21 @@ def held(
             ) from error
         except OSError as error:
             say(f"warning: no lock on {folder} ({error.strerror}); see that one process works on it")
+        if not _same(file, path):  # its holder has removed it between our opening and our locking it
+            raise UserError(f"{shown(folder, 200)} was in use until now; run the same command again")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield  # closing the file, or the end of the process however it comes, frees it
+        try:
+            yield  # closing the file, or the end of the process however it comes, frees it
+        finally:
+            if not leave:
+                path.unlink(missing_ok=True)
+
+
+def _same(file, path):
+    """Whether the open file is the one that has this name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
