@@ -87,7 +87,10 @@ def test_levers_are_accepted_and_make_the_updates_that_their_names_say(experimen
         batch = (config.magnet.clusters or 12) * config.magnet.samples
         updates = config.train.epochs * (49_000 // batch)
         expected = 510 if name.endswith("-510") else 1020 if name.endswith("-short") else 6120
-        assert abs(updates - expected) <= 0.05 * expected, (name, updates)
+        if expected == 6120:  # whole epochs, of which one more may be needed
+            assert 6000 <= updates <= 6000 + 49_000 // batch, (name, updates)
+        else:
+            assert abs(updates - expected) <= 0.04 * expected, (name, updates)
         assert levers.warm(name) in levers.WARM
     assert levers.warm("warm-8-short") == "warm-8" and levers.warm("text") == "warm"
 

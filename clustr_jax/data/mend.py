@@ -3,9 +3,9 @@
 Every picture under DIR/<split>/<class>/, in folders inside it as well, becomes an 8-bit PNG in OUT. It gets
 the size (or --size) and the kind, grey or colour, that most of them have. It is turned as its EXIF says;
 transparency becomes white; of 16 bits the upper 8 are kept (where any file uses them), of animations the
-first frame. Left out are
-pictures that cannot be read, classes that are not in train, and training images whose pixels are in another
-split as well. All of it is told. Other files and hidden ones stay behind, and DIR is not changed.
+first frame. Left out are pictures that cannot be read, classes that are not in train, and training images
+whose pixels are in another split as well. All of it is told. Other files and hidden ones stay behind, and DIR
+is not changed.
 """
 
 import argparse
