@@ -3,10 +3,11 @@
     python experiments/levers.py [--only=NAME,...] [--seed=0] [--list]
     python experiments/levers.py --table | --start | --curve=NAME | --export=NAME
 
-The warm start is `cifar10:nominal,fast`. Every row is its second stage with one setting changed: 12 epochs of
-510 updates of 96 images, or as its name says 510 updates, or the two epochs of a short row. Then clean on all
-test images, and 500 of them by the quick forms of the paper's and of the sound protocol. Writes
-results/levers/NAME-SEED.json. What is there is not made again, and a row that was interrupted goes on.
+The warm start is `cifar10:nominal,fast` of seed 0, kept in results/operating-point. Every row is a second
+stage with one setting changed: 12 epochs of 510 updates of 96 images, or as its name says 510 updates, or
+the two epochs of a short row. Then clean on all test images, and 500 of them by the quick forms of the
+paper's and of the sound protocol. Writes results/levers/NAME-SEED.json; the seed is the second stage's.
+What is there is not made again, and a row that was interrupted goes on.
 
 --start measures the warm start. --curve writes and prints what a row measured after each epoch so far, on
 held-out images, into NAME-SEED.curve.json. --export writes the network of a finished row, or of a warm start,
@@ -36,6 +37,8 @@ from clustr_jax.storage.workdir import Workdir  # noqa: E402
 
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
 RUNS, RESULTS = pathlib.Path("runs", "levers"), pathlib.Path("results", "levers")
+# What `--export=warm` wrote: rows need no warm-up of their own, and all start from the same weights.
+START = pathlib.Path("results", "operating-point", "nominal.safetensors")
 ATTACKED = 500
 EXPORTED = 100
 QUANTILES = (0.05, 0.5, 0.95)
@@ -53,7 +56,8 @@ _TEXT, _EXP, _AUTHORS = (
     {"fidelity.preset": "paper_code"},
 )
 # One cluster for each class, in batches of the same size.
-_ONE = _EXP | {"magnet.k": 1, "magnet.clusters": 10, "magnet.samples": 10}
+_ONE_CLUSTER = {"magnet.k": 1, "magnet.clusters": 10, "magnet.samples": 10}
+_ONE = _EXP | _ONE_CLUSTER
 _KL = _TEXT | {"train.consistency": "kl"}
 ROWS: dict[str, dict] = {
     "text": _TEXT,
@@ -64,7 +68,7 @@ ROWS: dict[str, dict] = {
     "text-510": _TEXT | {"train.epochs": 1},
     "exp-510": _EXP | {"train.epochs": 1},
 }
-# Warm starts of other lengths: the row's name, and its epochs.
+# Warm starts: of the kept length, which `--start` and `--export` take, and of other lengths.
 WARM = {"warm": {}, "warm-8": {"train.epochs": 8}, "warm-32": {"train.epochs": 32}}
 # One setting changed at a time, for two epochs, in which the text's form destroys the network: the form of
 # the term, how much of it, the rate, the margin, the clusters, the batch, the variance, the start.
@@ -84,7 +88,8 @@ _SHORT = {
     "alpha-25": _EXP | {"magnet.alpha": 25.0},
     "k-1": _ONE,
     "k-4": _EXP | {"magnet.k": 4},
-    "12x20": _EXP | {"magnet.samples": 20, "train.epochs": 5},
+    "12x20": _EXP | {"magnet.samples": 20},  # as many images, in fewer updates
+    "authors-k-1": _AUTHORS | _ONE_CLUSTER,
     "augmented-variance": _EXP | {"fidelity.variance_images": "augmented"},
     "after-magnet": _EXP,
     "warm-8": _EXP,
@@ -98,6 +103,14 @@ _FIRST = {"after-magnet-short": "lam-0-short"}
 def warm(name: str) -> str:
     """The warm start of a row."""
     return next((w for w in WARM if w != "warm" and name.startswith(f"{w}-")), "warm")
+
+
+def start(name: str, seed: int) -> pathlib.Path:
+    """The weights that a row starts from: the kept warm start but for rows that ask for another."""
+    if name in _FIRST:
+        return RUNS / f"{_FIRST[name]}-{seed}" / "2_train"
+    own = warm(name)
+    return START if own == "warm" else RUNS / f"{own}-{seed}" / "2_train"
 
 
 def words(settings: dict) -> list[str]:
@@ -120,8 +133,8 @@ def warm_command(name: str, seed: int) -> list[str]:
 
 def command(name: str, seed: int) -> list[str]:
     """Trains and evaluates a row."""
-    start = RUNS / f"{_FIRST.get(name, warm(name))}-{seed}" / "2_train"
-    settings = ROWS[name] | EVALUATION | {"seed": seed, "warmup.epochs": 0, "init_from": start}
+    settings = ROWS[name] | EVALUATION
+    settings |= {"seed": seed, "warmup.epochs": 0, "init_from": start(name, seed)}
     return [
         "run.py",
         "--config=configs/cifar10.py:clustr_qtrades,fast",
@@ -242,9 +255,9 @@ def main() -> int:
     for name in names:
         target = ROOT / RESULTS / f"{name}-{args.seed}.json"
         commands = [command(name, args.seed)]
-        start = ROOT / RUNS / f"{warm(name)}-{args.seed}"
-        if Workdir(start).finished("2_train") is None:
-            commands.insert(0, warm_command(warm(name), args.seed))
+        own = warm(name)
+        if own != "warm" and Workdir(ROOT / RUNS / f"{own}-{args.seed}").finished("2_train") is None:
+            commands.insert(0, warm_command(own, args.seed))
         if name in _FIRST:
             commands.insert(-1, command(_FIRST[name], args.seed))
         if args.list:

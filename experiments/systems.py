@@ -4,9 +4,10 @@
     python experiments/systems.py --more=NAME [--seed=0]
 
 The network is that of the variant `fast`, with an ordinary first convolution where an adversary trains it
-from the first step. What the paper fine-tunes starts from `nominal` (16 epochs) and takes 12 epochs, which
-are 6,120 updates of its clusters' batches. With an adversary that is 52 gradient passes per image in all,
-and baselines get as many within 5 %. `trades` has three inner steps, `trades+one_step` the one of QTRADES.
+from the first step. What the paper fine-tunes starts from `nominal` (16 epochs, seed 0, kept in
+results/operating-point) and takes 12 epochs, which are 6,120 updates of its clusters' batches. With an
+adversary that is 52 gradient passes per image in all, and baselines get as many within 5 %. `trades` has
+three inner steps, `trades+one_step` the one of QTRADES.
 `clustr_trades` is the network of `trades` with its linear head as one centroid per class, and no training.
 Each row is evaluated on 1,000 test images at 8/255 by the paper's protocol (PGD^20, with --long PGD^100
 too) and by the sound one, and on all test images without an attack. Writes results/systems/NAME-SEED.json,
@@ -42,6 +43,7 @@ from clustr_jax.runtime import provenance  # noqa: E402
 from clustr_jax.storage import results  # noqa: E402
 from clustr_jax.storage.files import read_json, write_json  # noqa: E402
 from clustr_jax.storage.workdir import Workdir  # noqa: E402
+from configs import cifar10  # noqa: E402
 
 # Relative to ROOT, which every command runs in: paths are part of a config, and of its hash.
 RUNS, RESULTS = pathlib.Path("runs", "systems"), pathlib.Path("results", "systems")
@@ -55,6 +57,7 @@ LONG = {"eval.paper_steps": "(20,100)", "eval.protocols": "('paper',)"}  # after
 class Row:
     """A system: its method and settings, the row that it starts from, or the row of levers.py that it is.
 
+    What starts from `nominal` starts from its kept weights, whatever the seed.
     `config`: the module of configs/ that has its data set.
     """
 
@@ -84,7 +87,7 @@ _ROBUST = beyond_rows.SHARED
 _GENTLE = {"train.lr": 2e-3, "train.lam": 1.0}
 _LINEAR_HEAD = {"magnet.fit": "linear_head", "magnet.k": 1, "magnet.clusters": 10}
 ROWS = {
-    "nominal": Row("nominal", lever="warm"),
+    "nominal": Row("nominal"),
     "magnet": _baseline("magnet", 1, _FROM_ZERO),
     "clustr": Row("clustr", start="nominal"),
     "clustr+kmeans": Row("clustr", {"train.epochs": 0}, "nominal"),  # appendix E.1
@@ -111,17 +114,24 @@ def workdir(name: str, seed: int) -> pathlib.Path:
     return levers.RUNS / f"{lever}-{seed}" if lever else RUNS / f"{name}-{seed}"
 
 
+def source(name: str, seed: int) -> pathlib.Path | None:
+    """The weights that a row starts from; None for a row that starts from nothing."""
+    if ROWS[name].start == "nominal" or (name, seed) == ("nominal", 0):
+        return levers.START
+    return workdir(ROWS[name].start, seed) / "2_train" if ROWS[name].start else None
+
+
 def training(name: str, seed: int) -> list[str]:
     """The command that trains a row; `evaluation` adds what is asked of it."""
     found = ROWS[name]
-    if found.lever == "warm":
-        return levers.warm_command("warm", seed)
     if found.lever:
         words = levers.command(found.lever, seed)
         return [*words[:-1], "--stages=1_warmup,2_train"]
     settings, stages = found.settings | {"seed": seed}, "2_train"
-    if found.start:
-        settings |= {"init_from": workdir(found.start, seed) / "2_train"}
+    if (name, seed) == ("nominal", 0):
+        settings |= {"train.epochs": 0}  # the kept weights are this row's
+    if weights := source(name, seed):
+        settings |= {"init_from": weights}
         if found.method.startswith("clustr"):
             settings |= {"warmup.epochs": 0}
             stages = "1_warmup,2_train"
@@ -134,39 +144,37 @@ def training(name: str, seed: int) -> list[str]:
     ]
 
 
-# Trained before the variant said how to augment images of pre-training, which `nominal` never looks at.
-_OLDER = {("nominal", 0): {"pretrain.augment": "crop_flip"}}
-
-
 def evaluation(name: str, seed: int, long: bool) -> list[str]:
     """The command that evaluates a trained row; of two settings of the same name the last one counts."""
     *words, _ = training(name, seed)
     fresh = {"eval.quick": False, "eval.attack.restarts": 10} | EVALUATION | (LONG if long else {})
-    fresh |= _OLDER.get((name, seed), {})
     names = {f"--config.{key}=" for key in fresh}
     kept = [w for w in words if not any(w.startswith(n) for n in names)]
     return [*kept, *levers.words(fresh), "--stages=evaluate"]
 
 
-def start_of(name: str) -> str:
-    """The row that another starts from, "" for none."""
-    return "nominal" if ROWS[name].lever not in ("", "warm") else ROWS[name].start
+def kept_passes() -> int:
+    """Gradient passes of the kept weights: whole batches of every epoch."""
+    config = cifar10.get_config("nominal,fast")
+    images, batch = round(50_000 * (1 - config.data.val_size)), config.train.batch_size
+    return WARM * (images // batch) * batch
 
 
 def spent(name: str, seed: int) -> dict[str, int]:
     """Gradient passes by row and stage, those of what it starts from included."""
-    root = ROOT / workdir(name, seed)
     own = {
         f"{name} {path.parent.name}": read_json(path)["gradient_passes"]
-        for path in sorted(root.glob("*/done.json"))
+        for path in sorted((ROOT / workdir(name, seed)).glob("*/done.json"))
     }
-    return (spent(start_of(name), seed) if start_of(name) else {}) | own
+    if ROWS[name].lever or source(name, seed) == levers.START:
+        return {"nominal 2_train": kept_passes()} | {k: v for k, v in own.items() if v or name != "nominal"}
+    return (spent(ROWS[name].start, seed) if ROWS[name].start else {}) | own
 
 
 def commands(name: str, seed: int, long: bool, trained: bool) -> list[list[str]]:
     """All that a row needs and that is not there yet, in order: what it starts from first."""
-    start = start_of(name)
-    found = commands(start, seed, long, True) if start else []
+    weights = source(name, seed)
+    found = commands(ROWS[name].start, seed, long, True) if weights not in (None, levers.START) else []
     if Workdir(ROOT / workdir(name, seed)).finished("2_train") is None:
         found.append(training(name, seed))
     if trained:

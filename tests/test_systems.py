@@ -57,12 +57,15 @@ def test_what_starts_from_a_row_has_its_network(experiments, tmp_path, monkeypat
     """The commands of the source come first where it is not trained, and both describe the same layers."""
     systems = experiments["systems"]
     monkeypatch.setattr(systems, "ROOT", tmp_path)
+    kept = experiments["levers"].START
     for name, row in systems.ROWS.items():
         if not row.start:
             continue
         source = systems.ROWS[row.start]
-        assert systems.commands(name, 1, False, True)[0] == systems.training(row.start, 1)
-        assert f"--config.init_from={systems.workdir(row.start, 1) / '2_train'}" in systems.training(name, 1)
+        first = name if row.start == "nominal" else row.start  # the kept weights need no training
+        weights = kept if row.start == "nominal" else systems.workdir(row.start, 1) / "2_train"
+        assert systems.commands(name, 1, False, True)[0] == systems.training(first, 1)
+        assert f"--config.init_from={weights}" in systems.training(name, 1)
         networks = {
             get_config(f"{one.method},fast", one.config, **one.settings).model.name for one in (row, source)
         }
@@ -79,6 +82,19 @@ def test_other_data_sets_make_as_many_updates(experiments):
         assert found.data.val_size == 0.02
 
 
+def test_rows_that_start_from_the_kept_weights_count_their_passes(experiments, tmp_path, monkeypatch):
+    """As the finished rows have it, which were made while the work directory of the weights was there."""
+    systems = experiments["systems"]
+    root = systems.ROOT
+    monkeypatch.setattr(systems, "ROOT", tmp_path)
+    recorded = json.loads((root / systems.RESULTS / "clustr-0.json").read_text())["gradient_passes"]
+    assert systems.spent("clustr", 0) == {"nominal 2_train": recorded["nominal 2_train"]}
+    assert systems.spent("nominal", 0) == systems.spent("clustr_qtrades", 0) == systems.spent("clustr", 0)
+    assert systems.spent("nominal", 1) == {}  # trained by itself, and not yet
+    about = (root / experiments["levers"].START).read_bytes()[:4096]
+    assert b"seed 0, 752 updates" in about and recorded["nominal 2_train"] == 752 * 1024
+
+
 def test_levers_are_accepted_and_make_the_updates_that_their_names_say(experiments):
     levers = experiments["levers"]
     assert len(levers.ROWS) >= 20
@@ -86,12 +102,17 @@ def test_levers_are_accepted_and_make_the_updates_that_their_names_say(experimen
         config = configuration.resolve(get_config("clustr_qtrades,fast", "cifar10", **settings))
         batch = (config.magnet.clusters or 12) * config.magnet.samples
         updates = config.train.epochs * (49_000 // batch)
+        if name == "12x20-short":  # as many images as its siblings
+            updates *= batch / 96
         expected = 510 if name.endswith("-510") else 1020 if name.endswith("-short") else 6120
         if expected == 6120:  # whole epochs, of which one more may be needed
             assert 6000 <= updates <= 6000 + 49_000 // batch, (name, updates)
         else:
             assert abs(updates - expected) <= 0.04 * expected, (name, updates)
         assert levers.warm(name) in levers.WARM
+    assert levers.start("exp", 1) == levers.START and levers.START.exists()
+    assert levers.start("warm-8-short", 1) == levers.RUNS / "warm-8-1" / "2_train"
+    assert levers.start("after-magnet-short", 1) == levers.RUNS / "lam-0-short-1" / "2_train"
     assert levers.warm("warm-8-short") == "warm-8" and levers.warm("text") == "warm"
 
 
