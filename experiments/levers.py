@@ -91,6 +91,7 @@ _SHORT = {
     "12x20": _EXP | {"magnet.samples": 20},  # as many images, in fewer updates
     "authors-k-1": _AUTHORS | _ONE_CLUSTER,
     "augmented-variance": _EXP | {"fidelity.variance_images": "augmented"},
+    "no-augmentation": _EXP | {"data.augment": "none"},
     "after-magnet": _EXP,
     "warm-8": _EXP,
     "warm-32": _EXP,
