@@ -164,8 +164,9 @@ def table() -> str:
             [
                 path.stem.rpartition("-")[0],
                 str(row["seed"]),
-                f"{row['training_seconds'] / 60:.0f}",
-                f"{row['images_per_second']:.0f}",
+                # what starts from another row and is not trained has no times of its own
+                f"{row['training_seconds'] / 60:.0f}" if row["training_seconds"] else "",
+                f"{row['images_per_second']:.0f}" if row["images_per_second"] else "",
                 f"{100 * row['clean']:.1f}",
                 f"{100 * row['certified']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
                 *(f"{100 * value:.1f}" for key, value in row["sweep"].items() if key != row["radius"]),

@@ -58,6 +58,7 @@ _TEXT, _EXP, _AUTHORS = (
 # One cluster for each class, in batches of the same size.
 _ONE_CLUSTER = {"magnet.k": 1, "magnet.clusters": 10, "magnet.samples": 10}
 _ONE = _EXP | _ONE_CLUSTER
+_CLEAN = {"fidelity.epoch_statistics": "clean"}
 _KL = _TEXT | {"train.consistency": "kl"}
 ROWS: dict[str, dict] = {
     "text": _TEXT,
@@ -65,6 +66,7 @@ ROWS: dict[str, dict] = {
     "authors": _AUTHORS,
     "lr-3e-4": _EXP | {"train.lr": 3e-4},
     "k-1": _ONE | {"train.epochs": 13},
+    "clean-statistics": _EXP | _CLEAN,
     "text-510": _TEXT | {"train.epochs": 1},
     "exp-510": _EXP | {"train.epochs": 1},
 }
@@ -91,6 +93,8 @@ _SHORT = {
     "12x20": _EXP | {"magnet.samples": 20},  # as many images, in fewer updates
     "authors-k-1": _AUTHORS | _ONE_CLUSTER,
     "augmented-variance": _EXP | {"fidelity.variance_images": "augmented"},
+    "clean-statistics": _EXP | _CLEAN,
+    "lam-0-clean-statistics": _EXP | _CLEAN | {"train.lam": 0.0},
     "no-augmentation": _EXP | {"data.augment": "none"},
     "after-magnet": _EXP,
     "warm-8": _EXP,

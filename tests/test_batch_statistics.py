@@ -14,6 +14,7 @@ import reference_objectives as naive
 from clustr_jax import data, models, stages
 from clustr_jax.clusters import Clusters
 from clustr_jax.models import batch_norm
+from clustr_jax.runtime import streams
 from clustr_jax.settings import Settings, TrainingSettings
 from clustr_jax.stages import training
 from clustr_jax.storage import loading
@@ -188,6 +189,32 @@ def test_no_model_is_the_best_while_the_radius_grows(rng):
     changes = {"train.epochs": 4, "train.eps_ramp": 2.5, "train.monitor": False}
     saved, *_ = trained("pgd_at", rng, **changes)
     assert [accuracy is None for _, accuracy in saved] == [True, True, False, False]
+
+
+def test_clean_statistics_come_before_the_clusters(rng):
+    """epoch_statistics=clean: the statistics have seen the training images, and the clusters are theirs."""
+    kept, *_ = statistics_after_an_epoch("clustr", np.random.default_rng(0), "keep")
+    changes = {"fidelity.epoch_statistics": "clean", "train.epochs": 1}
+    saved, p, _ = trained("clustr", np.random.default_rng(0), **changes)
+    state, images = saved[-1][0], np.asarray(p.train_set.images)
+    assert_statistics(state.batch_stats, kept, [images])  # fewer than a batch of the authors'
+    again = refit.refit(p.trainer, state.replace(sampler=None), p.train_set, jax.random.key(5))
+    np.testing.assert_array_equal(again.clusters.centroids, state.clusters.centroids)
+    left = state.replace(batch_stats=kept, sampler=None)
+    of_kept = refit.refit(p.trainer, left, p.train_set, jax.random.key(5))
+    assert not np.allclose(of_kept.clusters.centroids, state.clusters.centroids)
+
+
+def test_clean_statistics_are_of_whole_batches_in_an_order_of_their_own(rng):
+    net = Linear((3,), 3, normed=True)
+    p = problem("clustr", rng, net=net)
+    images = np.asarray(p.train_set.images)
+    some = p.train_set.replace(authors_batch=16)  # of 40: two batches, the rest is left out
+    found = refit.with_clean_statistics(p.trainer, p.state, some, jax.random.key(5))
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), streams.Training.STATISTICS), p.state.step)
+    order = np.asarray(jax.random.permutation(key, 40))
+    assert (order != np.arange(40)).any()
+    assert_statistics(found.batch_stats, p.state.batch_stats, [images[order[:16]], images[order[16:32]]])
 
 
 def assert_statistics(found, before, batches):

@@ -172,7 +172,7 @@ def adaptive_restarts(
     2022).
 
     Args:
-        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        key: of `jax.random.key`. An image's draws depend on it, on the image's id and on the restart alone.
         logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
         x: images [B, ...], pixels in `bounds`.
         y: labels [B].

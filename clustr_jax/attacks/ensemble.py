@@ -71,7 +71,7 @@ def autoattack(
     with a RecordWarning.
 
     Args:
-        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        key: of `jax.random.key`. An image's draws depend on it, on the image's id and on the restart alone.
         logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
         x: images [B, ...], pixels in `bounds`.
         y: labels [B].
@@ -193,7 +193,7 @@ def apgd(
     """Auto-PGD on `loss_fn` (Croce & Hein 2020): momentum, and a step that halves where it stops to help.
 
     Args:
-        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        key: of `jax.random.key`. An image's draws depend on it, on the image's id and on the restart alone.
         logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
         x: images [B, ...], pixels in `bounds`.
         y: labels [B].
@@ -269,7 +269,7 @@ def fab(
     It ends at the first one within eps, which is not always the nearest: no measure of distance (`fmn` is).
 
     Args:
-        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        key: of `jax.random.key`. An image's draws depend on it, on the image's id and on the restart alone.
         logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
         x: images [B, ...], pixels in `bounds`.
         y: labels [B].
@@ -343,7 +343,7 @@ def square(
     one, and none reaches the last row or column.
 
     Args:
-        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        key: of `jax.random.key`. An image's draws depend on it, on the image's id and on the restart alone.
         logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
         x: images [B, H, W, C], pixels in `bounds`.
         y: labels [B].

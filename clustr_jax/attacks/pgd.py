@@ -57,7 +57,7 @@ def pgd(
     probabilities for `y` there is no success, and `select` is "last".
 
     Args:
-        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        key: of `jax.random.key`. An image's draws depend on it, on the image's id and on the restart alone.
         logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
         x: images [B, ...], pixels in `bounds`.
         y: labels [B], or probabilities [B, Y].
@@ -177,7 +177,7 @@ def qtrades(
     """The adversary of paper Eq. 5: uniform start, one sign step on the cross entropy to `probs`.
 
     Args:
-        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        key: of `jax.random.key`. An image's draws depend on it, on the image's id and on the restart alone.
         logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
         x: images [B, ...], pixels in `bounds`.
         probs: the clean predictions [B, Y], which the step leads away from.
@@ -270,7 +270,7 @@ def noise(
     """Random points of the ball: no gradients.
 
     Args:
-        key: of `jax.random.key`. The draws of an image hang on its id and restart alone.
+        key: of `jax.random.key`. An image's draws depend on it, on the image's id and on the restart alone.
         logits_fn: any function of images [B, ...] -> logits [B, Y]; `wrap` says which models do.
         x: images [B, ...], pixels in `bounds`.
         y: labels [B].

@@ -8,9 +8,10 @@ ADVICE = {
     "smooth one in its place.",
     5: "Look for a custom gradient or lost precision: the gradient is not that of the function.",
     6: "Divide the logits by a constant, so that their median margin is about 5, and judge again.",
-    7: "Judge again with more steps: settings with attack.steps doubled.",
+    7: "Judge again with more steps: settings= with attack.steps and apgd_steps doubled.",
     8: "Compute the model in float32: rounding decides which images are broken.",
-    9: "Judge again with more restarts: the last ones still broke images.",
+    9: "Judge again with more restarts (settings= with attack.restarts doubled): the last ones still broke "
+    "images.",
     10: "Do not report the figure before you know why a larger ball breaks fewer images.",
     11: "Do not report the figure: an attack that may change everything fails, so the attacks are blind.",
     12: "Do not report the figure: attacks without gradients find what gradients do not.",

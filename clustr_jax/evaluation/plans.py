@@ -115,6 +115,7 @@ def _budgets(subject, settings, eps) -> dict[str, Budget]:
     )
     return {
         "once": once, "pgd": dataclasses.replace(once, restarts=attack.restarts), "others": others,
+        "many": dataclasses.replace(others, restarts=attack.restarts),
         "nearest": dataclasses.replace(others, eps=float("inf")),
     }  # fmt: skip
 
@@ -136,7 +137,7 @@ SOUND_2 = Protocol("sound-2", (
     Row("fab-t", "others"), Row("square", "others"),
 ))  # fmt: skip
 SOUND_3 = Protocol("sound-3", (
-    Row("pma", "others", restarts=10, adaptive=True, curved=True),
+    Row("pma", "many", adaptive=True, curved=True),
     Row("centroid", "once", count=3, targets="malt-clusters"), Row("away", "once", restarts=1),
     Row("apgd-malt", "others", count=6),
     Row("apgd-ce", "others"), Row("fab-t", "others", count=2, targets="malt"), Row("square", "others"),

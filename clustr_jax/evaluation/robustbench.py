@@ -15,8 +15,9 @@ def model_info(content: dict, **about: Any) -> dict[str, Any]:
     """The entry; accuracies in % with two digits, as they are written there.
 
     `eps` is that of pixels in [0, 1], as the leaderboards have it; `reported`, what the authors claim, is
-    None unless it is given. `autoattack_acc` is what this judgement's protocol left, of which AutoAttack's
-    attacks are a part; `unreliable` says that a check failed. UserError for a judgement without a box, whose
+    None unless it is given. `autoattack_acc` is what this judgement's protocol left, and the footnote names
+    it: sound-3 is not AutoAttack's standard, so run `attacks.autoattack` too before you submit the entry.
+    `unreliable` says that a check failed. UserError for a judgement without a box, whose
     radius is in no unit, and for one whose budget is not the protocol's.
     """
     unknown = [name for name in about if name not in ABOUT]

@@ -16,11 +16,16 @@ from clustr_jax.runtime.programs import program
 
 @dataclasses.dataclass(frozen=True)
 class Switch:
-    """One difference: this package's value, the authors' value, and what it is about."""
+    """One difference: this package's value, the authors' value, what it is about, and values beside these."""
 
     ours: str
     authors: str
     about: str
+    more: tuple[str, ...] = ()
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        return (self.ours, self.authors, *self.more)
 
 
 # Of what the switches mean, in done.json. 2: passes in train mode have the authors' number of images whatever
@@ -61,7 +66,11 @@ SWITCHES = {
         "what batch norm averages: the batch's biased variance, or PyTorch's unbiased one",
     ),
     "epoch_statistics": Switch(
-        "keep", "leak_test", "after each epoch: nothing, or passes over train AND TEST images in train mode"
+        "keep",
+        "leak_test",
+        "after each epoch: nothing, or passes over train AND TEST images in train mode; `clean`: over "
+        "training images alone, before the clusters are fitted",
+        ("clean",),
     ),
     "logged_loss": Switch(
         "eq3", "plus_k", "logged Magnet loss: Eq. 3, or with K extra terms in the sum and the two 1e-8"
@@ -89,10 +98,9 @@ def resolve(fidelity: Any) -> dict[str, str]:
     for name, switch in SWITCHES.items():
         default = switch.authors if fidelity.preset else switch.ours
         values[name] = fidelity[name] or default
-        if values[name] not in (switch.ours, switch.authors):
-            raise UserError(
-                f"fidelity.{name} must be {switch.ours} or {switch.authors}, got {values[name]!r}"
-            )
+        if values[name] not in switch.values:
+            *first, last = switch.values
+            raise UserError(f"fidelity.{name} must be {', '.join(first)} or {last}, got {values[name]!r}")
     return values
 
 

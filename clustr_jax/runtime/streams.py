@@ -20,6 +20,7 @@ class Training:
     MONITOR = 3  # single-step and multi-step accuracy
     PROBE = 5  # the attacks of train.probe
     HEAD = 6  # what a trained cluster head starts from
+    STATISTICS = 7  # the order of fidelity.epoch_statistics=clean, then the number of the step
     FLIPS = 4  # which images alternating flips turn first, then the image's number
 
 

@@ -278,7 +278,7 @@ def _check_stage(name: str, method: Method, images: Images, settings: Settings, 
     averaged = recipe.ema and draws_clusters(method, settings.training)
     for switch in _NOT_AVERAGED if averaged else ():
         value = getattr(settings.training.switches, switch)
-        if value == SWITCHES[switch].authors:
+        if value != SWITCHES[switch].ours:
             raise UserError(
                 f"{name}.ema={recipe.ema} evaluates averaged weights, which fidelity.{switch}="
                 f"{value} does not reach; set {name}.ema=0"
@@ -296,9 +296,10 @@ def check_augment(section: str, images: DataSettings, *, points: bool) -> None:
 
 def check_leak(settings: Settings, lies: Placement) -> None:
     """UserError where all training images would be on a device at once, and are too many for it."""
-    if lies.sharded and settings.training.switches.epoch_statistics == "leak_test":
+    switch = settings.training.switches.epoch_statistics
+    if lies.sharded and switch != SWITCHES["epoch_statistics"].ours:
         raise UserError(
-            "fidelity.epoch_statistics=leak_test puts all training images on every device, and they are "
+            f"fidelity.epoch_statistics={switch} puts all training images on every device, and they are "
             "sharded (data.placement); set fidelity.epoch_statistics=keep, or data.placement=every_device"
         )
 

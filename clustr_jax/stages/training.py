@@ -202,6 +202,8 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
                 checkpoints.wait()
                 preemption.check(f"{stage} after {step} steps (epoch {epoch + 1} of {recipe.epochs})")
         if trainer.magnet:
+            if trainer.settings.switches.epoch_statistics == "clean":
+                state = refit.with_clean_statistics(trainer, state, train_set, key)
             state = refit.refit(trainer, state, train_set, key)
         if trainer.magnet and trainer.settings.switches.epoch_statistics == "leak_test":
             batches = authors_batches(this.settings.data.name)

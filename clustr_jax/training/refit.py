@@ -175,6 +175,30 @@ def _sharpened(clusters, magnet):
     return clusters.replace(variance=clusters.variance / magnet.sharpness)
 
 
+def with_clean_statistics(trainer: Trainer, state: TrainState, train_set: TrainSet, key: Array) -> TrainState:
+    """The state with the batch statistics of training images as they are.
+
+    A step of an adversarial method leaves those of the images that its adversary moved. The images are in
+    an order of their own: where momentum is short, the last batches decide, and a set may lie class by class.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(key, streams.Training.STATISTICS), state.step)
+    size = train_set.labels.shape[0]
+    order = jax.random.permutation(key, size)
+    batch = min(train_set.authors_batch, size)
+    return state.replace(batch_stats=_statistics(trainer.net, state.variables, train_set, order, batch))
+
+
+@jax.jit(static_argnums=(0, 4))
+def _statistics(net: Net, variables: dict, train_set: TrainSet, order: Array, batch: int) -> dict:
+    """Those after a pass in train mode over whole batches, in this order and without augmentation."""
+
+    def step(stats, ids):
+        return net.train({**variables, "batch_stats": stats}, train_set.batch(ids, None)[0])[1], None
+
+    whole = order.shape[0] // batch * batch
+    return jax.lax.scan(step, variables["batch_stats"], order[:whole].reshape(-1, batch))[0]
+
+
 @jax.jit(static_argnums=(0, 3))
 def pass_in_train_mode(net: Net, variables: dict, pixels: Float[Array, "N ..."], batch: int) -> dict:
     """Batch statistics after a pass over `pixels` in batches: the authors' leak (docs/fidelity.md)."""
