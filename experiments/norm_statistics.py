@@ -8,7 +8,7 @@ A step of ClusTR+QTRADES ends with the adversary's images, so the running statis
     clean           the same weights and clusters; statistics of clean training images
     clean+refit     and k-means again, on the embeddings that these statistics give
     start           the nominal network that it started from, with k-means on its embeddings
-    start+moved     the same weights; statistics of images that the adversary of Eq. 5 moved, and k-means again
+    start+moved     its weights; statistics of images that the adversary of Eq. 5 moved, and k-means again
 
 No row trains anything. Each is measured on all CIFAR-10 test images as they are, and on --n of them by the
 paper's protocol, PGD^20 with ten restarts at 8/255. Writes results/levers/norm_statistics.json.
