@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from clustr_jax.report import record, words
+from clustr_jax.stages import guarding
 from clustr_jax.storage import additions
-from clustr_jax.storage.workdir import config_dict, training_sha
+from clustr_jax.storage.workdir import Workdir, config_dict, training_sha
 from clustr_jax.training import guard
 from clustr_jax.training.guard import Health
 from runs import TINY
@@ -37,11 +39,38 @@ def with_(**changes):
         (GOOD, {"hinge_active": 0.99}, 500, set()),
         (GOOD, {"single_step_accuracy": 0.9, "multi_step_accuracy": 0.6}, 1, {guard.OVERFITTING}),
         (GOOD, {"single_step_accuracy": 0.9, "multi_step_accuracy": 0.75}, 1, set()),
-        (None, {"hinge_active": 1.0}, 500, {guard.HINGES}),  # no held-out images
     ],
 )
 def test_alarms(now, totals, updates, expected):
     assert set(guard.alarms(GOOD, now, totals, updates=updates)) == expected
+
+
+def test_without_held_out_images_hinges_are_seen(tmp_path):
+    """What a stage notes there, and what is made of it: the one rule that needs no images."""
+    net = types.SimpleNamespace(val_split=(), workdir=Workdir(tmp_path))
+    guarding.note_handed(net, "2_train", object())
+    handed = guarding.handed(net, "2_train")
+    assert handed == guard.UNSEEN and guarding.health(net, None) is None
+    assert set(guard.alarms(handed, None, {"hinge_active": 1.0}, updates=500)) == {guard.HINGES}
+    assert guard.alarms(handed, None, {"hinge_active": 0.9}, updates=500) == {}
+    guarding.note_handed(net, "2_train", None)
+    assert guarding.handed(net, "2_train") is None
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        ([], [guard.HINGES], False),
+        ([guard.HINGES], [guard.HINGES], True),
+        ([guard.ACCURACY], [guard.HINGES], False),
+        ([], [guard.HINGES, guard.CLASS], True),
+        ([], [guard.FEATURES], True),
+        ([guard.OVERFITTING], [guard.OVERFITTING], False),
+    ],
+)
+def test_open_hinges_are_no_collapse_before_they_last(before, now, expected):
+    assert guarding.collapses(now, before) == expected
+    assert guarding.hurts(now) == (now != [guard.OVERFITTING])
 
 
 def test_a_stage_from_random_parameters_was_handed_nothing():

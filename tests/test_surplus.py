@@ -75,13 +75,27 @@ def test_area_under_the_curve_counts_pairs(surplus):
 
 
 def test_attacks_of_another_network_are_transferred(surplus):
-    """Two nearest-centroid heads on the two pixels; each attack moves along its own axis alone."""
-    centroids = [[[0.0]], [[1.0]]]
-    own, other = (linear_classifier(w, centroids, 1.0) for w in ([[1.0], [0.0]], [[0.0], [1.0]]))
-    x = np.repeat(np.array([[0.4, 0.4], [0.6, 0.6]], np.float32), 4, axis=0)
-    y = np.repeat([0, 1], 4)
-    found = surplus.transferred(own, {"own": own, "other": other}, x, y, 0.2, 0)
-    assert found["own"] == 0.0 and found["other"] > 0.5
+    """Nearest-centroid heads on two pixels: an attack moves along its own axis alone, and to the ball's end.
+
+    `near` has its border at 0.5 and `own` at 0.55: where near's attack stopped at once, own would withstand.
+    """
+    heads = {
+        "own": ([[1.0], [0.0]], [[[0.0]], [[1.1]]]),
+        "across": ([[0.0], [1.0]], [[[0.0]], [[1.0]]]),
+        "near": ([[1.0], [0.0]], [[[0.0]], [[1.0]]]),
+    }
+    networks = {name: linear_classifier(w, centroids, 1.0) for name, (w, centroids) in heads.items()}
+    x, y, ids = np.full((16, 2), 0.4, np.float32), np.zeros(16, int), np.arange(16, dtype=np.int32)
+    found = surplus.transferred(networks["own"], "own", networks, x, y, ids, 0.2, 0)
+    assert found["own"] == found["near"] == 0.0
+    # what it does along the other axis is where it started: beyond 0.55 for one in eight
+    assert 0.5 < found["across"] and found["all others"] == 0.0
+    few = {name: networks[name] for name in ("own", "across")}
+    again = surplus.transferred(networks["own"], "own", few, x, y, ids, 0.2, 0)
+    assert again["all others"] == again["across"] == found["across"]
+    assert surplus.transferred(networks["own"], "own", {"own": networks["own"]}, x, y, ids, 0.2, 0) == {
+        "own": 0
+    }
 
 
 def test_images_look_like_the_training_sets_where_a_centroid_is_near(surplus):
@@ -103,7 +117,7 @@ def test_the_table_of_a_file(surplus, tmp_path):
             "cifar100": {"n": 10, "largest probability": 0.6, "nearest centroid": 0.65},
         },
         "twice_the_radius": 0.1, "twice_the_radius_interval": [0.08, 0.12],
-        "transfer": {"clustr_at-1": 0.3, "trades-1": 0.55, "linear_at-1": 0.5},
+        "transfer": {"clustr_at-1": 0.3, "trades-1": 0.55, "linear_at-1": 0.5, "all others": 0.45},
     }  # fmt: skip
     write_json(tmp_path / "clustr_at-1-0.json", found)
     line = surplus.table(tmp_path).splitlines()[2]
@@ -112,6 +126,6 @@ def test_the_table_of_a_file(surplus, tmp_path):
         "| 0.700 / 0.800 |",
         "| 0.600 / 0.650 |",
         "| 10.0 [8.0, 12.0] |",
-        "| 50.0 |",
+        "| 45.0 |",
     ):
         assert cell in line

@@ -161,10 +161,12 @@ def test_verdicts_come_from_intervals_of_the_same_images(experiments, tmp_path, 
     tables = experiments["system_tables"]
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
     rng = np.random.default_rng(0)
-    low, high = rng.random(1000) < 0.2, rng.random(1000) < 0.4
+    ids, differences = np.arange(1000), []
     for seed in (0, 1):
-        np.savez(tmp_path / f"magnet-{seed}.npz", pgd20=low, sound=low)
-        np.savez(tmp_path / f"clustr-{seed}.npz", pgd20=high, sound=low)
+        low, high = rng.random(1000) < 0.2, rng.random(1000) < 0.4
+        np.savez(tmp_path / f"magnet-{seed}.npz", ids=ids, pgd20=low, sound=low)
+        np.savez(tmp_path / f"clustr-{seed}.npz", ids=ids, pgd20=high, sound=low)
+        differences.append(high.mean() - low.mean())
         for name, left in (("magnet", low), ("clustr", high)):
             row = {
                 "row": name, "method": name, "seed": seed, "n": 1000, "clean": 0.9, "sound": 0.2,
@@ -172,10 +174,17 @@ def test_verdicts_come_from_intervals_of_the_same_images(experiments, tmp_path, 
             }  # fmt: skip
             (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(row))
     first, *others = tables.claims().splitlines()[2:]
-    assert "ClusTR above Magnet" in first and "| holds |" in first and "undecided" in first
+    assert "ClusTR above Magnet" in first and "| holds |" in first and "| equal within 0.3 |" in first
+    assert "| 1.00 |" in first
     assert all("not run" in line for line in others)
     value, lowest, highest = tables.difference("clustr", "magnet", "pgd20")
-    assert lowest < value < highest and value == pytest.approx(high.mean() - low.mean())
+    assert lowest < value < highest and value == pytest.approx(np.mean(differences))
     assert tables.difference("magnet", "clustr", "pgd20")[2] < 0
     assert tables.verdict(-0.2, -0.1) == "does not hold"
+    assert tables.verdict(-0.0038, 0.0038) == "equal within 0.4"  # none of 1,000 images in both rows
+    assert tables.verdict(-0.02, 0.0038) == tables.verdict(-0.0038, 0.02) == "undecided"
+    np.savez(tmp_path / "magnet-1.npz", ids=ids[::-1], pgd20=low, sound=low)
+    with pytest.raises(ValueError, match="same images"):
+        tables.difference("clustr", "magnet", "pgd20")
+    np.savez(tmp_path / "magnet-1.npz", ids=ids, pgd20=low, sound=low)
     assert "83.1 / 23.7 / 22.5" in tables.systems() and "1.00" in tables.systems()

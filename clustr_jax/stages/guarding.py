@@ -1,6 +1,7 @@
 """What is looked at after each epoch of a stage, what is said of it, and what follows (train.on_collapse)."""
 
 import dataclasses
+from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ class Collapsed(UserError):
 COLLAPSED = "collapsed: "
 
 
-def stopped(stage: str, epoch: int, alarms: dict[str, str]) -> Collapsed:
+def stopped(stage: str, epoch: int, alarms: Collection[str]) -> Collapsed:
     """What ends a stage where train.on_collapse=stop."""
     return Collapsed(
         f"{stage} is stopped after epoch {epoch} (train.on_collapse=stop): {', '.join(alarms)}; "
@@ -49,7 +50,10 @@ def health(this: Run, clf: Classifier) -> Health | None:
 
 
 def handed(this: Run, stage: str) -> Health | None:
-    """What was noted when the stage began, None where it began from random parameters."""
+    """What was noted when the stage began, None where it began from random parameters.
+
+    guard.UNSEEN where there are no held-out images.
+    """
     path = this.workdir.stage(stage) / "handed.json"
     return Health(**read_json(path)) if path.exists() else None
 
@@ -57,7 +61,7 @@ def handed(this: Run, stage: str) -> Health | None:
 def note_handed(this: Run, stage: str, clf: Classifier | None) -> None:
     """Write down what the stage is handed (nothing: None), for itself and for whoever resumes it."""
     path = this.workdir.stage(stage) / "handed.json"
-    found = None if clf is None else health(this, clf)
+    found = None if clf is None else health(this, clf) or guard.UNSEEN
     if processes.leader():
         path.unlink(missing_ok=True)  # of a start that was killed before its first checkpoint
         if found is not None:
@@ -116,9 +120,19 @@ def recorded(now: Health | None, alarms: dict[str, str]) -> dict:
     return found | ({"alarms": list(alarms)} if alarms else {})
 
 
-def collapses(alarms: dict[str, str]) -> bool:
-    """Whether train.on_collapse is asked: one-step overfitting is said, and leaves a network that works."""
+def hurts(alarms: Collection[str]) -> bool:
+    """Whether a setting to change is named: one-step overfitting is said, and leaves a network that works."""
     return any(kind != guard.OVERFITTING for kind in alarms)
+
+
+def collapses(alarms: Collection[str], before: Collection[str] = ()) -> bool:
+    """Whether train.on_collapse is asked. `before`: the alarms of the epoch before.
+
+    Open hinges alone are no lost network: runs that closed them later had an epoch of them (docs/results.md).
+    They have to stay for a second one.
+    """
+    lasting = {kind for kind in alarms if kind != guard.HINGES or kind in before}
+    return hurts(lasting)
 
 
 def line(stage: str, epoch: int, alarms: dict[str, str], remedy: str) -> str:

@@ -253,6 +253,12 @@ def _check_stage(name: str, method: Method, images: Images, settings: Settings, 
                 f"{name}.{option}={value} needs held-out images, and {section}.val_size="
                 f"{source.val_size} of {size} leaves none; raise it, or set {name}.{option}={off}"
             )
+    answer = settings.training.train.on_collapse
+    if answer != guarding.WARN and not kept:
+        raise UserError(
+            f"train.on_collapse={answer} needs held-out images to see a collapse, and {section}.val_size="
+            f"{source.val_size} of {size} leaves none; raise it, or set train.on_collapse={guarding.WARN}"
+        )
     if recipe.replays > 1 and (method.adversary is not None or recipe.awp):
         what = "awp" if recipe.awp else "the adversary of this method"
         raise UserError(

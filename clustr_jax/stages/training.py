@@ -163,10 +163,10 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
     said = {kind for r in records for kind in r.get("alarms", ())}
     if records and target and (records[-1]["val_accuracy"] or 0.0) >= target:
         return "target reached", records[-1]["epoch"]
-    last = dict.fromkeys(records[-1].get("alarms", ()), "") if records else {}
-    if guarding.collapses(last) and answer == guarding.STOP:
+    older, last = ([], [], *(r.get("alarms", []) for r in records))[-2:]
+    if guarding.collapses(last, older) and answer == guarding.STOP:
         raise guarding.stopped(stage, records[-1]["epoch"], last)
-    if guarding.collapses(last) and answer == guarding.RESTORE:
+    if guarding.collapses(last, older) and answer == guarding.RESTORE:
         return guarding.COLLAPSED + ", ".join(last), records[-1]["epoch"]
     while step < recipe.epochs * per_epoch:
         epoch = step // per_epoch
@@ -216,7 +216,8 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
             totals |= guarding.monitor(this, clf, key)
         totals |= guarding.probe(this, clf, key)
         now = guarding.health(this, clf)
-        alarms = guard.alarms(handed, now, totals, updates=step)
+        older, alarms = last, guard.alarms(handed, now, totals, updates=step)
+        last, collapsed = [*alarms], guarding.collapses(alarms, older)
         record = {
             "stage": stage,
             "epoch": epoch + 1,
@@ -230,8 +231,10 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
         }
         this.workdir.log(record)
         state = train.reset_totals(state)
-        # while the adversary's radius still grows, accuracy says how small it is, and no model is the best
-        checkpoints.save(state, val if trainers.strength(trainer, step - 1) >= 1 else None)
+        # while the adversary's radius still grows, accuracy says how small it is, and no model is the best;
+        # nor is one to go back to that has collapsed
+        best = trainers.strength(trainer, step - 1) >= 1 and not (collapsed and answer == guarding.RESTORE)
+        checkpoints.save(state, val if best else None)
         saved = time.monotonic()
         this.progress.line(
             f"{stage} {epoch + 1:3d}/{recipe.epochs}  {_metrics(totals)}  "
@@ -241,13 +244,13 @@ def _epochs(this, stage, trainer, checkpoints, state, train_set, key):
         new = {kind: text for kind, text in alarms.items() if kind not in said}
         if new:
             remedy = ""
-            if guarding.collapses(new):
+            if guarding.hurts(new):
                 gradients = guard.term_gradients(trainer, state, train_set, order, key)
                 weights = dataclasses.asdict(trainer.settings.train)
                 remedy = guard.remedy(gradients, weights, recipe.lr, stage[2:])
             said |= set(new)
             this.progress.line(guarding.line(stage, epoch + 1, new, remedy))
-        if guarding.collapses(alarms) and answer != guarding.WARN:
+        if collapsed and answer != guarding.WARN:
             checkpoints.wait()
             if answer == guarding.RESTORE:
                 return guarding.COLLAPSED + ", ".join(alarms), epoch + 1

@@ -53,6 +53,10 @@ class Health:
     feature_spread: float
 
 
+# A network that was handed over and not looked at: no figure of it can be lost.
+UNSEEN = Health(accuracy=0.0, largest_class=1.0, feature_spread=0.0)
+
+
 def health(
     predictions: Int[np.ndarray, "N"], labels: Int[np.ndarray, "N"], embeddings: Float[np.ndarray, "N E"]
 ) -> Health:
@@ -77,8 +81,9 @@ def alarms(
 ) -> dict[str, str]:
     """What is wrong after an epoch: kind -> the figures that say so, {} where nothing is.
 
-    `handed` is the network at the start of the stage, None where it began from random parameters (or there
-    are no held-out images). `totals` are the epoch's means, `updates` those of the stage so far.
+    `handed` is the network at the start of the stage, None where it began from random parameters. Where there
+    are no held-out images it is UNSEEN and `now` is None: the rule on hinges alone is left. `totals` are the
+    epoch's means, `updates` those of the stage so far.
     """
     found = {}
     single, multi = totals.get("single_step_accuracy"), totals.get("multi_step_accuracy")

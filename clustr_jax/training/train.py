@@ -246,13 +246,14 @@ def looked_ahead(every: int, step: int | Array, total: int, state: TrainState) -
     """Lookahead (Zhang et al. 2019) as cifar10-airbench has it: after step number `step` of `total`.
 
     Every so many steps the slow variables move towards the fast ones, which go on from there. They are slow
-    only towards the end: they keep 0.95^every (step / total)^3 of themselves. After the last step the slow
-    ones are the result.
+    only towards the end: they keep 0.95^every (step / total)^3 of themselves. After the last step, and its
+    move where it is one of these, the slow ones are the result.
     """
     assert state.slow is not None  # `create` has made them
     keep = _SLOWNESS**every * (step / total) ** 3
-    keep = jnp.where(step >= total, 1.0, keep)
-    meet = (step % every == 0) | (step >= total)
+    moves = step % every == 0
+    keep = jnp.where(moves, keep, 1.0)
+    meet = moves | (step >= total)
     slow = jax.tree.map(
         lambda s, v: jnp.where(meet, keep * s + (1 - keep) * v, s), state.slow, state.variables
     )
