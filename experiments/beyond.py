@@ -6,7 +6,8 @@
 
 Tuning trains the first --recipes recipes of every method (experiments/beyond_rows.py) with a small budget and
 attacks 500 images held out from training, sound.run_quick with one restart. A final run takes the best of
-them by that (--recipe=NAME: another), trains on all images, and is judged on test images: PMA, which is about
+them by that (--recipe=NAME: another), if as many recipes of each method were tried. It trains on all images
+but the 2 % that are held out, and is judged on test images: PMA, which is about
 as strong as AutoAttack for a fraction of its cost, on --screened of them; AutoAttack standard on --attacked;
 the package's own judgement with its checks on --judged. NAME-SEED.npz has the outcomes image by image. A part
 of the test images is stratified, and the same for all rows.
@@ -20,7 +21,7 @@ import functools
 import pathlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -190,19 +191,48 @@ def tested(scale: str, name: str, seed: int, sizes: dict[str, int]) -> tuple[dic
     return content, outcomes | found
 
 
-def best(method: str) -> str:
-    """The recipe of a method that left most held-out images right; of equal ones the one tried first."""
+def tuned(method: str) -> list[dict]:
+    """What was tried of a method; UserError for nothing."""
     there = [read_json(path) for path in (ROOT / RESULTS / TUNE).glob(f"{method}-*.json")]
     if not there:
         raise UserError(f"{method} has not been tuned; do so without --final, or name a --recipe")
+    return there
+
+
+def check_budgets(methods: Iterable[str]) -> None:
+    """UserError where more runs were made to tune one method than another: the best of more is better."""
+    runs = {method: len(tuned(method)) for method in methods}
+    if len({*runs.values()}) > 1:
+        said = ", ".join(f"{method} {count}" for method, count in runs.items())
+        raise UserError(f"tuned by unequal numbers of runs: {said}; run --recipes={max(runs.values())} first")
+
+
+def best(method: str) -> str:
+    """The recipe of a method that left most held-out images right; of equal ones the one tried first."""
+    there = tuned(method)
     return max(there, key=lambda r: (r["robust"], -int(r["row"].rpartition("-")[2])))["row"]
+
+
+def asked(found: dict, sizes: dict[str, int] | None) -> bool:
+    """Whether a row's figures are of the images asked for; UserError where they are of another kind."""
+    on = "test" if sizes else "held out"
+    if found["on"] != on:
+        raise UserError(
+            f"results of {found['row']} at scale {found['scale']} are of images {found['on']}, not {on}; move "
+            "them away, or take another --scale"
+        )
+    if not sizes:
+        return True
+    there = {"attacked": found["n"], "screened": (found.get("screen") or {}).get("n", 0)}
+    there["judged"] = (found.get("judgement") or {}).get("n", 0)
+    return there == {key: min(size, 10_000) for key, size in sizes.items()}
 
 
 def make(scale: str, name: str, seed: int, sizes: dict[str, int] | None) -> int:
     """Train and measure one row, unless its JSON is there; the exit code. No `sizes`: held-out images."""
     folder = ROOT / RESULTS / scale
     target = folder / f"{name}-{seed}.json"
-    if target.exists():
+    if target.exists() and asked(read_json(target), sizes):
         return 0
     words = command(scale, name, seed)
     print("python", *words, flush=True)
@@ -249,20 +279,21 @@ def main(argv):
     if args.table:
         print(beyond_tables.tables(ROOT / RESULTS))
         return 0
-    asked = args.only.split(",") if args.only else []
+    wanted = args.only.split(",") if args.only else []
     scale = args.scale or ("half" if args.final else TUNE)
     if not args.final:
         most = min(len(recipes) for recipes in beyond_rows.RECIPES.values())
         if not 1 <= args.recipes <= most:
             raise UserError(f"--recipes must be from 1 to {most}, got {args.recipes}")
-        rows = asked or beyond_rows.names(args.recipes)
+        rows = wanted or beyond_rows.names(args.recipes)
     elif args.recipe:
         rows = [args.recipe]
     else:
-        if unknown := set(asked) - set(beyond_rows.RECIPES):
+        if unknown := set(wanted) - set(beyond_rows.RECIPES):
             known = ", ".join(beyond_rows.RECIPES)
             raise UserError(f"--only: unknown {sorted(unknown)[0]!r}; known: {known}")
-        rows = [best(method) for method in asked or beyond_rows.RECIPES]
+        check_budgets(wanted or beyond_rows.RECIPES)
+        rows = [best(method) for method in wanted or beyond_rows.RECIPES]
     commands = {name: command(scale, name, args.seed) for name in rows}  # all mistakes before any work
     if args.list:
         print(*("python " + " ".join(words) for words in commands.values()), sep="\n")

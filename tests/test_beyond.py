@@ -143,6 +143,24 @@ def test_best_is_by_held_out_images(experiments, tmp_path, monkeypatch):
     for number, robust in ((1, [True, False]), (3, [True, True]), (12, [True, True])):
         finished(folder, f"trades-{number}", 0, robust, [0, 1])
     assert beyond.best("trades") == "trades-3"
+    finished(folder, "pgd_at-1", 0, [True, True], [0, 1])
+    with pytest.raises(UserError, match="trades 3, pgd_at 1; run --recipes=3 first"):
+        beyond.check_budgets(["trades", "pgd_at"])
+    beyond.check_budgets(["trades"])
+
+
+def test_rows_are_made_again_for_other_images(experiments):
+    """And never mistaken for figures of another kind."""
+    asked = experiments["beyond"].asked
+    found = {"row": "trades-1", "scale": "half", "on": "test", "n": 1000, "screen": {"n": 10_000}}
+    sizes = {"attacked": 1000, "screened": 10_000, "judged": 0}
+    assert asked(found, sizes) and asked(found, sizes | {"screened": 50_000})
+    assert not asked(found, sizes | {"attacked": 10_000}) and not asked(found, sizes | {"judged": 200})
+    with pytest.raises(UserError, match="are of images test, not held out"):
+        asked(found, None)
+    with pytest.raises(UserError, match="are of images held out, not test"):
+        asked(found | {"on": "held out"}, sizes)
+    assert asked(found | {"on": "held out"}, None)
 
 
 @pytest.mark.slow
@@ -164,4 +182,5 @@ def test_a_dry_row_from_end_to_end(experiments, tmp_path, monkeypatch, name):
     before = target.stat().st_mtime_ns
     assert beyond.main(words) == 0 and target.stat().st_mtime_ns == before
     assert beyond.main(["--scale=dry", f"--only={name.replace('at-1', 'at-2')}"]) == 0  # tuning
+    assert beyond.main(["--scale=dry", f"--only={name}"]) == 2  # of a row that is final there
     assert name in beyond.beyond_tables.tables(tmp_path / "results")
