@@ -77,7 +77,8 @@ def radius(
         rule: which classifier is certified (RULES); "paper" is kept for comparison and is not sound.
         rounding: allows for float32. Features are taken to be off by `rounding` x the largest norm of a
             feature or centroid, squared distances by that share of themselves, and sums over clusters by some
-            units in the last place of 1; 0 certifies exact arithmetic.
+            units in the last place of 1; 0 certifies exact arithmetic. Features of float16 or bfloat16 need
+            more than the default.
 
     Returns:
         radii [B], float32.
@@ -281,6 +282,12 @@ def _checked(clusters, z, y, lipschitz, rule, rounding):
     valid = np.asarray(clusters.valid, bool)
     num_classes, _, dimension = centroids.shape
     sizes = {"E": dimension}
+    unit = arrays.unit(z)
+    if 0 < rounding < unit:
+        raise UserError(
+            f"z is {np.asarray(z).dtype}, with a last place of {unit:.1g}, and rounding={rounding:g} is of "
+            f"float32; compute the features in float32, or give the rounding= that they have"
+        )
     z = np.asarray(arrays.floats(z, "z", "B E", sizes, empty=True, double=True), np.float64)
     y = np.asarray(arrays.labels(y, num_classes, sizes))
     return centroids, variance, valid, z, y

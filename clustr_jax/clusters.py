@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.kmeans import kmeans
-from clustr_jax.losses import MIN_VARIANCE
+from clustr_jax.losses import least_variance
 from clustr_jax.runtime import arrays, mesh
 from clustr_jax.runtime.errors import UserError
 
@@ -59,8 +59,8 @@ class Clusters:
         fields = self._checked()
         centroids, variance = fields["centroids"], fields["variance"]
         z = arrays.floats(z, "z", "B E", {"E": centroids.shape[2]}, empty=True)
-        if z.size and arrays.concrete(z, centroids, variance):
-            ends = [float(v) for a in (z, centroids) for v in arrays.extent(a, None)]
+        if z.size and arrays.concrete(z, centroids, variance, fields["mask"]):
+            ends = [float(v) for a in (z, self._places) for v in arrays.extent(a, None)]
             # 2 sigma^2 may be below 1
             exponent = (max(ends) - min(ends)) ** 2 * z.shape[1] / min(1.0, 2 * float(variance))
             if exponent > float(np.finfo(np.float32).max):
@@ -98,8 +98,13 @@ class Clusters:
         """
         return self._squared(self._embeddings(z))
 
+    @property
+    def _places(self):
+        """The centroids, 0 where there is none: whatever stands there would be in gradients too."""
+        return self.centroids if self.mask is None else jnp.where(self.mask[..., None], self.centroids, 0.0)
+
     def _squared(self, z):
-        return jnp.sum(jnp.square(z[:, None, None, :] - self.centroids[None]), axis=-1)
+        return jnp.sum(jnp.square(z[:, None, None, :] - self._places[None]), axis=-1)
 
     def exponents(self, z: Float[Array, "B E"]) -> Float[Array, "B Y K"]:
         """-|z - mu|^2 / 2 sigma^2 of every cluster, -inf where `mask` is False.
@@ -165,7 +170,7 @@ def _flatten(clusters):
 
 
 def _flatten_with_keys(clusters):
-    return [(jax.tree_util.GetAttrKey(name), getattr(clusters, name)) for name in _FIELDS], None
+    return list(zip(map(jax.tree_util.GetAttrKey, _FIELDS), _flatten(clusters)[0], strict=True)), None
 
 
 def _unflatten(_, children):
@@ -181,9 +186,8 @@ jax.tree_util.register_pytree_with_keys(Clusters, _flatten_with_keys, _unflatten
 
 def _positive(variance):
     """UserError for a variance of 0, below it, or so small that 1 / variance is none."""
-    return arrays.number(
-        variance, "variance", "positive and finite", lambda v: float(np.finfo(np.float32).tiny) <= v < np.inf
-    )
+    least = float(np.finfo(np.float32).tiny)
+    return arrays.number(variance, "variance", "positive and finite", lambda v: least <= v < np.inf)
 
 
 def fit(
@@ -237,11 +241,7 @@ def fit_assign(
 ) -> tuple[Clusters, Int[Array, "N"]]:
     """As `fit`, with the cluster of each example.
 
-    Args:
-        key, z, y, num_classes, k, n_init, max_iter: as in `fit`.
-
-    Returns:
-        `Clusters`, and class * K + the nearest of its own class [N].
+    Returns `Clusters`, and class * K + the nearest of its own class [N].
 
     >>> z = jnp.array([[0.0, 0.0], [5.0, 1.0], [0.0, 1.0], [5.0, 0.0]])
     >>> y = jnp.array([0, 1, 0, 1])
@@ -264,10 +264,8 @@ def fit_assign(
                 f"class {c} has {count} examples, fewer than k={wanted} clusters: lower k or add data"
             )
     blocks = np.full((num_classes, counts.max()), -1, np.int32)
-    order = np.argsort(labels, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     for c in range(num_classes):
-        blocks[c, : counts[c]] = order[starts[c] : starts[c] + counts[c]]
+        blocks[c, : counts[c]] = np.flatnonzero(labels == c)
     limits = jnp.asarray(per_class, jnp.int32)
     return _fit(key, z, jnp.asarray(labels, jnp.int32), blocks, limits, max(per_class), n_init, max_iter)
 
@@ -339,20 +337,23 @@ def of_linear_head(
     sizes: dict[str, int] = {}
     given = (kernel, "kernel", "E Y"), (bias, "bias", "Y"), (means, "means", "Y E")
     w, b, m = (np.asarray(arrays.floats(*a, sizes, double=True), np.float64) for a in given)
-    w = w.T
-    num_classes, size = w.shape
-    apart, b = w - w.mean(axis=0), b - b.mean()  # a term common to all classes changes nothing
-    if np.linalg.matrix_rank(apart) < num_classes - 1:
+    size, num_classes = w.shape
+    w, b = w.T - w.mean(axis=1), b - b.mean()  # a term common to all classes changes nothing
+    # of Y directions the last is rounding, which an inverse of all of them would make the largest
+    left, scales, right = np.linalg.svd(w, full_matrices=False)
+    least = scales[0] * max(w.shape) * np.finfo(np.float64).eps
+    left, scales, right = left[:, : num_classes - 1], scales[: num_classes - 1], right[: num_classes - 1].T
+    if np.sum(scales > least) < num_classes - 1:
         raise UserError(
             f"a linear head of {num_classes} classes on {size} features is not one centroid per class: "
             f"its weights must span {num_classes - 1} dimensions; use magnet.fit=kmeans"
         )
-    inverse = np.linalg.pinv(apart)  # [E, Y]
+    inverse = right / scales @ left.T  # [E, Y]
     squares = np.sum(np.square(w), axis=1)
     # u = shift - inverse b / s + what no class's logit sees
     shift = -inverse @ (squares - squares.mean()) / 2
     scaled, wanted = w + shift, m + inverse @ b  # mu_c - m_c = s scaled_c - wanted_c + the unseen part
-    seen = inverse @ apart  # projection on the span of the differences
+    seen = right @ right.T  # projection on the span of the differences
     along = scaled @ seen
     s = np.sum(along * (wanted @ seen)) / np.sum(np.square(along))
     if not s > 0:
@@ -362,8 +363,7 @@ def of_linear_head(
         )
     unseen = np.mean(wanted - s * scaled, axis=0)
     centroids = s * scaled - inverse @ b + unseen - seen @ unseen
-    mask = jnp.ones((num_classes, 1), bool)  # as `fit` has it
-    return Clusters(jnp.asarray(centroids[:, None], jnp.float32), jnp.float32(s), mask)
+    return Clusters(jnp.float32(centroids[:, None]), jnp.float32(s), jnp.ones((num_classes, 1), bool))
 
 
 def with_variance(clusters: Clusters, z: Float[Array, "N E"], y: Int[Array, "N"]) -> Clusters:
@@ -376,8 +376,8 @@ def with_variance(clusters: Clusters, z: Float[Array, "N E"], y: Int[Array, "N"]
     >>> print(clusters.with_variance(c, z, y).variance)  # (1 + 1 + 4) / (3 - 1)
     3.0
     """
-    fields, sizes = clusters._checked(), {}
-    sizes["E"] = fields["centroids"].shape[2]
+    fields = clusters._checked()
+    sizes = {"E": fields["centroids"].shape[2]}
     z = arrays.floats(z, "z", "N E", sizes, squares="between them")
     y = arrays.labels(y, fields["centroids"].shape[0], sizes, axis="N")
     arrays.check_members(fields["mask"], y)
@@ -395,4 +395,4 @@ def _with_variance(clusters, z, y):
     squared = jnp.where(clusters.valid[y], squared, jnp.inf)
     variance = jnp.sum(jnp.min(squared, axis=1)) / max(z.shape[0] - 1, 1)
     nearest = jnp.argmin(squared, axis=1).astype(jnp.int32)
-    return clusters.replace(variance=jnp.maximum(variance, MIN_VARIANCE)), nearest
+    return clusters.replace(variance=jnp.maximum(variance, least_variance(clusters._places))), nearest

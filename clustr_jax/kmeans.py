@@ -17,7 +17,7 @@ from clustr_jax.runtime.promotion import promoting
 
 
 class KMeans(struct.PyTreeNode):
-    """Result of `kmeans`. Surplus clusters (fewer distinct points than k) have `valid` False."""
+    """Result of `kmeans`. Clusters without members (fewer distinct points than k) have `valid` False."""
 
     centroids: Float[Array, "k E"]
     assignments: Int[Array, "N"]
@@ -184,6 +184,11 @@ def _lloyd(points, mask, centroids, valid, max_iter):
         return centroids, new, jnp.any((new != assignments) & mask), i + 1
 
     start = (centroids, assign(centroids), jnp.array(True), jnp.array(0))
-    centroids, assignments, _, _ = lax.while_loop(unfinished, iterate, start)
-    inertia = jnp.sum(jnp.where(mask, _exact(points, centroids[assignments]), 0.0))
-    return centroids, assignments, inertia, valid
+    centroids, *_ = lax.while_loop(unfinished, iterate, start)
+    # once more from differences: a point far from all others hides theirs in the expanded square
+    squared = lax.map(lambda c: _exact(points, c[None, :]), centroids)  # [k, N]
+    squared = jnp.where(valid[:, None], squared, jnp.inf)
+    assignments = jnp.argmin(squared, axis=0)
+    members = jnp.sum(jax.nn.one_hot(assignments, k) * mask[:, None], axis=0)
+    inertia = jnp.sum(jnp.where(mask, jnp.min(squared, axis=0), 0.0))
+    return centroids, assignments, inertia, valid & (members > 0)

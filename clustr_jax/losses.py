@@ -11,14 +11,24 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from clustr_jax.runtime import arrays
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.runtime.promotion import promoting
 
-# Below this a variance is a rounding artefact: all embeddings coincide (losses stay finite there).
-MIN_VARIANCE = 1e-12
+# Below this share of the means' squared length a variance is a rounding artefact: all embeddings coincide.
+_MIN_VARIANCE = 1e-12
+
+
+def least_variance(means: Float[Array, "... E"]) -> Float[Array, ""]:
+    """What a variance is at least, so that losses stay finite where all embeddings coincide.
+
+    Of embeddings shorter than 1 it goes with their length: Eq. 3 and Eq. 4 do not depend on the unit.
+    """
+    longest = jnp.max(jnp.sum(jnp.square(jax.lax.stop_gradient(means)), axis=-1), initial=0.0)
+    return jnp.maximum(_MIN_VARIANCE * jnp.minimum(longest, 1.0), np.finfo(np.float32).tiny)
 
 
 def cross_entropy(logits: Float[Array, "B Y"], y: Int[Array, "B"] | Float[Array, "B Y"]) -> Float[Array, "B"]:
@@ -68,6 +78,9 @@ def smoothed_cross_entropy(
     >>> print(losses.smoothed_cross_entropy(z, jnp.array([0]), 0.3))  # 0.7 x 0.24 + 0.3 x 1.573
     [0.64]
     """
+    arrays.number(smoothing, "smoothing", "a share in [0, 1]", lambda v: 0 <= v <= 1)
+    if isinstance(smoothing, (int, float)) and not smoothing:  # of a logit of -inf the mean is infinite
+        return cross_entropy(logits, y)
     even = -jnp.mean(jax.nn.log_softmax(logits), axis=1)
     return (1 - smoothing) * cross_entropy(logits, y) + smoothing * even
 
@@ -338,17 +351,18 @@ def magnet_loss_of_rows(
     arrays.not_negative(radius, "radius")
     arrays.positive(sharpness, "sharpness")
     surplus = arrays.whole(surplus, "surplus", low=0)
+    z = jnp.where(mask[:, None], z, 0.0)  # 0 times what stands there need not be 0
     member = jax.nn.one_hot(row, classes.shape[0], dtype=z.dtype) * mask[:, None]
     # sums and counts of the clusters together: one message between devices
     extended = jnp.concatenate([z, jnp.ones((z.shape[0], 1), z.dtype)], axis=1)
-    sums = total(jnp.matmul(member.T, jnp.where(mask[:, None], extended, 0.0), precision="highest"))
+    sums = total(jnp.matmul(member.T, extended, precision="highest"))
     members = sums[:, -1]
     means = sums[:, :-1] / jnp.maximum(members, 1.0)[:, None]
     # Direct differences, never |z|^2 + |mu|^2 - 2 z.mu: the expanded square loses the digits that matter.
     squared = jnp.sum(jnp.square(z[:, None, :] - means[None, :, :]), axis=-1)
     own = jnp.take_along_axis(squared, row[:, None], axis=1)[:, 0]
     variance = total(jnp.sum(own * mask)) / jnp.maximum(jnp.sum(members) - 1.0, 1.0)
-    variance = jnp.maximum(variance, MIN_VARIANCE)
+    variance = jnp.maximum(variance, least_variance(means))
     sigma2 = variance / sharpness
     other = (classes[:, None] != classes[None, :]) & (members > 0)[None, :]
     exponents = -squared / (2 * sigma2)

@@ -252,6 +252,12 @@ def check(config):
     certificates.check_config(CertifySettings.of(config.certify), magnet, config.eval.nearest)
 
 
+@pytest.mark.parametrize("radii", [(5e-9, 0.25), (0.25, 0.25), (0.1, 0.10000001)])
+def test_radii_that_are_written_alike_are_refused(radii):
+    with pytest.raises(UserError, match="told apart by six decimals"):
+        check(settings_for_stage(radii=radii))
+
+
 @pytest.mark.more
 def test_the_stage_s_result_is_consistent(digits, tmp_path):
     """Certified <= empirical at every radius, rules in their order, curve and table agree."""

@@ -364,3 +364,15 @@ def test_rounding_of_the_sum_over_clusters(variance, rng):
         assert (
             certify.radius(clusters, z, y, lipschitz=1.0, rule="soft", rounding=0.0)[predicted != y] > 0
         ).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_features_need_an_allowance_of_their_own(dtype):
+    """The default is float32's; what such features are off by nobody has told."""
+    head = make([[[0.0, 0.0]], [[4.0, 0.0]]])
+    z, y = jnp.array([[0.5, 0.0]], dtype), np.array([0])
+    with pytest.raises(UserError, match="last place of"):
+        certify.radius(head, z, y, lipschitz=1.0)
+    exactly = certify.radius(head, z, y, lipschitz=1.0, rounding=0.0)
+    allowed = certify.radius(head, z, y, lipschitz=1.0, rounding=0.02)
+    assert 1.4999 < exactly <= 1.5 and 0 < allowed < exactly

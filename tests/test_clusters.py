@@ -311,3 +311,45 @@ def test_heads_that_are_no_centroids_are_refused(rng):
         clusters.of_linear_head(kernel[:2], bias, means[:, :2])
     with pytest.raises(UserError, match="do not point to the means"):
         clusters.of_linear_head(-kernel, bias, means)
+
+
+@pytest.mark.parametrize(("classes", "size", "common"), [(10, 256, 10), (100, 512, 10), (10, 64, 100)])
+def test_a_vector_common_to_all_weights_moves_no_centroid(classes, size, common, rng):
+    """It is in every logit alike. Its rounding must not be taken for a direction of the weights."""
+    kernel, bias, means = linear_head(rng, classes, size)
+    apart = kernel - kernel.mean(axis=1, keepdims=True)
+    shared = rng.normal(size=(size, 1))
+    shared *= common * np.linalg.norm(apart) / np.sqrt(classes) / np.linalg.norm(shared)
+    one, other = (clusters.of_linear_head(k, bias, means) for k in (apart, apart + shared))
+    np.testing.assert_allclose(other.variance, one.variance, rtol=1e-5)
+    np.testing.assert_allclose(other.centroids, one.centroids, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("there", [np.nan, np.inf, 1e30])
+def test_what_stands_at_a_masked_place_is_in_no_score_and_no_gradient(there, rng):
+    z, y, centroids, variance = example(rng)
+    centroids[~MASK] = there
+    heads = [Clusters(jnp.asarray(c), jnp.float32(variance), jnp.asarray(MASK)) for c in (
+        centroids, np.where(MASK[..., None], centroids, 0.0))]  # fmt: skip
+    values = [head.log_scores(z, nearest) for head in heads for nearest in (None, 3)]
+    np.testing.assert_array_equal(values[:2], values[2:])
+    total = [
+        jax.grad(lambda z, head=head: losses.cross_entropy(head.log_scores(z), y).sum())(z) for head in heads
+    ]
+    assert np.isfinite(total).all()
+    np.testing.assert_array_equal(*total)
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-3, 1e3])
+def test_the_unit_of_the_embeddings_does_not_matter(scale, rng):
+    """Eq. 3 and Eq. 4 divide it out; what the variance is at least must not bring it back."""
+    z, y, *_ = example(rng)
+    probs, loss = [], []
+    for unit in (1.0, scale):
+        # powers of two apart from rounding: the embeddings themselves are scaled in float64
+        head = clusters.fit(jax.random.key(0), np.float32(z * unit), y % 2, num_classes=2, k=1)
+        probs.append(head.probs(np.float32(z * unit)))
+        rows = np.float32(z[:6].reshape(2, 3, -1) * unit)
+        loss.append(losses.magnet_loss(rows, np.array([0, 1]))[0])
+    close(probs[1], probs[0], 1e-4)
+    close(loss[1], loss[0], 1e-4)

@@ -75,7 +75,7 @@ def test_paired_intervals_hold_the_truth(shares, rng):
     """19 of 20 times, but for what 2,000 draws leave open; and images in common make them narrower."""
     truth, held, width, apart = shares[1] - shares[2], 0, 0.0, 0.0
     for counts in rng.multinomial(100, shares, size=2000):
-        _, low, high = newcombe(*counts)
+        _, low, high = intervals.paired(*pairs(*counts))
         held += low <= truth <= high
     assert 0.93 < held / 2000 < 0.985
     for counts in rng.multinomial(100, shares, size=20):
@@ -98,6 +98,14 @@ def test_points(value, text):
 
 def test_wilson_of_nothing_knows_nothing():
     assert intervals.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_wilson_ends_where_all_or_none_are():
+    assert all(intervals.wilson(n, n)[1] == 1.0 and intervals.wilson(0, n)[0] == 0.0 for n in range(1, 300))
+
+
+def test_over_seeds_of_one_image():
+    assert intervals.over_seeds([[True]] * 2, [[False]] * 2) == (1.0, -1.0, 1.0)
 
 
 @pytest.mark.parametrize(

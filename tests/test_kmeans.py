@@ -241,3 +241,14 @@ def test_best_of_many_seedings_wins(rng):
     single = [kmeans(jax.random.key(s), points, 6, max_iter=100).inertia for s in range(16)]
     best = [kmeans(jax.random.key(s), points, 6, n_init=10, max_iter=100).inertia for s in range(16)]
     assert max(best) < np.mean(single)
+
+
+def test_no_cluster_is_valid_without_members():
+    """Two points far from the others hide their differences in the expanded square."""
+    points = jnp.array([[0.0], [1.0], [10_000.0], [10_001.0]])
+    for seed in range(5):
+        found = kmeans(jax.random.key(seed), points, 4, n_init=5, max_iter=100)
+        members = np.bincount(np.asarray(found.assignments), minlength=4)
+        np.testing.assert_array_equal(np.asarray(found.valid), members > 0)
+        distance = np.abs(np.asarray(points) - np.asarray(found.centroids)[np.asarray(found.assignments)])
+        assert float(found.inertia) == pytest.approx(float(np.sum(distance**2)))

@@ -13,6 +13,7 @@ import pytest
 
 import reference
 from clustr_jax import losses
+from clustr_jax.runtime.errors import UserError
 from reference import close
 
 RTOL, GRAD_RTOL = 1e-5, 1e-4
@@ -228,3 +229,26 @@ def test_magnet_loss_has_no_cap_for_far_misclassified_points(rng):
         return reference.magnet_loss(moved, [0, 1, 2])[0][0, 0]
 
     close(gradient[0, 0], reference.finite_difference(outlier, z[0, 0]), GRAD_RTOL)
+
+
+def test_smoothing_by_nothing_lets_a_logit_be_minus_infinity():
+    z, y = jnp.array([[0.0, -jnp.inf], [1.0, 2.0]]), jnp.array([0, 1])
+    np.testing.assert_array_equal(losses.smoothed_cross_entropy(z, y, 0.0), losses.cross_entropy(z, y))
+    for smoothing in (1.7, -0.1):
+        with pytest.raises(UserError, match="smoothing must be a share"):
+            losses.smoothed_cross_entropy(z, y, smoothing)
+
+
+@pytest.mark.parametrize("there", [np.nan, np.inf, 1e20])
+def test_masked_embeddings_take_no_part(there, rng):
+    """In jit, where nobody sees them."""
+    z = rng.normal(size=(3, 4, 5)).astype(np.float32)
+    mask = np.ones((3, 4), bool)
+    mask[0, 1] = mask[2, 3] = False
+    loss = jax.jit(lambda z: losses.magnet_loss(z, jnp.array([0, 1, 1]), mask=jnp.asarray(mask)))
+    own, variance = loss(np.where(mask[..., None], z, 0.0))
+    found, other = loss(np.where(mask[..., None], z, np.float32(there)))
+    np.testing.assert_array_equal(found, own)
+    assert variance == other and (np.asarray(own)[~mask] == 0).all()
+    slope = jax.grad(lambda z: loss(z)[0].sum())(np.where(mask[..., None], z, np.float32(there)))
+    assert np.isfinite(slope).all() and (np.asarray(slope)[~mask] == 0).all()

@@ -281,3 +281,24 @@ def test_a_deployed_rule_counts_as_in_the_attacks():
     for model in (clf, clf.view):
         assert not failed(witness.check(content, found, model)) & about
     assert "images that count as wrong are misclassified" in failed(witness.check(content, found, clf.logits))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bounds": 5}, {"robust": "x"}, {"counts": None}, {"robust_interval": [None, None]}, {"classes": "3"},
+        {"sha256": None}, {"counts": {"broken_by": 3}}, {"robust_interval": 0.5}, {"robust": None},
+    ],
+)  # fmt: skip
+def test_a_judgement_of_another_form_is_not_verified(change, tmp_path):
+    """One line says so: whoever verifies has not written it."""
+    written(tmp_path)
+    path = tmp_path / witness.JSON
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | change))
+    done = clustr_jax.verify(tmp_path)
+    assert not done.ok and "NOT verified" in str(done)
+    for other in ([], "text", 3):
+        path.write_text(json.dumps(other))
+        done = clustr_jax.verify(tmp_path)
+        assert not done.ok and done.lines[-1][0] == "judgement.json is as a judgement is written"

@@ -22,6 +22,8 @@ from clustr_jax.settings import CertifySettings, MagnetSettings
 
 # Images whose Jacobians give the lower bound of the Lipschitz constant.
 _PROBES = 64
+# What float32 may add to the norm of a Jacobian.
+_SLACK = 1e-4
 # Points of the curve of certified accuracy over the radius.
 _CURVE = 101
 
@@ -39,6 +41,11 @@ def check_config(settings: CertifySettings, magnet: MagnetSettings, nearest: int
         )
     if not settings.radii or not all(0 < r < math.inf for r in settings.radii):
         raise UserError(f"certify.radii must be one or more radii > 0, got {settings.radii}")
+    written = [f"{r:.6f}" for r in settings.radii]
+    if len({*written, f"{0:.6f}"}) <= len(written):
+        raise UserError(
+            f"certify.radii are told apart by six decimals, and these are {', '.join(written)}; give others"
+        )
     if settings.steps < 1 or settings.restarts < 1:
         raise UserError(
             f"certify.steps and certify.restarts must be >= 1, got {settings.steps} and {settings.restarts}"
@@ -122,6 +129,9 @@ def run(
     constant = bounds(clf, x)
     assert clf.clusters is not None
     sound = certify.sound_rules(int(jnp.max(jnp.sum(clf.clusters.valid, axis=1))), clf.nearest)
+    # both would be faults of this package, and a figure that nobody may trust
+    assert constant["lower"] <= constant["upper"] * (1 + _SLACK), f"the Lipschitz bound is none: {constant}"
+    assert settings.rule in sound, f"{settings.rule} does not certify this head"
     found = radii(clf, x, y, constant["upper"])
     own = found[settings.rule]
     eps = tuple(settings.radii)

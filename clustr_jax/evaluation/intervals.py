@@ -14,7 +14,8 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # at the ends exactly what the formula is there, whose roundings differ
+    return 0.0 if successes <= 0 else centre - half, 1.0 if successes >= n else centre + half
 
 
 def paired(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float]:
@@ -57,7 +58,8 @@ def over_seeds(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float
     """
     by_image = np.mean(np.asarray(first, np.float64) - np.asarray(second, np.float64), axis=0)
     n, mean = len(by_image), float(np.mean(by_image))
-    half = max(1.96 * float(np.std(by_image, ddof=1)) / math.sqrt(n), 3 / n)
+    spread = float(np.std(by_image, ddof=1)) if n > 1 else 0.0
+    half = max(1.96 * spread / math.sqrt(n), 3 / n)
     return mean, max(mean - half, -1.0), min(mean + half, 1.0)
 
 

@@ -146,15 +146,27 @@ class Verification:
 def check(content: dict, found: Witness, model: Callable | Any = None) -> Verification:
     """All that the files say, measured again; with `model` (images -> logits [B, Y]) its answers too."""
     done = Verification()
+    try:
+        found, whole = _files(done, content, found)
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        done.add(f"{JSON} is as a judgement is written", False, first_line(error, 80))
+        return done
+    if whole and model is not None:
+        answers.check(done, found, model)
+    return done
+
+
+def _files(done: Verification, content: dict, found: Witness) -> tuple[Witness, bool]:
+    """What can be asked without the model; (what it may be asked about, whether the arrays fit together)."""
     n = len(found.y)
     lengths = {name: len(getattr(found, name)) for name in ("x", "y", "ids", "attack", "restart")}
     same = set(lengths.values()) == {n} and len(found.broken) == len(found.x_adv)
     done.add("arrays are of one length", same, f"{n} images, {len(found.broken)} adversarial ones")
     if not same:
-        return done
+        return found, False
     if found.broken.size and not 0 <= found.broken.min() <= found.broken.max() < n:
         done.add("adversarial images belong to images", False, f"places up to {found.broken.max()}")
-        return done
+        return found, False
     for name, digest in hashes(found).items():
         done.add(f"sha256 of {name}", digest == content.get("sha256", {}).get(name), digest[:16])
     for name in ("eps", "norm"):
@@ -171,9 +183,7 @@ def check(content: dict, found: Witness, model: Callable | Any = None) -> Verifi
     _distinct(done, found)
     _counts(done, content, found)
     _figures(done, content, found)
-    if model is not None:
-        answers.check(done, found, model)
-    return done
+    return found, True
 
 
 def _inside(done, found):

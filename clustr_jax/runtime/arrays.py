@@ -117,6 +117,12 @@ def floats(
     return widened
 
 
+def unit(value: Any) -> float:
+    """The last place of 1 in the type of these floats; 0 for whole numbers."""
+    dtype = getattr(value, "dtype", None)
+    return float(jnp.finfo(dtype).eps) if dtype is not None and jnp.issubdtype(dtype, jnp.floating) else 0.0
+
+
 def probabilities(value: Any, name: str, shape: str, sizes: dict[str, int]) -> Any:
     """As `floats`, with rows that lie in [0, 1] and add up to 1."""
     found = floats(value, name, shape, sizes, empty=True)
