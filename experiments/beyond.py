@@ -218,8 +218,8 @@ def asked(found: dict, sizes: dict[str, int] | None) -> bool:
     on = "test" if sizes else "held out"
     if found["on"] != on:
         raise UserError(
-            f"results of {found['row']} at scale {found['scale']} are of images {found['on']}, not {on}; move "
-            "them away, or take another --scale"
+            f"results of {found['row']} at scale {found['scale']} are of images {found['on']}, not {on}; "
+            "move them away, or take another --scale"
         )
     if not sizes:
         return True

@@ -4,14 +4,15 @@
 
 A step of ClusTR+QTRADES ends with the adversary's images, so the running statistics are mostly theirs. Rows:
 
-    kept            the finished network of 6,120 updates, as results/operating-point has it
-    clean           the same weights and clusters; statistics of clean training images
+    kept            the network of 6,120 updates as it is: `clustr_qtrades` of experiments/systems.py
+    clean           its weights and clusters; statistics of clean training images
     clean+refit     and k-means again, on the embeddings that these statistics give
-    start           the nominal network that it started from, with k-means on its embeddings
+    start           the nominal network that it started from, with k-means: `clustr+kmeans`
     start+moved     its weights; statistics of images that the adversary of Eq. 5 moved, and k-means again
 
-No row trains anything. Each is measured on all CIFAR-10 test images as they are, and on --n of them by the
-paper's protocol, PGD^20 with ten restarts at 8/255. Writes results/levers/norm_statistics.json.
+No row trains anything, and two are those of experiments/systems.py. The others are measured on all CIFAR-10
+test images as they are, and on --n of them by the paper's protocol, PGD^20 with ten restarts at 8/255.
+Writes results/levers/norm_statistics.json.
 """
 
 import argparse
@@ -27,6 +28,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import child  # noqa: E402
+import lever_tables  # noqa: E402
 import levers  # noqa: E402
 from result_tables import markdown  # noqa: E402
 
@@ -44,7 +46,9 @@ EPS, STEP_SIZE, STEPS, RESTARTS, SLOTS = 8 / 255, 2 / 255, 20, 10, 100
 TRAINED = levers.START.with_name("clustr_qtrades.safetensors")
 # Of a training step; momentum leaves nothing of what was before these.
 BATCH, BATCHES = 96, 20
-ROWS = ("kept", "clean", "clean+refit", "start", "start+moved")
+ROWS = ("clean", "clean+refit", "start+moved")
+# As they are: the rows of experiments/systems.py, on the same images.
+MEASURED = {"kept": "clustr_qtrades-0", "start": "clustr+kmeans-0"}
 
 
 def with_statistics(clf, split, seed: int, adversary: bool):
@@ -90,9 +94,8 @@ def network(name: str, seed: int):
     clf = clustr_jax.load(levers.START if name.startswith("start") else TRAINED)
     if name.startswith("start"):
         clf = refitted(clf, split, seed)
-    if name == "start+moved" or name.startswith("clean"):
-        clf = with_statistics(clf, split, seed, adversary=name == "start+moved")
-    return refitted(clf, split, seed) if name in ("clean+refit", "start+moved") else clf
+    clf = with_statistics(clf, split, seed, adversary=name == "start+moved")
+    return clf if name == "clean" else refitted(clf, split, seed)
 
 
 def measured(name: str, size: int, seed: int = 0) -> dict:
@@ -124,18 +127,16 @@ def measured(name: str, size: int, seed: int = 0) -> dict:
 
 def table() -> str:
     """What the rows are worth that are there."""
-    found = read_json(ROOT / TARGET)
+    there = read_json(ROOT / TARGET)
+    found = {name: (there[name]["clean"], there[name]["paper"], there[name]["n"]) for name in there}
+    for name, row in MEASURED.items():
+        as_it_is = read_json(ROOT / levers.RESULTS.parent / "systems" / f"{row}.json")
+        found[name] = as_it_is["clean"], as_it_is["paper"]["pgd20"], as_it_is["n"]
     rows = []
-    for name in ROWS:
+    for name in ("kept", "clean", "clean+refit", "start", "start+moved"):
         if name in found:
-            low, high = found[name]["paper_interval"]
-            rows.append(
-                [
-                    f"`{name}`",
-                    f"{100 * found[name]['clean']:.1f}",
-                    f"{100 * found[name]['paper']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
-                ]
-            )
+            clean, left, n = found[name]
+            rows.append([f"`{name}`", f"{100 * clean:.1f}", lever_tables.share(left, n)])
     return markdown(["statistics and clusters", "clean", "paper's protocol, PGD^20"], rows)
 
 

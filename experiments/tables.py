@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import benchmark_tables  # noqa: E402
 import certified  # noqa: E402
 import lever_tables  # noqa: E402
+import norm_statistics  # noqa: E402
 import result_tables  # noqa: E402
 import system_tables  # noqa: E402
 from benchmark_tables import read  # noqa: E402
@@ -68,6 +69,7 @@ for _name in (
     _of, _, _dataset = _name.partition("-")
     TABLES[_name] = functools.partial(getattr(result_tables, _of), *([_dataset] if _dataset else []))
 TABLES |= {"certified": certified.table, "levers": lever_tables.levers, "systems": system_tables.systems}
+TABLES["norm-statistics"] = norm_statistics.table
 for _name in ("authors", "exp", "text"):
     TABLES[f"levers-{_name}"] = functools.partial(lever_tables.curve, _name)
 DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(RESULTS.glob("*/README.md"))]

@@ -39,7 +39,7 @@ def small(eps=EPS, **changes):
     attack = dict(steps=8, restarts=2)
     budget = judging.budget(eps, SLOTS, curve=(0.5,))
     budget = dataclasses.replace(budget, attack=dataclasses.replace(budget.attack, **attack))
-    return dataclasses.replace(budget, **dict(apgd_steps=8, targets=3, queries=20) | changes)
+    return dataclasses.replace(budget, **dict(apgd_steps=8, queries=20) | changes)
 
 
 def judged(model=curved, x=None, y=None, eps=EPS, settings=None, **more):

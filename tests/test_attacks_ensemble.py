@@ -93,3 +93,27 @@ def test_nothing_to_attack():
     np.testing.assert_array_equal(result.x_adv, x)
     empty = attacks.autoattack(jax.random.key(0), model, x[:0], y[:0], eps=0.1, slots=SLOTS)
     assert empty.x_adv.shape == (0, *SHAPE) and empty.robust.shape == empty.broken_by.shape == (0,)
+
+
+def test_an_attack_that_is_named_twice_has_two_costs(monkeypatch):
+    """And two names in `broken_by`."""
+    few_steps(monkeypatch)
+    _, _, model, x, y = problem()
+    result = attacks.autoattack(
+        jax.random.key(3), model, x, y, eps=0.2 * EPS["linf"], slots=SLOTS, attacks=("apgd-ce", "apgd-ce")
+    )
+    assert list(result.cost) == ["apgd-ce", "apgd-ce-2"]
+    assert all(cost["gradient_evaluations"] > 0 for cost in result.cost.values())
+    assert set(result.broken_by) <= {"", "clean", "apgd-ce", "apgd-ce-2"}
+
+
+def test_the_gradients_of_a_ranking_are_counted(monkeypatch):
+    """MALT's: one for each image and candidate, of all images."""
+    few_steps(monkeypatch)
+    _, _, model, x, y = problem()
+    seen = {}
+    for name in ("apgd-t", "apgd-malt"):
+        result = attacks.autoattack(jax.random.key(3), model, x, y, eps=1e-4, slots=SLOTS, attacks=(name,))
+        (seen[name],) = result.cost.values()
+    more = seen["apgd-malt"]["gradient_evaluations"] - seen["apgd-t"]["gradient_evaluations"]
+    assert more == len(x) * (CLASSES - 1)

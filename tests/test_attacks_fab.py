@@ -62,3 +62,17 @@ def test_projection_of_many_pixels_nearly_out_of_reach(norm):
     move = np.float64(onto_hyperplane(x, w, offset, norm, (0.0, 1.0)))
     left = np.abs(np.sum(w * (x + move), axis=1) + offset)
     assert (left <= 1e-4 * capacity).all(), left / capacity
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("power", [-100, -60, 60])
+def test_the_size_of_the_weights_does_not_matter(norm, power):
+    """2^p times the weights and the offset are the same hyperplane, to the bit."""
+    x, w, offset = hyperplanes(5)
+    move = np.asarray(onto_hyperplane(x, w, offset, norm, (0.0, 1.0)))
+    scale = np.float32(2.0**power)
+    scaled = np.asarray(onto_hyperplane(x, scale * w, scale * offset, norm, (0.0, 1.0)))
+    np.testing.assert_array_equal(scaled, move)
+    assert np.isfinite(move).all() and (move != 0).any()
+    nothing = onto_hyperplane(x, np.zeros_like(w), offset, norm, (0.0, 1.0))
+    np.testing.assert_array_equal(nothing, np.zeros_like(x))

@@ -285,3 +285,25 @@ def test_settings_that_are_refused(change, text):
     _, _, model, x, y = problem(2)
     with pytest.raises(UserError, match=text):
         attacks.fmn(jax.random.key(0), model, x, y, **change)
+
+
+def steep_at_the_root(x):
+    """Logits that are finite everywhere, with a gradient that is not: sqrt of 0."""
+    rise = jnp.sqrt(jnp.maximum(x - 2, 0)).sum(axis=1, keepdims=True)
+    z = 4 * (x.sum(axis=1, keepdims=True) - 4) + rise
+    return jnp.concatenate([z, -z], axis=1)
+
+
+@pytest.mark.parametrize("name", ["fmn", "ddn"])
+def test_a_gradient_that_is_none_is_refused(name):
+    """As at every other attack, and not told as "nothing found"."""
+    x = np.random.default_rng(0).uniform(0.55, 0.9, (6, 8)).astype(np.float32)
+    attack = getattr(attacks, name)
+    settings = dict(norm="l2") if name == "fmn" else {}
+    with pytest.raises(UserError, match="NaN"):
+        attack(jax.random.key(0), steep_at_the_root, x, np.zeros(6, int), steps=4, slots=SLOTS, **settings)
+    with pytest.raises(UserError, match="NaN"):
+        attacks.autoattack(
+            jax.random.key(0), steep_at_the_root, x, np.zeros(6, int), eps=0.3, norm="l2", attacks=(name,),
+            slots=SLOTS,
+        )  # fmt: skip

@@ -1,5 +1,6 @@
 """What `make demo` attacks is there and whole, and the demo ends in a verdict."""
 
+import importlib
 import pathlib
 import re
 import subprocess
@@ -34,6 +35,26 @@ def test_the_networks_are_as_accurate_as_said(name):
     with np.load(HERE / "images.npz") as file:
         x, y = file["images"].astype(np.float32) / 255, file["labels"]
     assert np.mean(np.asarray(clf.predict(x)) == y) >= 0.78
+
+
+@pytest.mark.parametrize("n", ["0", "-3"])
+def test_no_images_are_refused_in_one_line(n):
+    command = [sys.executable, "examples/demo.py", f"--n={n}", "--no-browser"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 2 and found.stderr == f"error: --n must be from 1 to 100, got {n}\n"
+
+
+@pytest.mark.slow
+def test_it_begins_again_where_no_folder_is_named(tmp_path, monkeypatch):
+    """What lies in its own folder is of other images, or of other code."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    demo = importlib.import_module("demo")
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "parts.json").write_text("of something else")
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    for n in (4, 3):
+        assert demo.main([f"--n={n}", "--no-browser"]) == 0
+        assert clustr_jax.Judgement.load(tmp_path / "runs" / "demo").content["n"] == n
 
 
 @pytest.mark.slow

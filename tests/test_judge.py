@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import pickle
+import types
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import clustr_jax
 from checked_classifiers import fits
 from clustr_jax import attacks
 from clustr_jax.attacks import resuming, scheduler
-from clustr_jax.evaluation import auditing, budgets, judging, robustbench, sound_protocol, witness
+from clustr_jax.evaluation import auditing, budgets, judging, plans, robustbench, sound_protocol, witness
 from clustr_jax.evaluation.check import Check
 from clustr_jax.runtime.errors import UserError
 from clustr_jax.settings import AttackSettings
@@ -188,6 +189,7 @@ def test_mistakes_are_refused(settings, text):
     ("settings", "text"),
     [
         (lambda: small(targets=0), "settings.targets must be at least 1, got 0"),
+        (lambda: small(targets=3), "sound-3 says itself how many targets each attack has"),
         (lambda: small(queries=0), "settings.queries must be at least 1, got 0"),
         (lambda: small(apgd_steps=0), "settings.apgd_steps must be at least 1, got 0"),
         (lambda: small(apgd_steps=2.5), r"settings.apgd_steps must be a whole number, got 2\.5"),
@@ -202,6 +204,28 @@ def test_mistakes_are_refused(settings, text):
 def test_budgets_that_attack_nothing_are_refused(settings, text):
     with pytest.raises(UserError, match=text):
         clustr_jax.judge(curved, *images(), eps=EPS, settings=settings())
+
+
+def test_settings_say_how_many_restarts_and_targets_there_are():
+    """And what is recorded is what was read."""
+    shape = {"eps": EPS, "shape": (6, 6, 1), "classes": 3}
+    subject = types.SimpleNamespace(norm="linf", bounds=(0.0, 1.0), clustered=False)
+    for restarts in (2, 20):
+        settings = small(attack=AttackSettings(EPS, EPS / 4, 8, restarts))
+        (pma,) = [p for p in plans.SOUND_3.plans(subject, settings, **shape) if p.name == "pma"]
+        assert pma.restarts == restarts
+    assert plans.SOUND_3.own_targets and not plans.SOUND_2.own_targets
+
+
+def test_no_radius_is_claimed_within_which_an_image_is_kept(judgement):
+    """Of whatever attack found it, also where the attacks at other radii are weak."""
+    weak = judged(settings=small(apgd_steps=1, curve=(1.5 * EPS, 2 * EPS, 4 * EPS)))
+    for found in (judgement, weak):
+        assert "targets" not in found.content["attack"]
+        told = dict(found.content["curves"]["eps"])
+        assert len(told) > 3
+        for eps, robust in told.items():
+            assert robust <= np.mean(found.distances > eps) + 1e-9, eps
 
 
 def test_a_step_is_a_part_of_the_radius():

@@ -212,6 +212,8 @@ def adaptive_restarts(
         raise UserError(f"share must be above 0 and at most 1, got {share!r}")
     if attack not in PARAMETER_FREE:
         raise UserError(f"attack must be one of {', '.join(PARAMETER_FREE)}, got {attack!r}")
+    if not ATTACKS[attack].kind.draws:
+        raise UserError(f"attack={attack} draws nothing, so that all its restarts are one; take another")
     common_of(eps, norm, bounds)
     place = resuming.usable(folder)
     given, logits = prepare(

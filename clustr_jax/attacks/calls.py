@@ -12,7 +12,7 @@ from clustr_jax.attacks.gate import Admitted, admit
 from clustr_jax.attacks.input_checks import check_logits, concrete
 from clustr_jax.attacks.options import bounds_of, check_radius, norm_of, whole
 from clustr_jax.attacks.scheduled_attack import Attack
-from clustr_jax.attacks.targets import CHOOSERS
+from clustr_jax.attacks.targets import CHOOSERS, ranking_gradients
 from clustr_jax.attacks.watching import Interrupted, bar
 from clustr_jax.runtime import mesh
 from clustr_jax.runtime.errors import UserError
@@ -90,12 +90,13 @@ def planned(
     if attack.images and given.x.ndim != 4:
         what = type(attack).__name__.lower()
         raise UserError(f"{what} takes images [B, H, W, C], got {given.x.shape}; leave it out for points")
-    targets = None
+    targets, spent = None, 0
     if ranking is not None:
+        spent = len(given.x) * ranking_gradients(ranking, logits)
         targets = CHOOSERS[ranking](given.model, given.x, given.y, logits, attack.norm, slots=slots)
     if ranking == "malt" and "malt" not in name:
         name = f"{name}-malt"
-    return resuming.Planned(name, attack, targets, restarts)
+    return resuming.Planned(name, attack, targets, restarts, spent)
 
 
 def run_plan(

@@ -126,12 +126,15 @@ def autoattack(
         rescale_schedule=bool(rescale_schedule),
     )
     plans, entries = [], [ATTACKS[a] if isinstance(a, str) else a for a in attacks]
+    again: dict[str, int] = {}
     for entry in entries:
         entry.check(shape=x.shape, classes=logits.shape[1], norm=given.norm)
         attack = user_losses.of_attack(_made(entry, budget), slots, logits.shape[1], y)
-        plans.append(planned(entry.name, attack, given, logits, entry.targets, entry.restarts, slots))
+        plan = planned(entry.name, attack, given, logits, entry.targets, entry.restarts, slots)
+        again[plan.name] = times = again.get(plan.name, 0) + 1
+        plans.append(plan._replace(name=f"{plan.name}-{times}") if times > 1 else plan)
     kept = resuming.begin(place, given, logits, plans, slots, "autoattack")
-    broken_by = np.where(alive, "", "clean").astype(f"U{max(16, *(len(e.name) for e in entries))}")
+    broken_by = np.where(alive, "", "clean").astype(f"U{max(16, *(len(plan.name) for plan in plans))}")
     notes = (given.note,) if given.note else ()
     cost, followed = {}, []  # of each attack that follows gradients: "", or that it had none
     x_adv = x.copy()
@@ -145,6 +148,7 @@ def autoattack(
         )
         x_adv[index] = outcome.x_adv
         cost[plan.name] = outcome.cost(plan.attack)
+        cost[plan.name]["gradient_evaluations"] += plan.ranking
         broken_by[index[outcome.broken]] = plan.name
         alive[index] = ~outcome.broken
         if stopped is not None:

@@ -22,6 +22,8 @@ from clustr_jax.runtime import struct
 _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9
 # Newton steps of the projection: each is exact on one linear piece, and few pieces are passed.
 _NEWTON = 20
+# A distance to a hyperplane that no box reaches, in units of its weights.
+_FAR = 1e30
 
 
 class FABState(struct.PyTreeNode):
@@ -88,6 +90,9 @@ def onto_hyperplane(
     O(coordinates); sorting would do too.
     """
     inner = tuple(range(1, x.ndim))
+    # the same hyperplane, by a power of two: squares of small weights would be none
+    power = -jnp.frexp(jnp.max(jnp.abs(w), axis=inner))[1]
+    w, offset = jnp.ldexp(w, over(power, w)), jnp.clip(jnp.ldexp(offset, power), -_FAR, _FAR)
     distance = jnp.sum(w * x, axis=inner) + offset
     down = over(jnp.sign(distance), x) * jnp.sign(w)  # moving against this lowers |distance|
     size = jnp.abs(w)

@@ -46,6 +46,8 @@ class Nearest(Attack):
 
     step_size: ArrayLike
 
+    draws = False  # it starts at the image
+
     def start_radius(self, work: Work):
         """[S] before the first update."""
         raise NotImplementedError
@@ -76,8 +78,10 @@ class Nearest(Attack):
         gradient, value, fooled = climb(model, self.loss, work, x)
         size = length(x - work.x, self.norm)
         nearer = fooled & (size < state.distance)
+        # a gradient that is none has made x none: the pass that judges then refuses the model, in words
+        lost = jnp.isnan(size) & jnp.isinf(state.distance)
         state = state.replace(
-            candidate=jnp.where(over(nearer & (size <= self.eps), x), x, state.candidate),
+            candidate=jnp.where(over((nearer & (size <= self.eps)) | lost, x), x, state.candidate),
             distance=jnp.where(nearer, size, state.distance),
         )
         moved, radius = self.move(work, state, (gradient, value, fooled), step)

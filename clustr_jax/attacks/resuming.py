@@ -37,12 +37,16 @@ class RecordWarning(UserWarning):
 
 
 class Planned(NamedTuple):
-    """An attack that a call may run, with its targets [T, B] (None: none) and restarts."""
+    """An attack that a call may run, with its targets [T, B] (None: none), restarts, and what ranking cost.
+
+    `ranking`: gradients that went into the choice of the targets.
+    """
 
     name: str
     attack: Attack
     targets: np.ndarray | None
     restarts: int
+    ranking: int = 0
 
 
 def usable(folder: str | os.PathLike | None) -> pathlib.Path | None:

@@ -49,6 +49,7 @@ class Attack(struct.PyTreeNode):
     gradients = 1  # of the model, per slot and update
     forwards = 0  # forward passes without a gradient, likewise
     images = False  # takes [B, H, W, C] only
+    draws = True  # another restart is another attempt
 
     @property
     def ball(self) -> dict[str, Any]:

@@ -54,6 +54,16 @@ class Chooser(Protocol):
     ) -> Int[np.ndarray, "T N"]: ...
 
 
+def ranking_gradients(ranking: str, outputs: Any) -> int:
+    """Gradients per image that this ranking takes: MALT's, one for each candidate."""
+    if not ranking.startswith("malt"):
+        return 0
+    if ranking == "malt-clusters":  # of other classes
+        classes, k = outputs.exponents.shape[1:]
+        return min(CANDIDATES, (classes - 1) * k)
+    return min(CANDIDATES, logits_of(outputs).shape[1] - 1)
+
+
 def check_ranking(targets: str) -> None:
     """UserError for a word that is no ranking of targets."""
     if targets not in RANKINGS:

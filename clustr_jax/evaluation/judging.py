@@ -118,6 +118,11 @@ def prepare(
     curve = [*(times * float(eps) for times in _CURVE), *([] if half is None else [half])]
     own = budget(float(eps), slots, tuple(sorted(c for c in curve if float(eps) < c < widest)))
     used = own if settings is None else budgets.at_radius(settings, float(eps), slots)
+    if plans.PROTOCOLS[protocol].own_targets and used.targets != own.targets:
+        raise UserError(
+            f"settings.targets={used.targets}: {protocol} says itself how many targets each attack has; "
+            f"leave it at {own.targets}, or take protocol='sound-2'"
+        )
     return Case(
         subject, examples, logits.shape[1], used, plans.PROTOCOLS[protocol], given, logits, seed, used != own,
         size,

@@ -68,6 +68,12 @@ class Protocol:
         """Whether it has attacks that look for minimum norms."""
         return any(row.budget == "nearest" for row in self.rows)
 
+    @property
+    def own_targets(self) -> bool:
+        """Whether its rows say how many targets they go to, so that `settings.targets` is read by none."""
+        rows = [row for row in self.rows if row.targets or registry.ATTACKS[row.attack].targets]
+        return all(row.count for row in rows)
+
     def within(self) -> "Protocol":
         """The same without them."""
         rows = tuple(row for row in self.rows if row.budget != "nearest")

@@ -23,7 +23,7 @@ from clustr_jax.attacks.adaptive import Progress
 from clustr_jax.attacks.adaptive import run as run_adaptively
 from clustr_jax.attacks.pgd import run_pgd
 from clustr_jax.attacks.scheduled_attack import Attack
-from clustr_jax.attacks.targets import CANDIDATES, CHOOSERS
+from clustr_jax.attacks.targets import CHOOSERS, ranking_gradients
 from clustr_jax.classifier import Classifier
 from clustr_jax.data import Examples
 from clustr_jax.evaluation import intervals, plans
@@ -70,7 +70,7 @@ def execute(
         targets = CHOOSERS[plan.targets](
             model, part.x, part.y, outputs, subject.norm, count=count, slots=slots
         )
-        ranking = candidates(plan.targets, outputs) * len(index)
+        ranking = ranking_gradients(plan.targets, outputs) * len(index)
     total = plan.restarts * (1 if targets is None else len(targets))
     outcome, known = records.load(plan.name, part.x, total) if records else (None, {})
     outcome = scheduler.Outcome.fresh(part.x, total) if outcome is None else outcome
@@ -111,14 +111,6 @@ def execute(
     }
     cost["gradient_evaluations"] += ranking
     return outcome, cost
-
-
-def candidates(targets: str, outputs: Any) -> int:
-    """Gradients per image that ranking the targets takes: MALT's, one for each candidate."""
-    if not targets.startswith("malt"):
-        return 0
-    shape = outputs.exponents.shape if targets == "malt-clusters" else attack_losses.logits_of(outputs).shape
-    return min(CANDIDATES, int(np.prod(shape[1:])) - 1)
 
 
 def bound(attack: Attack, outcome: scheduler.Outcome, slots: int) -> int:
@@ -234,8 +226,8 @@ def run_sound(
         index = np.flatnonzero(alive & (near.distance <= attack.eps))
         found.take(index, near.images[index], np.full(len(index), -1, np.int32))
         broken_by[index], alive[index] = LARGER, False
-        for eps in sweep.robust:
-            sweep.robust[eps][index] &= eps < attack.eps
+        for eps in sweep.robust:  # of an image with a nearer one nothing else may be said
+            sweep.robust[eps] &= near.distance > eps
 
     for name, survived in survivors.items():
         if protocol.cascade:
@@ -254,7 +246,8 @@ def run_sound(
         "attack": {
             **dataclasses.asdict(attack), "steps": 20 if quick else attack.steps, "select": "success",
             "apgd_steps": 20 if quick else settings.apgd_steps,
-            "queries": 200 if quick else settings.queries, "targets": settings.targets,
+            "queries": 200 if quick else settings.queries,
+            **({} if protocol.own_targets else {"targets": settings.targets}),
         },
         "attacks": attacks, "curves": curves, "unbounded": unbounded,
         # left, though an attack fooled them in its own program: rounding decided in the pass that judges
