@@ -217,6 +217,7 @@ def sound3() -> str:
                 f"{in_the_ball / right:.0f} + {(own['gradient_evaluations'] - in_the_ball) / right:.0f}",
                 f"{standard['gradient_evaluations'] / right:.0f}",
                 f"{theirs['passes']['with_gradient'] / theirs['right']:.0f}",
+                f"{own['seconds']:.0f}, {standard['seconds']:.0f}",
             ]
         )
     header = [
@@ -228,6 +229,7 @@ def sound3() -> str:
         "gradients per image: `sound-3`, + distances",
         "the standard",
         "pyautoattack",
+        "seconds: `sound-3`, the standard",
     ]
     return markdown(header, rows)
 
