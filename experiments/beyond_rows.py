@@ -30,7 +30,8 @@ _HELD_OUT = {"data.train_size": 11_000, "data.val_size": 1 / 11}
 SCALES = {
     # small budget, for tuning: 10,000 images, 1,000 of the training split held out
     "tune": Scale(30, {"model.width": 32}, _HELD_OUT),
-    # all images, the fast network at half its width, and at its own
+    # all images, the fast network at half its width, for a short and a longer time, and at its own
+    "quarter": Scale(30, {"model.width": 32}),
     "half": Scale(60, {"model.width": 32}),
     "fast": Scale(90, {"model.width": 64}),
     "resnet": Scale(30, {"model.name": "resnet8", "model.width": 64, "data.augment": "crop_flip"}),

@@ -37,7 +37,7 @@ def test_as_many_recipes_of_each_and_no_two_alike(rows):
 
 def test_rows_are_of_equal_passes_and_can_run(rows):
     """Within 5 % by the definition of each method's step; run.py accepts every setting."""
-    for scale in ("tune", "half", "fast", "resnet"):
+    for scale in ("tune", "quarter", "half", "fast", "resnet"):
         for name in rows.names(12):
             method, _ = rows.row(name)
             changes = rows.settings(name, scale)
