@@ -59,6 +59,7 @@ _TEXT, _EXP, _AUTHORS = (
 _ONE_CLUSTER = {"magnet.k": 1, "magnet.clusters": 10, "magnet.samples": 10}
 _ONE = _EXP | _ONE_CLUSTER
 _CLEAN = {"fidelity.epoch_statistics": "clean"}
+_PLAIN = {"data.augment": "none"}
 _KL = _TEXT | {"train.consistency": "kl"}
 ROWS: dict[str, dict] = {
     "text": _TEXT,
@@ -67,6 +68,7 @@ ROWS: dict[str, dict] = {
     "lr-3e-4": _EXP | {"train.lr": 3e-4},
     "k-1": _ONE | {"train.epochs": 13},
     "clean-statistics": _EXP | _CLEAN,
+    "no-augmentation": _EXP | _PLAIN,
     "text-510": _TEXT | {"train.epochs": 1},
     "exp-510": _EXP | {"train.epochs": 1},
 }
@@ -95,7 +97,7 @@ _SHORT = {
     "augmented-variance": _EXP | {"fidelity.variance_images": "augmented"},
     "clean-statistics": _EXP | _CLEAN,
     "lam-0-clean-statistics": _EXP | _CLEAN | {"train.lam": 0.0},
-    "no-augmentation": _EXP | {"data.augment": "none"},
+    "no-augmentation": _EXP | _PLAIN,
     "after-magnet": _EXP,
     "warm-8": _EXP,
     "warm-32": _EXP,
