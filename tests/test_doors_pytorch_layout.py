@@ -102,6 +102,20 @@ def test_an_exported_resnet18_has_the_layout_of_the_authors():
     assert_close(reference_resnet18(state, to_nchw(normalised))[0], clf.logits(x))
 
 
+def test_a_file_knows_its_normalisation():
+    """Another one would be another classifier; the same one may be said again."""
+    saved = door.checkpoint(classifier("cnn", False))
+    own = {name: saved["meta"][name] for name in ("mean", "std")}
+    for name in own:
+        other = tuple(v + 0.1 for v in own[name])
+        with pytest.raises(UserError, match=f"{name}=.* is given, and the network of this file"):
+            door.from_torch(saved, **own | {name: other})
+    assert door.from_torch(saved, **own).net == door.from_torch(saved).net
+    for name in ("model", "nearest", "bounds"):
+        with pytest.raises(UserError, match="part of the description itself"):
+            door.checkpoint(classifier("cnn", False), **{name: 1})
+
+
 @pytest.mark.parametrize("prefix", ["", "module.", "model."])
 def test_a_state_dict_is_read(prefix):
     """As saved by the network, by DataParallel, and by a wrapper."""

@@ -68,6 +68,17 @@ def test_max_pool_and_its_gradient_are_those_of_flax(side, window, rng):
         np.testing.assert_array_equal(back(dy)[0], expected(dy)[0])
 
 
+@pytest.mark.parametrize("shape", [(2, 300), (300, 2), (6, 513)])
+def test_max_pool_of_long_sides(shape, rng):
+    """The places are counted beyond 256, also where a square is no power of two."""
+    for window in (2, 3):
+        x = jnp.asarray(rng.normal(size=(1, *(max(side, window) for side in shape), 2)), jnp.float32)
+        ours, back = jax.vjp(lambda x, w=window: fast.max_pool(x, w), x)
+        theirs, expected = jax.vjp(lambda x, w=window: nn.max_pool(x, (w, w), (w, w)), x)
+        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_array_equal(back(jnp.ones_like(ours))[0], expected(jnp.ones_like(ours))[0])
+
+
 def test_the_first_filters_start_as_the_identity(rng):
     x = jnp.asarray(rng.normal(size=(2, 5, 5, 3)), jnp.float32)
     layer = fast.DiracConv(6)

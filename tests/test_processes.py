@@ -6,10 +6,12 @@ import signal
 import socket
 import time
 
+import jax
 import pytest
 
 import clustr_jax
 from clustr_jax.runtime import processes
+from clustr_jax.runtime.errors import UserError
 from marks import in_ci
 from runs import TINY, metrics
 
@@ -30,6 +32,24 @@ def ends(processes):
     """(exit codes, what was written to stderr)."""
     written = [process.communicate(timeout=300)[1] for process in processes]
     return [process.returncode for process in processes], written
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("UNAVAILABLE: connection reset", True),
+        ("INTERNAL: Gloo all-reduce failed", True),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes", False),
+        ("INVALID_ARGUMENT: shapes", False),
+    ],
+)
+def test_what_starting_again_does_not_mend_is_no_lost_process(text, lost, monkeypatch):
+    """Also where it stands behind an error of one's own."""
+    monkeypatch.setattr(processes, "_connect", lambda *_: None)
+    monkeypatch.setattr(processes, "use_cores", lambda **_: None)
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    with pytest.raises(processes.Lost if lost else UserError), processes.joined(None):
+        raise UserError("of an attack") from jax.errors.JaxRuntimeError(text)
 
 
 @pytest.mark.slow

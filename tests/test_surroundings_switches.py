@@ -7,6 +7,7 @@ import pytest
 
 from clustr_jax import attacks, certify, clusters, data, lipschitz, losses
 from clustr_jax.kmeans import kmeans
+from clustr_jax.models.convolution import conv2d
 from clustr_jax.runtime import surroundings
 from runs import DIGITS, assert_one_line
 
@@ -25,6 +26,7 @@ OTHER = {
     "jax_threefry_partitionable": False,
     "jax_random_seed_offset": 7,
     "jax_high_dynamic_range_gumbel": True,
+    "jax_default_matmul_precision": "highest",
 }
 
 
@@ -47,7 +49,14 @@ def numbers():
     key = jax.random.key(3)
     many = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (3,)))(jnp.arange(4))
     drawn = jax.random.categorical(jax.random.fold_in(key, 9), jnp.zeros(7), shape=(5,))
-    return [np.asarray(v) for v in (many, drawn, jnp.arange(3) * 0.5, np.ones(2) * jnp.ones(2))]
+    # a training step's convolution has another form where a precision is asked for
+    x, kernel = (
+        np.linspace(-1, 1, 8192).reshape(2, 8, 8, 64),
+        np.linspace(-1, 2, 36_864).reshape(3, 3, 64, 64),
+    )
+    slope = jax.jit(jax.grad(lambda k: jnp.sum(jnp.square(conv2d(jnp.float32(x), k, tuned=True)))))
+    drawn = (drawn, slope(jnp.float32(kernel)))
+    return [np.asarray(v) for v in (many, *drawn, jnp.arange(3) * 0.5, np.ones(2) * jnp.ones(2))]
 
 
 @pytest.mark.parametrize("name", OTHER)

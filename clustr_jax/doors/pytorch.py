@@ -83,7 +83,10 @@ def checkpoint(clf: Classifier, **about: Any) -> dict:
     """
     nets = _nets()
     net = clf.net
-    meta = {"format": nets.FORMAT, **description.describe(clf), **about}
+    meta = {"format": nets.FORMAT, **description.describe(clf)}
+    if taken := meta.keys() & about.keys():
+        raise UserError(f"about: {sorted(taken)[0]!r} is part of the description itself; take another name")
+    meta |= about
     if isinstance(net.module, (models.UnitNet, models.OrthogonalNet)):
         meta["plan"], state = _folded(clf)
     else:
@@ -107,6 +110,17 @@ def checkpoint(clf: Classifier, **about: Any) -> dict:
         nearest = min(clf.nearest, total) or total
         saved |= _tensors(head) | {"K": valid.shape[1], "L": nearest, "normalize_probs": True}
     return saved
+
+
+def _normalisation(meta: Mapping, name: str, given) -> tuple[float, ...] | None:
+    """The file's own value, or what is given for a file that has none; UserError where they differ."""
+    own = meta.get(name)
+    if own is not None and given is not None and not np.allclose(own, given, rtol=1e-6, atol=1e-6):
+        raise UserError(
+            f"{name}={tuple(given)} is given, and the network of this file was trained with {tuple(own)}; "
+            f"leave it out"
+        )
+    return given if own is None else own
 
 
 def from_torch(
@@ -150,8 +164,7 @@ def from_torch(
     meta = saved.get("meta") or {}
     if not isinstance(meta, Mapping):
         raise UserError(f"meta must be a dict, got {type(meta).__name__}")
-    mean = mean if mean is not None else meta.get("mean")
-    std = std if std is not None else meta.get("std")
+    mean, std = (_normalisation(meta, name, given) for name, given in (("mean", mean), ("std", std)))
     if mean is None or std is None:
         raise UserError(
             "mean and std of the normalisation are not in a state_dict: give both, in [0, 1] units"

@@ -6,6 +6,7 @@ Lipschitz bounds `net.describe`, the layers as plain arrays (`clustr_jax.lipschi
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -149,6 +150,16 @@ def build(
         raise UserError(
             f"model {name} halves the image {UNIT_STAGES} times: its sides must be multiples of "
             f"{2**UNIT_STAGES}, got {input_shape}"
+        )
+    channels = input_shape[-1]
+    if (
+        len(mean) not in (1, channels)
+        or len(std) not in (1, channels)
+        or not all(0 < s < math.inf for s in std)
+    ):
+        raise UserError(
+            f"model.mean and model.std must have 1 or {channels} values for inputs of shape {input_shape}, "
+            f"and std positive ones; got {tuple(mean)} and {tuple(std)}"
         )
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"model.dtype must be float32 or bfloat16, got {dtype!r}")

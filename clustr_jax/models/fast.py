@@ -123,8 +123,10 @@ def _max_pool_backward(window, residuals, dy):
         return a.reshape(batch, height * window, width * window, channels)
 
     big = squares(dy)
-    row, column = (jax.lax.broadcasted_iota(first.dtype, big.shape, axis) % window for axis in (1, 2))
-    dx = jnp.where(squares(first) == row * window + column, big, 0)
+    # counted in 32 bits: in 8 a side of more than 256 would begin again in the middle of a square
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, big.shape, axis) % window for axis in (1, 2))
+    place = (row * window + column).astype(first.dtype)
+    dx = jnp.where(squares(first) == place, big, 0)
     missing = [(0, n - m) for n, m in zip(like.shape[1:], dx.shape[1:3], strict=True)]
     return (jnp.pad(dx, ((0, 0), *missing, (0, 0))),)
 

@@ -53,7 +53,7 @@ def joined(
         yield
     except Exception as error:
         broken = _runtime_error(error)
-        if broken is None or jax.process_count() == 1:
+        if broken is None or jax.process_count() == 1 or str(broken).startswith(_OWN_FAULTS):
             raise
         raise Lost(
             f"stopped: contact to another process is lost ({first_line(broken)}); "
@@ -91,6 +91,10 @@ def _chosen() -> int | None:
 def on_cores() -> bool:
     """Whether the devices are this CPU's cores, because nobody has asked for another number."""
     return jax.process_count() == 1 and jax.default_backend() == "cpu" and _chosen() is None
+
+
+# How errors begin that starting again does not mend, whatever the other processes do.
+_OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 
 def _runtime_error(error: BaseException | None):

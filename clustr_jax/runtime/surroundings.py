@@ -22,6 +22,7 @@ PINNED = {
     "jax_threefry_partitionable": True,
     "jax_random_seed_offset": 0,
     "jax_high_dynamic_range_gumbel": False,
+    "jax_default_matmul_precision": None,  # which decides the form of a convolution, too
 }
 # Switches under which a run cannot end, each with the reason.
 _IMPOSSIBLE = {
@@ -66,6 +67,7 @@ def pinned(say: Callable[[str], None] | None = None) -> Iterator[None]:
         within.enter_context(jax.numpy_dtype_promotion("standard"))
         within.enter_context(jax.default_prng_impl("threefry2x32"))
         within.enter_context(jax.threefry_partitionable(True))
+        within.enter_context(jax.default_matmul_precision(None))
         for name in ("jax_random_seed_offset", "jax_high_dynamic_range_gumbel"):
             if name in other:
                 jax.config.update(name, PINNED[name])

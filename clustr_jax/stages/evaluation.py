@@ -13,7 +13,7 @@ from clustr_jax.runtime.errors import UserError, first_line
 from clustr_jax.runtime.progress import duration
 from clustr_jax.runtime.stage_names import CERTIFY, EVALUATE, TRAIN
 from clustr_jax.stages.context import Run
-from clustr_jax.storage import additions, loading, results
+from clustr_jax.storage import additions, description, loading, results
 from clustr_jax.storage.workdir import config_dict
 
 
@@ -93,7 +93,8 @@ def _identity(config, name):
     content.pop("certify")
     content["eval"].pop("diagnostics")
     if config.eval.transfer:  # what is behind a path can change
-        content["transfer"] = [loading.digest(loading.load(path)) for path in config.eval.transfer]
+        sources = [loading.load(path) for path in config.eval.transfer]
+        content["transfer"] = [[loading.digest(clf), description.describe(clf)] for clf in sources]
     return provenance.sha({**content, "result": results.PROTOCOLS[name]})
 
 
