@@ -282,12 +282,12 @@ def _checked(clusters, z, y, lipschitz, rule, rounding):
     valid = np.asarray(clusters.valid, bool)
     num_classes, _, dimension = centroids.shape
     sizes = {"E": dimension}
-    unit = arrays.unit(z)
+    unit, given = arrays.unit(z), getattr(z, "dtype", None)
+    z = np.asarray(arrays.floats(z, "z", "B E", sizes, empty=True, double=True), np.float64)
     if 0 < rounding < unit:
         raise UserError(
-            f"z is {np.asarray(z).dtype}, with a last place of {unit:.1g}, and rounding={rounding:g} is of "
+            f"z is {given}, with a last place of {unit:.1g}, and rounding={rounding:g} is of "
             f"float32; compute the features in float32, or give the rounding= that they have"
         )
-    z = np.asarray(arrays.floats(z, "z", "B E", sizes, empty=True, double=True), np.float64)
     y = np.asarray(arrays.labels(y, num_classes, sizes))
     return centroids, variance, valid, z, y

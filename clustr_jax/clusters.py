@@ -56,10 +56,9 @@ class Clusters:
 
     def _embeddings(self, z):
         """z with the type that is computed with, or UserError."""
-        fields = self._checked()
-        centroids, variance = fields["centroids"], fields["variance"]
+        centroids, variance, mask = self._checked().values()
         z = arrays.floats(z, "z", "B E", {"E": centroids.shape[2]}, empty=True)
-        if z.size and arrays.concrete(z, centroids, variance, fields["mask"]):
+        if z.size and arrays.concrete(z, centroids, variance, mask):
             ends = [float(v) for a in (z, self._places) for v in arrays.extent(a, None)]
             # 2 sigma^2 may be below 1
             exponent = (max(ends) - min(ends)) ** 2 * z.shape[1] / min(1.0, 2 * float(variance))
@@ -241,7 +240,11 @@ def fit_assign(
 ) -> tuple[Clusters, Int[Array, "N"]]:
     """As `fit`, with the cluster of each example.
 
-    Returns `Clusters`, and class * K + the nearest of its own class [N].
+    Args:
+        key, z, y, num_classes, k, n_init, max_iter: as in `fit`.
+
+    Returns:
+        `Clusters`, and class * K + the nearest of its own class [N].
 
     >>> z = jnp.array([[0.0, 0.0], [5.0, 1.0], [0.0, 1.0], [5.0, 0.0]])
     >>> y = jnp.array([0, 1, 0, 1])
@@ -376,11 +379,10 @@ def with_variance(clusters: Clusters, z: Float[Array, "N E"], y: Int[Array, "N"]
     >>> print(clusters.with_variance(c, z, y).variance)  # (1 + 1 + 4) / (3 - 1)
     3.0
     """
-    fields = clusters._checked()
-    sizes = {"E": fields["centroids"].shape[2]}
-    z = arrays.floats(z, "z", "N E", sizes, squares="between them")
-    y = arrays.labels(y, fields["centroids"].shape[0], sizes, axis="N")
-    arrays.check_members(fields["mask"], y)
+    centroids, _, mask = clusters._checked().values()
+    z = arrays.floats(z, "z", "N E", sizes := {"E": centroids.shape[2]}, squares="between them")
+    y = arrays.labels(y, centroids.shape[0], sizes, axis="N")
+    arrays.check_members(mask, y)
     return _with_its_variance(clusters, z, y)
 
 

@@ -26,6 +26,13 @@ def least_variance(means: Float[Array, "... E"]) -> Float[Array, ""]:
     """What a variance is at least, so that losses stay finite where all embeddings coincide.
 
     Of embeddings shorter than 1 it goes with their length: Eq. 3 and Eq. 4 do not depend on the unit.
+
+    Args:
+        means: of clusters, or centroids [..., E].
+
+    >>> long, short = jnp.array([[3.0], [0.0]]), jnp.array([[0.5], [0.0]])
+    >>> print(losses.least_variance(long), losses.least_variance(short))
+    1e-12 2.5e-13
     """
     longest = jnp.max(jnp.sum(jnp.square(jax.lax.stop_gradient(means)), axis=-1), initial=0.0)
     return jnp.maximum(_MIN_VARIANCE * jnp.minimum(longest, 1.0), np.finfo(np.float32).tiny)

@@ -75,7 +75,7 @@ def with_statistics(clf, split, seed: int, adversary: bool):
 
 def refitted(clf, split, seed: int):
     """The classifier with two clusters per class of its own embeddings of all training images."""
-    z = np.concatenate([np.asarray(clf.embed(split.pixels(part))) for part in _parts(len(split))])
+    z = jnp.concatenate([clf.embed(split.pixels(part)) for part in _parts(len(split))])
     magnet = cifar10.get_config("clustr_qtrades,fast").magnet
     found = clusters.fit(
         jax.random.key(seed), z, split.labels, num_classes=split.num_classes, k=magnet.k,

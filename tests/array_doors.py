@@ -41,7 +41,7 @@ FEATURES = {
     "nearest": ("z", functools.partial(HEAD.log_scores, nearest=2)),
     "scores": ("z", HEAD.scores),
     "probs": ("z", HEAD.probs),
-    "radius": ("z", lambda z: certify.radius(HEAD, z, Y, lipschitz=1.0)),
+    "radius": ("z", lambda z: certify.radius(HEAD, z, Y, lipschitz=1.0, rounding=0.02)),
     "distances": ("a", lambda z: losses.distances(z, Z)),
     "magnet_rows": (
         "z",

@@ -26,9 +26,16 @@ def test_paper_code_sets_every_switch_and_one_can_be_turned_back():
     assert found == {name: s.authors for name, s in switches.SWITCHES.items() if name != "scores"}
 
 
-@pytest.mark.parametrize("values", [{"preset": "paper"}, {"scores": "exponential"}])
-def test_unknown_words_are_refused(values):
-    with pytest.raises(UserError):
+@pytest.mark.parametrize(
+    ("values", "known"),
+    [
+        ({"preset": "paper"}, "empty or paper_code"),
+        ({"scores": "exponential"}, "must be log or exp"),
+        ({"epoch_statistics": "test"}, "must be keep, leak_test or clean"),
+    ],
+)
+def test_unknown_words_are_refused(values, known):
+    with pytest.raises(UserError, match=known):
         switches.resolve(config(**values))
 
 
