@@ -81,6 +81,10 @@ def inputs():
         "NumPy": (dict(f=lambda x: np.asarray(x).reshape(B, -1) @ np.asarray(weights())), "jax.numpy"),
         "no function": (dict(f=weights()), "logits_fn must be a function"),
         "batch norm": (dict(f=lambda x: linear(x) - linear(x).mean(axis=0)[None]), "in another batch"),
+        "batch norm, and a class that is ruled out": (
+            dict(f=lambda x: (linear(x) - linear(x).mean(axis=0)[None]).at[:, 2].set(-1e9)),
+            "in another batch",
+        ),
         "largest of the batch": (dict(f=lambda x: linear(x) / jnp.max(linear(x))), "in another batch"),
         "first of the batch": (dict(f=lambda x: linear(x) + linear(x)[:1]), "in another batch"),
         "sorted": (dict(f=lambda x: jnp.sort(linear(x), axis=0)), "in another batch"),

@@ -1,6 +1,7 @@
 """A model that hides what it is gets no number: a check fails, or it is refused. Honest ones get theirs."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -62,6 +63,38 @@ def test_the_check_that_tells(name):
 @pytest.mark.parametrize("number", [4, 26, 27])
 def test_an_honest_model_passes_those_checks(number):
     assert "FAIL" not in part_of(honest("trades"), number).values()
+
+
+@pytest.mark.parametrize("name", ["reference class", "one score"])
+def test_a_score_that_is_the_same_of_all_images_hides_nothing(name):
+    """The same classifiers, given by their differences to one class: its own score has no gradient."""
+    model = honest("trades")
+    same = {
+        "reference class": lambda x: model(x) - model(x)[:, :1],
+        "one score": lambda x: jnp.stack([0 * model(x)[:, 0], model(x)[:, 1] - model(x)[:, 0]], axis=1),
+    }[name]
+    if name == "one score":  # of the first two classes
+        _, _, x, y = problem()
+        some = y < 2
+        given, logits = calls.prepare(
+            jax.random.key(0),
+            same,
+            x[some],
+            y[some],
+            eps=EPS,
+            norm="linf",
+            bounds=(0.0, 1.0),
+            ids=None,
+            slots=N,
+        )
+        right = np.flatnonzero(logits.argmax(axis=1) == y[some])
+        examples = Examples(given.x, given.y, given.ids).take(right)
+        this = subject.of_model(same, given, N)
+        probe = Probe(jax.random.key(1), this, examples, small(EPS), np.zeros(len(right), bool))
+        found = {check.number: check.status for check in probe.gradients()}
+    else:
+        found = part_of(same, 28)
+    assert found[28] == "PASS" and found[4] != "FAIL"
 
 
 @pytest.mark.slow

@@ -101,6 +101,11 @@ def prepare(
     given, logits = calls.prepare(key, function, x, y, **ball, slots=slots)
     if not len(given.x):
         raise UserError("x has no images: there is nothing to judge")
+    if again := len(given.ids) - len(np.unique(given.ids)):
+        raise UserError(
+            f"ids: {again} of {len(given.ids)} are there twice, and their images would share random numbers; "
+            f"number the images: ids=np.arange({len(given.ids)})"
+        )
     size = footprint.of(given.model, given.x, logits.shape[1], slots)
     if size.slots < slots:  # the model is opened for as many images as it will see at once
         slots = size.slots

@@ -146,10 +146,19 @@ class Probe:
             "<= 5 % of the whole rise",
         )
         found = [
-            np.stack(_sides(self.subject.model, self.examples.x[index], self.examples.y[index]))[:, :count]
-            for index, count in self._pieces()
+            [
+                np.asarray(a)[:count]
+                for a in _sides(self.subject.model, self.examples.x[i], self.examples.y[i])
+            ]
+            for i, count in self._pieces()
         ]
-        own, rival = np.mean(np.concatenate(found, axis=1), axis=1)
+        *useless, rivals, logits = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        # a score that is the same of all images, of a reference class say, has no gradient to hide
+        moves = np.ptp(logits, axis=0) > 0
+        own, rival = (
+            float(np.mean(u & moves[which]))
+            for u, which in zip(useless, (self.examples.y, rivals), strict=True)
+        )
         blind = float(max(own, rival))
         yield decided(
             28,
@@ -340,12 +349,17 @@ def _useless(gradient):
 
 @jax.jit
 def _sides(model, x, y):
-    """[B], [B]: whether the label's score, and the largest other one, have a useless gradient at x."""
+    """Whether the label's score, and the largest other one, have a useless gradient at x: [B], [B].
+
+    And the class of that other one [B], and the logits [B, Y].
+    """
 
     def score(x, rival):
         logits = attack_losses.logits_of(model(x))
         own = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
         others = jnp.where(jnp.arange(logits.shape[1])[None, :] == y[:, None], -jnp.inf, logits)
-        return jnp.sum(jnp.where(rival, jnp.max(others, axis=1), own))
+        total = jnp.sum(jnp.where(rival, jnp.max(others, axis=1), own))
+        return total, (jnp.argmax(others, axis=1), logits)
 
-    return tuple(_useless(jax.grad(score)(x, rival)) for rival in (False, True))
+    (own, _), (rival, told) = (jax.grad(score, has_aux=True)(x, rival) for rival in (False, True))
+    return _useless(own), _useless(rival), *told
