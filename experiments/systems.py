@@ -8,6 +8,7 @@ from the first step. What the paper fine-tunes starts from `nominal` (16 epochs,
 results/operating-point) and takes 12 epochs, which are 6,120 updates of its clusters' batches. With an
 adversary that is 52 gradient passes per image in all, and baselines get as many within 5 %. `trades` has
 three inner steps, `trades+one_step` the one of QTRADES.
+Rows called -short take 6 passes per image after the same start, which are 1,020 updates of ClusTR+QTRADES.
 `clustr_trades` is the network of `trades` with its linear head as one centroid per class, and no training.
 Each row is evaluated on 1,000 test images at 8/255 by the paper's protocol (PGD^20, with --long PGD^100
 too) and by the sound one, and on all test images without an attack. Writes results/systems/NAME-SEED.json,
@@ -49,6 +50,8 @@ from configs import cifar10  # noqa: E402
 RUNS, RESULTS = pathlib.Path("runs", "systems"), pathlib.Path("results", "systems")
 WARM, TUNING = 16, 12  # epochs of the warm start, and of what starts from it
 PASSES = WARM + 3 * TUNING
+SHORT = 6  # gradient passes per image after the warm start, of the rows that take less
+_ROBUST = beyond_rows.SHARED
 EVALUATION = {"eval.n": 1000, "eval.diagnostics": False}
 LONG = {"eval.paper_steps": "(20,100)", "eval.protocols": "('paper',)"}  # after the rest
 
@@ -75,6 +78,12 @@ def _baseline(method: str, passes: int, settings: dict) -> Row:
     return Row(method, settings | {"train.epochs": epochs} | ramp)
 
 
+def _short(method: str, epochs: int, settings: dict) -> Row:
+    """From `nominal`, with its network; an average over the last 100 updates or so, of some 800."""
+    own = {"train.epochs": epochs, "train.eps_ramp": round(beyond_rows.RAMP * epochs, 1)}
+    return Row(method, _ROBUST | settings | own | {"train.ema": 0.99, "model.name": "fast"}, "nominal")
+
+
 def _small(config: str, epochs: int) -> Row:
     """The paper's own command on another data set; no probe after its many short epochs."""
     settings = {"train.epochs": epochs, "train.probe": 0}
@@ -82,7 +91,6 @@ def _small(config: str, epochs: int) -> Row:
 
 
 _FROM_ZERO = {"train.lr": 2e-3, "train.schedule": "onecycle"}  # as experiments/campaign.py has it
-_ROBUST = beyond_rows.SHARED
 # At the paper's lambda QTRADES falls to one class (docs/lab-notes.md).
 _GENTLE = {"train.lr": 2e-3, "train.lam": 1.0}
 _LINEAR_HEAD = {"magnet.fit": "linear_head", "magnet.k": 1, "magnet.clusters": 10}
@@ -100,6 +108,15 @@ ROWS = {
     "fast_at": _baseline("fast_at", 2, _ROBUST | beyond_rows.RECIPES["fast_at"][0]),
     "free_at": _baseline("free_at", 4, _ROBUST | {"train.replays": 4}),
     "clustr_trades": Row("clustr_trades", _LINEAR_HEAD | {"train.epochs": 0}, "trades"),
+    # Two epochs of three passes, or as many passes in other shares, after one start.
+    "magnet-short": Row("magnet", _FROM_ZERO | {"train.epochs": WARM + SHORT}),
+    "clustr-short": Row("clustr", {"train.epochs": SHORT}, "nominal"),
+    "qtrades-short": Row("qtrades", _GENTLE | {"train.epochs": 2, "model.name": "fast"}, "nominal"),
+    "clustr_qtrades-short": Row("clustr_qtrades", lever="clean-statistics-short"),
+    "trades-short": _short("trades", 2, beyond_rows.RECIPES["trades"][0]),
+    "pgd_at-short": _short("pgd_at", 2, beyond_rows.RECIPES["pgd_at"][0]),
+    "fast_at-short": _short("fast_at", 3, beyond_rows.RECIPES["fast_at"][0]),
+    "free_at-short": _short("free_at", 2, {"train.replays": 3}),
     # All images of the prepared sets, and as many updates as on CIFAR-10: 76 of 81, and 30 of 204.
     "svhn-nominal": Row("nominal", {"train.epochs": 64}, config="svhn"),
     "svhn-clustr_qtrades": _small("svhn", 76),

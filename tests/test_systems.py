@@ -1,5 +1,6 @@
 """experiments/systems.py: rows of equal passes that run.py accepts, and verdicts from files made by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -51,6 +52,19 @@ def test_baselines_have_as_many_passes_as_clustr_qtrades_in_all(experiments):
         assert abs(_passes(rows[name]) - whole) <= 0.05 * whole, name
     assert _passes(rows["nominal"]) + _passes(rows["qtrades"]) == whole
     assert _passes(rows["clustr"]) < _passes(rows["clustr_qtrades"])
+
+
+def test_short_rows_have_as_many_passes_after_one_start(experiments):
+    systems = experiments["systems"]
+    start = _passes(systems.ROWS["nominal"])
+    short = {name: row for name, row in systems.ROWS.items() if name.endswith("-short")}
+    assert {"magnet", "clustr", "qtrades", "trades", "pgd_at", "fast_at", "free_at"} <= {
+        row.method for row in short.values()
+    }
+    for name, row in short.items():
+        lever = experiments["levers"].ROWS.get(row.lever, {})
+        before = start if row.start or row.lever else 0  # a lever starts from the kept weights as well
+        assert before + _passes(dataclasses.replace(row, settings=row.settings | lever)) == start + 6, name
 
 
 def test_what_starts_from_a_row_has_its_network(experiments, tmp_path, monkeypatch):
