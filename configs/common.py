@@ -110,7 +110,7 @@ def base(dataset: str) -> ConfigDict:
     c.eval.quick = False  # main eps only, 20 steps, 200 queries; protocols are then called ...-quick
     c.eval.slots = 64  # (example, restart) pairs attacked side by side: sets the memory; 512 or more on a GPU
     c.eval.protocols = ("paper", "sound")  # of "paper", "sound", "quick"
-    c.eval.diagnostics = True  # twenty-eight checks of the sound result, and a verdict
+    c.eval.diagnostics = True  # twenty-nine checks of the sound result, and a verdict
     c.eval.transfer = ()  # work directories whose models attack this one as well
     c.eval.attack = ConfigDict()  # keyword arguments of attacks.pgd
     c.eval.attack.eps = 8 / 255

@@ -73,7 +73,7 @@ model.eval()
 # ## One call
 #
 # The model as it is, images, labels and a radius. Nothing is configured: the protocol attacks every image
-# that is right, twenty-eight checks look for reasons to distrust it, and the verdict says both. Most of the
+# that is right, twenty-nine checks look for reasons to distrust it, and the verdict says both. Most of the
 # time here is compilation. A folder would make it resumable.
 
 # %%

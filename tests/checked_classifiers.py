@@ -67,8 +67,15 @@ def by_number(checks):
 
 
 def plain(logits):
-    """A subject of which only the logits are looked at."""
-    return Subject(Partial(logits), logits, lambda: "", None)
+    """A subject of which only the logits are looked at; a program calls the same function."""
+
+    def called(x):
+        with jax.ensure_compile_time_eval():
+            shape = np.shape(logits(np.zeros(x.shape, np.float32)))
+        told = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return jax.pure_callback(lambda x: np.asarray(logits(np.asarray(x)), np.float32), told, x)
+
+    return Subject(Partial(called), logits, lambda: "", None)
 
 
 def outputs_of(logits):

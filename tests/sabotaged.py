@@ -203,11 +203,47 @@ def _stale():
     return model
 
 
+def _detached(*, casts=False):
+    """The attack sees three tenths of a robust model, and the scores are mostly those of another one."""
+    seen, hidden = honest("trades"), honest("nominal")
+
+    def logits(x):
+        if casts:  # to float32, whatever it is given
+            x = x.astype(jnp.float32)
+        return 0.3 * seen(x) + jax.lax.stop_gradient(hidden(x))
+
+    return logits
+
+
+def _ripple():
+    """A wave that no image shows in its scores, and every gradient."""
+    model = honest("trades")
+
+    def logits(x):
+        wave = jnp.sum(jnp.sin(2000 * x.reshape(len(x), -1)), axis=1)
+        return model(x) + 0.01 * wave[:, None] * jnp.arange(CLASSES)[None]
+
+    return logits
+
+
+def _another_when_traced():
+    """What a program compiles is not what a call answers."""
+    called, traced = honest("nominal"), honest("trades")
+    return lambda x: (traced if isinstance(x, jax.core.Tracer) else called)(x)
+
+
+def straight_through():
+    """Honest: pixels of 8 bits, whose gradient is passed on as if they were not rounded."""
+    model = honest("trades")
+    return lambda x: model(x + jax.lax.stop_gradient(jnp.round(255 * x) / 255 - x))
+
+
 SABOTAGES = {
     "exp scores": _exp_scores, "logits x 1e4": functools.partial(_times, 1e4),
     "logits x 1e-4": functools.partial(_times, 1e-4), "quantised": _quantised,
     "batch norm in training mode": _batch_norm_in_training, "noise when traced": _noise,
     "noise when run": _callback_noise, "bounded": _bounded, "table": _table,
     "nearest in a table": _nearest_in_table, "constant beyond a radius": _constant_beyond,
-    "stale weights": _stale,
+    "stale weights": _stale, "detached": _detached, "detached, casts": functools.partial(_detached, casts=True),
+    "ripple": _ripple, "another when traced": _another_when_traced,
 }  # fmt: skip

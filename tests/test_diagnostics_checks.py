@@ -30,7 +30,7 @@ def test_the_problem_has_both_kinds():
 # Healthy
 
 
-@pytest.mark.parametrize("part", ["outputs", "gradients", "precision", "effort", "black_box"])
+@pytest.mark.parametrize("part", ["outputs", "gradients", "precision", "slopes", "effort", "black_box"])
 def test_a_healthy_classifier_passes(part):
     checks = list(getattr(probe(), part)())
     assert checks and all(check.status == PASS and fits(check) for check in checks), checks
@@ -38,6 +38,7 @@ def test_a_healthy_classifier_passes(part):
         "outputs": [2, 3, 26],
         "gradients": [4, 22, 28],
         "precision": [5],
+        "slopes": [30],
         "effort": [1, 7, 25, 10, 20],
         "black_box": [24, 27],
     }[part]
@@ -66,7 +67,7 @@ def test_all_checks_of_a_healthy_classifier():
         jax.random.key(1), clf, examples, config, sound=result, outcomes=outcomes, paper=paper, radius=radius
     )
     numbers = [check.number for check in listed]
-    assert numbers == list(range(1, 29))
+    assert numbers == [*range(1, 29), 30]
     assert not [check for check in listed if check.status == FAIL], listed
     assert "(no check failed" in checks.verdict(result, listed)
     found = json.loads(json.dumps(checks.as_result(result, listed, paper)))
@@ -181,7 +182,7 @@ def test_a_model_that_casts_to_float32_is_not_compared():
 def test_the_number_that_is_shown_is_the_one_that_decides(kind, scale):
     """Beside its own limit: beyond it where the check warns or fails, within it where it passes."""
     looked = probe(kind, scale)
-    for part in (looked.outputs, looked.gradients, looked.precision):
+    for part in (looked.outputs, looked.gradients, looked.precision, looked.slopes):
         for check in part():
             assert check.value is None or fits(check), check
 
@@ -279,7 +280,7 @@ def test_no_image_is_right():
     clf, examples, config, _ = problem()
     outcomes = {"broken_by": np.full(N, "clean"), "robust": np.zeros(N, bool)}
     listed = checks.run(jax.random.key(0), clf, examples, config, sound={}, outcomes=outcomes, paper=None)
-    assert [check.number for check in listed] == list(range(1, 29))
+    assert [check.number for check in listed] == [*range(1, 29), 30]
     assert all(check.status == SKIP for check in listed)
 
 

@@ -12,17 +12,20 @@ from clustr_jax.evaluation import robustbench, subject
 from clustr_jax.evaluation.probes import Probe
 from clustr_jax.runtime.errors import UserError
 from judged import small
-from sabotaged import EPS, HONEST, SABOTAGES, N, honest, problem
+from sabotaged import EPS, HONEST, SABOTAGES, N, honest, problem, straight_through
 
 # What tells (of the checks that look at the model alone), or a part of the refusal.
 TOLD = {
     "exp scores": 28, "logits x 1e4": 26, "logits x 1e-4": 26, "quantised": 4, "bounded": 28, "table": 27,
     "nearest in a table": 4, "constant beyond a radius": 4, "batch norm in training mode": "in another batch",
     "noise when traced": "each time it is traced", "noise when run": "a second time",
-    "stale weights": "answers with old ones",
+    "stale weights": "answers with old ones", "detached": 30, "detached, casts": 30, "ripple": 30,
+    "another when traced": 2,
 }  # fmt: skip
 REFUSED = [name for name, told in TOLD.items() if isinstance(told, str)]
-PARTS = {4: "gradients", 26: "outputs", 27: "black_box", 28: "gradients"}
+PARTS = {
+    2: "outputs", 4: "gradients", 5: "precision", 26: "outputs", 27: "black_box", 28: "gradients", 30: "slopes",
+}  # fmt: skip
 pytestmark = [pytest.mark.filterwarnings("ignore:logits_fn returned bounded scores")]
 
 
@@ -62,9 +65,19 @@ def test_the_check_that_tells(name):
     assert part_of(SABOTAGES[name](), TOLD[name])[TOLD[name]] == "FAIL"
 
 
-@pytest.mark.parametrize("number", [4, 26, 27])
+@pytest.mark.parametrize("number", sorted(PARTS))
 def test_an_honest_model_passes_those_checks(number):
     assert "FAIL" not in part_of(honest("trades"), number).values()
+
+
+@pytest.mark.parametrize("number", [2, 4, 5, 30])
+def test_a_model_that_rounds_its_pixels_and_passes_gradients_on_is_honest(number):
+    assert part_of(straight_through(), number)[number] in ("PASS", "SKIP")
+
+
+@pytest.mark.parametrize("kind", HONEST)
+def test_the_gradient_of_an_honest_model_is_its_own(kind):
+    assert part_of(honest(kind), 30) == {30: "PASS"}
 
 
 @pytest.mark.parametrize("name", ["reference class", "one score"])
@@ -89,8 +102,8 @@ def test_what_hides_is_not_believed(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", HONEST)
+@pytest.mark.parametrize("kind", [*HONEST, "straight-through"])
 def test_honest_models_are_believed(kind):
-    found = judged(honest(kind))
+    found = judged(straight_through() if kind == "straight-through" else honest(kind))
     assert found.believable, [c for c in found.checks if c["status"] == "FAIL"]
     assert 0.2 < found.robust < found.clean

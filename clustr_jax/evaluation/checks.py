@@ -1,4 +1,4 @@
-"""Can the sound protocol's number be believed? Twenty-eight checks (PASS, WARN, FAIL, SKIP), one verdict.
+"""Can the sound protocol's number be believed? Twenty-nine checks (PASS, WARN, FAIL, SKIP), one verdict.
 
 The numbering up to 20 is that of soundness checklists: Carlini et al. 2019, Athalye et al. 2018, Tramer et
 al. 2020, Pintor et al. 2022 and AutoAttack's own flags. Each check has a number of its own and is named by
@@ -25,7 +25,7 @@ from clustr_jax.evaluation.subject import Subject
 from clustr_jax.runtime import streams
 from clustr_jax.settings import EvalSettings
 
-COUNT = 28  # and an audit's, where one was asked for
+NUMBERS = (*range(1, 29), 30)  # and 29, an audit's, where one was asked for
 
 
 def run(
@@ -49,14 +49,14 @@ def run(
     # in any order but their own: image folders are stored class by class
     index = np.random.default_rng(0).permutation(np.flatnonzero(outcomes["broken_by"] != "clean"))[:IMAGES]
     if not len(index):  # nothing to attack: nothing to check either
-        names = dict.fromkeys(range(1, COUNT + 1), "no image is classified correctly")
+        names = dict.fromkeys(NUMBERS, "no image is classified correctly")
         return [Check(number, name, SKIP, None, "") for number, name in names.items()]
     part = examples.take(index)
     probe = Probe(key, what, part, settings, outcomes["robust"][index])
     probe.before = before or probe.before
     norm = getattr(what, "norm", "linf")
     checks = [
-        *probe.outputs(), *probe.gradients(), *probe.precision(), *probe.scales(), *probe.effort(),
+        *probe.outputs(), *probe.gradients(), *probe.precision(), *probe.slopes(), *probe.scales(), *probe.effort(),
         *probe.black_box(), toy(jax.random.fold_in(key, streams.Checks.KNOWN_ANSWER), norm), compiler(),
         *from_result(sound, outcomes, paper, half=half(what, examples.x.shape[1:])),
         certificates(sound, outcomes, radius, int(np.prod(examples.x.shape[1:])), norm),

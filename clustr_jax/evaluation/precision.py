@@ -18,11 +18,12 @@ class Closed(Exception):
     """A model that cannot be computed in float64, and why."""
 
 
-def precision(subject: Subject, examples: Examples) -> tuple[float, float]:
+def precision(subject: Subject, examples: Examples) -> tuple[float, float | None]:
     """Of the margin: (share of gradient signs that float32 and float64 agree on, error of a derivative).
 
     The error is that of the float64 derivative along each image's own gradient against a central
-    difference, relative to it: the median over the images, for some have a kink in between. Raises `Closed`.
+    difference, relative to it: the median over the images, for some have a kink in between. None where the
+    logits stand still, as those of a model do that rounds its pixels. Raises `Closed`.
     """
     if subject.opened is None:
         raise Closed("the model cannot be opened")
@@ -52,11 +53,12 @@ def precision(subject: Subject, examples: Examples) -> tuple[float, float]:
 
         difference, finer = slope_by(1e-6), slope_by(3e-7)
     if _relative(finer, difference) > SLOPE:  # a derivative does not depend on the step
-        raise Closed("differences of its logits are rounding: it computes in float32 inside")
+        raise Closed("differences of its logits are rounding: of float32 inside, or of its pixels")
     slope = norm.reshape(-1)
     seen = (double != 0) & np.isfinite(single)
     agreement = float(np.mean(np.sign(single[seen]) == np.sign(double[seen]))) if seen.any() else 0.0
-    return agreement, _relative(slope, difference)
+    still = np.median(np.abs(difference)) == 0 and np.any(slope)
+    return agreement, None if still else _relative(slope, difference)
 
 
 def _relative(found, wanted) -> float:

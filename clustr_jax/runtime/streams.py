@@ -38,6 +38,7 @@ class Checks:
 
     KNOWN_ANSWER = 99
     NUDGE = 98
+    SLOPES = 97
 
 
 class Report:

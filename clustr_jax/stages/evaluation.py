@@ -134,7 +134,7 @@ def diagnose(this: Run) -> None:
         this.progress.line("evaluate: diagnostics were done before")
         return
     started = time.monotonic()
-    this.progress.status("evaluate  diagnostics: twenty-eight checks")
+    this.progress.status("evaluate  diagnostics: twenty-nine checks")
     outcomes = results.load_outcomes(folder, "sound")
     ids, test = outcomes["ids"], this.test_split  # those that were attacked then
     examples = data.Examples(test.pixels(ids), test.labels[ids], ids)

@@ -16,7 +16,7 @@ PROTOCOLS = {
     "paper": "paper-1",
     "sound": "sound-2",
     "quick": "quick-1",
-    "diagnostics": "diagnostics-5",
+    "diagnostics": "diagnostics-6",
     "certified": "certified-2",
 }
 
