@@ -36,6 +36,7 @@ def configured(args):
     from configs import cifar10
 
     config = cifar10.get_config("clustr_qtrades")
+    config.fidelity.epoch_statistics = "keep"
     config.fidelity.scores = "log"  # as torch_clustr.py has it
     config.model.name, config.model.width, config.data.train_size = args.model, args.width, args.n
     return configuration.resolve(config)

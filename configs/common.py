@@ -211,7 +211,8 @@ def clustr(c):
 def clustr_qtrades(c):
     """Warm-up, then the Magnet loss and the QTRADES term (Eq. 5) by the authors' exp scores.
 
-    By the text's log scores the paper's own lambda destroys the network (docs/fidelity.md).
+    By the text's log scores the paper's own lambda destroys the network. After each epoch the batch
+    statistics are those of clean images (docs/fidelity.md).
     """
     c.fidelity.scores = "exp"
 

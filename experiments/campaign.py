@@ -146,8 +146,8 @@ def run(dataset: str, name: str, seed: int, kept: bool = False) -> list[str]:
         more += [f"--config.warmup.epochs={scale.passes // 2 if variant == 'half' else 0}"]
     if variant == "paper_code":
         more += ["--config.fidelity.preset=paper_code"]
-    elif method == "clustr_qtrades":  # these rows are of the text's form, as it was the default then
-        more += ["--config.fidelity.scores=log"]
+    elif method == "clustr_qtrades":  # these rows are of what was the default then
+        more += ["--config.fidelity.scores=log", "--config.fidelity.epoch_statistics=keep"]
     return [
         f"--config=configs/{scale.config}.py:{method},cpu",
         f"--workdir={workdir_of(dataset, name, seed, kept)}",

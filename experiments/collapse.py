@@ -28,7 +28,7 @@ RUNS = pathlib.Path("runs", "collapse")
 SETTINGS = {
     "model.width": 32, "warmup.optimizer": "sgd", "warmup.lr": 0.2, "warmup.epochs": 8,
     "warmup.weight_decay": 5e-4, "train.epochs": 1, "train.lr": 1e-4, "train.schedule": "multistep",
-    "train.probe": 0,
+    "train.probe": 0, "fidelity.epoch_statistics": "keep",
 }  # fmt: skip
 ROWS = ("text", "exp")
 

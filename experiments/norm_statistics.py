@@ -48,7 +48,7 @@ TRAINED = levers.START.with_name("clustr_qtrades.safetensors")
 BATCH, BATCHES = 96, 20
 ROWS = ("clean", "clean+refit", "start+moved")
 # As they are: the rows of experiments/systems.py, on the same images.
-MEASURED = {"kept": "clustr_qtrades-0", "start": "clustr+kmeans-0"}
+MEASURED = {"kept": "clustr_qtrades+moved_statistics-0", "start": "clustr+kmeans-0"}
 
 
 def with_statistics(clf, split, seed: int, adversary: bool):

@@ -22,7 +22,7 @@ def systems() -> str:
     """What each system is worth by both protocols, in %; the paper's own figures beside it."""
     rows = []
     for row in _rows():
-        n, variant = row["n"], "+" in row["row"].removesuffix("+paper_code")
+        n, variant = row["n"], "+" in row["row"].removesuffix("+paper_code").removesuffix("+moved_statistics")
         claimed = paper.CLAIMS[row.get("dataset", "cifar10")].get("" if variant else row["method"])
         passes = sum(row["gradient_passes"].values())
         rows.append(

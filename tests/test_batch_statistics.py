@@ -217,6 +217,31 @@ def test_clean_statistics_are_of_whole_batches_in_an_order_of_their_own(rng):
     assert_statistics(found.batch_stats, p.state.batch_stats, [images[order[:16]], images[order[16:32]]])
 
 
+def test_clean_statistics_reach_the_average_of_weights(rng):
+    """From statistics of its own; the averaged weights stay as they are."""
+    p = problem("clustr", rng, net=Linear((3,), 3, normed=True))
+    before = jax.tree.map(lambda leaf: leaf + 1.0, p.state.batch_stats)
+    params = jax.tree.map(lambda leaf: leaf + 0.5, p.state.params)
+    state = p.state.replace(average={"params": params, "batch_stats": before})
+    found = refit.with_clean_statistics(p.trainer, state, p.train_set, jax.random.key(5))
+    images = [np.asarray(p.train_set.images)]
+    assert_statistics(found.batch_stats, p.state.batch_stats, images)
+    assert_statistics(found.average["batch_stats"], before, images)
+    jax.tree.map(np.testing.assert_array_equal, found.average["params"], params)
+
+
+def test_a_set_that_is_spread_gives_some_of_its_images(rng, monkeypatch):
+    """As many batches as the limit, of the same order."""
+    p = problem("clustr", rng, net=Linear((3,), 3, normed=True))
+    monkeypatch.setattr(refit, "_BATCHES_OF_SHARDED", 1)
+    some = p.train_set.replace(authors_batch=16, sharded=True)
+    found = refit.with_clean_statistics(p.trainer, p.state, some, jax.random.key(5))
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), streams.Training.STATISTICS), p.state.step)
+    order = np.asarray(jax.random.permutation(key, 40))
+    images = np.asarray(p.train_set.images)
+    assert_statistics(found.batch_stats, p.state.batch_stats, [images[order[:16]]])
+
+
 def assert_statistics(found, before, batches):
     mean, variance = naive.running(before.values(), batches)
     np.testing.assert_allclose(found["mean"], mean, rtol=FLOAT32, atol=1e-6)

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 from clustr_jax import UserError
 from clustr_jax.reference import switches
 from clustr_jax.stages import configuration
-from configs import cifar10
+from clustr_jax.training.objectives import METHODS
+from configs import cifar10, digits
 
 
 def config(**values):
@@ -18,6 +19,20 @@ def config(**values):
 
 def test_the_default_is_ours_throughout():
     assert switches.resolve(config()) == {name: s.ours for name, s in switches.SWITCHES.items()}
+
+
+def test_a_method_has_values_of_its_own_which_the_authors_go_before():
+    own = {method for switch in switches.SWITCHES.values() for method in switch.of}
+    assert own == {"clustr_qtrades"} <= set(METHODS)
+    assert switches.resolve(config(), "clustr_qtrades")["epoch_statistics"] == "clean"
+    assert switches.resolve(config(epoch_statistics="keep"), "clustr_qtrades")["epoch_statistics"] == "keep"
+    theirs = switches.resolve(config(preset="paper_code"), "clustr_qtrades")
+    assert theirs["epoch_statistics"] == "leak_test"
+    for method in set(METHODS) - own:
+        assert switches.resolve(config(), method) == switches.resolve(config())
+    for data in (cifar10, digits):
+        found = configuration.resolve(data.get_config("clustr_qtrades")).fidelity
+        assert found.epoch_statistics == "clean"
 
 
 def test_paper_code_sets_every_switch_and_one_can_be_turned_back():

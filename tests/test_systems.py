@@ -141,9 +141,21 @@ def test_an_evaluation_says_each_setting_once(experiments):
 
 
 def test_rows_of_the_campaign_say_the_form_that_was_their_default(experiments):
-    said = "--config.fidelity.scores=log"
-    for name in experiments["campaign"].NAMES:
-        assert (said in experiments["campaign"].run("cifar10", name, 0)) == (name == "clustr_qtrades")
+    for said in ("--config.fidelity.scores=log", "--config.fidelity.epoch_statistics=keep"):
+        for name in experiments["campaign"].NAMES:
+            assert (said in experiments["campaign"].run("cifar10", name, 0)) == (name == "clustr_qtrades")
+
+
+def test_levers_say_which_statistics_they_are_deployed_with(experiments):
+    """The first ones of the images seen last; the authors' preset has its own."""
+    levers = experiments["levers"]
+    for name, settings in levers.ROWS.items():
+        said = [w for w in levers.command(name, 0) if "epoch_statistics" in w]
+        if "fidelity.preset" in settings:
+            assert not said
+        else:
+            value = "clean" if "clean-statistics" in name else "keep"
+            assert said == [f"--config.fidelity.epoch_statistics={value}"], name
 
 
 def test_names_that_no_row_has_are_one_line(experiments, capsys):

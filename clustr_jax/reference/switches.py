@@ -1,8 +1,8 @@
 """Where the authors' code and the paper's text differ: one named switch each.
 
 `config.fidelity.<switch>` is "" (follow the preset), this package's value, or the authors'. The preset ""
-means this package's, but for what a config sets by itself (that of clustr_qtrades sets `scores`);
-"paper_code" the authors', a leak of test-set statistics included. docs/fidelity.md is this table, with the
+means this package's, but for what a method has as its own (`of`) or a config sets by itself (that of
+clustr_qtrades sets `scores`); "paper_code" the authors', a leak of test-set statistics included. docs/fidelity.md is this table, with the
 reasons.
 """
 
@@ -16,12 +16,16 @@ from clustr_jax.runtime.programs import program
 
 @dataclasses.dataclass(frozen=True)
 class Switch:
-    """One difference: this package's value, the authors' value, what it is about, and values beside these."""
+    """One difference: this package's value, the authors' value, what it is about, and values beside these.
+
+    `of`: method -> this package's value for that method.
+    """
 
     ours: str
     authors: str
     about: str
     more: tuple[str, ...] = ()
+    of: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -71,6 +75,7 @@ SWITCHES = {
         "after each epoch: nothing, or passes over train AND TEST images in train mode; `clean`: over "
         "training images alone, before the clusters are fitted",
         ("clean",),
+        {"clustr_qtrades": "clean"},
     ),
     "logged_loss": Switch(
         "eq3", "plus_k", "logged Magnet loss: Eq. 3, or with K extra terms in the sum and the two 1e-8"
@@ -90,13 +95,13 @@ SWITCHES = {
 PRESETS = ("", "paper_code")
 
 
-def resolve(fidelity: Any) -> dict[str, str]:
-    """The value of every switch; UserError for a preset or value that does not exist."""
+def resolve(fidelity: Any, method: str = "") -> dict[str, str]:
+    """The value of every switch for a method; UserError for a preset or value that does not exist."""
     if fidelity.preset not in PRESETS:
         raise UserError(f"fidelity.preset must be empty or paper_code, got {fidelity.preset!r}")
     values = {}
     for name, switch in SWITCHES.items():
-        default = switch.authors if fidelity.preset else switch.ours
+        default = switch.authors if fidelity.preset else switch.of.get(method, switch.ours)
         values[name] = fidelity[name] or default
         if values[name] not in switch.values:
             *first, last = switch.values
@@ -109,7 +114,7 @@ def apply(config: Any, *, fine_tunes: bool):
 
     `fine_tunes`: whether `train` is what comes after a warm-up, by the Magnet loss; `epochs` is about that.
     """
-    for name, value in resolve(config.fidelity).items():
+    for name, value in resolve(config.fidelity, config.method).items():
         config.fidelity[name] = value
     if config.fidelity.nearest == "10_20":
         config.train.nearest = config.train.nearest or 10
@@ -122,7 +127,9 @@ def apply(config: Any, *, fine_tunes: bool):
 def table() -> str:
     """The switches as a Markdown table."""
     lines = ["| `config.fidelity.` | ours | authors' code | what |", "|---|---|---|---|"]
-    lines += [f"| `{name}` | `{s.ours}` | `{s.authors}` | {s.about} |" for name, s in SWITCHES.items()]
+    for name, switch in SWITCHES.items():
+        own = "".join(f"; {method}: `{value}`" for method, value in switch.of.items())
+        lines.append(f"| `{name}` | `{switch.ours}`{own} | `{switch.authors}` | {switch.about} |")
     return "\n".join(lines)
 
 

@@ -27,6 +27,8 @@ from clustr_jax.training.train_state import ALTERNATE
 # Switches of `fidelity` that change the clusters or statistics of weights trained with Magnet batches,
 # and not those of their average.
 _NOT_AVERAGED = ("cluster_images", "first_clusters", "variance_images", "epoch_statistics")
+# But for these values, which reach both.
+_AVERAGED_TOO = ("clean",)
 
 _AUGMENTS = ("crop_flip", "crop", "flip", ALTERNATE, "none")
 
@@ -284,7 +286,7 @@ def _check_stage(name: str, method: Method, images: Images, settings: Settings, 
     averaged = recipe.ema and draws_clusters(method, settings.training)
     for switch in _NOT_AVERAGED if averaged else ():
         value = getattr(settings.training.switches, switch)
-        if value != SWITCHES[switch].ours:
+        if value not in (SWITCHES[switch].ours, *_AVERAGED_TOO):
             raise UserError(
                 f"{name}.ema={recipe.ema} evaluates averaged weights, which fidelity.{switch}="
                 f"{value} does not reach; set {name}.ema=0"
@@ -303,7 +305,7 @@ def check_augment(section: str, images: DataSettings, *, points: bool) -> None:
 def check_leak(settings: Settings, lies: Placement) -> None:
     """UserError where all training images would be on a device at once, and are too many for it."""
     switch = settings.training.switches.epoch_statistics
-    if lies.sharded and switch != SWITCHES["epoch_statistics"].ours:
+    if lies.sharded and switch == SWITCHES["epoch_statistics"].authors:
         raise UserError(
             f"fidelity.epoch_statistics={switch} puts all training images on every device, and they are "
             "sharded (data.placement); set fidelity.epoch_statistics=keep, or data.placement=every_device"

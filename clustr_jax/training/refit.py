@@ -17,6 +17,8 @@ from clustr_jax.training.trainers import Trainer
 
 # Images that a trained head starts from.
 _HEAD_IMAGES = 5000
+# Of momentum 0.9, 3e-5 of what was there before is left after so many.
+_BATCHES_OF_SHARDED = 100
 # Images of one forward pass.
 _EVAL_BATCH = 200
 
@@ -176,24 +178,35 @@ def _sharpened(clusters, magnet):
 
 
 def with_clean_statistics(trainer: Trainer, state: TrainState, train_set: TrainSet, key: Array) -> TrainState:
-    """The state with the batch statistics of training images as they are.
+    """The state, and its average of weights, with the batch statistics of training images as they are.
 
     A step of an adversarial method leaves those of the images that its adversary moved. The images are in
     an order of their own: where momentum is short, the last batches decide, and a set may lie class by class.
+    Of a set that is spread over devices a part is taken, which every device can hold.
     """
     key = jax.random.fold_in(jax.random.fold_in(key, streams.Training.STATISTICS), state.step)
     size = train_set.labels.shape[0]
     order = jax.random.permutation(key, size)
     batch = min(train_set.authors_batch, size)
-    return state.replace(batch_stats=_statistics(trainer.net, state.variables, train_set, order, batch))
+    if train_set.sharded:
+        some = order[: _BATCHES_OF_SHARDED * batch]
+        images, labels = train_set.take(some), train_set.labels[some]
+        train_set = train_set.replace(images=images, labels=labels, sharded=False)
+        order = jnp.arange(len(some))
+    state = state.replace(batch_stats=_statistics(trainer.net, state.variables, train_set, order, batch))
+    if state.average is None:
+        return state
+    stats = _statistics(trainer.net, state.average, train_set, order, batch)
+    return state.replace(average={**state.average, "batch_stats": stats})
 
 
 @jax.jit(static_argnums=(0, 4))
 def _statistics(net: Net, variables: dict, train_set: TrainSet, order: Array, batch: int) -> dict:
     """Those after a pass in train mode over whole batches, in this order and without augmentation."""
+    params, _ = learned.split(variables["params"], None)  # without a trained head
 
     def step(stats, ids):
-        return net.train({**variables, "batch_stats": stats}, train_set.batch(ids, None)[0])[1], None
+        return net.train({"params": params, "batch_stats": stats}, train_set.batch(ids, None)[0])[1], None
 
     whole = order.shape[0] // batch * batch
     return jax.lax.scan(step, variables["batch_stats"], order[:whole].reshape(-1, batch))[0]
