@@ -182,3 +182,19 @@ def test_training_can_start_from_a_file(tmp_path):
     other = models.build("cnn", **SETTINGS["cnn"] | {"width": 8})
     with pytest.raises(UserError, match="another network.*BatchNorm"):
         loading.model_variables(tmp_path / "model.safetensors", other)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "lip_cpl"])
+def test_a_file_is_loaded_where_float64_is_switched_on(name, tmp_path):
+    """Its arrays stay float32, and images of either type are embedded."""
+    clf = classifier(name)
+    door.save(clf, tmp_path / "model.safetensors")
+    images = np.random.default_rng(1).uniform(size=(2, 8, 8, 3))
+    with jax.enable_x64(True):
+        again = clustr_jax.load(tmp_path / "model.safetensors")
+        assert bits(again.variables) == bits(clf.variables)
+        found = [np.asarray(again.logits(jnp.asarray(images, kind))) for kind in ("float32", "float64")]
+        fresh = again.net.init(jax.random.key(0))  # its weights are what the session computes in
+        assert again.net.eval(fresh, jnp.asarray(images, "float32")).logits.dtype == "float64"
+    for logits in found:
+        np.testing.assert_allclose(logits, clf.logits(images.astype(np.float32)), rtol=1e-3, atol=1e-3)

@@ -52,6 +52,22 @@ def test_a_damaged_line_of_metrics_ends_them(tmp_path):
     assert Workdir(tmp_path).records() == [{"step": 1}]
 
 
+def test_every_machine_that_worked_on_a_directory_is_kept(tmp_path, monkeypatch):
+    """What a network was trained on is not forgotten when another machine evaluates it."""
+    for kind in ("cpu", "NVIDIA H200", "cpu"):
+        found = workdir.environment() | {"devices": [kind], "platform": "Linux"}
+        monkeypatch.setattr(workdir, "environment", lambda found=found: found)
+        Workdir(tmp_path).open(digits.get_config("clustr"))
+        monkeypatch.undo()
+    written = json.loads((tmp_path / "environment.json").read_text())
+    assert written["machines"] == ["cpu on Linux", "NVIDIA H200 on Linux"] and written["devices"] == ["cpu"]
+    older = {"devices": ["TPU v6"], "platform": "Linux"}  # of a version that kept the last one alone
+    (tmp_path / "environment.json").write_text(json.dumps(older))
+    Workdir(tmp_path).open(digits.get_config("clustr"))
+    first, second = json.loads((tmp_path / "environment.json").read_text())["machines"]
+    assert first == "TPU v6 on Linux" != second
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"commands": null, "images": null}', '"text"'])
 def test_a_damaged_environment_is_written_anew(content, tmp_path):
     (tmp_path / "environment.json").write_text(content)

@@ -37,6 +37,9 @@ def conv2d(
     errors are some ten times larger.
     """
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    if x.dtype != kernel.dtype:  # of images and weights one may be float64, where that is switched on
+        kind = jnp.promote_types(x.dtype, kernel.dtype)
+        x, kernel = x.astype(kind), kernel.astype(kind)
     tuned = tuned and precision is None and x.dtype == kernel.dtype == jnp.float32
     return _conv2d(
         x, kernel, stride, padding, precision, tuned and winograd.pays(kernel.shape, stride, padding)

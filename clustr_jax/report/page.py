@@ -335,10 +335,11 @@ def origins(record: Record, looks: Looks | None = None) -> list[tuple[str, str]]
     pairs.append(("commit", commits))
     if environment:
         last = environment.get("commit", "")
+        last_machine = f"{', '.join(environment.get('devices', []))} on {environment.get('platform', '')}"
         pairs += [
             ("commit at the last command", last if last != commits else ""),
             ("Python", environment.get("python", "")),
-            ("machine", f"{', '.join(environment.get('devices', []))} on {environment.get('platform', '')}"),
+            ("machine", "; ".join(environment.get("machines") or [last_machine])),
         ]
     return [(name, value) for name, value in pairs if value]
 

@@ -87,7 +87,8 @@ def load(path: str | pathlib.Path) -> Classifier:
 
 def _classifier(about, arrays):
     net = description.network(about)
-    shapes: dict[str, Any] = flatten_dict(jax.eval_shape(net.init, jax.random.key(0)), sep=".")
+    with jax.enable_x64(False):  # files hold float32, whatever the session computes in
+        shapes: dict[str, Any] = flatten_dict(jax.eval_shape(net.init, jax.random.key(0)), sep=".")
     variables, clusters = {}, {}
     for name, value in arrays.items():
         if name.startswith("clusters."):

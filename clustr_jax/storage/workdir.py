@@ -65,8 +65,8 @@ class Workdir:
     def open(self, config: Any, command: str = "", images: dict[str, str] | None = None) -> None:
         """Write config.json and environment.json, or check that the directory belongs to this training.
 
-        environment.json keeps the `commands` that worked on the directory, each once, the newest last, and
-        which images they saw: `images` is section of the config -> `data.digest` of its splits. Images that
+        environment.json keeps the `commands` that worked on the directory, each once, the newest last, the
+        `machines` that they ran on, and which images they saw: `images` is section of the config -> `data.digest` of its splits. Images that
         are known to be the same may have been moved: `dirs` is where they were at first.
         """
         if glob.has_magic(str(self.root)):  # orbax takes the path for a pattern, and would find nothing
@@ -106,7 +106,11 @@ class Workdir:
         processes.wait("config.json is read")
         commands = [c for c in noted.get("commands") or [] if c != command] + ([command] if command else [])
         dirs = noted.get("dirs") or {s: first[s]["dir"] for s in _IMAGES if s in first}
-        note = {"commands": commands, "images": {**seen, **(images or {})}, "dirs": dirs, **environment()}
+        here = environment()
+        known = noted.get("machines") or ([_machine(noted)] if noted.get("devices") else [])
+        machines = [*known, *({_machine(here)} - {*known})]
+        images = {**seen, **(images or {})}
+        note = {"commands": commands, "machines": machines, "images": images, "dirs": dirs, **here}
         try:
             write_json(path, content)
             write_json(self.root / "environment.json", note)
@@ -183,6 +187,11 @@ def environment() -> dict:
         "versions": provenance.versions(),
         "packages": dict(sorted(packages.items())),
     }
+
+
+def _machine(environment: dict) -> str:
+    """As a reader tells one from another."""
+    return f"{', '.join(environment['devices'])} on {environment.get('platform', '')}"
 
 
 def _difference(section, old, new):
