@@ -358,7 +358,7 @@ def fast(c):
     if c.method.endswith("_certified"):
         _certified(c)
         return
-    if own not in ("resnet18", "auto"):
+    if own not in ("resnet18", "auto", "resnet8", "auto_small"):
         raise ValueError(f"variant fast is for images of 9 pixels or more a side, this data set takes {own}")
     adversarial = c.method not in ("nominal", "magnet", "clustr", "clustr_qtrades")
     c.model.name, c.model.width = "fast_plain" if adversarial else "fast", 64

@@ -49,6 +49,12 @@ def test_the_fast_variant_is_not_for_small_sets(name):
         get_config(name, "nominal,fast")
 
 
+def test_fast_after_cpu_is_fast():
+    """It is cpu's recipe with another network, so either order and both together mean the same."""
+    one, both = (get_config("cifar10", f"clustr_qtrades,{variants}") for variants in ("fast", "cpu,fast"))
+    assert one == both
+
+
 @pytest.mark.parametrize(
     ("changes", "source", "message"),
     [

@@ -173,13 +173,17 @@ def test_a_radius_in_other_units_is_warned_about(door, norm, eps):
 
 
 @pytest.mark.parametrize("door", list(DOORS))
+@pytest.mark.parametrize(
+    ("norm", "eps", "told"),
+    [("linf", 8 / 255, "half a level, .* 8 rather"), ("l2", 0.5, "a few levels of one pixel, .* 128 rather")],
+)
 @pytest.mark.one_in(3)
-def test_a_radius_of_unit_pixels_for_levels_is_warned_about(door):
+def test_a_radius_of_unit_pixels_for_levels_is_warned_about(door, norm, eps, told):
     """It would leave the clean accuracy."""
     x, y = images()
-    with pytest.warns(attacks.UnitWarning, match="less than half a level of pixels in"):
+    with pytest.warns(attacks.UnitWarning, match=f"less than {told}"):
         model = jax.tree_util.Partial(lambda x: linear(x / 255))
-        DOORS[door](jax.random.clone(KEY), model, 255 * x, y, eps=8 / 255, bounds=(0, 255))
+        DOORS[door](jax.random.clone(KEY), model, 255 * x, y, eps=eps, norm=norm, bounds=(0, 255))
 
 
 def test_a_step_in_other_units_is_warned_about_and_wide_boxes_are_not():

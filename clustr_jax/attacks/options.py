@@ -21,6 +21,8 @@ _NORMS = {
 }  # fmt: skip
 # A box of so many is one of 8-bit levels.
 _LEVELS = 200
+# Of such pixels: the least radius that can be meant, in words, and one that is.
+_LEAST = {"linf": (0.5, "half a level", 8), "l2": (4.0, "a few levels of one pixel", 128)}
 
 
 class UnitWarning(UserWarning):
@@ -98,10 +100,11 @@ def warn_of_units(eps: Any, step_size: Any, norm: str, bounds: Any, shape: tuple
     if isinstance(eps, jax.core.Tracer) or isinstance(step_size, jax.core.Tracer):
         return
     radii = {"eps": float(eps), "step_size": float(step_size)}
-    if norm == "linf" and bounds is not None and bounds[1] - bounds[0] >= _LEVELS and 0 < radii["eps"] < 0.5:
+    least, what, right = _LEAST[norm]
+    if bounds is not None and bounds[1] - bounds[0] >= _LEVELS and 0 < radii["eps"] < least:
         warnings.warn(
-            f"eps={radii['eps']:g} is less than half a level of pixels in [{bounds[0]:g}, {bounds[1]:g}]: "
-            f"give it in their units, 8 rather than 8 / 255",
+            f"eps={radii['eps']:g} is less than {what}, with pixels in [{bounds[0]:g}, {bounds[1]:g}]: "
+            f"give it in their units, {right} rather than {right} / 255",
             UnitWarning,
             stacklevel=4,
         )
