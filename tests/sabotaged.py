@@ -244,6 +244,6 @@ SABOTAGES = {
     "batch norm in training mode": _batch_norm_in_training, "noise when traced": _noise,
     "noise when run": _callback_noise, "bounded": _bounded, "table": _table,
     "nearest in a table": _nearest_in_table, "constant beyond a radius": _constant_beyond,
-    "stale weights": _stale, "detached": _detached, "detached, casts": functools.partial(_detached, casts=True),
-    "ripple": _ripple, "another when traced": _another_when_traced,
+    "stale weights": _stale, "detached": _detached, "ripple": _ripple,
+    "detached, casts": functools.partial(_detached, casts=True), "another when traced": _another_when_traced,
 }  # fmt: skip

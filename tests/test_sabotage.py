@@ -24,7 +24,8 @@ TOLD = {
 }  # fmt: skip
 REFUSED = [name for name, told in TOLD.items() if isinstance(told, str)]
 PARTS = {
-    2: "outputs", 4: "gradients", 5: "precision", 26: "outputs", 27: "black_box", 28: "gradients", 30: "slopes",
+    2: "outputs", 4: "gradients", 5: "precision", 26: "outputs", 27: "black_box", 28: "gradients",
+    30: "slopes",
 }  # fmt: skip
 pytestmark = [pytest.mark.filterwarnings("ignore:logits_fn returned bounded scores")]
 

@@ -33,6 +33,6 @@ ADVICE = {
     27: "Judge images that the model has not seen: its answers do not survive a change that nobody sees.",
     28: "Give the scores before the sigmoid, tanh, exponential or ReLU at the end, and judge again.",
     29: "Judge with more steps and restarts: two runs of the same attacks should come to the same figure.",
-    30: "Look for stop_gradient, a custom gradient or a ripple in the scores: the gradient is not that of the "
-    "function.",
+    30: "Look for stop_gradient, a custom gradient or a ripple in the scores: the gradient is not that of "
+    "the function.",
 }

@@ -2,8 +2,8 @@
 
 `config.fidelity.<switch>` is "" (follow the preset), this package's value, or the authors'. The preset ""
 means this package's, but for what a method has as its own (`of`) or a config sets by itself (that of
-clustr_qtrades sets `scores`); "paper_code" the authors', a leak of test-set statistics included. docs/fidelity.md is this table, with the
-reasons.
+clustr_qtrades sets `scores`); "paper_code" the authors', a leak of test-set statistics included.
+docs/fidelity.md is this table, with the reasons.
 """
 
 import dataclasses

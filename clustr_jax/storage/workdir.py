@@ -66,8 +66,9 @@ class Workdir:
         """Write config.json and environment.json, or check that the directory belongs to this training.
 
         environment.json keeps the `commands` that worked on the directory, each once, the newest last, the
-        `machines` that they ran on, and which images they saw: `images` is section of the config -> `data.digest` of its splits. Images that
-        are known to be the same may have been moved: `dirs` is where they were at first.
+        `machines` that they ran on, and which images they saw: `images` is section of the config ->
+        `data.digest` of its splits. Images that are known to be the same may have been moved: `dirs` is where
+        they were at first.
         """
         if glob.has_magic(str(self.root)):  # orbax takes the path for a pattern, and would find nothing
             raise UserError(
