@@ -57,7 +57,8 @@ def run(
     norm = getattr(what, "norm", "linf")
     checks = [
         *probe.outputs(), *probe.gradients(), *probe.precision(), *probe.slopes(), *probe.scales(),
-        *probe.effort(), *probe.black_box(), toy(jax.random.fold_in(key, streams.Checks.KNOWN_ANSWER), norm), compiler(),
+        *probe.effort(), *probe.black_box(),
+        toy(jax.random.fold_in(key, streams.Checks.KNOWN_ANSWER), norm), compiler(),
         *from_result(sound, outcomes, paper, half=half(what, examples.x.shape[1:])),
         certificates(sound, outcomes, radius, int(np.prod(examples.x.shape[1:])), norm),
     ]  # fmt: skip
