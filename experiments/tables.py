@@ -49,7 +49,7 @@ def digits() -> str:
         [f"strongest single attack ({best})", "", percent(sound["attacks"][best]["robust"])],
         ["worst case", percent(paper["robust"]), f"**{percent(sound['robust'])}**"],
     ]
-    larger = read("systems/clustr_qtrades-0.json")
+    larger = read("systems/clustr_qtrades+moved_statistics-0.json")
     rows += [
         [
             f"CIFAR-10, clean {100 * larger['clean']:.1f}: PGD^20, 10 restarts",

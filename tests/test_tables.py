@@ -75,16 +75,6 @@ def test_versions_are_never_mixed(tables, tmp_path, monkeypatch):
         found.check_versions()
 
 
-def test_the_other_machine_is_that_of_the_results():
-    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
-    paper, sound = (
-        json.loads((ROOT / "results" / "digits-other-machine" / f"{name}.json").read_text())["robust"]
-        for name in ("paper", "sound")
-    )
-    assert f"same command ended at {100 * paper:.1f} % in the paper's column" in text
-    assert f"at {100 * sound:.1f} % in the sound one" in text
-
-
 def test_every_table_stands_somewhere(tables):
     """A table that no document shows is a figure that nobody reads; a marker without one raises."""
     shown = set(re.findall(r"<!-- table: ([\w-]+) -->", "".join(path.read_text() for path in DOCUMENTS)))
