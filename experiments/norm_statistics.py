@@ -4,7 +4,7 @@
 
 A step of ClusTR+QTRADES ends with the adversary's images, so the running statistics are mostly theirs. Rows:
 
-    kept            the network of 6,120 updates as it is: `clustr_qtrades` of experiments/systems.py
+    kept            the network of 6,120 updates as it is: `exp` of experiments/levers.py
     clean           its weights and clusters; statistics of clean training images
     clean+refit     and k-means again, on the embeddings that these statistics give
     start           the nominal network that it started from, with k-means: `clustr+kmeans`
@@ -43,7 +43,7 @@ from configs import cifar10  # noqa: E402
 
 TARGET = levers.RESULTS / "norm_statistics.json"
 EPS, STEP_SIZE, STEPS, RESTARTS, SLOTS = 8 / 255, 2 / 255, 20, 10, 100
-TRAINED = levers.START.with_name("clustr_qtrades.safetensors")
+TRAINED = levers.RUNS / "exp-0"  # as `levers.py --only=exp` leaves it behind
 # Of a training step; momentum leaves nothing of what was before these.
 BATCH, BATCHES = 96, 20
 ROWS = ("clean", "clean+refit", "start+moved")

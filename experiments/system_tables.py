@@ -81,13 +81,15 @@ def verdict(low: float, high: float) -> str:
     return "undecided"
 
 
-# claim -> the row that is said to be above, and the one below
+# claim -> the row that is said to be above, and the one below; rows of equal passes
 ABOVE = {
-    "ClusTR above Magnet": ("clustr", "magnet"),
-    "ClusTR+QTRADES above ClusTR": (PAPER_ROW, "clustr"),
-    "ClusTR+QTRADES above QTRADES": (PAPER_ROW, "qtrades"),
-    "ClusTR above Free AT": ("clustr", "free_at"),
-    "ClusTR+QTRADES above TRADES": (PAPER_ROW, "trades"),
+    "ClusTR above Magnet": ("clustr-short", "magnet-short"),
+    "ClusTR+QTRADES above ClusTR": ("clustr_qtrades-short", "clustr-short"),
+    "ClusTR+QTRADES above QTRADES": ("clustr_qtrades-short", "qtrades-short"),
+    "ClusTR above Free AT": ("clustr-short", "free_at-short"),
+    "ClusTR+QTRADES above TRADES": ("clustr_qtrades-short", "trades-short"),
+    "ClusTR+QTRADES above PGD-AT": ("clustr_qtrades-short", "pgd_at-short"),
+    "ClusTR+QTRADES above Fast AT": ("clustr_qtrades-short", "fast_at-short"),
 }
 
 

@@ -190,27 +190,27 @@ def test_verdicts_come_from_intervals_of_the_same_images(experiments, tmp_path, 
     ids, differences = np.arange(1000), []
     for seed in (0, 1):
         low, high = rng.random(1000) < 0.2, rng.random(1000) < 0.4
-        np.savez(tmp_path / f"magnet-{seed}.npz", ids=ids, pgd20=low, sound=low)
-        np.savez(tmp_path / f"clustr-{seed}.npz", ids=ids, pgd20=high, sound=low)
+        np.savez(tmp_path / f"magnet-short-{seed}.npz", ids=ids, pgd20=low, sound=low)
+        np.savez(tmp_path / f"clustr-short-{seed}.npz", ids=ids, pgd20=high, sound=low)
         differences.append(high.mean() - low.mean())
         for name, left in (("magnet", low), ("clustr", high)):
             row = {
-                "row": name, "method": name, "seed": seed, "n": 1000, "clean": 0.9, "sound": 0.2,
+                "row": f"{name}-short", "method": name, "seed": seed, "n": 1000, "clean": 0.9, "sound": 0.2,
                 "paper": {"pgd20": float(left.mean())}, "gradient_passes": {"2_train": 1_000_000},
             }  # fmt: skip
-            (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(row))
+            (tmp_path / f"{name}-short-{seed}.json").write_text(json.dumps(row))
     first, *others = tables.claims().splitlines()[2:]
     assert "ClusTR above Magnet" in first and "| holds |" in first and "| equal within 0.3 |" in first
     assert "| 1.00 |" in first
     assert all("not run" in line for line in others)
-    value, lowest, highest = tables.difference("clustr", "magnet", "pgd20")
+    value, lowest, highest = tables.difference("clustr-short", "magnet-short", "pgd20")
     assert lowest < value < highest and value == pytest.approx(np.mean(differences))
-    assert tables.difference("magnet", "clustr", "pgd20")[2] < 0
+    assert tables.difference("magnet-short", "clustr-short", "pgd20")[2] < 0
     assert tables.verdict(-0.2, -0.1) == "does not hold"
     assert tables.verdict(-0.0038, 0.0038) == "equal within 0.4"  # none of 1,000 images in both rows
     assert tables.verdict(-0.02, 0.0038) == tables.verdict(-0.0038, 0.02) == "undecided"
-    np.savez(tmp_path / "magnet-1.npz", ids=ids[::-1], pgd20=low, sound=low)
+    np.savez(tmp_path / "magnet-short-1.npz", ids=ids[::-1], pgd20=low, sound=low)
     with pytest.raises(ValueError, match="same images"):
-        tables.difference("clustr", "magnet", "pgd20")
-    np.savez(tmp_path / "magnet-1.npz", ids=ids, pgd20=low, sound=low)
+        tables.difference("clustr-short", "magnet-short", "pgd20")
+    np.savez(tmp_path / "magnet-short-1.npz", ids=ids, pgd20=low, sound=low)
     assert "83.1 / 23.7 / 22.5" in tables.systems() and "1.00" in tables.systems()
