@@ -33,7 +33,7 @@ def systems() -> str:
                 share(row["clean"], row.get("clean_n", 10_000)),
                 share(row["paper"]["pgd20"], n),
                 share(row["paper"]["pgd100"], n) if "pgd100" in row["paper"] else "",
-                share(row["sound"], n),
+                "" if row["sound"] is None else share(row["sound"], n),
                 " / ".join(f"{v:.1f}" for v in claimed) if claimed else "",
             ]
         )

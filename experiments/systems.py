@@ -1,6 +1,7 @@
 """The paper's systems and their baselines at its operating point: one network, all of CIFAR-10, equal passes.
 
-    python experiments/systems.py [--only=NAME,...] [--seed=0] [--long] [--trained] [--list | --table]
+    python experiments/systems.py [--only=NAME,...] [--seed=0] [--trained | --paper | --long] [--list]
+    python experiments/systems.py --table
     python experiments/systems.py --more=NAME [--seed=0]
 
 The network is that of the variant `fast`, with an ordinary first convolution where an adversary trains it
@@ -16,7 +17,9 @@ too) and by the sound one, and on all test images without an attack. Writes resu
 and the outcomes image by image beside it. What is there is not made again, and what was interrupted goes
 on.
 
---trained leaves the evaluation out. Rows of ClusTR+QTRADES are those of experiments/levers.py.
+--trained leaves the evaluation out. --paper leaves the sound protocol out, which takes some two hours of one
+core where many images withstand it; the same command without --paper adds it. Rows of ClusTR+QTRADES are
+those of experiments/levers.py.
 
 --more evaluates a trained row at other radii and with the D nearest clusters (NAME-SEED.more.json), and
 measures what each departure of the paper's protocol is worth and the adaptive attack (NAME-SEED.quirks.json).
@@ -28,6 +31,7 @@ import functools
 import pathlib
 import shutil
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -54,6 +58,7 @@ PASSES = WARM + 3 * TUNING
 SHORT = 6  # gradient passes per image after the warm start, of the rows that take less
 _ROBUST = beyond_rows.SHARED
 EVALUATION = {"eval.n": 1000, "eval.diagnostics": False}
+PAPER = {"eval.protocols": "('clean','paper')"}
 LONG = {"eval.paper_steps": "(20,100)", "eval.protocols": "('paper',)"}  # after the rest
 
 
@@ -163,10 +168,10 @@ def training(name: str, seed: int) -> list[str]:
     ]
 
 
-def evaluation(name: str, seed: int, long: bool) -> list[str]:
+def evaluation(name: str, seed: int, more: dict | None = None) -> list[str]:
     """The command that evaluates a trained row; of two settings of the same name the last one counts."""
     *words, _ = training(name, seed)
-    fresh = {"eval.quick": False, "eval.attack.restarts": 10} | EVALUATION | (LONG if long else {})
+    fresh = {"eval.quick": False, "eval.attack.restarts": 10} | EVALUATION | (more or {})
     names = {f"--config.{key}=" for key in fresh}
     kept = [w for w in words if not any(w.startswith(n) for n in names)]
     return [*kept, *levers.words(fresh), "--stages=evaluate"]
@@ -190,16 +195,16 @@ def spent(name: str, seed: int) -> dict[str, int]:
     return (spent(ROWS[name].start, seed) if ROWS[name].start else {}) | own
 
 
-def commands(name: str, seed: int, long: bool, trained: bool) -> list[list[str]]:
-    """All that a row needs and that is not there yet, in order: what it starts from first."""
+def commands(name: str, seed: int, evaluations: Sequence[dict]) -> list[list[str]]:
+    """All that a row needs and that is not there yet, in order: what it starts from first.
+
+    `evaluations`: the settings of each evaluation, none for a row that is only trained.
+    """
     weights = source(name, seed)
-    found = commands(ROWS[name].start, seed, long, True) if weights not in (None, levers.START) else []
+    found = commands(ROWS[name].start, seed, ()) if weights not in (None, levers.START) else []
     if Workdir(ROOT / workdir(name, seed)).finished("2_train") is None:
         found.append(training(name, seed))
-    if trained:
-        return found
-    found.append(evaluation(name, seed, long=False))
-    return [*found, evaluation(name, seed, long=True)] if long else found
+    return [*found, *(evaluation(name, seed, settings) for settings in evaluations)]
 
 
 def measured(name: str, seed: int) -> dict:
@@ -209,10 +214,10 @@ def measured(name: str, seed: int) -> dict:
     found = {key: results.load(root / "results", key) or {} for key in ("clean", "paper", "sound")}
     records = [m for m in Workdir(root).records() if m["stage"] == "2_train"]
     n, paper, sound = found["paper"]["n"], found["paper"], found["sound"]
-    outcomes = {key: np.load(root / "results" / f"{key}.npz") for key in found}
-    left = {"clean": outcomes["clean"]["clean"], "sound": outcomes["sound"]["robust"]}
+    outcomes = {key: np.load(root / "results" / f"{key}.npz") for key, value in found.items() if value}
+    left = {"clean": outcomes["clean"]["clean"]} | ({"sound": outcomes["sound"]["robust"]} if sound else {})
     left |= {k.partition("_")[0]: outcomes["paper"][k] for k in outcomes["paper"] if k.startswith("pgd")}
-    np.savez_compressed(ROOT / RESULTS / f"{name}-{seed}.npz", ids=outcomes["sound"]["ids"], **left)
+    np.savez_compressed(ROOT / RESULTS / f"{name}-{seed}.npz", ids=outcomes["paper"]["ids"], **left)
     return {
         "method": config["method"], "row": name, "seed": seed, "n": n, "eps": paper["eps"],
         "updates": records[-1]["step"] if records else 0,
@@ -220,8 +225,8 @@ def measured(name: str, seed: int) -> dict:
         "training_seconds": sum(m["epoch_seconds"] for m in records),
         "dataset": config["data"]["name"], "clean": found["clean"]["clean"], "clean_n": found["clean"]["n"],
         "paper": {key: float(np.mean(v)) for key, v in left.items() if key.startswith("pgd")},
-        "sound": sound["robust"], "protocols": [paper["protocol"], sound["protocol"]],
-        "sound_interval": intervals.wilson(int(left["sound"].sum()), n),
+        "sound": sound.get("robust"), "protocols": [paper["protocol"], sound.get("protocol")],
+        "sound_interval": intervals.wilson(int(left["sound"].sum()), n) if sound else None,
         "notes": sound.get("notes", []),
         "alarms": [{"step": m["step"], "alarms": m["alarms"]} for m in records if m.get("alarms")],
         "config_sha": provenance.sha(config), "versions": provenance.versions(),
@@ -235,7 +240,7 @@ def more(name: str, seed: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}-{seed}.more.json"
     found = read_json(target) if target.exists() else {"row": name, "seed": seed, "results": {}}
-    *words, stages = evaluation(name, seed, long=False)
+    *words, stages = evaluation(name, seed)
     for key, (protocol, settings) in campaign.others().items():
         if key in found["results"]:
             continue
@@ -260,13 +265,25 @@ def more(name: str, seed: int) -> int:
     return 0
 
 
+def lacking(target: pathlib.Path, asked: list[dict]) -> bool:
+    """Of a row's JSON: whether one of the evaluations that are asked for has not been made."""
+    found = read_json(target) if target.exists() else None
+    return (
+        found is None
+        or ({} in asked and found["sound"] is None)
+        or (LONG in asked and "pgd100" not in found["paper"])
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="rows, comma-separated; default: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--long", action="store_true", help="PGD^100 too, also of rows that are there")
+    evaluations = parser.add_mutually_exclusive_group()
+    evaluations.add_argument("--long", action="store_true", help="PGD^100 too, also of rows that are there")
+    evaluations.add_argument("--paper", action="store_true", help="without the sound protocol")
     parser.add_argument("--more", metavar="NAME", help="other radii, nearest clusters, quirks of a row")
     parser.add_argument("--trained", action="store_true", help="train and do not evaluate")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
@@ -275,13 +292,14 @@ def main() -> int:
     if args.table:
         print(system_tables.systems(), system_tables.claims(), sep="\n\n")
         return 0
+    asked = [] if args.trained else [PAPER] if args.paper else [{}, LONG] if args.long else [{}]
     option = "--more" if args.more else "--only"
     names = child.chosen(args.more or args.only, ROWS, option)
     if args.more:
         return more(args.more, args.seed)
     for name in names:
         target = ROOT / RESULTS / f"{name}-{args.seed}.json"
-        found = commands(name, args.seed, args.long, args.trained)
+        found = commands(name, args.seed, asked)
         if args.list:
             print(child.listed(found))
         elif args.trained:
@@ -289,7 +307,7 @@ def main() -> int:
                 print("python", *words, flush=True)
                 if code := child.run(words):
                     return code
-        elif not target.exists() or (args.long and "pgd100" not in read_json(target)["paper"]):
+        elif lacking(target, asked):
             target.parent.mkdir(parents=True, exist_ok=True)
             if code := child.make(target, found, functools.partial(measured, name, args.seed)):
                 return code

@@ -78,7 +78,7 @@ def test_what_starts_from_a_row_has_its_network(experiments, tmp_path, monkeypat
         source = systems.ROWS[row.start]
         first = name if row.start == "nominal" else row.start  # the kept weights need no training
         weights = kept if row.start == "nominal" else systems.workdir(row.start, 1) / "2_train"
-        assert systems.commands(name, 1, False, True)[0] == systems.training(first, 1)
+        assert systems.commands(name, 1, ())[0] == systems.training(first, 1)
         assert f"--config.init_from={weights}" in systems.training(name, 1)
         networks = {
             get_config(f"{one.method},fast", one.config, **one.settings).model.name for one in (row, source)
@@ -133,11 +133,27 @@ def test_levers_are_accepted_and_make_the_updates_that_their_names_say(experimen
 def test_an_evaluation_says_each_setting_once(experiments):
     systems = experiments["systems"]
     for name in systems.ROWS:
-        words = systems.evaluation(name, 0, long=True)
+        words = systems.evaluation(name, 0, systems.LONG)
         names = [word.partition("=")[0] for word in words]
         assert len(set(names)) == len(names)
         assert "--config.eval.n=1000" in words and "--config.eval.quick=False" in words
         assert set(systems.training(name, 0)[:3]) <= set(words)  # the same config in the same directory
+
+
+def test_an_evaluation_that_was_left_out_is_made_later(experiments, tmp_path):
+    systems, target = experiments["systems"], tmp_path / "row.json"
+    asked = {"paper": [systems.PAPER], "sound": [{}], "long": [{}, systems.LONG]}
+
+    def lacking():
+        return [key for key, settings in asked.items() if systems.lacking(target, settings)]
+
+    assert lacking() == ["paper", "sound", "long"]
+    target.write_text(json.dumps({"paper": {"pgd20": 0.4}, "sound": None}))
+    assert lacking() == ["sound", "long"]
+    target.write_text(json.dumps({"paper": {"pgd20": 0.4}, "sound": 0.0}))
+    assert lacking() == ["long"]
+    target.write_text(json.dumps({"paper": {"pgd20": 0.4, "pgd100": 0.4}, "sound": 0.0}))
+    assert lacking() == []
 
 
 def test_rows_of_the_campaign_say_the_form_that_was_their_default(experiments):
