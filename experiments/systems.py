@@ -58,7 +58,7 @@ PASSES = WARM + 3 * TUNING
 SHORT = 6  # gradient passes per image after the warm start, of the rows that take less
 _ROBUST = beyond_rows.SHARED
 EVALUATION = {"eval.n": 1000, "eval.diagnostics": False}
-PAPER = {"eval.protocols": "('clean','paper')"}
+PAPER = {"eval.protocols": "('paper',)"}
 LONG = {"eval.paper_steps": "(20,100)", "eval.protocols": "('paper',)"}  # after the rest
 
 
@@ -234,28 +234,34 @@ def measured(name: str, seed: int) -> dict:
     }  # fmt: skip
 
 
+def further(name: str, seed: int) -> dict[str, tuple[str, list[str]]]:
+    """Key -> (protocol, command) of Table 4 and Fig. 4. The last command, of the key "", puts the settings
+    back that the work directory is deployed with."""
+    *words, stages = evaluation(name, seed)
+    found = {}
+    for key, (protocol, settings) in campaign.others().items():
+        changed = {word.partition("=")[0] for word in settings}
+        kept = [word for word in words if word.partition("=")[0] not in changed]
+        found[key] = (protocol, [*kept, *settings, f"--config.eval.protocols={(protocol,)}", stages])
+    return found | {"": ("", [*words, "--config.eval.protocols=()", stages])}
+
+
 def more(name: str, seed: int) -> int:
     """Table 4, Fig. 4 and the departures of one trained row; the exit code of what failed, or 0."""
     root, folder = ROOT / workdir(name, seed), ROOT / RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}-{seed}.more.json"
     found = read_json(target) if target.exists() else {"row": name, "seed": seed, "results": {}}
-    *words, stages = evaluation(name, seed)
-    for key, (protocol, settings) in campaign.others().items():
+    for key, (protocol, words) in further(name, seed).items():
         if key in found["results"]:
             continue
-        changed = {word.partition("=")[0] for word in settings} | {"--config.eval.quick"}
-        kept = [word for word in words if word.partition("=")[0] not in changed]
-        quick = [] if any("eval.quick" in word for word in settings) else ["--config.eval.quick=False"]
-        if code := child.run([*kept, *settings, *quick, f"--config.eval.protocols={(protocol,)}", stages]):
+        if code := child.run(words):
             return code
-        result = read_json(root / "results" / f"{protocol}.json")
-        kept_keys = ("protocol", "n", "eps", "clean", "robust", "robust_interval", "versions", "config_sha")
-        found["results"][key] = {k: result[k] for k in kept_keys}
-        write_json(target, found)
-    # the last settings are what a work directory is deployed with
-    if code := child.run([*words, "--config.eval.protocols=('clean',)", stages]):
-        return code
+        if protocol:
+            result = read_json(root / "results" / f"{protocol}.json")
+            kept = ("protocol", "n", "eps", "clean", "robust", "robust_interval", "versions", "config_sha")
+            found["results"][key] = {k: result[k] for k in kept}
+            write_json(target, found)
     target = folder / f"{name}-{seed}.quirks.json"
     if not target.exists():
         radius = [f"--eps={8 / 255}", f"--step_size={2 / 255}"]

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
-from clustr_jax.settings import Recipe, Settings, TrainingSettings
+from clustr_jax.evaluation import protocols
+from clustr_jax.settings import EvalSettings, Recipe, Settings, TrainingSettings
 from clustr_jax.stages import configuration, refusals
 from clustr_jax.training import cost
 from experiment_modules import imported
 from linear_problems import get_config
+from project_configs import parse
 
 MODULES = (
     "child",
@@ -130,14 +133,43 @@ def test_levers_are_accepted_and_make_the_updates_that_their_names_say(experimen
     assert levers.warm("warm-8-short") == "warm-8" and levers.warm("text") == "warm"
 
 
+def _resolved(words):
+    """The config that run.py makes of a command, refused where run.py refuses it."""
+    (config,) = (word.partition("=")[2] for word in words if word.startswith("--config="))
+    path, _, method = config.partition(":")
+    changes = [word for word in words if word.startswith("--config.")]
+    found = configuration.resolve(parse(pathlib.Path(path).stem, *changes, method=method))
+    protocols.check_config(EvalSettings.of(found.eval))
+    return found
+
+
 def test_an_evaluation_says_each_setting_once(experiments):
     systems = experiments["systems"]
     for name in systems.ROWS:
-        words = systems.evaluation(name, 0, systems.LONG)
+        for words in (
+            systems.evaluation(name, 0, settings) for settings in ({}, systems.PAPER, systems.LONG)
+        ):
+            names = [word.partition("=")[0] for word in words]
+            assert len(set(names)) == len(names)
+            assert "--config.eval.n=1000" in words and "--config.eval.quick=False" in words
+            assert set(systems.training(name, 0)[:3]) <= set(words)  # the same config in the same directory
+            config = _resolved(words)
+            assert config.eval.n == 1000 and config.eval.attack.restarts == 10
+
+
+def test_other_radii_are_evaluated_with_one_setting_changed(experiments):
+    systems = experiments["systems"]
+    (*commands, last) = systems.further("clustr_qtrades", 0).values()
+    deployed = _resolved(systems.evaluation("clustr_qtrades", 0)).eval
+    for protocol, words in commands:
         names = [word.partition("=")[0] for word in words]
         assert len(set(names)) == len(names)
-        assert "--config.eval.n=1000" in words and "--config.eval.quick=False" in words
-        assert set(systems.training(name, 0)[:3]) <= set(words)  # the same config in the same directory
+        found = _resolved(words).eval
+        assert found.protocols == (protocol,) and found.n == deployed.n
+        assert (found.nearest, found.attack.eps) != (deployed.nearest, deployed.attack.eps)
+    assert _resolved(last[1]).eval.protocols == ()
+    same = {"n", "quick", "nearest", "slots"}
+    assert all(_resolved(last[1]).eval[key] == deployed[key] for key in same)
 
 
 def test_an_evaluation_that_was_left_out_is_made_later(experiments, tmp_path):
