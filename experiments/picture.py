@@ -84,7 +84,8 @@ def draw() -> Figure:
 # Rows of experiments/levers.py: the form of the consistency term, and its colour.
 FORMS = {
     "text": ("log scores (the text)", "#cc6677"),
-    "exp": ("exp scores (default)", "#4477aa"),
+    "exp": ("exp scores", "#4477aa"),
+    "clean-statistics": ("exp, clean statistics", "#aa3377"),
     "authors": ("authors' switches", "#228833"),
     "lr-3e-4": ("exp, rate 3e-4", "#ccaa33"),
 }
