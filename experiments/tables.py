@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import benchmark_tables  # noqa: E402
+import beyond_tables  # noqa: E402
 import certified  # noqa: E402
 import lever_tables  # noqa: E402
 import norm_statistics  # noqa: E402
@@ -70,6 +71,7 @@ for _name in (
     TABLES[_name] = functools.partial(getattr(result_tables, _of), *([_dataset] if _dataset else []))
 TABLES |= {"certified": certified.table, "levers": lever_tables.levers, "systems": system_tables.systems}
 TABLES["claims"] = system_tables.claims
+TABLES["beyond-tune"] = functools.partial(beyond_tables.scale, RESULTS / "beyond" / "tune")
 TABLES["norm-statistics"] = norm_statistics.table
 for _name in ("authors", "clean-statistics", "exp", "text"):
     TABLES[f"levers-{_name}"] = functools.partial(lever_tables.curve, _name)
