@@ -120,8 +120,12 @@ def more(name: str = PAPER_ROW, seed: int = 0) -> str:
     row = json.loads((FOLDER / f"{name}-{seed}.json").read_text())
     found = json.loads((FOLDER / f"{name}-{seed}.more.json").read_text())["results"]
     rows = []
-    for key in sorted(k for k in found if k.startswith("paper-")):
-        what = key.partition("-")[2]
+    radii, nearest = (
+        sorted((k.partition(kind)[2] for k in found if k.startswith(f"paper-{kind}")), key=float)
+        for kind in ("eps", "nearest")
+    )
+    for what in [f"eps{radius}" for radius in radii] + [f"nearest{d}" for d in nearest]:
+        key = f"paper-{what}"
         theirs, true = found[key], found[f"quick-{what}"]
         label, claim = f"the {what.removeprefix('nearest')} nearest clusters", None
         if what.startswith("eps"):

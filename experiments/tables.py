@@ -70,7 +70,7 @@ for _name in (
     _of, _, _dataset = _name.partition("-")
     TABLES[_name] = functools.partial(getattr(result_tables, _of), *([_dataset] if _dataset else []))
 TABLES |= {"certified": certified.table, "levers": lever_tables.levers, "systems": system_tables.systems}
-TABLES["claims"] = system_tables.claims
+TABLES |= {"claims": system_tables.claims, "systems-more": system_tables.more}
 TABLES["beyond-tune"] = functools.partial(beyond_tables.scale, RESULTS / "beyond" / "tune")
 TABLES["norm-statistics"] = norm_statistics.table
 for _name in ("authors", "clean-statistics", "exp", "text"):
