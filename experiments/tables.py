@@ -53,7 +53,7 @@ def digits() -> str:
     larger = read("systems/clustr_qtrades-0.json")
     rows += [
         [
-            f"CIFAR-10, clean {100 * larger['clean']:.1f}: PGD^20, 10 restarts",
+            f"CIFAR-10, clean {100 * larger['clean']:.1f}: worst case",
             percent(larger["paper"]["pgd20"]),
             f"**{percent(larger['sound'])}**",
         ]

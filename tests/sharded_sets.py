@@ -17,6 +17,7 @@ from clustr_jax.training import placement, refit, train
 from configs import digits
 
 SIZE, STEPS = 163, 3  # a number of images that eight devices do not divide
+BATCH, BATCHES = 16, 4  # of clean statistics: fewer batches than the set has
 KEY = jax.random.key(0)
 # method, and what of its config decides how images are drawn and the set is embedded
 KINDS = {
@@ -75,6 +76,7 @@ def compared(kind):
     """Every state, batch and embedding of a short training, by the two placements; and what it costs."""
     trainer, variables, placed = problem(kind)
     order, found, rows = train.epoch_order(KEY, SIZE, 0), [], []
+    refit._BATCHES = BATCHES
     for name in (placement.EVERY_DEVICE, placement.SHARDED):
         train_set = placed(name)
         state = begun(trainer, variables, train_set)
@@ -90,6 +92,7 @@ def compared(kind):
                 train.seen(trainer, after, train_set, order, KEY),
                 refit.embed_all(trainer.net, after.variables, train_set),
                 refit.embed_all(trainer.net, after.variables, train_set, KEY, train_mode=True),
+                refit.with_clean_statistics(trainer, after, train_set.replace(authors_batch=BATCH), KEY),
             )
         )
         embedding = refit.embed_all.lower(trainer.net, after.variables, train_set).compile()

@@ -230,16 +230,16 @@ def test_clean_statistics_reach_the_average_of_weights(rng):
     jax.tree.map(np.testing.assert_array_equal, found.average["params"], params)
 
 
-def test_a_set_that_is_spread_gives_some_of_its_images(rng, monkeypatch):
-    """As many batches as the limit, of the same order."""
+@pytest.mark.parametrize("sharded", [False, True])
+def test_of_a_large_set_the_last_batches_are_passed_wherever_it_lies(rng, monkeypatch, sharded):
     p = problem("clustr", rng, net=Linear((3,), 3, normed=True))
-    monkeypatch.setattr(refit, "_BATCHES_OF_SHARDED", 1)
-    some = p.train_set.replace(authors_batch=16, sharded=True)
+    monkeypatch.setattr(refit, "_BATCHES", 1)
+    some = p.train_set.replace(authors_batch=16, sharded=sharded)  # of 40: the second batch of two
     found = refit.with_clean_statistics(p.trainer, p.state, some, jax.random.key(5))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), streams.Training.STATISTICS), p.state.step)
     order = np.asarray(jax.random.permutation(key, 40))
     images = np.asarray(p.train_set.images)
-    assert_statistics(found.batch_stats, p.state.batch_stats, [images[order[:16]]])
+    assert_statistics(found.batch_stats, p.state.batch_stats, [images[order[16:32]]])
 
 
 def assert_statistics(found, before, batches):

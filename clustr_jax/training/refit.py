@@ -18,7 +18,7 @@ from clustr_jax.training.trainers import Trainer
 # Images that a trained head starts from.
 _HEAD_IMAGES = 5000
 # Of momentum 0.9, 3e-5 of what was there before is left after so many.
-_BATCHES_OF_SHARDED = 100
+_BATCHES = 100
 # Images of one forward pass.
 _EVAL_BATCH = 200
 
@@ -182,14 +182,16 @@ def with_clean_statistics(trainer: Trainer, state: TrainState, train_set: TrainS
 
     A step of an adversarial method leaves those of the images that its adversary moved. The images are in
     an order of their own: where momentum is short, the last batches decide, and a set may lie class by class.
-    Of a set that is spread over devices a part is taken, which every device can hold.
+    So no more than the last hundred are passed, wherever the set lies, and every device holds those. Of a
+    small set, with fewer batches than some forty, the statistics keep a part of what they were before.
     """
     key = jax.random.fold_in(jax.random.fold_in(key, streams.Training.STATISTICS), state.step)
     size = train_set.labels.shape[0]
     order = jax.random.permutation(key, size)
     batch = min(train_set.authors_batch, size)
+    order = order[: size // batch * batch][-_BATCHES * batch :]
     if train_set.sharded:
-        some = order[: _BATCHES_OF_SHARDED * batch]
+        some = order
         images, labels = train_set.take(some), train_set.labels[some]
         train_set = train_set.replace(images=images, labels=labels, sharded=False)
         order = jnp.arange(len(some))
@@ -208,8 +210,7 @@ def _statistics(net: Net, variables: dict, train_set: TrainSet, order: Array, ba
     def step(stats, ids):
         return net.train({"params": params, "batch_stats": stats}, train_set.batch(ids, None)[0])[1], None
 
-    whole = order.shape[0] // batch * batch
-    return jax.lax.scan(step, variables["batch_stats"], order[:whole].reshape(-1, batch))[0]
+    return jax.lax.scan(step, variables["batch_stats"], order.reshape(-1, batch))[0]
 
 
 @jax.jit(static_argnums=(0, 3))
